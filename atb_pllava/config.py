@@ -1,0 +1,364 @@
+"""What a checkpoint directory says about the model, and what the user says about the run.
+
+Both are read once, checked once and frozen; derived numbers are properties. This file knows nothing of torch.
+Keys of config.json that PLLaVA never reads (published files carry many) are ignored; keys it would need to honour
+and cannot are refused.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from atb_pllava.errors import ConfigError
+
+MODEL_TYPES = ("llava", "pllava", "llava_next")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SAMPLERS = ("demo", "eval", "npu")
+RESIZE_MODES = ("clip", "res672", "squash")
+
+# PLLaVA's own defaults where config.json says nothing (tasks/eval/model_utils.py::load_pllava).
+DEFAULT_NUM_FRAMES = 16
+DEFAULT_POOLING_SHAPE = (16, 12, 12)
+
+_MAX_JSON_BYTES = 10 * 2**20
+_LARGEST = {"num_hidden_layers": 1024, "vocab_size": 2**24}
+_LARGEST_SIZE = 2**20
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision tower; the defaults are those of transformers' CLIPVisionConfig, which config.json omits."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_sizes("vision_config", self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"vision_config: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"vision_config: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if self.hidden_act not in ("quick_gelu", "gelu"):
+            raise ConfigError(f"vision_config: hidden_act {self.hidden_act!r} is not supported: quick_gelu or gelu")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side: 24 for 336 pixels and 14-pixel patches."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """LLaMA decoder; the defaults are those of transformers' LlamaConfig, which the published 7B file relies on."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0  # 0: as many as attention heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_attention_heads"):
+            _check_range(f"text_config.{name}", getattr(self, name), 1, _LARGEST_SIZE)
+        if self.num_key_value_heads == 0:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim == 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"text_config: hidden_size {self.hidden_size} is not a multiple of "
+                    f"num_attention_heads {self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _check_sizes("text_config", self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"text_config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"text_config: head_dim {self.head_dim} is odd; rotary embeddings need pairs")
+
+
+@dataclass(frozen=True)
+class PllavaConfig:
+    """The whole model. `num_frames` frames become prod(pooling_shape) video tokens each time."""
+
+    vision: VisionConfig
+    text: TextConfig
+    image_token_index: int = 32000
+    num_frames: int = DEFAULT_NUM_FRAMES
+    pooling_shape: tuple[int, int, int] = DEFAULT_POOLING_SHAPE
+    vision_feature_layer: int = -2
+    eos_token_ids: tuple[int, ...] = (2,)
+    dtype: str = "float32"  # as stored: what "auto" means on an accelerator
+
+    def __post_init__(self) -> None:
+        check_num_frames(self.num_frames)
+        object.__setattr__(self, "pooling_shape", check_pooling_shape(self.pooling_shape))
+        if not 1 <= self.vision_layers_used <= self.vision.num_hidden_layers:
+            raise ConfigError(
+                f"vision_feature_layer {self.vision_feature_layer} does not exist in a vision tower of "
+                f"{self.vision.num_hidden_layers} layers"
+            )
+        for what, token in [("image_token_index", self.image_token_index)] + [
+            ("eos_token_id", t) for t in self.eos_token_ids
+        ]:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self.text.vocab_size:
+                raise ConfigError(f"{what} is {token!r}; it must be an integer from 0 to {self.text.vocab_size - 1}")
+
+    @property
+    def vision_layers_used(self) -> int:
+        """Layers whose output counts: hidden state -2 of 24 layers needs 23 of them."""
+        layers = self.vision.num_hidden_layers
+        return self.vision_feature_layer if self.vision_feature_layer >= 0 else layers + 1 + self.vision_feature_layer
+
+    @property
+    def num_video_tokens(self) -> int:
+        """Tokens one video takes in the prompt: 2304 for 16x12x12."""
+        t, h, w = self.pooling_shape
+        return t * h * w
+
+    def with_video(
+        self, num_frames: int | None = None, pooling_shape: Sequence[int] | str | None = None
+    ) -> "PllavaConfig":
+        """The same model fed with another number of frames or pooled to another shape; None keeps the file's."""
+        return replace(
+            self,
+            num_frames=self.num_frames if num_frames is None else num_frames,
+            pooling_shape=self.pooling_shape if pooling_shape is None else check_pooling_shape(pooling_shape),
+        )
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> "PllavaConfig":
+        """Build from the contents of config.json and, when there is one, generation_config.json.
+
+        Raises ConfigError for a model that is not PLLaVA or LLaVA, impossible sizes, and features of LLaMA
+        that PLLaVA does not have (tied embeddings, biases, scaled RoPE).
+        """
+        if raw.get("model_type") not in MODEL_TYPES:
+            raise ConfigError(
+                f"config.json says model_type {raw.get('model_type')!r}; PLLaVA checkpoints say one of "
+                f"{', '.join(MODEL_TYPES)}"
+            )
+        text_raw, vision_raw = _section(raw, "text_config"), _section(raw, "vision_config")
+        _refuse_unsupported(raw, text_raw)
+        rope = text_raw.get("rope_parameters") or {}
+        text = TextConfig(
+            **_known(TextConfig, text_raw, also={"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
+        )
+        eos = _first(generation or {}, text_raw, key="eos_token_id", default=2)
+        return cls(
+            vision=VisionConfig(**_known(VisionConfig, vision_raw)),
+            text=text,
+            image_token_index=raw.get("image_token_index", raw.get("image_token_id", 32000)),
+            num_frames=raw.get("num_frames", DEFAULT_NUM_FRAMES),
+            pooling_shape=raw.get("pooling_shape", DEFAULT_POOLING_SHAPE),
+            vision_feature_layer=raw.get("vision_feature_layer", -2),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            dtype=_stored_dtype(raw, text_raw),
+        )
+
+    @classmethod
+    def from_dir(cls, model_dir: str | os.PathLike[str]) -> "PllavaConfig":
+        """Read config.json and generation_config.json of a checkpoint directory."""
+        directory = Path(model_dir)
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is not a directory; --model_path names a checkpoint directory")
+        generation = directory / "generation_config.json"
+        return cls.from_json(
+            read_json(directory / "config.json"), read_json(generation) if generation.is_file() else None
+        )
+
+
+@dataclass(frozen=True)
+class PreprocessorConfig:
+    """Numbers of preprocessor_config.json that turn frames into pixels; the defaults are CLIP's at 336 pixels."""
+
+    crop_size: int = 336
+    shortest_edge: int = 336  # lower bound of PLLaVA's first resize (processor_config.json)
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_dir(cls, model_dir: str | os.PathLike[str], image_size: int) -> "PreprocessorConfig":
+        """Read the two files where they exist; a crop that is not `image_size` is a ConfigError."""
+        pre, proc = Path(model_dir) / "preprocessor_config.json", Path(model_dir) / "processor_config.json"
+        raw = read_json(pre) if pre.is_file() else {}
+        processor = read_json(proc) if proc.is_file() else {}
+        crop = raw.get("crop_size", image_size)
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        size = raw.get("size", crop)
+        size = size.get("shortest_edge") if isinstance(size, dict) else size
+        edge = processor.get("shortest_edge", image_size)
+        mean, std = tuple(raw.get("image_mean", cls.image_mean)), tuple(raw.get("image_std", cls.image_std))
+        if crop != image_size or size != image_size:
+            raise ConfigError(
+                f"{pre} resizes to {size} and crops to {crop} pixels; the vision tower needs {image_size} for both"
+            )
+        if not isinstance(edge, int) or not 1 <= edge <= 4096:
+            raise ConfigError(f"{proc} says shortest_edge {edge!r}; it must be a number of pixels from 1 to 4096")
+        if not _are_numbers(mean, 3) or not _are_numbers(std, 3) or min(std) <= 0:
+            raise ConfigError(f"{pre}: image_mean and image_std must be three numbers each, image_std above zero")
+        return cls(crop_size=image_size, shortest_edge=edge, image_mean=mean, image_std=std)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs: everything here is the user's choice, nothing comes from the checkpoint.
+
+    `max_input_length` and `max_output_length` are token counts for one request (None: bounded by the KV cache only);
+    `kv_cache_bytes` bounds the KV cache (None: room for `max_batch_size` requests, at most half the free memory).
+    `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding.
+    """
+
+    block_size: int = 128
+    max_batch_size: int = 8
+    max_input_length: int | None = None
+    max_output_length: int | None = None
+    kv_cache_bytes: int | None = None
+    prefill_chunk: int = 512
+    vision_batch: int = 8  # frames encoded at once: bounds the vision tower's memory
+
+    def __post_init__(self) -> None:
+        for name, largest in [("block_size", 4096), ("max_batch_size", 4096), ("prefill_chunk", 2**20),
+                              ("vision_batch", 4096)]:  # fmt: skip
+            _check_range(name, getattr(self, name), 1, largest)
+        for name in ("max_input_length", "max_output_length", "kv_cache_bytes"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 1, 2**62)
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
+    """`value` when it is one of `allowed`; ConfigError names them all otherwise."""
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    return value
+
+
+def check_num_frames(num_frames: object) -> int:
+    """A usable number of sampled frames: an integer from 1 to 4096 (reading a file allows fewer, see MediaLimits)."""
+    return _check_range("num_frames", num_frames, 1, 4096)
+
+
+def check_pooling_shape(shape: object) -> tuple[int, int, int]:
+    """`(16, 12, 12)`, `[16, 12, 12]` or `"16-12-12"` as a tuple; ConfigError for anything else."""
+    parts: Any = shape.replace("x", "-").split("-") if isinstance(shape, str) else shape
+    try:
+        sizes = tuple(int(p) if isinstance(p, str) else p for p in parts)
+    except (TypeError, ValueError):
+        sizes = ()
+    good = len(sizes) == 3 and all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 4096 for s in sizes)
+    if not good:
+        raise ConfigError(
+            f"pooling_shape is {shape!r}; it must be three whole numbers of at least 1, frames-rows-columns, "
+            "for example 16-12-12"
+        )
+    if sizes[0] * sizes[1] * sizes[2] > 2**20:
+        raise ConfigError(f"pooling_shape {shape!r} makes more than {2**20} video tokens")
+    return (sizes[0], sizes[1], sizes[2])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small text file; ConfigError names the file and what is wrong with it."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ConfigError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB; that is no configuration file")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a checkpoint directory needs it") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must contain a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = raw.get(name)
+    if not isinstance(section, dict):
+        raise ConfigError(f"config.json has no {name}; PLLaVA needs text_config and vision_config")
+    return section
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    checks = [
+        ("text_config.model_type", text.get("model_type", "llama"), ("llama",)),
+        ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ("text_config.attention_bias", text.get("attention_bias", False), (False,)),
+        ("text_config.mlp_bias", text.get("mlp_bias", False), (False,)),
+        ("tie_word_embeddings", text.get("tie_word_embeddings", False), (False,)),
+        ("text_config.rope_scaling", text.get("rope_scaling"), (None,)),
+        ("text_config.rope_parameters.rope_type", (text.get("rope_parameters") or {}).get("rope_type", "default"),
+         ("default",)),
+        ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ("gelu",)),
+        ("vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ("default",)),
+        ("use_pooling", raw.get("use_pooling", True), (True,)),
+        ("pooling_method", raw.get("pooling_method", "avg"), ("avg",)),
+    ]  # fmt: skip
+    for name, value, allowed in checks:
+        if value not in allowed:
+            raise ConfigError(f"config.json: {name} is {value!r}; only {allowed[0]!r} is supported")
+    layer = raw.get("vision_feature_layer", -2)
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise ConfigError(f"config.json: vision_feature_layer is {layer!r}; one layer number is supported")
+
+
+def _known(cls: type, raw: Mapping[str, Any], also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The keys of `raw` that are fields of the dataclass `cls`; null means absent, as in transformers."""
+    merged = {**raw, **(also or {})}
+    return {k: merged[k] for k in cls.__dataclass_fields__ if merged.get(k) is not None}  # type: ignore[attr-defined]
+
+
+def _first(*sources: Mapping[str, Any], key: str, default: Any) -> Any:
+    return next((s[key] for s in sources if s.get(key) is not None), default)
+
+
+def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str:
+    stored = _first(raw, raw, text, text, key="torch_dtype", default=None) or _first(
+        raw, text, key="dtype", default="float32"
+    )
+    return check_choice("config.json: torch_dtype", str(stored).removeprefix("torch."), DTYPES[1:])
+
+
+def _check_sizes(section: str, config: Any) -> None:
+    for name, field in config.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if field.type is int or field.type == "int":
+            _check_range(f"{section}.{name}", value, 1, _LARGEST.get(name, _LARGEST_SIZE))
+        elif (field.type is float or field.type == "float") and (not _are_numbers((value,), 1) or not 0 < value < 1e12):
+            raise ConfigError(f"{section}.{name} is {value!r}; it must be a number above 0")
+
+
+def _check_range(name: str, value: object, lowest: int, largest: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= largest:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from {lowest} to {largest}")
+    return value
+
+
+def _are_numbers(values: Sequence[object], count: int) -> bool:
+    return len(values) == count and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)

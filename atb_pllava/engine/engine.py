@@ -1,0 +1,119 @@
+"""The step loop: admit, encode videos, run the model, sample. One thread, no hidden state."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from atb_pllava.config import EngineConfig
+from atb_pllava.engine.kv_cache import BlockAllocator
+from atb_pllava.engine.request import Request
+from atb_pllava.engine.runner import Runner
+from atb_pllava.engine.sampler import sample
+from atb_pllava.engine.scheduler import Scheduler
+from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.model.pllava import Pllava
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step did for one request: new text (possibly none yet), and whether that was the end."""
+
+    request: Request
+    delta: str
+    finished: bool
+
+
+class Engine:
+    """Serves requests together. Call `add`, then `step` until `has_work` is false."""
+
+    def __init__(self, model: Pllava, config: EngineConfig, blocks: int) -> None:
+        self.config = config
+        self.allocator = BlockAllocator(blocks)
+        self.scheduler = Scheduler(config, self.allocator)
+        self.runner = Runner(model, config, blocks)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError naming the numbers when a limit is exceeded."""
+        longest_prompt, longest_answer = self.config.max_input_length, self.config.max_output_length
+        if longest_prompt is not None and request.prompt_length > longest_prompt:
+            video = sum(span.length for span in request.spans)
+            raise RequestError(
+                f"the prompt is {request.prompt_length} tokens ({video} of them from video), the limit is "
+                f"{longest_prompt}: raise --max_input_length, pool to a smaller shape, or shorten the text"
+            )
+        if longest_answer is not None and request.params.max_tokens > longest_answer:
+            raise RequestError(
+                f"max_tokens is {request.params.max_tokens}, the limit is {longest_answer}: raise --max_output_length "
+                "or ask for less"
+            )
+        self.scheduler.add(request)
+
+    def abort(self, request: Request) -> None:
+        """Drop a request wherever it stands; its blocks are free at once."""
+        if not request.is_finished:
+            request.error = RequestError("the request was aborted")
+            self.scheduler.remove(request)
+
+    def step(self) -> list[Progress]:
+        """Do one step of work for everybody who can take part."""
+        self.scheduler.admit()
+        self._encode_videos()
+        step = self.scheduler.plan()
+        if not step:
+            return []
+        began = time.perf_counter()
+        due = self.runner.forward(step)
+        seconds = time.perf_counter() - began
+        for request, _ in step.prefill:
+            request.prefill += seconds
+        return [self._take_token(request, logits) for request, logits in due]
+
+    def _encode_videos(self) -> None:
+        """Encode for the oldest request that waits for it: all of it, or a few frames when others are decoding."""
+        decoding = any(request.is_decoding for request in self.scheduler.running)
+        for request in self.scheduler.running:
+            if not request.started:
+                request.started = time.perf_counter()
+            for state in request.videos:
+                while state.tokens is None:
+                    began = time.perf_counter()
+                    self.runner.encode_frames(state)
+                    request.vision_encode += time.perf_counter() - began
+                    if decoding:
+                        return
+
+    def _take_token(self, request: Request, logits: object) -> Progress:
+        try:
+            token, logprobs = sample(logits, request)  # type: ignore[arg-type]
+        except PllavaError as error:
+            request.error = error
+            return self._finish(request, "")
+        if not request.generated:
+            request.first_token = time.perf_counter()
+        request.token_ids.append(token)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
+        if token in request.stop_token_ids:
+            request.finish_reason = "stop"
+            return self._finish(request, "")
+        delta = request.answer.push(token)
+        if request.answer.stopped:
+            request.finish_reason = "stop"
+        elif len(request.generated) == request.params.max_tokens:
+            request.finish_reason = "length"
+        return self._finish(request, delta) if request.is_finished else Progress(request, delta, finished=False)
+
+    def _finish(self, request: Request, delta: str) -> Progress:
+        delta += request.answer.finish()
+        request.finished = time.perf_counter()
+        self.scheduler.remove(request)
+        return Progress(request, delta, finished=True)
+
+    def run(self) -> Iterator[Progress]:
+        """Step until nothing is left."""
+        while self.has_work:
+            yield from self.step()

@@ -1,0 +1,228 @@
+"""What a user asks for, what the engine keeps about it, and what comes back."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.prompt import VideoSpan
+from atb_pllava.tokenizer import AnswerDecoder, Tokenizer
+
+TokenLogprobs = dict[int, float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. The default is greedy, as in every published PLLaVA script.
+
+    max_tokens: most tokens to generate; temperature 0 is greedy, above it top_k (0: off) and top_p narrow the choice;
+    repetition_penalty divides positive and multiplies negative logits of tokens already in the prompt or the answer;
+    seed makes a sampled answer repeatable, whatever else is in the batch; stop ends the answer before any of these
+    strings; ignore_eos generates max_tokens in any case; logprobs=k returns the k best log-probabilities of each
+    token, -1 the whole row.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _check_whole("max_tokens", self.max_tokens, 1, 2**31)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p is 0; it must be above 0 and at most 1")
+        _check_whole("top_k", self.top_k, 0, 2**31)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, 2**63 - 1)
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs, -1, 2**31)
+        if not all(isinstance(s, str) and s for s in self.stop) or len(self.stop) > 64:
+            raise RequestError("stop must be at most 64 strings, none of them empty")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Where a request's time went, in seconds, and its sizes in tokens.
+
+    ttft: from the request's arrival to its first token, video decoding included; tpot: mean time of each further
+    token; prefill and vision_encode are the steps that worked on this request, other requests' share included.
+    """
+
+    prompt_tokens: int
+    video_tokens: int
+    output_tokens: int
+    video_decode: float
+    vision_encode: float
+    queue: float
+    prefill: float
+    ttft: float
+    tpot: float
+    latency: float
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished answer.
+
+    prompt_token_ids has one image token for each video; metrics.prompt_tokens counts them expanded. token_ids includes
+    the end-of-sequence token when there was one. frame_indices has a list for each video (one list when there is one
+    video). logprobs has an entry a generated token: {token id: log-probability} of the best, best first, or a float32
+    array over the vocabulary.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+    frame_indices: list[Any]
+    num_cached_tokens: int
+    metrics: Metrics
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass(frozen=True)
+class PreparedVideo:
+    """A video ready for the model: pixels [U, 3, size, size] of its distinct frames, and which of them frame t is."""
+
+    pixels: Tensor
+    frame_of: tuple[int, ...]
+    frame_indices: tuple[int, ...]
+
+
+@dataclass
+class VideoState:
+    """A video on its way through the vision tower: frames done so far, then its tokens."""
+
+    video: PreparedVideo
+    features: list[Tensor] = field(default_factory=list)
+    frames_done: int = 0
+    tokens: Tensor | None = None  # [t * h * w, hidden]
+
+
+@dataclass(eq=False)
+class Request:
+    """One request inside the engine. `token_ids` is the expanded prompt and what has been generated behind it."""
+
+    prompt_ids: Sequence[int]
+    token_ids: list[int]
+    spans: list[VideoSpan]
+    videos: list[VideoState]
+    params: SamplingParams
+    stop_token_ids: frozenset[int]
+    answer: AnswerDecoder
+    generator: torch.Generator | None = None
+    arrival: float = field(default_factory=time.perf_counter)
+    video_decode: float = 0.0
+
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    preemptions: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: PllavaError | None = None
+    vision_encode: float = 0.0
+    prefill: float = 0.0
+    started: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.token_ids)
+
+    @classmethod
+    def create(
+        cls, prompt_ids: Sequence[int], token_ids: list[int], spans: list[VideoSpan], videos: Sequence[PreparedVideo],
+        params: SamplingParams, eos: Sequence[int], tokenizer: Tokenizer, arrival: float, video_decode: float,
+    ) -> "Request":  # fmt: skip
+        generator = None
+        if params.temperature > 0:
+            generator = torch.Generator()
+            if params.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(params.seed)
+        return cls(
+            prompt_ids, token_ids, spans, [VideoState(v) for v in videos], params,
+            frozenset() if params.ignore_eos else frozenset(eos), AnswerDecoder(tokenizer, params.stop), generator,
+            arrival, video_decode,
+        )  # fmt: skip
+
+    @property
+    def generated(self) -> list[int]:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to put through the model before the next one can be sampled."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.remaining == 1 and self.num_computed > 0
+
+    @property
+    def videos_ready(self) -> bool:
+        return all(video.tokens is not None for video in self.videos)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    def output(self) -> RequestOutput:
+        """The answer of a finished request; raises what made it fail."""
+        if self.error is not None:
+            raise self.error
+        assert self.finish_reason is not None, "the request has not finished"
+        frames = [list(state.video.frame_indices) for state in self.videos]
+        further = len(self.generated) - 1
+        return RequestOutput(
+            text=self.answer.text,
+            token_ids=self.generated,
+            prompt_token_ids=list(self.prompt_ids),
+            finish_reason=self.finish_reason,
+            frame_indices=frames[0] if len(frames) == 1 else frames,
+            num_cached_tokens=0,
+            metrics=Metrics(
+                prompt_tokens=self.prompt_length,
+                video_tokens=sum(span.length for span in self.spans),
+                output_tokens=len(self.generated),
+                video_decode=self.video_decode,
+                vision_encode=self.vision_encode,
+                queue=self.started - self.arrival - self.video_decode,
+                prefill=self.prefill,
+                ttft=self.first_token - self.arrival,
+                tpot=(self.finished - self.first_token) / further if further else 0.0,
+                latency=self.finished - self.arrival,
+                preemptions=self.preemptions,
+            ),
+            logprobs=self.logprobs if self.params.logprobs is not None else None,
+        )
+
+
+def _check_whole(name: str, value: object, lowest: int, largest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= largest:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number from {lowest} to {largest}")
+
+
+def _check_number(name: str, value: object, lowest: float, largest: float) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not good or not lowest <= value <= largest:  # type: ignore[operator]
+        raise RequestError(f"{name} is {value!r}; it must be a number from {lowest:g} to {largest:g}")

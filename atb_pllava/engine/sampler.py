@@ -1,0 +1,53 @@
+"""Logits to tokens. Every request is decided on its own, so its answer does not depend on the batch."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atb_pllava.engine.request import Request, TokenLogprobs
+from atb_pllava.errors import BackendError
+
+
+def sample(logits: Tensor, request: Request) -> tuple[int, TokenLogprobs | None]:
+    """The next token of one request from its logits [vocabulary] float32, and the log-probabilities it asked for.
+
+    Log-probabilities are those of the model, before penalty, temperature and cuts.
+    Raises BackendError when the logits are not finite: a broken operator or broken weights, never a valid answer.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise BackendError("the model produced logits that are not finite; check the weights, the dtype and the backend")
+    return _choose(logits, request), _logprobs(logits, request.params.logprobs)
+
+
+def _choose(logits: Tensor, request: Request) -> int:
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        logits = _penalise(logits, request)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.cpu() / params.temperature
+    if 0 < params.top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
+    if params.top_p < 1.0:
+        best, order = logits.sort(descending=True)
+        above = best.softmax(0).cumsum(0) - best.softmax(0)  # probability of all better tokens
+        logits = logits.index_fill(0, order[above >= params.top_p], float("-inf"))
+    return int(torch.multinomial(logits.softmax(0), 1, generator=request.generator))
+
+
+def _penalise(logits: Tensor, request: Request) -> Tensor:
+    """Divide positive and multiply negative logits of tokens seen before (CTRL, as in transformers)."""
+    seen = torch.tensor(sorted({*request.prompt_ids, *request.generated}), device=logits.device)
+    old = logits[seen]
+    penalty = request.params.repetition_penalty
+    return logits.index_copy(0, seen, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def _logprobs(logits: Tensor, wanted: int | None) -> TokenLogprobs | None:
+    if wanted is None:
+        return None
+    row = logits.log_softmax(0).cpu()
+    if wanted < 0:
+        return np.asarray(row.numpy(), dtype=np.float32)
+    best = row.topk(min(wanted, len(row)))
+    return dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))

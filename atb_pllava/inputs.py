@@ -1,0 +1,93 @@
+"""Media of one request to pixels on the host: read, resized, normalised, each distinct frame once."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from atb_pllava.config import PreprocessorConfig, check_choice, RESIZE_MODES, SAMPLERS
+from atb_pllava.engine.request import PreparedVideo
+from atb_pllava.errors import VideoError
+from atb_pllava.media import read_media
+from atb_pllava.pixels import normalize, resize_frames
+from atb_pllava.sampling import sample_frame_indices
+from atb_pllava.video import Clip, MediaLimits
+
+Media = str | os.PathLike[str] | bytes | np.ndarray
+
+
+@dataclass(frozen=True)
+class VideoReader:
+    """Turns what a user names (a path, a file's bytes, uint8 frames) into what the model takes."""
+
+    num_frames: int
+    preprocessor: PreprocessorConfig
+    sampler: str = "demo"
+    resize: str = "clip"
+    limits: MediaLimits = field(default_factory=MediaLimits)
+
+    def __post_init__(self) -> None:
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("resize", self.resize, RESIZE_MODES)
+        if self.num_frames > self.limits.max_sampled_frames:
+            raise VideoError(
+                f"num_frames is {self.num_frames}, the limit is {self.limits.max_sampled_frames} "
+                "(MediaLimits.max_sampled_frames)"
+            )
+
+    def prepare(
+        self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None = None
+    ) -> list[PreparedVideo]:
+        """All videos of one request, together: the first resize looks at the sizes of all of them.
+
+        Raises VideoError for anything that cannot be read, is over the limits, or has the wrong number of frames.
+        """
+        indices = frame_indices or [None] * len(media)
+        clips = [self._read(item, wanted) for item, wanted in zip(media, indices, strict=True)]
+        pre = self.preprocessor
+        resized = resize_frames(
+            [clip.frames for clip in clips], mode=self.resize, crop_size=pre.crop_size, shortest_edge=pre.shortest_edge
+        )
+        return [self._prepare(clip, frames) for clip, frames in zip(clips, resized, strict=True)]
+
+    def _read(self, item: Media, wanted: Sequence[int] | None) -> Clip:
+        if wanted is not None and len(wanted) != self.num_frames:
+            raise VideoError(
+                f"frame_indices names {len(wanted)} frames, the model takes {self.num_frames}: name exactly that many, "
+                "or load the model with another num_frames"
+            )
+        if not isinstance(item, np.ndarray):
+            return read_media(item, self.num_frames, sampler=self.sampler, frame_indices=wanted, limits=self.limits)
+        return _clip_of_array(item, self.num_frames, wanted)
+
+    def _prepare(self, clip: Clip, frames: np.ndarray) -> PreparedVideo:
+        """Frames uint8 [T, S, S, 3] to pixels [U, 3, S, S] of the U distinct ones."""
+        numbers = list(dict.fromkeys(clip.frame_indices))
+        first_row = [clip.frame_indices.index(number) for number in numbers]
+        pixels = normalize(frames[first_row], self.preprocessor.image_mean, self.preprocessor.image_std)
+        return PreparedVideo(
+            pixels=torch.from_numpy(pixels),
+            frame_of=tuple(numbers.index(number) for number in clip.frame_indices),
+            frame_indices=tuple(clip.frame_indices),
+        )
+
+
+def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None) -> Clip:
+    """Frames that are already decoded; fewer than `num_frames` repeat by the rule for short clips."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise VideoError(
+            f"frames have shape {frames.shape} and dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
+        )
+    total = len(frames)
+    if wanted is None:
+        if total > num_frames:
+            raise VideoError(
+                f"frames holds {total} frames, the model takes {num_frames}: choose that many, or name them in "
+                "frame_indices"
+            )
+        wanted = list(range(total)) if total == num_frames else sample_frame_indices(total, num_frames)
+    if not all(0 <= index < total for index in wanted):
+        raise VideoError(f"frame_indices {list(wanted)} are not all from 0 to {total - 1}")
+    return Clip(frames[list(wanted)], list(wanted), total, 0.0, "frames")

@@ -1,0 +1,291 @@
+"""The Python interface: load a checkpoint once, then ask about videos."""
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atb_pllava.config import DTYPES, EngineConfig, PllavaConfig, PreprocessorConfig, check_choice
+from atb_pllava.engine.engine import Engine
+from atb_pllava.engine.kv_cache import plan_blocks
+from atb_pllava.engine.request import Request, RequestOutput, SamplingParams, VideoState
+from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.inputs import Media, VideoReader
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops import choose_dtype, free_memory, get_backend
+from atb_pllava.ops.interface import Backend
+from atb_pllava.prompt import choose_conversation, expand_placeholders, render
+from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.video import MediaLimits
+from atb_pllava.weights import open_checkpoint, unused_vision_layers
+
+logger = logging.getLogger(__name__)
+
+_MEDIA_KEYS = ("video", "image", "frames")
+_REQUEST_KEYS = ("prompt", "question", *_MEDIA_KEYS, "frame_indices", "history", "answer_prefix")
+
+
+class LLM:
+    """PLLaVA on one device. Not thread-safe: one thread loads and asks.
+
+    model_path is a checkpoint directory in any of the published layouts; weight_dir one with LoRA tensors (and
+    possibly more) on top of it; lora_alpha scales them by lora_alpha / rank. num_frames and pooling_shape default to
+    the checkpoint's. sampler, resize and conversation choose among the published pipelines; system replaces the
+    conversation's system text. Everything after `limits` is a field of EngineConfig.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        weight_dir: str | os.PathLike[str] | None = None,
+        lora_alpha: float | None = 4,
+        num_frames: int | None = None,
+        pooling_shape: Sequence[int] | str | None = None,
+        dtype: str = "auto",
+        backend: str = "auto",
+        *,
+        sampler: str = "demo",
+        resize: str = "clip",
+        conversation: str | None = None,
+        system: str | None = None,
+        video_caption: bool = False,
+        limits: MediaLimits | None = None,
+        **engine: Any,
+    ) -> None:
+        unknown = sorted(set(engine) - set(EngineConfig.__dataclass_fields__))
+        if unknown:
+            raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
+        engine_config = EngineConfig(**engine)
+        check_choice("dtype", dtype, DTYPES)
+        ops = get_backend(backend)
+        self.config = PllavaConfig.from_dir(weight_dir or model_path).with_video(num_frames, pooling_shape)
+        self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
+        self.conversation = choose_conversation(
+            conversation, chatml=self.tokenizer.is_chatml, system=system, video_caption=video_caption
+        )
+        preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
+        self._reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
+        self._model = load_model(
+            self.config, model_path, weight_dir, lora_alpha, ops, choose_dtype(dtype, self.config.dtype, ops)
+        )
+        self._engine = Engine(self._model, engine_config, self._plan_blocks(engine_config))
+
+    def chat(
+        self,
+        media: Media | Sequence[Media] | None,
+        question: str,
+        params: SamplingParams | None = None,
+        *,
+        history: Sequence[tuple[str, str]] = (),
+        answer_prefix: str | None = None,
+    ) -> RequestOutput:
+        """Ask one question in the model's conversation format. media None asks without a video.
+
+        history is earlier (question, answer) turns about the same media; answer_prefix is text the answer starts with.
+        An `<image>` in the question is plain text.
+        """
+        return self.generate([_chat(media, question, history, answer_prefix)], params)[0]
+
+    def stream(
+        self,
+        media: Media | Sequence[Media] | None,
+        question: str,
+        params: SamplingParams | None = None,
+        *,
+        history: Sequence[tuple[str, str]] = (),
+        answer_prefix: str | None = None,
+    ) -> Iterator[str]:
+        """Like `chat`, but yields the answer piece by piece as it is generated; closing the iterator ends the request.
+
+        Joined, the pieces are the text `chat` returns. A bad request raises here, before the first piece is asked for.
+        """
+        request = self._request(_chat(media, question, history, answer_prefix), params or SamplingParams())
+        self._engine.add(request)
+        return self._stream(request)
+
+    def generate(
+        self, requests: Iterable[Mapping[str, Any]] | Mapping[str, Any], params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Continue prompts, batched; the answers come in the order of the requests.
+
+        A request has "prompt", taken literally, in which `<image>` stands once for each of its media; or "question",
+        which is put into the conversation format as `chat` does, with "history" and "answer_prefix" if wanted. Its
+        media are "video" or "image" (a path, a file's bytes, or a list of them) or "frames" (uint8
+        [frames, height, width, 3] or a list); "frame_indices" (a list, or one for each video) fixes the frames.
+        Raises what the first bad request raises, and then returns none of the others.
+        """
+        answers: dict[int, RequestOutput] = {}
+        for number, answer in self.serve([requests] if isinstance(requests, Mapping) else requests, params):
+            if isinstance(answer, PllavaError):
+                raise answer
+            answers[number] = answer
+        return [answers[number] for number in sorted(answers)]
+
+    def serve(
+        self, requests: Iterable[Mapping[str, Any]], params: SamplingParams | None = None
+    ) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
+        """Like `generate`, but yields (number of the request, answer or error) as each one ends.
+
+        Requests are taken from the iterable, and their videos decoded, only when there is room for them soon. A bad
+        request does not end the others. Closing the iterator drops what is under way.
+        """
+        params = params or SamplingParams()
+        source = enumerate(requests)
+        numbers: dict[Request, int] = {}
+        more = True
+        try:
+            while more or numbers:
+                while more and len(numbers) < 2 * self._engine.config.max_batch_size:
+                    number, request = next(source, (-1, None))
+                    if request is None:
+                        more = False
+                        break
+                    try:
+                        ready = self._request(request, params)
+                        self._engine.add(ready)
+                        numbers[ready] = number
+                    except PllavaError as error:
+                        yield number, error
+                self._engine.step()
+                for done in [request for request in numbers if request.is_finished]:
+                    yield numbers.pop(done), done.error or done.output()
+        finally:
+            for request in numbers:
+                self._engine.abort(request)
+
+    def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
+        """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
+        state = VideoState(self._reader.prepare([media], [frame_indices])[0])
+        while state.tokens is None:
+            self._engine.runner.encode_frames(state)
+        return state.tokens
+
+    def _stream(self, request: Request) -> Iterator[str]:
+        sent = 0
+        try:
+            while True:
+                text = request.answer.text
+                if len(text) > sent:
+                    yield text[sent:]
+                    sent = len(text)
+                if request.is_finished:
+                    request.output()  # raises what made it fail
+                    return
+                self._engine.step()
+        finally:
+            self._engine.abort(request)
+
+    def _request(self, request: Mapping[str, Any], params: SamplingParams) -> Request:
+        """Check a request, decode its media and expand its prompt; ready for the engine."""
+        arrival = time.perf_counter()
+        media, indices = _media_of(request)
+        token_ids, stops = self._prompt_of(request, len(media))
+        expanded, spans = expand_placeholders(
+            token_ids, self.config.image_token_index, len(media), self.config.num_video_tokens
+        )
+        if not expanded:
+            raise RequestError("the prompt is empty; there is nothing to continue")
+        began = time.perf_counter()
+        videos = self._reader.prepare(media, indices) if media else []
+        decode_seconds = time.perf_counter() - began
+        longest = self.config.text.max_position_embeddings
+        if len(expanded) + params.max_tokens > longest:
+            logger.warning(
+                "%d prompt tokens and up to %d more exceed the %d positions the model was trained on; "
+                "the quality beyond them is untested", len(expanded), params.max_tokens, longest)  # fmt: skip
+        return Request.create(
+            token_ids, expanded, spans, videos, params, stops, self.tokenizer, arrival, decode_seconds
+        )
+
+    def _prompt_of(self, request: Mapping[str, Any], videos: int) -> tuple[list[int], list[int]]:
+        """Token ids with one image token for each video, and the tokens that end the answer."""
+        eos = list(self.config.eos_token_ids)
+        if "prompt" in request:
+            return self.tokenizer.encode(_text(request, "prompt")), eos
+        pieces = render(
+            self.conversation,
+            _text(request, "question"),
+            videos=videos,
+            history=request.get("history") or (),
+            answer_prefix=request.get("answer_prefix"),
+        )
+        turn_end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
+        return self.tokenizer.encode_pieces(pieces), eos + ([] if turn_end is None else [turn_end])
+
+    def _plan_blocks(self, config: EngineConfig) -> int:
+        """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
+        text, element = self.config.text, torch.empty(0, dtype=self._model.dtype).element_size()
+        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * element
+        longest = max(text.max_position_embeddings, self.config.num_video_tokens + 1024)
+        if config.max_input_length is not None:
+            longest = config.max_input_length + (config.max_output_length or SamplingParams.max_tokens)
+        # One block each on top: lengths are rounded up to whole blocks for every request.
+        wanted = config.max_batch_size * (longest + config.block_size)
+        blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free_memory(self._model.ops))
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %.2f GB", blocks, config.block_size,
+            blocks * config.block_size * per_token / 1e9)  # fmt: skip
+        return blocks
+
+
+def load_model(
+    config: PllavaConfig,
+    model_path: str | os.PathLike[str],
+    weight_dir: str | os.PathLike[str] | None,
+    lora_alpha: float | None,
+    ops: Backend,
+    dtype: torch.dtype,
+) -> Pllava:
+    """Build the model and fill it from a checkpoint; nothing large is allocated before every name and shape fits."""
+    with torch.device("meta"):
+        model = Pllava(config, ops, dtype)
+    shapes = {name: tuple(view.shape) for name, view in model.checkpoint_views().items()}
+    plan = open_checkpoint(model_path, weight_dir).check(
+        shapes, unused=unused_vision_layers(config), lora_alpha=lora_alpha
+    )
+    model.to_empty(device=ops.device)
+    plan.load_into(model.checkpoint_views())
+    return model.eval()
+
+
+def _chat(
+    media: Media | Sequence[Media] | None, question: str, history: Sequence[tuple[str, str]], answer_prefix: str | None
+) -> dict[str, Any]:
+    request: dict[str, Any] = {"question": question, "history": history, "answer_prefix": answer_prefix}
+    return request if media is None else {**request, "video": media}
+
+
+def _text(request: Mapping[str, Any], key: str) -> str:
+    text = request.get(key)
+    if not isinstance(text, str):
+        raise RequestError(f"a request needs a text under 'prompt' or 'question'; {key!r} is {type(text).__name__}")
+    return text
+
+
+def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[Sequence[int] | None]]:
+    """The media of a request as a list, and the frames wanted of each (None: sampled)."""
+    unknown = sorted(set(request) - set(_REQUEST_KEYS))
+    if unknown:
+        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(_REQUEST_KEYS)}")
+    if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
+        raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
+    given = [key for key in _MEDIA_KEYS if request.get(key) is not None]
+    if len(given) > 1:
+        raise RequestError(f"a request has {' and '.join(given)}; name its media under one key")
+    value = request[given[0]] if given else []
+    media: list[Media] = list(value) if isinstance(value, list | tuple) else [value]
+    indices = request.get("frame_indices")
+    if indices is None:
+        return media, [None] * len(media)
+    wanted = [indices] if len(media) == 1 and not _is_nested(indices) else list(indices)
+    if len(wanted) != len(media):
+        raise RequestError(f"frame_indices is given for {len(wanted)} video(s), the request has {len(media)}")
+    return media, wanted
+
+
+def _is_nested(indices: Sequence[Any]) -> bool:
+    return len(indices) > 0 and not isinstance(indices[0], int)

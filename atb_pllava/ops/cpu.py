@@ -1,0 +1,133 @@
+"""The nine functions in plain torch: the default backend, and the reference every other backend is compared with.
+
+Cache layout: keys and values are [blocks, heads, block, dim], so that one head's block is contiguous.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atb_pllava.ops.interface import LayerCache, SequenceBatch, pool_by_matrices
+
+
+class TorchBackend:
+    """See `ops.interface.Backend`. Plain torch runs on any of its devices; `name` is that device's type."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.name = device
+        self.device = torch.device(device)
+
+    def new_kv_cache(
+        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[LayerCache]:
+        shape = (blocks, heads, block_size, head_dim)
+        return [
+            (torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
+            for _ in range(layers)
+        ]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * wide.to(x.dtype)
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        cos, sin = cos[:, None], sin[:, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+        block_size = cache[0].shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        cache[0][blocks, :, offsets] = keys
+        cache[1][blocks, :, offsets] = values
+
+    def prefill_attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        for i, context in enumerate(batch.context_lens):
+            rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+            length = rows.stop - rows.start
+            if context == length:
+                out[rows] = _attend(query[rows], keys[rows], values[rows], cached=0)
+            else:
+                table = batch.block_tables[i]
+                out[rows] = _attend(
+                    query[rows], _gather(cache[0], table, context), _gather(cache[1], table, context), context - length
+                )
+        return out
+
+    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
+        rows = zip(query, batch.block_tables, batch.context_lens, strict=True)
+        return torch.stack([_flash_decode(q, cache, table, context) for q, table, context in rows])
+
+    def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        return out.transpose(1, 2)
+
+    def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        frames, rows, columns, width = grid.shape
+        t, h, w = shape
+        if frames % t or rows % h or columns % w:
+            return pool_by_matrices(grid, shape).reshape(t * h * w, width)
+        bins = grid.float().reshape(t, frames // t, h, rows // h, w, columns // w, width)
+        return bins.mean(dim=(1, 3, 5)).to(grid.dtype).reshape(t * h * w, width)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
+    """Causal attention of query [L, H, D], which stands behind `cached` tokens, over keys, values [cached + L, K, D]."""
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, H, L, D]
+    mask = None
+    if cached:
+        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(cached)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
+    return out[0].transpose(0, 1)
+
+
+def _gather(cache: Tensor, table: Tensor, context: int) -> Tensor:
+    """The first `context` tokens of a sequence, [context, K, D], from its blocks."""
+    block_size = cache.shape[2]
+    blocks = cache[table[: -(-context // block_size)]]  # [blocks, K, block, D]
+    return blocks.transpose(1, 2).flatten(0, 1)[:context]
+
+
+def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int) -> Tensor:
+    """Attention of query [H, D] over `context` cached tokens: a softmax per block, merged by its log-sum-exp.
+
+    The split is that of flash decoding: blocks are independent until the last line, so a device can run them in
+    parallel. All sums are float32.
+    """
+    heads, dim = query.shape
+    block_size, kv_heads = cache[0].shape[2], cache[0].shape[1]
+    used = table[: -(-context // block_size)]
+    grouped = query.float().reshape(kv_heads, heads // kv_heads, dim) * dim**-0.5  # [K, G, D]
+    scores = grouped @ cache[0][used].float().transpose(2, 3)  # [blocks, K, G, block]
+    position = torch.arange(len(used) * block_size, device=query.device).reshape(-1, 1, 1, block_size)
+    scores = scores.masked_fill(position >= context, float("-inf"))
+    log_sums = scores.logsumexp(dim=-1, keepdim=True)  # [blocks, K, G, 1]
+    # The unused tail of the last block is uninitialised memory; 0 * NaN would be NaN.
+    values = cache[1][used].float().masked_fill(position.transpose(2, 3) >= context, 0.0)
+    parts = (scores - log_sums).exp() @ values  # [blocks, K, G, D]
+    merged = (parts * log_sums.softmax(dim=0)).sum(dim=0)
+    return merged.reshape(heads, dim).to(query.dtype)
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without that, float32 is faster."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            words = {word for line in file if line.startswith(("flags", "Features")) for word in line.split()}
+    except OSError:
+        return False
+    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

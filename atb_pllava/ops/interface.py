@@ -1,0 +1,134 @@
+"""What a device has to provide: nine functions and a KV cache.
+
+This is the whole difference between devices; everything above is written once. Letters: N packed tokens, B sequences,
+H query heads, K key/value heads, D head dimension, M block-table columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LayerCache = tuple[Tensor, Tensor]
+"""Keys and values of one decoder layer, in a layout that only its backend knows."""
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Sequences packed one behind the other. Lengths stay on the host: some devices want them there.
+
+    cu_seqlens [B + 1]: first row of each sequence, then the number of rows, counted from 0;
+    context_lens [B]: tokens of each sequence once this step is done (cached ones and new ones);
+    block_tables [B, M] int64: the cache blocks of each sequence in order, padded with 0.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    block_tables: Tensor
+
+    def __len__(self) -> int:
+        return len(self.context_lens)
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One step's work: first the decoding sequences with one token each, then prompt chunks of any length.
+
+    token_ids, positions, slots: [N] int64; a token's slot is block * block_size + offset;
+    logits_indices [L] int64: the rows whose next token is wanted;
+    video_rows [V] int64 and video_tokens [V, hidden]: rows whose embedding is a video token instead of a word.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    decode: SequenceBatch
+    prefill: SequenceBatch
+    logits_indices: Tensor
+    video_rows: Tensor | None = None
+    video_tokens: Tensor | None = None
+
+
+class Backend(Protocol):
+    """The nine functions. Inputs and results are in the model's dtype; sums, norms and softmax are in float32."""
+
+    name: str
+    device: torch.device
+
+    def new_kv_cache(
+        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[LayerCache]:
+        """Uninitialised cache for `blocks` blocks in each layer."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] times weight [out, in] transposed: [..., out]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [N, hidden] divided by its root mean square over the last axis, times weight [hidden]."""
+        ...
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [N, heads, D] by cos, sin [N, D/2] float32; element i is paired with element i + D/2."""
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """[N, 2 * width] with gate and up side by side: silu(gate) * up, [N, width]."""
+        ...
+
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+        """Store keys and values [N, K, D] at slots [N]."""
+        ...
+
+    def prefill_attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
+    ) -> Tensor:
+        """Causal attention of prompt chunks: query [N, H, D], keys, values [N, K, D] of the same tokens: [N, H, D].
+
+        Where a sequence's context is longer than its chunk, the chunk starts behind a prefix that is in the cache;
+        the chunk's own keys and values are in the cache too.
+        """
+        ...
+
+    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
+        """Attention of one token a sequence, query [B, H, D], over its cached context: [B, H, D]."""
+        ...
+
+    def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention without mask over [frames, tokens, heads, dim]."""
+        ...
+
+    def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Adaptive average pooling of [T, h, w, C] to [t * h' * w', C] in frame-row-column order."""
+        ...
+
+
+def pooling_matrix(size: int, pooled: int) -> Tensor:
+    """Averaging matrix [pooled, size] of adaptive average pooling along one axis, float32.
+
+    Output i averages inputs floor(i * size / pooled) up to ceil((i + 1) * size / pooled), as torch's
+    AdaptiveAvgPool3d does; with more outputs than inputs, inputs repeat.
+    """
+    matrix = torch.zeros(pooled, size)
+    for i in range(pooled):
+        first, last = floor(i * size / pooled), ceil((i + 1) * size / pooled)
+        matrix[i, first:last] = 1.0 / (last - first)
+    return matrix
+
+
+def pool_by_matrices(grid: Tensor, shape: Sequence[int]) -> Tensor:
+    """Adaptive average pooling of [T, h, w, C] to [t, h', w', C] as two matrix products, exact for any sizes.
+
+    Pooling is separable: one product over frames, one over the flattened rows and columns.
+    """
+    frames, rows, columns, width = grid.shape
+    t, h, w = shape
+    over_frames = pooling_matrix(frames, t).to(grid.device)
+    over_patches = torch.kron(pooling_matrix(rows, h), pooling_matrix(columns, w)).to(grid.device)
+    pooled = over_patches @ grid.reshape(frames, rows * columns, width).float()  # [T, h'*w', C]
+    pooled = over_frames @ pooled.reshape(frames, h * w * width)  # [t, h'*w'*C]
+    return pooled.reshape(t, h, w, width).to(grid.dtype)
