@@ -3,7 +3,7 @@
 from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
 from atb_pllava.llm import LLM
-from atb_pllava.video import MediaLimits
+from atb_pllava.limits import MediaLimits
 
 __version__ = "0.1.0"
 

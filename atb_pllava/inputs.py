@@ -13,7 +13,8 @@ from atb_pllava.errors import VideoError
 from atb_pllava.media import read_media
 from atb_pllava.pixels import normalize, resize_frames
 from atb_pllava.sampling import sample_frame_indices
-from atb_pllava.video import Clip, MediaLimits
+from atb_pllava.limits import MediaLimits
+from atb_pllava.video import Clip
 
 Media = str | os.PathLike[str] | bytes | np.ndarray
 

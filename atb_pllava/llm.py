@@ -20,7 +20,7 @@ from atb_pllava.ops import choose_dtype, free_memory, get_backend
 from atb_pllava.ops.interface import Backend
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.video import MediaLimits
+from atb_pllava.limits import MediaLimits
 from atb_pllava.weights import open_checkpoint, unused_vision_layers
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class LLM:
         Joined, the pieces are the text `chat` returns. A bad request raises here, before the first piece is asked for.
         """
         request = self._request(_chat(media, question, history, answer_prefix), params or SamplingParams())
-        self._engine.add(request)
+        self._engine.check(request)
         return self._stream(request)
 
     def generate(
@@ -154,8 +154,8 @@ class LLM:
                 for done in [request for request in numbers if request.is_finished]:
                     yield numbers.pop(done), done.error or done.output()
         finally:
-            for request in numbers:
-                self._engine.abort(request)
+            for unfinished in numbers:
+                self._engine.abort(unfinished)
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
@@ -165,17 +165,19 @@ class LLM:
         return state.tokens
 
     def _stream(self, request: Request) -> Iterator[str]:
+        self._engine.add(request)  # here and not in `stream`: an iterator nobody starts costs nothing
         sent = 0
         try:
             while True:
-                text = request.answer.text
+                finished, text = request.is_finished, request.answer.text
                 if len(text) > sent:
                     yield text[sent:]
                     sent = len(text)
-                if request.is_finished:
+                elif not finished:
+                    self._engine.step()
+                if finished:
                     request.output()  # raises what made it fail
                     return
-                self._engine.step()
         finally:
             self._engine.abort(request)
 

@@ -175,9 +175,8 @@ class AnswerDecoder:
             self._text, self.stopped = self._text[: min(ends)], True
 
     def _release(self, final: bool) -> str:
-        sure = len(self._text.rstrip())
-        if not final and not self.stopped:
-            sure = min(sure, len(self._text) - self._stop_overlap())
+        held = 0 if final or self.stopped else self._stop_overlap()
+        sure = len(self._text[: len(self._text) - held].rstrip())
         before = self.text
         self._emitted = max(self._emitted, sure)
         return self.text[len(before) :]

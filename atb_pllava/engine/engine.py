@@ -37,7 +37,12 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError naming the numbers when a limit is exceeded."""
+        """Queue a request. Raises what `check` raises."""
+        self.check(request)
+        self.scheduler.add(request)
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError naming the numbers when the request is over a limit or could not finish even alone."""
         longest_prompt, longest_answer = self.config.max_input_length, self.config.max_output_length
         if longest_prompt is not None and request.prompt_length > longest_prompt:
             video = sum(span.length for span in request.spans)
@@ -50,7 +55,7 @@ class Engine:
                 f"max_tokens is {request.params.max_tokens}, the limit is {longest_answer}: raise --max_output_length "
                 "or ask for less"
             )
-        self.scheduler.add(request)
+        self.scheduler.check(request)
 
     def abort(self, request: Request) -> None:
         """Drop a request wherever it stands; its blocks are free at once."""

@@ -41,7 +41,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError when it could not finish even alone."""
+        """Queue a request that `check` lets through."""
+        self.waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError when the request could not finish even alone."""
         block_size = self.config.block_size
         longest = request.prompt_length + request.params.max_tokens - 1  # the last token is never fed back
         if blocks_for(longest, block_size) > self.allocator.total:
@@ -50,7 +54,6 @@ class Scheduler:
                 f"but the KV cache holds {self.allocator.total * block_size} tokens in all: ask for fewer tokens, use a "
                 "smaller pooling shape, or give the KV cache more memory (kv_cache_bytes)"
             )
-        self.waiting.append(request)
 
     def admit(self) -> None:
         """Let waiting requests in while there is a place in the batch and room for their whole prompt."""

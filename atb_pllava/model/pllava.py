@@ -26,8 +26,8 @@ class Pllava(nn.Module):
     def encode_frames(self, pixels: Tensor) -> Tensor:
         """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden]."""
         side = self.config.vision.grid
-        features: Tensor = self.projector(self.vision(pixels))
-        return features.unflatten(1, (side, side))
+        features: Tensor = self.projector(self.vision(pixels))  # [U, grid * grid, hidden]
+        return features.reshape(len(features), side, side, -1)
 
     def pool_frames(self, grid: Tensor, frame_of: Sequence[int]) -> Tensor:
         """Features [U, grid, grid, hidden] of the distinct frames to video tokens [t * h * w, hidden].

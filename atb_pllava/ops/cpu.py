@@ -112,14 +112,14 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
     block_size, kv_heads = cache[0].shape[2], cache[0].shape[1]
     used = table[: -(-context // block_size)]
     grouped = query.float().reshape(kv_heads, heads // kv_heads, dim) * dim**-0.5  # [K, G, D]
-    scores = grouped @ cache[0][used].float().transpose(2, 3)  # [blocks, K, G, block]
+    scores: Tensor = grouped @ cache[0][used].float().transpose(2, 3)  # [blocks, K, G, block]
     position = torch.arange(len(used) * block_size, device=query.device).reshape(-1, 1, 1, block_size)
     scores = scores.masked_fill(position >= context, float("-inf"))
     log_sums = scores.logsumexp(dim=-1, keepdim=True)  # [blocks, K, G, 1]
     # The unused tail of the last block is uninitialised memory; 0 * NaN would be NaN.
     values = cache[1][used].float().masked_fill(position.transpose(2, 3) >= context, 0.0)
     parts = (scores - log_sums).exp() @ values  # [blocks, K, G, D]
-    merged = (parts * log_sums.softmax(dim=0)).sum(dim=0)
+    merged: Tensor = (parts * log_sums.softmax(dim=0)).sum(dim=0)
     return merged.reshape(heads, dim).to(query.dtype)
 
 

@@ -1,0 +1,98 @@
+"""Frames to the vision tower's pixels: the two resizes, the centre crop and the normalisation of PLLaVA.
+
+Bit-exact with the original, which resizes 8-bit images with Pillow. `T` frames, `H` x `W` source size, `S` crop size.
+Decoding is in `video.py`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from .errors import VideoError
+
+RESIZE_MODES = ("clip", "res672", "squash")
+LONGEST_EDGE = 640  # of the first resize; a constant of the original's processor, not an option
+
+
+def resize_frames(
+    videos: Sequence[np.ndarray], *, mode: str = "clip", crop_size: int = 336, shortest_edge: int = 336
+) -> list[np.ndarray]:
+    """Videos of one request, uint8 [T, H, W, 3] each, to uint8 [T, S, S, 3] each.
+
+    "clip": PLLaVA's processor, a bicubic resize whose size depends on all videos of the request together, then CLIP's
+    bicubic resize of the short edge and centre crop. "res672": the same after a bilinear resize of the short edge to
+    672, as the published evaluation does. "squash": one bilinear resize to S x S that changes the aspect ratio.
+    Raises VideoError for an unknown mode and for a crop larger than the resized frame.
+    """
+    if mode not in RESIZE_MODES:
+        raise VideoError(f"resize mode is {mode!r}; allowed are {', '.join(RESIZE_MODES)}")
+    if not 1 <= crop_size <= shortest_edge:
+        raise VideoError(f"crop_size is {crop_size}; it must be 1 to shortest_edge, which is {shortest_edge}")
+    if mode == "squash":
+        return [_each_frame(v, lambda f: f.resize((crop_size, crop_size), Image.Resampling.BILINEAR)) for v in videos]
+    if mode == "res672":
+        videos = [_each_frame(v, lambda f: _resize_short_edge(f, 672, Image.Resampling.BILINEAR)) for v in videos]
+    short, long = _common_size([(v.shape[2], v.shape[1]) for v in videos], shortest_edge)
+
+    def crop(frame: Image.Image) -> Image.Image:
+        frame = _crop_long_edge(_resize_short_edge(frame, short, Image.Resampling.BICUBIC), long)
+        return _crop_centre(_resize_short_edge(frame, shortest_edge, Image.Resampling.BICUBIC), crop_size)
+
+    return [_each_frame(video, crop) for video in videos]
+
+
+def normalize(frames: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """uint8 [T, S, S, 3] to contiguous float32 [T, 3, S, S]: x / 255, minus `mean`, divided by `std` of each channel.
+
+    The order and dtypes of transformers' CLIPImageProcessor: x * (1 / 255) in float64, rounded to float32, the rest in
+    float32. A byte has 256 values, so each channel is one table.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    tables = (scaled[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)  # [256, 3]
+    pixels = np.empty((frames.shape[0], 3, *frames.shape[1:3]), np.float32)
+    for channel in range(3):
+        np.take(tables[:, channel], frames[..., channel], out=pixels[:, channel])
+    return pixels
+
+
+def _each_frame(video: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """Applies `change` (Pillow image to Pillow image) to every frame; copies of one still image are changed once."""
+    if video.strides[0] == 0:
+        one = np.asarray(change(Image.fromarray(video[0])))
+        return np.broadcast_to(one, (len(video), *one.shape))
+    return np.stack([np.asarray(change(Image.fromarray(frame))) for frame in video])
+
+
+def _common_size(sizes: Sequence[tuple[int, int]], shortest_edge: int) -> tuple[int, int]:
+    """Short and long edge that all videos (width, height) of a request share after the first resize.
+
+    Formula of PLLaVA `processing_pllava.py` (`resize_crop_longshort`); the least elongated video decides the ratio.
+    """
+    ratio = min(max(size) / min(size) for size in sizes)
+    short = max(min(size) for size in sizes)
+    longest = min(LONGEST_EDGE, max(max(size) for size in sizes))
+    short = max(min(short, int(longest / ratio)), shortest_edge)
+    return short, int(short * ratio)
+
+
+def _resize_short_edge(frame: Image.Image, edge: int, resample: Image.Resampling) -> Image.Image:
+    """The short edge becomes `edge` pixels, the long one int(edge * long / short), as transformers does."""
+    width, height = frame.size
+    if width <= height:
+        return frame.resize((edge, int(edge * height / width)), resample)
+    return frame.resize((int(edge * width / height), edge), resample)
+
+
+def _crop_long_edge(frame: Image.Image, long: int) -> Image.Image:
+    """Cuts the long edge to `long` pixels."""
+    # Half of half the excess, so not centred; the original does so, and only videos of unequal aspect ratio notice.
+    start = ((max(frame.size) - long) // 2) // 2
+    if frame.height > frame.width:
+        return frame.crop((0, start, frame.width, start + long))
+    return frame.crop((start, 0, start + long, frame.height))
+
+
+def _crop_centre(frame: Image.Image, size: int) -> Image.Image:
+    left, top = (frame.width - size) // 2, (frame.height - size) // 2
+    return frame.crop((left, top, left + size, top + size))

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Chat test of PLLaVA, with the positional arguments of MindIE's LLaVA scripts. See --help.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+usage() {
+    cat <<'EOF'
+usage: bash run_pa.sh --run [OPTION...] [WEIGHTS [MEDIA [VIDEO_FRAMES [MAX_BATCH_SIZE
+                            [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
+
+  --run   chat test: ask about every video and image in MEDIA and print the answers
+
+Arguments, each optional from the right:
+  WEIGHTS            checkpoint directory           (default: the tiny trained model in examples/tiny_pllava)
+  MEDIA              a directory or one file        (default: examples/videos)
+  VIDEO_FRAMES       frames taken from each video   (default: the checkpoint's, 16 for PLLaVA)
+  MAX_BATCH_SIZE     requests answered at a time    (default: 8)
+  MAX_INPUT_LENGTH   longest prompt in tokens, video tokens included (default: what the KV cache holds)
+  MAX_OUTPUT_LENGTH  most tokens of an answer       (default: 200)
+
+Options:
+  --trust_remote_code  accepted as MindIE's scripts do; no code from a checkpoint is ever executed
+  --world_size N       devices to use (default: as many as ASCEND_RT_VISIBLE_DEVICES names, or 1)
+  -h, --help           this text
+  -- ...               all that follows goes to `python -m atb_pllava run`; see `bash run_pa.sh --run -- --help`
+
+Environment:
+  ATB_PLLAVA_PYTHON          the Python to use; otherwise the active one if it has the packages, otherwise .venv,
+                             which is made from requirements_pllava.txt
+  ASCEND_RT_VISIBLE_DEVICES  visible NPUs, used as given
+  MASTER_PORT                port for communication between devices, used as given
+EOF
+}
+
+refuse() {
+    echo "error: $1" >&2
+    usage >&2
+    exit 2
+}
+
+mode="" world_size="" positional=() options=() extra=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --run) mode=run ;;
+    --performance | --precision) refuse "mode $1 is not part of this version; --run is" ;;
+    --trust_remote_code) options+=(--trust_remote_code) ;;
+    --world_size) [ $# -ge 2 ] || refuse "--world_size needs a number"; world_size=$2; shift ;;
+    --world_size=*) world_size=${1#*=} ;;
+    -h | --help) usage; exit 0 ;;
+    --) shift; extra=("$@"); break ;;
+    -*) refuse "unknown option $1" ;;
+    *) positional+=("$1") ;;
+    esac
+    shift
+done
+[ -n "$mode" ] || refuse "no mode given; use --run"
+[ ${#positional[@]} -le 6 ] || refuse "surplus argument '${positional[6]}'"
+
+if [ -z "$world_size" ]; then
+    IFS=, read -r -a devices <<<"${ASCEND_RT_VISIBLE_DEVICES:-0}"
+    world_size=${#devices[@]}
+fi
+names=(--model_path --media --num_frames --max_batch_size --max_input_length --max_output_length)
+values=("$root/examples/tiny_pllava" "$root/examples/videos")
+for i in "${!positional[@]}"; do values[i]=${positional[i]}; done
+for i in "${!values[@]}"; do options+=("${names[i]}=${values[i]}"); done
+if [ ${#positional[@]} -eq 0 ] && [ ${#extra[@]} -eq 0 ]; then
+    # What the tiny model was trained for: coloured shapes that move.
+    extra=(--prompt "Describe the video." --prompt "What moves first?" )
+fi
+
+# shellcheck source=atb_pllava/find_python.sh
+. "$root/atb_pllava/find_python.sh"
+find_python "$root/requirements_pllava.txt"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m atb_pllava run "${options[@]}" "--world_size=$world_size" "${extra[@]}"

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Style, types and tests. Arguments go to pytest: `bash tests/run.sh -k video`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=atb_pllava/find_python.sh
+. atb_pllava/find_python.sh
+find_python requirements_pllava.txt tests/requirements.txt
+"$PYTHON" -m ruff check .
+"$PYTHON" -m mypy
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,134 @@
+"""config.json and the user's options: read once, checked once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atb_pllava.config import EngineConfig, PllavaConfig, PreprocessorConfig, check_pooling_shape
+from atb_pllava.errors import ConfigError
+from conftest import raw_config
+
+
+def test_published_7b_relies_on_llama_defaults() -> None:
+    raw = {
+        "model_type": "llava", "architectures": ["PlavaForConditionalGeneration"], "image_token_index": 32000,
+        "num_frames": 16, "pooling_shape": [16, 12, 12], "torch_dtype": "bfloat16", "slide_pooling_shape": [16, 2, 2],
+        "text_config": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064, "pad_token_id": 0},
+        "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                          "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+    }  # fmt: skip
+    config = PllavaConfig.from_json(raw)
+    text = config.text
+    assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (4096, 11008, 32)
+    assert (text.num_key_value_heads, text.head_dim, text.rope_theta) == (32, 128, 10000.0)
+    assert config.vision_layers_used == 23 and config.vision.grid == 24 and config.num_video_tokens == 2304
+    assert config.dtype == "bfloat16" and config.eos_token_ids == (2,) and config.vision.hidden_act == "quick_gelu"
+
+
+def test_other_spellings() -> None:
+    raw = raw_config(rope_parameters={"rope_type": "default", "rope_theta": 5e6}, eos_token_id=7)
+    raw["dtype"] = "float16"
+    raw["image_token_id"] = raw.pop("image_token_index")
+    config = PllavaConfig.from_json(raw, {"eos_token_id": [7, 8]})
+    assert (config.text.rope_theta, config.dtype, config.eos_token_ids) == (5e6, "float16", (7, 8))
+    assert config.image_token_index == 300
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model_type", "qwen2_vl", "model_type 'qwen2_vl'"),
+        ("text_config", None, "no text_config"),
+        ("vision_config", [], "no vision_config"),
+        ("text_config.hidden_size", -1, "hidden_size is -1"),
+        ("text_config.hidden_size", "64", "hidden_size is '64'"),
+        ("text_config.hidden_size", 66, "not a multiple"),
+        ("text_config.hidden_size", 2**40, "hidden_size is"),
+        ("text_config.num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("text_config.num_hidden_layers", 10**6, "num_hidden_layers is"),
+        ("text_config.num_key_value_heads", 3, "num_attention_heads 4 is not a multiple"),
+        ("text_config.num_attention_heads", 0, "num_attention_heads is 0"),
+        ("text_config.rms_norm_eps", "tiny", "rms_norm_eps is 'tiny'"),
+        ("text_config.rope_scaling", {"type": "linear", "factor": 2}, "rope_scaling"),
+        ("text_config.tie_word_embeddings", True, "tie_word_embeddings"),
+        ("text_config.hidden_act", "gelu", "hidden_act"),
+        ("text_config.head_dim", 15, "odd"),
+        ("vision_config.image_size", 60, "not a multiple of patch_size"),
+        ("vision_config.num_attention_heads", 3, "not a multiple"),
+        ("vision_config.hidden_act", "relu", "hidden_act 'relu'"),
+        ("vision_feature_layer", -9, "vision_feature_layer -9 does not exist"),
+        ("vision_feature_layer", [-2, -3], "vision_feature_layer"),
+        ("vision_feature_select_strategy", "full", "vision_feature_select_strategy"),
+        ("projector_hidden_act", "relu", "projector_hidden_act"),
+        ("image_token_index", 304, "image_token_index is 304; it must be an integer from 0 to 303"),
+        ("num_frames", 0, "num_frames is 0"),
+        ("pooling_shape", [2, 0, 2], "pooling_shape"),
+        ("torch_dtype", "int4", "torch_dtype is 'int4'"),
+    ],
+)
+def test_impossible_configs(path: str, value: Any, message: str) -> None:
+    raw = raw_config()
+    *section, key = path.split(".")
+    (raw[section[0]] if section else raw)[key] = value
+    with pytest.raises(ConfigError, match=message):
+        PllavaConfig.from_json(raw)
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 12), [16, 12, 12], "16-12-12", "16x12x12"])
+def test_pooling_shapes(shape: Any) -> None:
+    assert check_pooling_shape(shape) == (16, 12, 12)
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 12), "16-0-12", "16-12", (16, 12, 12, 12), "a-b-c", None, (1.5, 2, 2), 7,
+                                   (True, 2, 2), (4096, 4096, 4096), "-1-2-3"])  # fmt: skip
+def test_bad_pooling_shapes(shape: Any) -> None:
+    with pytest.raises(ConfigError, match="pooling_shape"):
+        check_pooling_shape(shape)
+
+
+def test_arguments_override_the_file() -> None:
+    config = PllavaConfig.from_json(raw_config())
+    assert config.with_video().pooling_shape == (2, 2, 2)
+    assert config.with_video(8, "8-4-4").num_video_tokens == 128
+    for bad in (0, -1, 5000, "4", 2.0, True):
+        with pytest.raises(ConfigError, match="num_frames"):
+            config.with_video(num_frames=bad)  # type: ignore[arg-type]
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a directory"):
+        PllavaConfig.from_dir(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="config.json does not exist"):
+        PllavaConfig.from_dir(tmp_path)
+    for content, message in [("{", "not valid JSON"), ("[1]", "must contain a JSON object"), ("[" * 100000, "not valid"),
+                             ('{"a": "' + "x" * (11 << 20) + '"}', "larger than 10 MiB")]:  # fmt: skip
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            PllavaConfig.from_dir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(raw_config()))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert PllavaConfig.from_dir(tmp_path).eos_token_ids == (9,)
+
+
+def test_preprocessor(tmp_path: Path) -> None:
+    assert PreprocessorConfig.from_dir(tmp_path, 336) == PreprocessorConfig()
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": {"height": 112}, "size": {"shortest_edge": 112}}')
+    assert PreprocessorConfig.from_dir(tmp_path, 112).crop_size == 112
+    with pytest.raises(ConfigError, match="crops to 112 pixels; the vision tower needs 336"):
+        PreprocessorConfig.from_dir(tmp_path, 336)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [1, 2]}')
+    with pytest.raises(ConfigError, match="three numbers"):
+        PreprocessorConfig.from_dir(tmp_path, 336)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    (tmp_path / "processor_config.json").write_text('{"shortest_edge": -5}')
+    with pytest.raises(ConfigError, match="shortest_edge"):
+        PreprocessorConfig.from_dir(tmp_path, 336)
+
+
+@pytest.mark.parametrize("option", ["block_size", "max_batch_size", "prefill_chunk", "max_input_length", "vision_batch"])
+def test_engine_options(option: str) -> None:
+    for bad in (0, -1, 1.5, "8", True):
+        with pytest.raises(ConfigError, match=f"{option} is"):
+            EngineConfig(**{option: bad})

@@ -1,0 +1,65 @@
+"""Imports point down, and optional packages are imported in one place each."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "atb_pllava"
+
+# Each part with all it may import, from the bottom up.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "sampling": {"errors"},
+    "pixels": {"errors"},
+    "video": {"errors", "sampling"},
+    "media": {"errors", "video", "sampling"},
+    "tokenizer": {"errors", "config"},
+    "prompt": {"errors", "config", "tokenizer"},
+    "ops": {"errors", "ops"},
+    "model": {"errors", "config", "ops.interface", "model"},
+    "weights": {"errors", "config"},
+    "engine": {"errors", "config", "prompt", "tokenizer", "ops.interface", "model", "engine"},
+    "inputs": {"errors", "config", "engine.request", "media", "pixels", "sampling", "video"},
+    "llm": {"errors", "config", "engine", "inputs", "model", "ops", "prompt", "tokenizer", "video", "weights"},
+    "__init__": {"errors", "engine.request", "llm", "video"},
+    "__main__": {"config", "engine.request", "errors", "llm", "media", "ops", "prompt", "video"},
+}
+LAZY = {"torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are written in full"
+            names.add(node.module or "")
+    return names
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    allowed = ALLOWED[_part(path)]
+    for name in _imports(path):
+        if name.startswith("atb_pllava."):
+            target = name.removeprefix("atb_pllava.")
+            assert target in allowed or target.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_optional_packages_have_one_place() -> None:
+    for package in LAZY:
+        users = {_part(path) for path in FILES if any(n.split(".")[0] == package for n in _imports(path))}
+        assert len(users) <= 1, f"{package} is imported from {users}"
+
+
+def test_environment_is_read_in_one_file() -> None:
+    readers = [p.name for p in FILES if "environ" in p.read_text() or "getenv" in p.read_text()]
+    assert set(readers) <= {"__main__.py"}
