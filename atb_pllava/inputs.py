@@ -59,9 +59,11 @@ class VideoReader:
                 f"frame_indices names {len(wanted)} frames, the model takes {self.num_frames}: name exactly that many, "
                 "or load the model with another num_frames"
             )
-        if not isinstance(item, np.ndarray):
-            return read_media(item, self.num_frames, sampler=self.sampler, frame_indices=wanted, limits=self.limits)
-        return _clip_of_array(item, self.num_frames, wanted)
+        if isinstance(item, np.ndarray):
+            return _clip_of_array(item, self.num_frames, wanted)
+        if not isinstance(item, str | bytes | os.PathLike):
+            raise VideoError(f"a video is {item!r}; it must be a path, a file's bytes, or uint8 frames")
+        return read_media(item, self.num_frames, sampler=self.sampler, frame_indices=wanted, limits=self.limits)
 
     def _prepare(self, clip: Clip, frames: np.ndarray) -> PreparedVideo:
         """Frames uint8 [T, S, S, 3] to pixels [U, 3, S, S] of the U distinct ones."""

@@ -85,3 +85,35 @@ def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Pat
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), raw_config())
+
+
+def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:
+    """A small H.264 file of coloured noise that drifts."""
+    import av
+    import numpy as np
+
+    base = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            picture = np.roll(base, i, 1).repeat(8, 0).repeat(8, 1)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two videos and an image."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "clip2.mp4", seed=2)
+    write_video(folder / "clip10.mp4", frames=3, seed=10)
+    Image.new("RGB", (80, 60), (200, 30, 30)).save(folder / "red.png")
+    (folder / ".hidden.mp4").write_bytes(b"")
+    (folder / "notes.txt").write_text("not media")
+    return folder

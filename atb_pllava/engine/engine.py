@@ -1,8 +1,11 @@
 """The step loop: admit, encode videos, run the model, sample. One thread, no hidden state."""
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.kv_cache import BlockAllocator
@@ -12,6 +15,10 @@ from atb_pllava.engine.sampler import sample
 from atb_pllava.engine.scheduler import Scheduler
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.model.pllava import Pllava
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_REPORTS = 5.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Engine:
         self.allocator = BlockAllocator(blocks)
         self.scheduler = Scheduler(config, self.allocator)
         self.runner = Runner(model, config, blocks)
+        self._reported = time.perf_counter()
+        self._tokens_since = 0
 
     @property
     def has_work(self) -> bool:
@@ -39,6 +48,8 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` raises."""
         self.check(request)
+        if not self.has_work:
+            self._reported, self._tokens_since = time.perf_counter(), 0
         self.scheduler.add(request)
 
     def check(self, request: Request) -> None:
@@ -70,6 +81,7 @@ class Engine:
         step = self.scheduler.plan()
         if not step:
             return []
+        self._report(f"decoding {len(step.decode)} requests, prefilling {sum(n for _, n in step.prefill)} tokens")
         began = time.perf_counter()
         due = self.runner.forward(step)
         seconds = time.perf_counter() - began
@@ -85,21 +97,23 @@ class Engine:
                 request.started = time.perf_counter()
             for state in request.videos:
                 while state.tokens is None:
+                    self._report(f"encoding frame {state.frames_done + 1} of {len(state.video.pixels)}")
                     began = time.perf_counter()
                     self.runner.encode_frames(state)
                     request.vision_encode += time.perf_counter() - began
                     if decoding:
                         return
 
-    def _take_token(self, request: Request, logits: object) -> Progress:
+    def _take_token(self, request: Request, logits: Tensor) -> Progress:
         try:
-            token, logprobs = sample(logits, request)  # type: ignore[arg-type]
+            token, logprobs = sample(logits, request)
         except PllavaError as error:
             request.error = error
             return self._finish(request, "")
         if not request.generated:
             request.first_token = time.perf_counter()
         request.token_ids.append(token)
+        self._tokens_since += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
         if token in request.stop_token_ids:
@@ -117,6 +131,15 @@ class Engine:
         request.finished = time.perf_counter()
         self.scheduler.remove(request)
         return Progress(request, delta, finished=True)
+
+    def _report(self, doing: str) -> None:
+        """Say on the log every few seconds where a long run stands."""
+        now = time.perf_counter()
+        seconds = now - self._reported
+        if seconds >= _SECONDS_BETWEEN_REPORTS:
+            waiting, speed = len(self.scheduler.waiting), self._tokens_since / seconds
+            logger.info("%s, %d waiting; %.1f tokens/s in the last %.0f s", doing, waiting, speed, seconds)
+            self._reported, self._tokens_since = now, 0
 
     def run(self) -> Iterator[Progress]:
         """Step until nothing is left."""

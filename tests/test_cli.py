@@ -1,0 +1,156 @@
+"""The command line and run_pa.sh, as a user meets them: answers on stdout, one clear message on errors, exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atb_pllava.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        status = main(["run", *map(str, arguments)])
+    except SystemExit as stop:  # argparse
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def options(checkpoint: Path) -> tuple[object, ...]:
+    return "--model_path", checkpoint, "--dtype", "float32", "--backend", "cpu", "--ignore_eos"
+
+
+def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, tmp_path: Path) -> None:
+    target = tmp_path / "answers.json"
+    status, out, err = run(
+        capsys, *options, "--media", media, "--prompt", "what?", "--prompt", "why?", "--max_output_length", 3,
+        "--max_batch_size", 2, "--output_json", target)  # fmt: skip
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == f"[1/6] {media}/clip2.mp4" and lines[1] == "  question: what?"
+    assert [line.split()[1] for line in lines if line.startswith("[")] == [
+        f"{media}/{name}" for name in ("clip2.mp4", "clip2.mp4", "clip10.mp4", "clip10.mp4", "red.png", "red.png")]  # fmt: skip
+    assert lines[-1].startswith("6 answers, 18 tokens in ") and "mean TTFT" in lines[-1] and "tokens/s" in lines[-1]
+    assert "8 video tokens" in err
+    rows = json.loads(target.read_text())
+    assert [set(row) for row in rows] == [
+        {"media", "frame_indices", "prompt", "prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}] * 6  # fmt: skip
+    assert rows[2]["frame_indices"] == [0, 0, 1, 2] and len(rows[0]["token_ids"]) == 3
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_text_only_and_one_file(capsys, options, media: Path) -> None:
+    status, out, _ = run(capsys, *options, "--prompt", "hello", "--max_output_length", 2)
+    assert status == 0 and out.startswith("[1/1] no media\n")
+    status, out, _ = run(capsys, *options, "--media", media / "red.png", "--max_output_length", 2)
+    assert status == 0 and "red.png" in out and "question: Describe the video in details." in out
+
+
+def test_one_bad_file_among_good_ones(capsys, options, media: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"this is no video")
+    (tmp_path / "b.mp4").write_bytes((media / "clip2.mp4").read_bytes())
+    status, out, err = run(capsys, *options, "--media", tmp_path, "--max_output_length", 2)
+    assert status == 2
+    assert "1 answers, 1 failed" in out and "a.mp4" in err and "b.mp4\n" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--media", "/nowhere"], "/nowhere"),
+        (["--media", ROOT / ".ci"], "no image or video"),
+        (["--num_frames", "0"], "num_frames is 0"),
+        (["--num_frames", "1000000000"], "num_frames is 1000000000"),
+        (["--num_frames", "100"], "max_sampled_frames"),
+        (["--pooling_shape", "16-0-12"], "pooling_shape is '16-0-12'"),
+        (["--backend", "tpu"], "invalid choice: 'tpu'"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
+        (["--conversation", "nobody"], "invalid choice: 'nobody'"),
+        (["--max_input_length", "5"], "the limit is 5"),
+        (["--max_output_length", "0"], "max_output_length is 0"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--world_size", "2"], "world_size is 2"),
+        (["--output_json", "/nowhere/x.json"], "--output_json /nowhere/x.json cannot be written"),
+        (["--media_limit", "max_size=3"], "max_bytes"),
+        (["--media_limit", "max_side=-3"], "max_side=-3"),
+        (["--no_such_option"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input_is_one_message_and_status_2(capsys, options, media: Path, arguments: list, message: str) -> None:
+    given = arguments if "--media" in arguments else ["--media", media / "clip2.mp4", *arguments]
+    status, _, err = run(capsys, *options, *given)
+    assert status == 2 and message in err
+    assert sum("error:" in line for line in err.splitlines()) == 1
+
+
+def test_trust_remote_code_says_what_it_does(capsys, options) -> None:
+    status, _, err = run(capsys, *options, "--trust_remote_code", "--prompt", "a", "--max_output_length", 1)
+    assert status == 0 and "no code from a checkpoint is ever executed" in err
+
+
+def test_media_limits_are_adjustable(capsys, options, media: Path) -> None:
+    clip = ("--media", media / "clip2.mp4", "--max_output_length", 1)
+    status, _, err = run(capsys, *options, *clip, "--media_limit", "max_side=50")
+    assert status == 2 and "max_side" in err
+    assert run(capsys, *options, *clip, "--media_limit", "max_side=96")[0] == 0
+
+
+def script(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "run_pa.sh"), *map(str, arguments)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable, **environment}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_positional_arguments_of_the_script(checkpoint: Path, media: Path) -> None:
+    done = script("--run", "--trust_remote_code", checkpoint, media, 3, 2, 500, 5, "--", "--ignore_eos", "--prompt", "a b")
+    assert done.returncode == 0, done.stderr
+    assert "3 answers, 15 tokens" in done.stdout and "question: a b" in done.stdout
+    assert "3 frames pooled" in done.stderr and "no code from a checkpoint" in done.stderr
+
+
+def test_the_script_keeps_the_users_environment(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\n[ "$1" = - ] && exit 0\nenv; echo "ARGS $*"\n')
+    fake.chmod(0o755)
+    done = script("--run", "W", "M", ATB_PLLAVA_PYTHON=str(fake), ASCEND_RT_VISIBLE_DEVICES="5,3", MASTER_PORT="20777")
+    assert "ASCEND_RT_VISIBLE_DEVICES=5,3" in done.stdout and "MASTER_PORT=20777" in done.stdout
+    assert "ARGS -m atb_pllava run --model_path=W --media=M --world_size=2" in done.stdout
+    done = script("--run", "--world_size", 1, "W", ATB_PLLAVA_PYTHON=str(fake), ASCEND_RT_VISIBLE_DEVICES="5,3")
+    assert "--world_size=1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runn"], "unknown option --runn"),
+        ([], "no mode given"),
+        (["--run", *"abcdefg"], "surplus argument 'g'"),
+        (["--performance"], "not part of this version"),
+        (["--run", "--world_size"], "needs a number"),
+    ],
+)
+def test_script_usage_errors(arguments: list[str], message: str) -> None:
+    done = script(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "usage:" in done.stderr and done.stdout == ""
+
+
+def test_script_help() -> None:
+    done = script("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("WEIGHTS", "MEDIA", "VIDEO_FRAMES", "MAX_BATCH_SIZE", "MAX_INPUT_LENGTH", "MAX_OUTPUT_LENGTH",
+                 "--trust_remote_code", "--world_size", "ASCEND_RT_VISIBLE_DEVICES", "MASTER_PORT"):  # fmt: skip
+        assert word in done.stdout
+
+
+def test_an_interpreter_that_lacks_packages_is_named(tmp_path: Path) -> None:
+    done = script("--run", ATB_PLLAVA_PYTHON=str(tmp_path / "none"))
+    assert done.returncode == 2 and "is no Python that runs" in done.stderr

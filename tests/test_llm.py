@@ -1,0 +1,192 @@
+"""The Python interface: every form of request, and every wrong one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atb_pllava import (
+    LLM,
+    BackendError,
+    ConfigError,
+    MediaLimits,
+    PllavaError,
+    RequestError,
+    SamplingParams,
+    VideoError,
+    WeightError,
+)
+
+SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
+PROMPT = "USER:<image> what? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> LLM:
+    return LLM(checkpoint, dtype="float32", backend="cpu")
+
+
+def test_chat_equals_generate_of_its_prompt(llm: LLM, media: Path) -> None:
+    clip = str(media / "clip2.mp4")
+    chat = llm.chat(clip, "what?", SHORT)
+    generate = llm.generate([{"prompt": PROMPT, "video": clip}], SHORT)[0]
+    assert chat.token_ids == generate.token_ids and chat.prompt_token_ids == generate.prompt_token_ids
+    assert chat.frame_indices == [1, 4, 7, 9] and chat.finish_reason == "length"
+    metrics = chat.metrics
+    assert metrics.video_tokens == 8 and metrics.prompt_tokens == len(chat.prompt_token_ids) + 7
+    assert 0 < metrics.video_decode <= metrics.ttft <= metrics.latency and metrics.output_tokens == 4
+
+
+def test_sources_of_a_video_agree(llm: LLM, media: Path) -> None:
+    path = media / "clip2.mp4"
+    by_path = llm.encode_video(path)
+    assert by_path.shape == (8, 64) and torch.isfinite(by_path).all()
+    assert torch.equal(llm.encode_video(path.read_bytes()), by_path)
+    assert torch.equal(llm.encode_video(str(path), [1, 4, 7, 9]), by_path)
+    assert not torch.equal(llm.encode_video(path, frame_indices=[0, 1, 2, 3]), by_path)
+
+
+def test_batches_mix_videos_images_and_text(llm: LLM, media: Path) -> None:
+    clips = [str(media / "clip2.mp4"), media / "clip10.mp4"]
+    requests = [
+        {"prompt": PROMPT, "video": clips[0]},
+        {"prompt": PROMPT, "video": clips[1], "frame_indices": [0, 1, 2, 2]},
+        {"prompt": PROMPT, "image": media / "red.png"},
+        {"prompt": "USER:<image> or <image>? ASSISTANT:", "video": clips},
+        {"prompt": "USER: hello ASSISTANT:"},
+        {"question": "what?", "video": clips[0]},
+        {"question": "hello", "history": [("a", "b")], "answer_prefix": " c"},
+        {"prompt": PROMPT, "frames": np.zeros((4, 70, 60, 3), np.uint8)},
+    ]
+    together = llm.generate(requests, SHORT)
+    for request, out in zip(requests, together, strict=True):
+        assert llm.generate(request, SHORT)[0].token_ids == out.token_ids
+    assert [out.frame_indices for out in together[:4]] == [
+        [1, 4, 7, 9], [0, 1, 2, 2], [0, 0, 0, 0], [[1, 4, 7, 9], [0, 0, 1, 2]]]  # fmt: skip
+    assert together[4].frame_indices == [] and together[4].metrics.video_tokens == 0
+    assert together[3].metrics.video_tokens == 16
+    assert together[5].token_ids == together[0].token_ids
+
+
+def test_the_order_of_videos_and_frames_counts(llm: LLM, media: Path) -> None:
+    one, two = media / "clip2.mp4", media / "clip10.mp4"
+    prompt = "USER:<image> or <image>? ASSISTANT:"
+    rows = SamplingParams(max_tokens=1, logprobs=-1)
+    first, second = (llm.generate({"prompt": prompt, "video": v}, rows)[0].logprobs[0] for v in ([one, two], [two, one]))
+    assert abs(first - second).max() > 1e-3
+
+
+def test_short_arrays_repeat_frames_and_long_ones_are_refused(llm: LLM) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (2, 60, 60, 3), dtype=np.uint8)
+    assert torch.allclose(llm.encode_video(frames), llm.encode_video(frames[[0, 0, 0, 1]]), atol=1e-5)
+    with pytest.raises(VideoError, match="frames holds 5 frames, the model takes 4"):
+        llm.encode_video(np.zeros((5, 60, 60, 3), np.uint8))
+    for bad in (np.zeros((4, 3, 60, 60), np.uint8), np.zeros((4, 60, 60, 3), np.float32), np.zeros((4, 0, 60, 3), np.uint8)):
+        with pytest.raises(VideoError, match="RGB frames are uint8"):
+            llm.encode_video(bad)
+
+
+def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
+    out = llm.chat(media / "clip2.mp4", "is <image> or </s> here?", SHORT)
+    assert out.prompt_token_ids.count(300) == 1 and out.metrics.video_tokens == 8
+    assert llm.chat(None, "what is <image>?", SHORT).prompt_token_ids.count(300) == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        ({"prompt": "no placeholder", "video": "clip2.mp4"}, RequestError, "0 <image> and the request 1"),
+        ({"prompt": PROMPT}, RequestError, "1 <image> and the request 0"),
+        ({"prompt": PROMPT, "video": ["clip2.mp4", "clip2.mp4"]}, RequestError, "1 <image> and the request 2"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [1]}, VideoError, "names 1 frames, the model takes 4"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [0, 1, 2, 12]}, VideoError, "12"),
+        ({"prompt": PROMPT, "video": "nothing.mp4"}, VideoError, "nothing.mp4"),
+        ({"prompt": PROMPT, "video": "notes.txt"}, VideoError, "notes.txt"),
+        ({"prompt": PROMPT, "video": 7}, PllavaError, "7"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "image": "red.png"}, RequestError, "video and image"),
+        ({"prompt": PROMPT, "vidoe": "clip2.mp4"}, RequestError, "unknown keys .'vidoe'."),
+        ({"prompt": 5}, RequestError, "'prompt' is int"),
+        ({}, RequestError, "needs a text"),
+        ({"prompt": "a", "history": []}, RequestError, "takes no 'question'"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [[0, 1, 2, 3]] * 2}, RequestError, "2 video"),
+    ],
+)  # fmt: skip
+def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, message: str) -> None:
+    if isinstance(request_.get("video"), str):
+        request_ = {**request_, "video": str(media / request_["video"])}
+    elif isinstance(request_.get("video"), list):
+        request_ = {**request_, "video": [str(media / name) for name in request_["video"]]}
+    with pytest.raises(error, match=message):
+        llm.generate(request_, SHORT)
+    assert not llm._engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "tpu"}, BackendError, "auto, cpu, cuda, ascend"),
+        ({"backend": "ascend"}, BackendError, "ascend"),
+        ({"dtype": "int8"}, ConfigError, "auto, float32, bfloat16, float16"),
+        ({"sampler": "best"}, ConfigError, "demo, eval, npu"),
+        ({"resize": "pad"}, ConfigError, "clip, res672, squash"),
+        ({"conversation": "vicuna"}, ConfigError, "plain"),
+        ({"num_frames": 0}, ConfigError, "num_frames is 0"),
+        ({"num_frames": -3}, ConfigError, "num_frames is -3"),
+        ({"num_frames": 65}, VideoError, "num_frames is 65, the limit is 64"),
+        ({"pooling_shape": (16, 0, 12)}, ConfigError, "pooling_shape"),
+        ({"max_batch_size": 0}, ConfigError, "max_batch_size is 0"),
+        ({"weight_dir": "/nowhere"}, ConfigError, "/nowhere is not a directory"),
+        ({"max_sequences": 3}, TypeError, "max_batch_size"),
+    ],
+)
+def test_bad_options(checkpoint: Path, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(checkpoint, **options)
+
+
+def test_cuda_is_refused_where_there_is_none(checkpoint: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(BackendError, match="finds no CUDA device"):
+        LLM(checkpoint, backend="cuda")
+
+
+def test_a_model_path_that_is_none(tmp_path: Path) -> None:
+    for path, error in [(tmp_path / "nothing", ConfigError), (tmp_path, ConfigError)]:
+        with pytest.raises(error, match=str(tmp_path)):
+            LLM(path)
+
+
+def test_config_and_weights_that_disagree(checkpoint: Path, tmp_path: Path) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"intermediate_size": 96', '"intermediate_size": 1048576'))
+    with pytest.raises(WeightError, match="mlp"):
+        LLM(tmp_path)
+
+
+def test_limits_can_be_changed(checkpoint: Path, media: Path) -> None:
+    strict = LLM(checkpoint, dtype="float32", backend="cpu", limits=MediaLimits(max_side=90))
+    with pytest.raises(VideoError, match="max_side"):
+        strict.chat(media / "clip2.mp4", "what?", SHORT)
+
+
+def test_bfloat16_stays_close_to_float32(llm: LLM, checkpoint: Path, media: Path) -> None:
+    half = LLM(checkpoint, dtype="bfloat16", backend="cpu")
+    clip, rows = media / "clip2.mp4", SamplingParams(max_tokens=1, logprobs=-1)
+    tokens, exact = half.encode_video(clip), llm.encode_video(clip)
+    assert tokens.dtype == torch.bfloat16
+    assert (tokens.float() - exact).norm() < 0.05 * exact.norm()
+    ours, theirs = (model.chat(clip, "what?", rows).logprobs[0] for model in (half, llm))
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.99
+
+
+def test_video_tokens_stand_in_frame_row_column_order(llm: LLM) -> None:
+    """Changing one corner of one frame changes just the token that covers it, up to what attention spreads."""
+    frames = np.full((4, 56, 56, 3), 100, np.uint8)
+    changed = frames.copy()
+    changed[3, 28:, :28] = 250  # last frame, lower left
+    difference = (llm.encode_video(changed) - llm.encode_video(frames)).abs().sum(1).reshape(2, 2, 2)
+    assert int(difference.argmax()) == 0b110 and float(difference[0].max()) < 1e-4
