@@ -32,7 +32,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 NAMES_PER_GROUP = 20
 SECONDS_BETWEEN_PROGRESS = 5.0
-ELEMENTS_PER_BLOCK = 4 * 2**20  # bounds the temporaries of a LoRA merge or a cast to 16 MiB
+ELEMENTS_PER_BLOCK = 2**20  # bounds each temporary of a LoRA merge or a cast to 4 MiB; malloc keeps a few of them
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
