@@ -2,8 +2,8 @@
 
 from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
-from atb_pllava.llm import LLM
 from atb_pllava.limits import MediaLimits
+from atb_pllava.llm import LLM
 
 __version__ = "0.1.0"
 

@@ -17,11 +17,11 @@ from typing import Any
 from atb_pllava.config import DTYPES, RESIZE_MODES, SAMPLERS
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
+from atb_pllava.limits import MediaLimits
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
 from atb_pllava.ops import BACKENDS
 from atb_pllava.prompt import CONVERSATIONS
-from atb_pllava.limits import MediaLimits
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
     if arguments.world_size != 1:
         raise ConfigError(
-            f"world_size is {arguments.world_size}; this version runs on one device: leave --world_size out, and name one "
-            "device in ASCEND_RT_VISIBLE_DEVICES"
+            f"world_size is {arguments.world_size}; this version runs on one device: leave --world_size out, and name "
+            "one device in ASCEND_RT_VISIBLE_DEVICES"
         )
     if arguments.output_json:
         _check_writable(arguments.output_json)
@@ -217,37 +217,74 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint directory, any published layout")
     group.add_argument("--weight_dir", metavar="DIR", help="directory with LoRA tensors on top of --model_path")
-    group.add_argument("--lora_alpha", type=float, default=4.0, metavar="A",
-                       help="LoRA strength, stored in no checkpoint; scale = A / rank (default 4, as published)")  # fmt: skip
-    group.add_argument("--num_frames", type=int, metavar="T", help="frames of each video (default: the checkpoint's, 16)")
-    group.add_argument("--pooling_shape", metavar="T-H-W",
-                       help="video tokens as frames-rows-columns (default: the checkpoint's, 16-12-12)")  # fmt: skip
-    group.add_argument("--dtype", choices=DTYPES, default="auto",
-                       help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32")  # fmt: skip
+    group.add_argument(
+        "--lora_alpha",
+        type=float,
+        default=4.0,
+        metavar="A",
+        help="LoRA strength, stored in no checkpoint; scale = A / rank (default 4, as published)",
+    )
+    group.add_argument(
+        "--num_frames", type=int, metavar="T", help="frames of each video (default: the checkpoint's, 16)"
+    )
+    group.add_argument(
+        "--pooling_shape",
+        metavar="T-H-W",
+        help="video tokens as frames-rows-columns (default: the checkpoint's, 16-12-12)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
+    )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: cuda where there is one, else cpu")
     group.add_argument("--world_size", type=int, default=1, metavar="N", help="devices to split the model over")
-    group.add_argument("--trust_remote_code", action="store_true",
-                       help="accepted for compatibility; no code from a checkpoint is ever executed")  # fmt: skip
+    group.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="accepted for compatibility; no code from a checkpoint is ever executed",
+    )
     group = parser.add_argument_group("input")
     group.add_argument("--media", metavar="PATH", help="a video, an image, or a directory of them (default: text only)")
-    group.add_argument("--prompt", action="append", metavar="TEXT",
-                       help=f"question, repeatable: each is asked about each video (default: {DEFAULT_PROMPT!r})")  # fmt: skip
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help=f"question, repeatable: each is asked about each video (default: {DEFAULT_PROMPT!r})",
+    )
     group.add_argument("--sampler", choices=SAMPLERS, default="demo", help="which frames of a video are taken")
     group.add_argument("--resize", choices=RESIZE_MODES, default="clip", help="how frames become squares")
-    group.add_argument("--conversation", choices=tuple(CONVERSATIONS), metavar="NAME",
-                       help=f"prompt format (default: plain, for 34B eval_vcg_llavanext): {', '.join(CONVERSATIONS)}")  # fmt: skip
+    group.add_argument(
+        "--conversation",
+        choices=tuple(CONVERSATIONS),
+        metavar="NAME",
+        help=f"prompt format (default: plain, for 34B eval_vcg_llavanext): {', '.join(CONVERSATIONS)}",
+    )
     group.add_argument("--system", metavar="TEXT", help="system text instead of the conversation's own")
-    group.add_argument("--video_caption", action="store_true",
-                       help="PLLaVA-NPU's captioning mode: its prompt order and a system text that asks for a caption")  # fmt: skip
-    group.add_argument("--media_limit", action="append", default=[], metavar="NAME=NUMBER",
-                       help="change a limit on media: " + ", ".join(
-                           f"{name}={value}" for name, value in vars(MediaLimits()).items()))  # fmt: skip
+    group.add_argument(
+        "--video_caption",
+        action="store_true",
+        help="PLLaVA-NPU's captioning mode: its prompt order and a system text that asks for a caption",
+    )
+    group.add_argument(
+        "--media_limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="change a limit on media: " + ", ".join(f"{name}={value}" for name, value in vars(MediaLimits()).items()),
+    )
     group = parser.add_argument_group("generation")
     group.add_argument("--max_batch_size", type=int, default=8, metavar="N", help="requests at a time (default 8)")
-    group.add_argument("--max_input_length", type=int, metavar="N",
-                       help="longest prompt in tokens, video tokens included (default: what the KV cache holds)")  # fmt: skip
-    group.add_argument("--max_output_length", type=int, metavar="N",
-                       help=f"most tokens of an answer (default {defaults.max_tokens})")  # fmt: skip
+    group.add_argument(
+        "--max_input_length",
+        type=int,
+        metavar="N",
+        help="longest prompt in tokens, video tokens included (default: what the KV cache holds)",
+    )
+    group.add_argument(
+        "--max_output_length", type=int, metavar="N", help=f"most tokens of an answer (default {defaults.max_tokens})"
+    )
     group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 (default): greedy")
     group.add_argument("--top_p", type=float, default=defaults.top_p, help="keep the likeliest tokens up to this sum")
     group.add_argument("--top_k", type=int, default=defaults.top_k, help="keep the K likeliest tokens (0: all)")
@@ -255,8 +292,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="makes sampled answers repeatable")
     group.add_argument("--ignore_eos", action="store_true", help="always generate --max_output_length tokens")
     group.add_argument("--block_size", type=int, default=128, metavar="N", help="tokens in a KV block (default 128)")
-    group.add_argument("--kv_cache_bytes", type=int, metavar="N",
-                       help="memory for the KV cache (default: what a full batch needs, at most half the free memory)")  # fmt: skip
+    group.add_argument(
+        "--kv_cache_bytes",
+        type=int,
+        metavar="N",
+        help="memory for the KV cache (default: what a full batch needs, at most half the free memory)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument("--output_json", metavar="FILE", help="also write every answer with its tokens and timings")
     group.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from atb_pllava.config import PreprocessorConfig, check_choice, RESIZE_MODES, SAMPLERS
+from atb_pllava.config import RESIZE_MODES, SAMPLERS, PreprocessorConfig, check_choice
 from atb_pllava.engine.request import PreparedVideo
 from atb_pllava.errors import VideoError
+from atb_pllava.limits import MediaLimits
 from atb_pllava.media import read_media
 from atb_pllava.pixels import normalize, resize_frames
 from atb_pllava.sampling import sample_frame_indices
-from atb_pllava.limits import MediaLimits
 from atb_pllava.video import Clip
 
 Media = str | os.PathLike[str] | bytes | np.ndarray
@@ -81,7 +81,7 @@ def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | 
     """Frames that are already decoded; fewer than `num_frames` repeat by the rule for short clips."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
-            f"frames have shape {frames.shape} and dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
+            f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
         )
     total = len(frames)
     if wanted is None:

@@ -15,12 +15,12 @@ from atb_pllava.engine.kv_cache import plan_blocks
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams, VideoState
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import Media, VideoReader
+from atb_pllava.limits import MediaLimits
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, free_memory, get_backend
 from atb_pllava.ops.interface import Backend
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.limits import MediaLimits
 from atb_pllava.weights import open_checkpoint, unused_vision_layers
 
 logger = logging.getLogger(__name__)

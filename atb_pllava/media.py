@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import VideoError
-from .limits import MediaLimits, check_clip_bytes, check_size, is_image, open_media
-from .video import Clip, check_indices, check_options, read_video
+from atb_pllava.errors import VideoError
+from atb_pllava.limits import MediaLimits, check_clip_bytes, check_size, is_image, open_media
+from atb_pllava.video import Clip, check_indices, check_options, read_video
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 IMAGE_ENDINGS = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from .errors import VideoError
+from atb_pllava.errors import VideoError
 
 RESIZE_MODES = ("clip", "res672", "squash")
 LONGEST_EDGE = 640  # of the first resize; a constant of the original's processor, not an option

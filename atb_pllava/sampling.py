@@ -5,7 +5,7 @@ Plain arithmetic on frame numbers; files are opened in `video.py`, which is the 
 
 from numbers import Integral
 
-from .errors import VideoError
+from atb_pllava.errors import VideoError
 
 SAMPLERS = ("demo", "eval", "npu")
 

@@ -183,6 +183,4 @@ class AnswerDecoder:
 
     def _stop_overlap(self) -> int:
         """Characters at the end of the text that a stop string begins with."""
-        return max(
-            (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0
-        )
+        return max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)

@@ -19,12 +19,16 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from .errors import VideoError
-from .limits import MediaLimits, check_clip_bytes, check_length, check_size, is_image, open_media
-from .sampling import check_count, check_sampler, sample_frame_indices
+from atb_pllava.errors import VideoError
+from atb_pllava.limits import MediaLimits, check_clip_bytes, check_length, check_size, is_image, open_media
+from atb_pllava.sampling import check_count, check_sampler, sample_frame_indices
 
 logger = logging.getLogger(__name__)
-av.logging.set_level(None)  # older PyAV prints FFmpeg's messages
+
+try:
+    av.logging.set_level(None)  # no messages of FFmpeg
+except TypeError:  # PyAV 12
+    av.logging.set_level(av.logging.PANIC)
 
 DEMUXERS = ("mov", "matroska", "avi", "asf", "gif", "mpegts", "mpeg", "flv", "ogg")
 DECODERS = frozenset(
@@ -34,6 +38,7 @@ DECODERS = frozenset(
     + ["ffv1", "huffyuv", "ffvhuff", "rawvideo", "cinepak", "indeo4", "indeo5"]
 )
 ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a cover, not a video
+FULL_RANGE, ITU601 = 2, 5  # AVCOL_RANGE_JPEG; SWS_CS_ITU601
 SMALLEST_SEEK = 8  # packets; a shorter way is decoded through, for a seek throws away the decoder's pipeline
 TAIL = 2  # frames at the very end that many files announce but do not hold
 
@@ -165,7 +170,7 @@ class _ClipBuffer:
         check_size(frame.width, frame.height, self._reading.name, self._reading.limits)
         if self._stored is None:
             self._size = (frame.width, frame.height)
-        pixels = _upright(frame.reformat(*self._size, format="rgb24").to_ndarray(), frame)
+        pixels = _upright(_to_rgb(frame, *self._size), frame)
         if self._stored is None:
             check_clip_bytes(len(self.indices), *self._size, self._reading.name, self._reading.limits)
             self._stored = np.empty((len(self.indices), *pixels.shape), np.uint8)
@@ -188,10 +193,12 @@ def _read_frames(reading: _Reading, choose: _Choice) -> tuple[_FrameTable, _Clip
     readable = len(table.times)
     if table.truncated and max(clip.indices) >= readable:
         raise _unreadable(reading, min(k for k in clip.indices if k >= readable), table.total, readable)
-    for runs in (_plan_runs(table, clip.missing), [_whole_run(table)]):
-        _decode_runs(reading, table, runs, clip)
-        if not clip.missing:
-            return table, clip
+    _decode_runs(reading, table, _plan_runs(table, clip.missing), clip)
+    if clip.missing:
+        latest = _decode_runs(reading, table, [_whole_run(table)], clip)
+        _replace_missing_tail(table, latest, clip)
+    if not clip.missing:
+        return table, clip
     # Either frames are lost, or the packets do not hold one frame each and were no measure.
     reading.faults = 0
     total = sum(1 for _ in _all_frames(reading))
@@ -230,18 +237,18 @@ def _unreadable(reading: _Reading, index: int, total: int, readable: int) -> Vid
 def _open_stream(reading: _Reading) -> Iterator[tuple[Any, Any]]:
     """The container at its beginning and its checked video stream."""
     reading.file.seek(0)
+    # Only as container options: stream options crash PyAV before 18 where streams appear late (flv, mpegts).
     options = {
         "format_whitelist": ",".join(DEMUXERS),
         "protocol_whitelist": "none",  # a container must not open other files or addresses
-        "max_pixels": str(reading.limits.max_pixels),  # opening decodes a frame where the header is silent
     }
     try:
-        container = av.open(reading.file, options=options, metadata_errors="ignore", buffer_size=1 << 18)
+        container = av.open(reading.file, container_options=options, metadata_errors="ignore", buffer_size=1 << 18)
     except (FFmpegError, ValueError):
         raise _not_a_video(reading) from None
     with container:
         stream = _check_stream(container, reading)
-        stream.codec_context.options = {"max_pixels": options["max_pixels"]}
+        stream.codec_context.options = {"max_pixels": str(reading.limits.max_pixels)}
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = min(8, os.cpu_count() or 1)  # each thread holds a frame
         yield container, stream
@@ -261,7 +268,7 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
     name, limits = reading.name, reading.limits
     if not set(container.format.name.split(",")) & set(DEMUXERS):
         raise _not_a_video(reading)
-    streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & ATTACHED_PICTURE]
+    streams = [s for s in container.streams.video if not _is_cover(s)]
     if not streams:
         raise VideoError(f"{name}: has no video stream")
     stream = streams[0]
@@ -270,11 +277,15 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
         raise VideoError(f"{name}: video codec {codec} is not accepted; convert it, to H.264 for example")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not width or not height:
-        limit = f"{limits.max_pixels} pixels (MediaLimits.max_pixels)"
-        raise VideoError(f"{name}: the picture size is over the limit of {limit}, or cannot be read")
+        raise VideoError(f"{name}: the picture size cannot be read; the file is damaged, or the size is absurd")
     check_size(width, height, name, limits)
     check_length(_seconds(container, stream), stream.frames, name, limits)
     return stream
+
+
+def _is_cover(stream: Any) -> bool:
+    disposition = getattr(stream, "disposition", 0)  # absent before PyAV 14, then a flag, then a number
+    return bool(int(getattr(disposition, "value", disposition)) & ATTACHED_PICTURE)
 
 
 def _seconds(container: Any, stream: Any) -> float:
@@ -359,24 +370,22 @@ def _plan_runs(table: _FrameTable, targets: set[int]) -> list[_Run]:
     """The stretches from a key packet to the frames that need it, in file order."""
     assert table.times is not None
     key_times = [key.pts for key in table.keys]
-    tail = table.positions[-TAIL - 1 :]  # one of these stands in for a missing last frame
     runs: list[_Run] = []
     for index in sorted(min(k, len(table.times) - 1) for k in targets):
         position = table.positions[index]
         at = bisect_right(key_times, table.times[index]) - 1
         while at > 0 and table.keys[at].position > position:
             at -= 1
-        key, wanted = table.keys[at], frozenset([position, *(tail if index >= len(table.times) - TAIL else ())])
-        last = max(wanted)
+        key, wanted = table.keys[at], frozenset([position])
         if runs and key.position <= runs[-1].last + SMALLEST_SEEK:
-            runs[-1] = _Run(runs[-1].key, max(runs[-1].last, last), (runs[-1].wanted or frozenset()) | wanted)
+            runs[-1] = _Run(runs[-1].key, max(runs[-1].last, position), (runs[-1].wanted or frozenset()) | wanted)
         else:
-            runs.append(_Run(None if key.position <= SMALLEST_SEEK else key, last, wanted))
+            runs.append(_Run(None if key.position <= SMALLEST_SEEK else key, position, wanted))
     return runs
 
 
-def _decode_runs(reading: _Reading, table: _FrameTable, runs: list[_Run], clip: _ClipBuffer) -> None:
-    """Stores the clip's missing frames as far as the runs reach them; a failed seek ends it early."""
+def _decode_runs(reading: _Reading, table: _FrameTable, runs: list[_Run], clip: _ClipBuffer) -> Any | None:
+    """Stores the clip's missing frames as far as the runs reach them; gives the last frame there was."""
     assert table.times is not None
     index_at = {table.times[k]: k for k in clip.missing if k < len(table.times)}
     latest: Any = None
@@ -391,10 +400,15 @@ def _decode_runs(reading: _Reading, table: _FrameTable, runs: list[_Run], clip: 
                     clip.store(index, frame)
                 if latest is None or frame.pts >= latest.pts:
                     latest = frame
-        tail_starts = table.times[-TAIL - 1 :][0]
-        if latest is not None and latest.pts >= tail_starts and not table.truncated:
-            for index in [k for k in clip.missing if k >= table.total - TAIL]:
-                clip.store(index, latest)
+    return latest
+
+
+def _replace_missing_tail(table: _FrameTable, latest: Any | None, clip: _ClipBuffer) -> None:
+    """Puts the last frame there is where frames at the very end are missing."""
+    assert table.times is not None
+    if latest is not None and latest.pts >= table.times[-TAIL - 1 :][0] and not table.truncated:
+        for index in [k for k in clip.missing if k >= table.total - TAIL]:
+            clip.store(index, latest)
 
 
 def _packets_from(
@@ -449,6 +463,16 @@ def _decode(stream: Any, packet: Any | None, reading: _Reading) -> list[av.Video
     except FFmpegError:
         reading.faults += 1
         return []
+
+
+def _to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    """Pixels uint8 [height, width, 3] by the frame's own matrix and range."""
+    full = frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj")
+    # Before 17, PyAV uses the frame's matrix only when told another one for the result, where RGB has none; it passes
+    # full range on only when told so, and PyAV 12 counts ranges from 0.
+    src_range = int(full) + (not av.__version__.startswith("12."))
+    rgb = frame.reformat(width, height, format="rgb24", dst_colorspace=ITU601, src_color_range=src_range)
+    return rgb.to_ndarray()
 
 
 def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:

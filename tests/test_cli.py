@@ -37,12 +37,13 @@ def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, t
     lines = out.splitlines()
     assert lines[0] == f"[1/6] {media}/clip2.mp4" and lines[1] == "  question: what?"
     assert [line.split()[1] for line in lines if line.startswith("[")] == [
-        f"{media}/{name}" for name in ("clip2.mp4", "clip2.mp4", "clip10.mp4", "clip10.mp4", "red.png", "red.png")]  # fmt: skip
+        f"{media}/{name}" for name in ("clip2.mp4", "clip2.mp4", "clip10.mp4", "clip10.mp4", "red.png", "red.png")
+    ]
     assert lines[-1].startswith("6 answers, 18 tokens in ") and "mean TTFT" in lines[-1] and "tokens/s" in lines[-1]
     assert "8 video tokens" in err
     rows = json.loads(target.read_text())
-    assert [set(row) for row in rows] == [
-        {"media", "frame_indices", "prompt", "prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}] * 6  # fmt: skip
+    keys = {"media", "frame_indices", "prompt", "prompt_token_ids", "token_ids", "text", "finish_reason", "timings"}
+    assert [set(row) for row in rows] == [keys] * 6
     assert rows[2]["frame_indices"] == [0, 0, 1, 2] and len(rows[0]["token_ids"]) == 3
     assert list(tmp_path.iterdir()) == [target]
 
@@ -111,7 +112,8 @@ def script(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 
 def test_positional_arguments_of_the_script(checkpoint: Path, media: Path) -> None:
-    done = script("--run", "--trust_remote_code", checkpoint, media, 3, 2, 500, 5, "--", "--ignore_eos", "--prompt", "a b")
+    more = ("--ignore_eos", "--prompt", "a b")
+    done = script("--run", "--trust_remote_code", checkpoint, media, 3, 2, 500, 5, "--", *more)
     assert done.returncode == 0, done.stderr
     assert "3 answers, 15 tokens" in done.stdout and "question: a b" in done.stdout
     assert "3 frames pooled" in done.stderr and "no code from a checkpoint" in done.stderr

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import raw_config
 
 from atb_pllava.config import EngineConfig, PllavaConfig, PreprocessorConfig, check_pooling_shape
 from atb_pllava.errors import ConfigError
-from conftest import raw_config
 
 
 def test_published_7b_relies_on_llama_defaults() -> None:
@@ -102,8 +102,12 @@ def test_files(tmp_path: Path) -> None:
         PllavaConfig.from_dir(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="config.json does not exist"):
         PllavaConfig.from_dir(tmp_path)
-    for content, message in [("{", "not valid JSON"), ("[1]", "must contain a JSON object"), ("[" * 100000, "not valid"),
-                             ('{"a": "' + "x" * (11 << 20) + '"}', "larger than 10 MiB")]:  # fmt: skip
+    for content, message in [
+        ("{", "not valid JSON"),
+        ("[1]", "must contain a JSON object"),
+        ("[" * 100000, "not valid"),
+        ('{"a": "' + "x" * (11 << 20) + '"}', "larger than 10 MiB"),
+    ]:
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=message):
             PllavaConfig.from_dir(tmp_path)
@@ -127,7 +131,7 @@ def test_preprocessor(tmp_path: Path) -> None:
         PreprocessorConfig.from_dir(tmp_path, 336)
 
 
-@pytest.mark.parametrize("option", ["block_size", "max_batch_size", "prefill_chunk", "max_input_length", "vision_batch"])
+@pytest.mark.parametrize("option", ["block_size", "max_batch_size", "prefill_chunk", "max_input_length"])
 def test_engine_options(option: str) -> None:
     for bad in (0, -1, 1.5, "8", True):
         with pytest.raises(ConfigError, match=f"{option} is"):

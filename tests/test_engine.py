@@ -194,7 +194,7 @@ def test_stop_strings_end_the_answer_and_never_leak(checkpoint, alone) -> None:
 def test_limits_name_the_numbers(checkpoint) -> None:
     llm = load(checkpoint, max_input_length=20, max_output_length=10)
     with pytest.raises(RequestError, match=r"prompt is 3\d tokens \(8 of them from video\), the limit is 20"):
-        llm.generate({"prompt": "USER:<image> what is going on here?", "frames": FRAMES[0]}, SamplingParams(max_tokens=1))
+        llm.generate({"prompt": "USER:<image> what is going on here?", "frames": FRAMES[0]}, PARAMS)
     with pytest.raises(RequestError, match="max_tokens is 11, the limit is 10"):
         llm.generate({"prompt": "why"}, SamplingParams(max_tokens=11))
     small = load(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)

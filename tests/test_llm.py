@@ -73,7 +73,8 @@ def test_the_order_of_videos_and_frames_counts(llm: LLM, media: Path) -> None:
     one, two = media / "clip2.mp4", media / "clip10.mp4"
     prompt = "USER:<image> or <image>? ASSISTANT:"
     rows = SamplingParams(max_tokens=1, logprobs=-1)
-    first, second = (llm.generate({"prompt": prompt, "video": v}, rows)[0].logprobs[0] for v in ([one, two], [two, one]))
+    requests = [{"prompt": prompt, "video": videos} for videos in ([one, two], [two, one])]
+    first, second = (out.logprobs[0] for out in llm.generate(requests, rows))
     assert abs(first - second).max() > 1e-3
 
 
@@ -82,7 +83,7 @@ def test_short_arrays_repeat_frames_and_long_ones_are_refused(llm: LLM) -> None:
     assert torch.allclose(llm.encode_video(frames), llm.encode_video(frames[[0, 0, 0, 1]]), atol=1e-5)
     with pytest.raises(VideoError, match="frames holds 5 frames, the model takes 4"):
         llm.encode_video(np.zeros((5, 60, 60, 3), np.uint8))
-    for bad in (np.zeros((4, 3, 60, 60), np.uint8), np.zeros((4, 60, 60, 3), np.float32), np.zeros((4, 0, 60, 3), np.uint8)):
+    for bad in (np.zeros((4, 3, 60, 60), np.uint8), np.zeros((4, 60, 60, 3)), np.zeros((4, 0, 60, 3), np.uint8)):
         with pytest.raises(VideoError, match="RGB frames are uint8"):
             llm.encode_video(bad)
 
@@ -99,7 +100,7 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"prompt": "no placeholder", "video": "clip2.mp4"}, RequestError, "0 <image> and the request 1"),
         ({"prompt": PROMPT}, RequestError, "1 <image> and the request 0"),
         ({"prompt": PROMPT, "video": ["clip2.mp4", "clip2.mp4"]}, RequestError, "1 <image> and the request 2"),
-        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [1]}, VideoError, "names 1 frames, the model takes 4"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [1]}, VideoError, "names 1 frames"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [0, 1, 2, 12]}, VideoError, "12"),
         ({"prompt": PROMPT, "video": "nothing.mp4"}, VideoError, "nothing.mp4"),
         ({"prompt": PROMPT, "video": "notes.txt"}, VideoError, "notes.txt"),

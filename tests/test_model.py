@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from conftest import random_model, raw_config
 from torch.testing import assert_close
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
-from conftest import random_model, raw_config
 
 transformers = pytest.importorskip("transformers")
 

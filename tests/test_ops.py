@@ -66,9 +66,7 @@ def test_prefill_behind_a_cached_prefix(heads: int, kv_heads: int, cached: int) 
     offsets = (0, new[0], new[0] + new[1], sum(new))
     own_keys, own_values = (torch.cat([x[cached:] for x in xs]) for xs in (keys, values))
     out = OPS.prefill_attention(query, own_keys, own_values, cache, SequenceBatch(offsets, tuple(lengths), tables))
-    expected = [
-        dense_attention(query[offsets[i] : offsets[i + 1]], keys[i], values[i]) for i in range(len(lengths))
-    ]
+    expected = [dense_attention(query[offsets[i] : offsets[i + 1]], keys[i], values[i]) for i in range(len(lengths))]
     assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-4)
 
 

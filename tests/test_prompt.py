@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from conftest import IMAGE_ID, tokenizer_definition
 
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.prompt import CONVERSATIONS, VideoSpan, choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import AnswerDecoder, Piece, Tokenizer
-from conftest import IMAGE_ID, tokenizer_definition
 
 
 @pytest.fixture(scope="module")

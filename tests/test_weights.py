@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atb_pllava import weights
+from atb_pllava import checkpoint, weights
 from atb_pllava.config import PllavaConfig, TextConfig, VisionConfig
 from atb_pllava.errors import WeightError
 from atb_pllava.weights import (
@@ -134,7 +134,7 @@ def save_sharded(path: Path, content: Mapping[str, Tensor], index: bool = True) 
 
 
 def write_index(path: Path, weight_map: object) -> None:
-    (path / weights.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (path / checkpoint.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def raw_file(file: Path, header: object, data: bytes = b"", header_bytes: int | None = None) -> None:
@@ -395,7 +395,7 @@ def test_leftover_files_are_reported(tmp_path: Path) -> None:
     save(tmp_path, {"x": torch.zeros(1)}, "model-00003-of-00003.safetensors")
     save(tmp_path, tensors())
     assert len(open_error(tmp_path).problems) == 2
-    (tmp_path / weights.INDEX_FILE).unlink()
+    (tmp_path / checkpoint.INDEX_FILE).unlink()
     assert "beside model-00001-of-00002.safetensors" in str(open_error(tmp_path))
 
 
@@ -412,8 +412,8 @@ def test_index_names_only_files_of_its_directory(tmp_path: Path, name: object) -
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\xff"])
 def test_unreadable_index(tmp_path: Path, text: str) -> None:
     save(tmp_path, tensors())
-    (tmp_path / weights.INDEX_FILE).write_text(text, encoding="latin-1")
-    assert weights.INDEX_FILE in str(open_error(tmp_path))
+    (tmp_path / checkpoint.INDEX_FILE).write_text(text, encoding="latin-1")
+    assert checkpoint.INDEX_FILE in str(open_error(tmp_path))
 
 
 def test_index_and_shards_disagree(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32}, b"\0" * 12, None),
         ({"a": F32}, b"\0" * 8, 5000),
         ({"a": F32}, b"\0" * 8, 2**62),
-        ({"a": F32}, b"\0" * 8, weights.MAX_HEADER_BYTES + 1),
+        ({"a": F32}, b"\0" * 8, checkpoint.MAX_HEADER_BYTES + 1),
         ({"a": F32, "b": F32}, b"\0" * 8, None),
         ({"a": {**F32, "dtype": "I99"}}, b"\0" * 8, None),
         ({"a": {**F32, "shape": [2**40, 2**40]}}, b"\0" * 8, None),
@@ -457,7 +457,7 @@ def test_truncated_file(tmp_path: Path, size: int) -> None:
 
 
 def test_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MAX_TENSORS", 3)
+    monkeypatch.setattr(checkpoint, "MAX_TENSORS", 3)
     save(tmp_path, tensors())
     assert "more than 3 tensors" in str(open_error(tmp_path))
 
@@ -657,7 +657,7 @@ def test_one_report_holds_problems_of_every_kind(tmp_path: Path) -> None:
     ]
     message = str(error)
     assert message.startswith(f"the checkpoint {tmp_path} cannot be loaded, 8 problems:\n")
-    assert all(heading in message for heading, _ in list(weights.KINDS.values())[1:])
+    assert all(heading in message for heading, _ in list(checkpoint.KINDS.values())[1:])
     assert message.index("missing tensors (1):") < message.index("LoRA (1):") < message.index("what to do:")
 
 

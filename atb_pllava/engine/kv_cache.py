@@ -28,9 +28,7 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def plan_blocks(
-    wanted_tokens: int, block_size: int, bytes_per_token: int, budget: int | None, free_memory: int
-) -> int:
+def plan_blocks(wanted_tokens: int, block_size: int, bytes_per_token: int, budget: int | None, free_memory: int) -> int:
     """Number of blocks for `wanted_tokens`, within `budget` bytes or, without one, half of the free memory.
 
     bytes_per_token is 2 * layers * kv_heads * head_dim * bytes per element: 512 KiB for 7B in bfloat16.

@@ -15,7 +15,7 @@ def sample(logits: Tensor, request: Request) -> tuple[int, TokenLogprobs | None]
     Raises BackendError when the logits are not finite: a broken operator or broken weights, never a valid answer.
     """
     if not bool(torch.isfinite(logits).all()):
-        raise BackendError("the model produced logits that are not finite; check the weights, the dtype and the backend")
+        raise BackendError("the model's logits are not finite; check the weights, the dtype and the backend")
     return _choose(logits, request), _logprobs(logits, request.params.logprobs)
 
 

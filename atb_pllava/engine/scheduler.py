@@ -1,8 +1,8 @@
 """Which requests take part in the next step, and with how many tokens.
 
-Requests join and leave between steps. Decoding requests always go first, one token each; prompts fill the rest in chunks,
-so that a long one does not stall the others. When blocks run out, the youngest request gives its blocks back and is
-computed anew later: same tokens, only later.
+Requests join and leave between steps. Decoding requests always go first, one token each; prompts fill the rest in
+chunks, so that a long one does not stall the others. When blocks run out, the youngest request gives its blocks back
+and is computed anew later: same tokens, only later.
 """
 
 from collections import deque
@@ -51,8 +51,8 @@ class Scheduler:
         if blocks_for(longest, block_size) > self.allocator.total:
             raise RequestError(
                 f"the prompt is {request.prompt_length} tokens and up to {request.params.max_tokens} more are wanted, "
-                f"but the KV cache holds {self.allocator.total * block_size} tokens in all: ask for fewer tokens, use a "
-                "smaller pooling shape, or give the KV cache more memory (kv_cache_bytes)"
+                f"but the KV cache holds {self.allocator.total * block_size} tokens in all: ask for fewer tokens, use "
+                "a smaller pooling shape, or give the KV cache more memory (kv_cache_bytes)"
             )
 
     def admit(self) -> None:

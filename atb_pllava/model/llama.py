@@ -29,7 +29,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
         """[N, hidden] to the same."""
         ops, eps = self.ops, self.config.rms_norm_eps
-        x = x + ops.linear(self._attention(ops.rms_norm(x, self.attn_norm, eps), cos, sin, cache, batch), self.out.weight)
+        attended = self._attention(ops.rms_norm(x, self.attn_norm, eps), cos, sin, cache, batch)
+        x = x + ops.linear(attended, self.out.weight)
         inner = ops.swiglu(ops.linear(ops.rms_norm(x, self.mlp_norm, eps), self.gate_up.weight))
         return x + ops.linear(inner, self.down.weight)
 

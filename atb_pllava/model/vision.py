@@ -35,7 +35,7 @@ class VisionLayer(nn.Module):
         x = x + ops.linear(ops.encoder_attention(q, k, v).flatten(2), self.out_weight, self.out_bias)
         normed = F.layer_norm(x, x.shape[-1:], self.norm2_weight, self.norm2_bias, config.layer_norm_eps)
         inner = ops.linear(normed, self.fc1_weight, self.fc1_bias)
-        # CLIP's quick_gelu is x * sigmoid(1.702 x); exact GELU would leave most answers unchanged and all numbers wrong.
+        # CLIP's quick_gelu is x * sigmoid(1.702 x); with exact GELU most answers stay and all numbers are wrong.
         inner = inner * torch.sigmoid(1.702 * inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
         return x + ops.linear(inner, self.fc2_weight, self.fc2_bias)
 

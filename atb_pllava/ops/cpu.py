@@ -83,7 +83,7 @@ class TorchBackend:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
-    """Causal attention of query [L, H, D], which stands behind `cached` tokens, over keys, values [cached + L, K, D]."""
+    """Causal attention of query [L, H, D], behind `cached` earlier tokens, over keys and values [cached + L, K, D]."""
     groups = query.shape[1] // keys.shape[1]
     if groups > 1:
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
