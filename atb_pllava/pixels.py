@@ -20,15 +20,13 @@ def resize_frames(
 ) -> list[np.ndarray]:
     """Videos of one request, uint8 [T, H, W, 3] each, to uint8 [T, S, S, 3] each.
 
-    "clip": PLLaVA's processor, a bicubic resize whose size depends on all videos of the request together, then CLIP's
-    bicubic resize of the short edge and centre crop. "res672": the same after a bilinear resize of the short edge to
+    "clip": PLLaVA's processor, a bicubic resize whose size depends on all videos of the request together and whose
+    short edge is at least `shortest_edge`, then CLIP's bicubic resize of the short edge to S and centre crop. "res672": the same after a bilinear resize of the short edge to
     672, as the published evaluation does. "squash": one bilinear resize to S x S that changes the aspect ratio.
-    Raises VideoError for an unknown mode and for a crop larger than the resized frame.
+    Raises VideoError for an unknown mode.
     """
     if mode not in RESIZE_MODES:
         raise VideoError(f"resize mode is {mode!r}; allowed are {', '.join(RESIZE_MODES)}")
-    if not 1 <= crop_size <= shortest_edge:
-        raise VideoError(f"crop_size is {crop_size}; it must be 1 to shortest_edge, which is {shortest_edge}")
     if mode == "squash":
         return [_each_frame(v, lambda f: f.resize((crop_size, crop_size), Image.Resampling.BILINEAR)) for v in videos]
     if mode == "res672":
@@ -37,7 +35,7 @@ def resize_frames(
 
     def crop(frame: Image.Image) -> Image.Image:
         frame = _crop_long_edge(_resize_short_edge(frame, short, Image.Resampling.BICUBIC), long)
-        return _crop_centre(_resize_short_edge(frame, shortest_edge, Image.Resampling.BICUBIC), crop_size)
+        return _crop_centre(_resize_short_edge(frame, crop_size, Image.Resampling.BICUBIC), crop_size)
 
     return [_each_frame(video, crop) for video in videos]
 
