@@ -293,7 +293,10 @@ def _scan(tensors: Mapping[str, StoredTensor]) -> list[Problem]:
 
 def _is_finite(tensor: Tensor) -> bool:
     """No NaN and no infinity; the extremes carry both, and finding them takes no temporary of the tensor's size."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    # torch 2.1 finds no extremes of float16 on a CPU.
+    blocks = tensor.flatten().split(ELEMENTS_PER_BLOCK) if tensor.dtype == torch.float16 else (tensor,)
+    extremes = (torch.aminmax(block.float() if block.dtype == torch.float16 else block) for block in blocks)
+    return tensor.numel() == 0 or all(bool(torch.isfinite(torch.stack(pair)).all()) for pair in extremes)
 
 
 class _Progress:
