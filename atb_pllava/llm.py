@@ -245,12 +245,12 @@ def load_model(
     """Build the model and fill it from a checkpoint; nothing large is allocated before every name and shape fits."""
     with torch.device("meta"):
         model = Pllava(config, ops, dtype)
-    shapes = {name: tuple(view.shape) for name, view in model.checkpoint_views().items()}
+    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
     plan = open_checkpoint(model_path, weight_dir).check(
         shapes, unused=unused_vision_layers(config), lora_alpha=lora_alpha
     )
     model.to_empty(device=ops.device)
-    plan.load_into(model.checkpoint_views())
+    plan.load_into(model.checkpoint_parts())
     return model.eval()
 
 

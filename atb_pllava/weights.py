@@ -31,6 +31,7 @@ from atb_pllava.checkpoint import (
     read_directory,
 )
 from atb_pllava.config import PllavaConfig
+from atb_pllava.parallel import Part
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,10 @@ class LoadPlan:
         return sum(part.num_bytes for item in self.items.values() for part in item.parts)
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Tensor]) -> None:
-        """Copy every tensor to its destination (any dtype and device), W + scale * B @ A where there is a LoRA.
+    def load_into(self, destinations: Mapping[str, Part]) -> None:
+        """Copy each tensor, or this rank's part of it, to its destination (any dtype and device).
 
+        Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed.
         At most one stored tensor is in memory at a time. Raises CheckpointError with all tensors that hold NaN or
         infinity, or values that float16 destinations cannot hold; the destinations are then useless.
         """
@@ -240,32 +242,42 @@ def _check_alpha(alpha: object) -> Iterator[Problem]:
 # Values
 
 
-def _read(stored: StoredTensor) -> Tensor:
-    """The tensor as stored; rows and columns of it would be read here, by get_slice.
+def _read(stored: StoredTensor, span: tuple[slice, ...] = ()) -> Tensor:
+    """The tensor as stored, or the rows and columns of it that `span` cuts out; only those are read.
 
     The file is opened anew for each tensor: the mapping then ends with the tensor, and a long load does not keep
     every page it has touched.
     """
     try:
         with safe_open(str(stored.file), framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(stored.key)
+            tensor: Tensor = handle.get_slice(stored.key)[span] if span else handle.get_tensor(stored.key)
             return tensor
     except (OSError, SafetensorError, RuntimeError) as error:
         problem = Problem("file", str(stored.file), f"{stored.key} cannot be read: {error}")
         raise CheckpointError(str(stored.file), [problem]) from None
 
 
-def _load_tensor(name: str, item: LoadItem, scale: float | None, destination: Tensor) -> list[Problem]:
+def _spans(item: LoadItem, part: Part) -> list[tuple[slice, ...]]:
+    """What to read of the weight, and of lora_A [r, in] and lora_B [out, r]: columns are A's, rows are B's."""
+    if part.shape == tuple(part.tensor.shape):
+        return [()] * len(item.parts)
+    everything, along = (slice(None),), part.span
+    return [along, everything, along] if part.axis == 0 else [along, along, everything]
+
+
+def _load_tensor(name: str, item: LoadItem, scale: float | None, part: Part) -> list[Problem]:
     """Fill one destination; the problems are values that are not finite, here or there."""
-    parts = [_read(part) for part in item.parts]
+    # A weight without LoRA pairs with the first span only.
+    parts = [_read(stored, span) for stored, span in zip(item.parts, _spans(item, part), strict=False)]
     problems = [
         Problem("value", canonical_name(stored.key), f"NaN or infinity in {stored.file}")
-        for stored, part in zip(item.parts, parts, strict=True)
-        if not _is_finite(part)
+        for stored, values in zip(item.parts, parts, strict=True)
+        if not _is_finite(values)
     ]
     if problems:
         return problems
-    weight, lora = parts[0], [part.float() for part in parts[1:]]
+    destination = part.tensor
+    weight, lora = parts[0], [values.float() for values in parts[1:]]
     rows = max(1, ELEMENTS_PER_BLOCK * len(weight) // weight.numel())
     may_overflow = destination.dtype == torch.float16 and (weight.dtype != torch.float16 or bool(lora))
     for start in range(0, len(weight), rows):

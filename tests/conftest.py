@@ -64,7 +64,8 @@ def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
     """A float32 model with random weights of a size that makes every part matter."""
     model = Pllava(config, get_backend("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    for name, view in model.checkpoint_views().items():
+    for name, part in model.checkpoint_parts().items():
+        view = part.tensor
         noise = torch.randn(view.shape, generator=generator)
         is_norm = view.dim() == 1 and "norm" in name and name.endswith("weight")
         view.copy_(1 + 0.1 * noise if is_norm else noise * (3.0 / view.shape[-1] ** 0.5 if view.dim() > 1 else 0.1))
@@ -75,7 +76,7 @@ def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Pat
     """A loadable directory with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
     model = random_model(PllavaConfig.from_json(raw), seed)
-    save_file({name: view.contiguous().clone() for name, view in model.checkpoint_views().items()},
+    save_file({name: part.tensor.contiguous().clone() for name, part in model.checkpoint_parts().items()},
               directory / "model.safetensors")  # fmt: skip
     (directory / "config.json").write_text(json.dumps(raw))
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))

@@ -13,6 +13,10 @@ from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 transformers = pytest.importorskip("transformers")
 
 
+def views(model: Pllava) -> dict[str, torch.Tensor]:
+    return {name: part.tensor for name, part in model.checkpoint_parts().items()}
+
+
 def fill(module: torch.nn.Module, views: dict[str, torch.Tensor], prefix: str) -> None:
     """Give a transformers module our weights; every one of its parameters must be among them."""
     state = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
@@ -51,7 +55,7 @@ def test_decoder_equals_transformers(text: dict, length: int) -> None:
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{**raw_config(**text)["text_config"], "attn_implementation": "eager"})
     ).eval()
-    fill(theirs, model.checkpoint_views(), "language_model.")
+    fill(theirs, views(model), "language_model.")
     ids = torch.randint(0, 304, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     assert_close(whole_prompt(model, ids, 16), theirs(torch.tensor([ids])).logits[0], atol=2e-4, rtol=1e-3)
 
@@ -67,7 +71,7 @@ def test_vision_tower_equals_transformers(act: str) -> None:
     prefix = "vision_tower."
     if not any(name.startswith("vision_model.") for name, _ in theirs.named_parameters()):
         prefix += "vision_model."  # newer releases dropped one level
-    fill(theirs, model.checkpoint_views(), prefix)
+    fill(theirs, views(model), prefix)
     pixels = torch.randn(3, 3, 56, 56)
     expected = theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert_close(model.vision(pixels), expected, atol=1e-4, rtol=1e-3)
@@ -87,4 +91,4 @@ def test_the_meta_device_needs_no_memory() -> None:
                      num_key_value_heads=8, vocab_size=64064)  # fmt: skip
     with torch.device("meta"):
         model = Pllava(PllavaConfig.from_json(big), get_backend("cpu"), torch.bfloat16)
-    assert sum(view.numel() for view in model.checkpoint_views().values()) > 33e9
+    assert sum(view.numel() for view in views(model).values()) > 33e9

@@ -20,6 +20,7 @@ from torch import Tensor
 from atb_pllava import checkpoint, weights
 from atb_pllava.config import PllavaConfig, TextConfig, VisionConfig
 from atb_pllava.errors import WeightError
+from atb_pllava.parallel import Part
 from atb_pllava.weights import (
     Checkpoint,
     CheckpointError,
@@ -41,6 +42,10 @@ NORM = "language_model.model.norm.weight"
 PROJ = "multi_modal_projector.linear_1.weight"
 SHAPES = {f"{Q}.weight": (6, 8), f"{V}.weight": (4, 8), NORM: (8,), PROJ: (8, 5)}
 PEFT = "language_model.base_model.model.model.layers.0.self_attn"
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
 
 
 def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
@@ -88,7 +93,7 @@ def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
 def fill(plan: LoadPlan, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Load into fresh tensors that hold NaN, so that a row left out is noticed."""
     out = {name: torch.full(item.weight.shape, torch.nan, dtype=dtype) for name, item in plan.items.items()}
-    plan.load_into(out)
+    plan.load_into(whole(out))
     return out
 
 
@@ -242,7 +247,9 @@ def test_destinations_may_be_rows_of_a_fused_parameter(tmp_path: Path) -> None:
     save(tmp_path, tensors())
     plan = open_checkpoint(tmp_path).check(SHAPES)
     fused = torch.nn.Parameter(torch.zeros(10, 8))
-    plan.load_into({f"{Q}.weight": fused[:6], f"{V}.weight": fused[6:], NORM: torch.empty(8), PROJ: torch.empty(8, 5)})
+    plan.load_into(
+        whole({f"{Q}.weight": fused[:6], f"{V}.weight": fused[6:], NORM: torch.empty(8), PROJ: torch.empty(8, 5)})
+    )
     assert torch.equal(fused, torch.cat([tensors()[f"{Q}.weight"], tensors()[f"{V}.weight"]]))
     assert plan.lora_scale is None
     assert plan.bytes_total == 4 * sum(t.numel() for t in tensors().values())
@@ -699,6 +706,7 @@ def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptu
 
 CHILD = """
 import sys, torch
+from atb_pllava.parallel import Part
 from atb_pllava.weights import open_checkpoint
 def status(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
@@ -707,7 +715,7 @@ shapes = {n: t.shape for n, t in checkpoint.base.tensors.items() if ".lora_" not
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 destinations = {n: torch.zeros(*s, dtype=torch.bfloat16) for n, s in shapes.items()}
 before = status("VmRSS")
-checkpoint.check(shapes, lora_alpha=4).load_into(destinations)
+checkpoint.check(shapes, lora_alpha=4).load_into({n: Part.whole(t) for n, t in destinations.items()})
 print(status("VmHWM") - before)
 """
 

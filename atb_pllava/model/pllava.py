@@ -10,24 +10,28 @@ from atb_pllava.model.llama import Llama
 from atb_pllava.model.projector import Projector
 from atb_pllava.model.vision import VisionTower
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache
+from atb_pllava.parallel import Part, TensorParallel
 
 
 class Pllava(nn.Module):
-    """CLIP tower, projector, pooling and LLaMA. The values come later, through `checkpoint_views`."""
+    """CLIP tower, projector, pooling and LLaMA. The values come later, through `checkpoint_parts`."""
 
-    def __init__(self, config: PllavaConfig, ops: Backend, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel | None = None
+    ) -> None:
         super().__init__()
+        self.parallel = parallel or TensorParallel()
         self.config, self.ops, self.dtype = config, ops, dtype
         self.vision = VisionTower(config.vision, config.vision_layers_used, ops, dtype)
         self.projector = Projector(config.vision.hidden_size, config.text.hidden_size, ops, dtype)
-        self.language = Llama(config.text, ops, dtype)
+        self.language = Llama(config.text, ops, dtype, self.parallel)
         self.requires_grad_(False)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:
-        """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden]."""
-        side = self.config.vision.grid
-        features: Tensor = self.projector(self.vision(pixels))  # [U, grid * grid, hidden]
-        return features.reshape(len(features), side, side, -1)
+        """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden]; each rank does some frames."""
+        side, mine = self.config.vision.grid, self.parallel.share(len(pixels))
+        features: Tensor = self.projector(self.vision(pixels[mine.start : mine.stop]))  # [share, grid * grid, hidden]
+        return self.parallel.all_gather(features.reshape(len(mine), side, side, features.shape[-1]), len(pixels))
 
     def pool_frames(self, grid: Tensor, frame_of: Sequence[int]) -> Tensor:
         """Features [U, grid, grid, hidden] of the distinct frames to video tokens [t * h * w, hidden].
@@ -47,10 +51,7 @@ class Pllava(nn.Module):
         logits: Tensor = self.language(x, batch, cache)
         return logits
 
-    def checkpoint_views(self) -> dict[str, Tensor]:
-        """Every tensor a checkpoint must hold, by its plain LLaVA name, with the memory it fills."""
-        return {
-            **self.vision.checkpoint_views(),
-            **self.projector.checkpoint_views(),
-            **self.language.checkpoint_views(),
-        }
+    def checkpoint_parts(self) -> dict[str, Part]:
+        """Every tensor a checkpoint must hold, by its plain LLaVA name, with what this rank takes and where it goes."""
+        front = {**self.vision.checkpoint_views(), **self.projector.checkpoint_views()}
+        return {**{name: Part.whole(view) for name, view in front.items()}, **self.language.checkpoint_parts()}
