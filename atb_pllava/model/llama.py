@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import TextConfig
+from atb_pllava.model.linear import FusedLinear
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache
 from atb_pllava.parallel import Part, TensorParallel
+from atb_pllava.quant import Int8Layers
+
+PREFIX = "language_model.model."  # of the decoder's tensors in a plain LLaVA state dict
 
 
 class DecoderLayer(nn.Module):
@@ -17,33 +21,38 @@ class DecoderLayer(nn.Module):
     A rank has its share of the KV groups and of the MLP's columns; a sum over the ranks follows each half.
     """
 
-    def __init__(self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, int8: Int8Layers
+    ) -> None:
         super().__init__()
         self.config, self.ops, self.parallel = config, ops, parallel
-        self.groups = parallel.share(config.num_key_value_heads)
-        self.columns = parallel.share(config.intermediate_size)
-        self.kv_heads, self.head_dim = len(self.groups), config.head_dim
+        groups, all_groups = parallel.share(config.num_key_value_heads), config.num_key_value_heads
+        inner = parallel.share(config.intermediate_size)
+        self.kv_heads, self.head_dim = len(groups), config.head_dim
         self.heads = self.kv_heads * (config.num_attention_heads // config.num_key_value_heads)
-        width, inner = config.hidden_size, len(self.columns)
+        width, columns = config.hidden_size, config.intermediate_size
+        q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.attn_norm, self.mlp_norm = (nn.Parameter(torch.empty(width, dtype=dtype)) for _ in range(2))
-        qkv_rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(width, qkv_rows, bias=False, dtype=dtype)
-        self.out = nn.Linear(self.heads * self.head_dim, width, bias=False, dtype=dtype)
-        self.gate_up = nn.Linear(width, 2 * inner, bias=False, dtype=dtype)
-        self.down = nn.Linear(inner, width, bias=False, dtype=dtype)
+        # The table of split rules: whole KV groups of attention, whole columns of the MLP.
+        by_group, by_column = (groups, all_groups, dtype, int8), (inner, columns, dtype, int8)
+        qkv = {"self_attn.q_proj": q_rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
+        self.qkv = FusedLinear(ops, qkv, width, 0, *by_group)
+        self.out = FusedLinear(ops, {"self_attn.o_proj": width}, q_rows, 1, *by_group)
+        self.gate_up = FusedLinear(ops, {"mlp.gate_proj": columns, "mlp.up_proj": columns}, width, 0, *by_column)
+        self.down = FusedLinear(ops, {"mlp.down_proj": width}, columns, 1, *by_column)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
         """[N, hidden] to the same."""
         ops, join, eps = self.ops, self.parallel.all_reduce, self.config.rms_norm_eps
         attended = self._attention(ops.rms_norm(x, self.attn_norm, eps), cos, sin, cache, batch)
-        x = x + join(ops.linear(attended, self.out.weight))
-        inner = ops.swiglu(ops.linear(ops.rms_norm(x, self.mlp_norm, eps), self.gate_up.weight))
-        return x + join(ops.linear(inner, self.down.weight))
+        x = x + join(self.out(attended))
+        inner = ops.swiglu(self.gate_up(ops.rms_norm(x, self.mlp_norm, eps)))
+        return x + join(self.down(inner))
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
         """[N, hidden] to [N, H * D]: decoding rows read the cache, prompt chunks their own keys and cached prefix."""
         ops = self.ops
-        heads = ops.linear(x, self.qkv.weight).unflatten(-1, (-1, self.head_dim))
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         query, keys, values = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, keys = ops.rotary(query, cos, sin), ops.rotary(keys, cos, sin)
         ops.write_kv(keys, values, cache, batch.slots)
@@ -57,34 +66,28 @@ class DecoderLayer(nn.Module):
         return torch.cat(parts).flatten(1)
 
     def checkpoint_parts(self, prefix: str) -> dict[str, Part]:
-        """Names of transformers' LlamaDecoderLayer, each with what this rank takes of it: the table of split rules."""
-        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = self.qkv.weight.split(sizes)
-        gate, up = self.gate_up.weight.chunk(2)
-        all_groups, all_columns = self.config.num_key_value_heads, self.config.intermediate_size
-        parts = {
-            "self_attn.q_proj": Part.of(q, 0, self.groups, all_groups),
-            "self_attn.k_proj": Part.of(k, 0, self.groups, all_groups),
-            "self_attn.v_proj": Part.of(v, 0, self.groups, all_groups),
-            "self_attn.o_proj": Part.of(self.out.weight, 1, self.groups, all_groups),
-            "mlp.gate_proj": Part.of(gate, 0, self.columns, all_columns),
-            "mlp.up_proj": Part.of(up, 0, self.columns, all_columns),
-            "mlp.down_proj": Part.of(self.down.weight, 1, self.columns, all_columns),
-            "input_layernorm": Part.whole(self.attn_norm),
-            "post_attention_layernorm": Part.whole(self.mlp_norm),
-        }
-        return {f"{prefix}{name}.weight": part for name, part in parts.items()}
+        """Names of transformers' LlamaDecoderLayer, each with what this rank takes of it."""
+        linears = (self.qkv, self.out, self.gate_up, self.down)
+        parts = {name: part for linear in linears for name, part in linear.checkpoint_parts().items()}
+        parts["input_layernorm.weight"] = Part.whole(self.attn_norm)
+        parts["post_attention_layernorm.weight"] = Part.whole(self.mlp_norm)
+        return {prefix + name: part for name, part in parts.items()}
 
 
 class Llama(nn.Module):
     """Embeddings in, logits out. A rank has its share of the vocabulary's rows."""
 
-    def __init__(self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, int8: Int8Layers
+    ) -> None:
         super().__init__()
         self.config, self.ops, self.parallel = config, ops, parallel
         self.words = parallel.share(config.vocab_size)
         self.embed_tokens = nn.Embedding(len(self.words), config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(DecoderLayer(config, ops, dtype, parallel) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, ops, dtype, parallel, int8.below(f"{PREFIX}layers.{i}."))
+            for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
         self.lm_head = nn.Linear(config.hidden_size, len(self.words), bias=False, dtype=dtype)
 
@@ -105,15 +108,15 @@ class Llama(nn.Module):
         return self.parallel.all_gather(logits.T, self.config.vocab_size).T
 
     def checkpoint_parts(self) -> dict[str, Part]:
-        prefix, vocabulary = "language_model.model.", self.config.vocab_size
+        vocabulary = self.config.vocab_size
         parts = {
-            f"{prefix}embed_tokens.weight": Part.of(self.embed_tokens.weight, 0, self.words, vocabulary),
-            f"{prefix}norm.weight": Part.whole(self.norm),
+            f"{PREFIX}embed_tokens.weight": Part.of(self.embed_tokens.weight, 0, self.words, vocabulary),
+            f"{PREFIX}norm.weight": Part.whole(self.norm),
             "language_model.lm_head.weight": Part.of(self.lm_head.weight, 0, self.words, vocabulary),
         }
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
-            parts.update(layer.checkpoint_parts(f"{prefix}layers.{i}."))
+            parts.update(layer.checkpoint_parts(f"{PREFIX}layers.{i}."))
         return parts
 
 

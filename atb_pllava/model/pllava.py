@@ -11,20 +11,29 @@ from atb_pllava.model.projector import Projector
 from atb_pllava.model.vision import VisionTower
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache
 from atb_pllava.parallel import Part, TensorParallel
+from atb_pllava.quant import Int8Layers
 
 
 class Pllava(nn.Module):
-    """CLIP tower, projector, pooling and LLaMA. The values come later, through `checkpoint_parts`."""
+    """CLIP tower, projector, pooling and LLaMA. The values come later, through `checkpoint_parts`.
+
+    `int8` names the linear layers of the decoder whose weights are int8, as the checkpoint says.
+    """
 
     def __init__(
-        self, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel | None = None
+        self,
+        config: PllavaConfig,
+        ops: Backend,
+        dtype: torch.dtype,
+        parallel: TensorParallel | None = None,
+        int8: Int8Layers | None = None,
     ) -> None:
         super().__init__()
         self.parallel = parallel or TensorParallel()
         self.config, self.ops, self.dtype = config, ops, dtype
         self.vision = VisionTower(config.vision, config.vision_layers_used, ops, dtype)
         self.projector = Projector(config.vision.hidden_size, config.text.hidden_size, ops, dtype)
-        self.language = Llama(config.text, ops, dtype, self.parallel)
+        self.language = Llama(config.text, ops, dtype, self.parallel, int8 or Int8Layers())
         self.requires_grad_(False)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from atb_pllava.quant import Int8Weight
+
 LayerCache = tuple[Tensor, Tensor]
 """Keys and values of one decoder layer, in a layout that only its backend knows."""
 
@@ -64,8 +66,8 @@ class Backend(Protocol):
         """Uninitialised cache for `blocks` blocks in each layer."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] times weight [out, in] transposed: [..., out]."""
+    def linear(self, x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] times weight [out, in] transposed: [..., out], whichever way the weight is stored."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
