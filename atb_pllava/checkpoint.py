@@ -16,8 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, WeightError
+from atb_pllava.quant import Int8Layers
 
 INDEX_FILE = "model.safetensors.index.json"
+QUANT_STEM = "quant_model_weight"  # what msModelSlim calls its weight files, sharded or not
+WEIGHT_FILE = re.compile(rf"(?:(?:adapter_)?model|{QUANT_STEM}).*\.safetensors")
+INDEX = re.compile(rf"(?:model|{QUANT_STEM}\w*)\.safetensors\.index\.json")
 PICKLES = (".bin", ".pt", ".pth")
 
 # Real headers hold about 1200 names in 0.2 MB; the bounds keep a hostile file from filling the memory.
@@ -26,6 +30,7 @@ MAX_TENSORS = 100_000
 NAMES_PER_GROUP = 20
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INT8 = "I8"  # weights of a quantised directory, in safetensors' word for them
 
 # Applied in this order to every name in a file; what comes out is the name in a plain LLaVA state dict.
 RENAMES = (
@@ -41,6 +46,8 @@ RENAMES = (
 # Kind of problem: heading in the report, what to do about it. The order is that of the report.
 KINDS = {
     "file": ("files", "download the directory again, and check that --model_path and --weight_dir name the right ones"),
+    "quant": ("quantisation", "a quantised directory is converted as a whole: convert the float checkpoint again, LoRA "
+              "included, with convert_quant_weights.sh into a directory of its own"),
     "missing": ("missing tensors", "config.json and the weights must be of one model; a directory with LoRA and "
                 "projector only is a --weight_dir and needs its base model as --model_path"),
     "unexpected": ("unexpected tensors", "the checkpoint holds more than PLLaVA reads: check that config.json belongs "
@@ -96,28 +103,35 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file; the dtype must be one of DTYPES."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        """Bytes in the file; the dtype must be one of DTYPES or INT8."""
+        return math.prod(self.shape) * (1 if self.dtype == INT8 else DTYPES[self.dtype].itemsize)
 
 
 @dataclass(frozen=True)
 class WeightDir:
-    """One directory: its tensors by canonical name, and the names that more than one tensor claims."""
+    """One directory: its tensors by canonical name, which are int8, and what is wrong between these."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
-    duplicates: tuple[Problem, ...] = ()
+    int8: Int8Layers = Int8Layers()
+    problems: tuple[Problem, ...] = ()
 
     @classmethod
-    def from_stored(cls, path: Path, stored: Iterable[StoredTensor]) -> "WeightDir":
+    def from_stored(
+        cls,
+        path: Path,
+        stored: Iterable[StoredTensor],
+        int8: Int8Layers | None = None,
+        problems: Iterable[Problem] = (),
+    ) -> "WeightDir":
         tensors: dict[str, StoredTensor] = {}
-        duplicates = []
+        duplicates = list(problems)
         for tensor in stored:
             first = tensors.setdefault(canonical_name(tensor.key), tensor)
             if first is not tensor:
                 detail = f"both {first.key} in {first.file.name} and {tensor.key} in {tensor.file.name}"
                 duplicates.append(Problem("duplicate", canonical_name(tensor.key), detail))
-        return cls(path, tensors, tuple(duplicates))
+        return cls(path, tensors, int8 or Int8Layers(), tuple(duplicates))
 
     @property
     def lora_targets(self) -> set[str]:
@@ -130,6 +144,9 @@ class WeightDir:
         else:
             layout = "plain LLaVA names" if not any(k.startswith("model.") for k in keys) else "transformers 5 names"
         lora = f", LoRA for {len(self.lora_targets)} tensors" if self.lora_targets else ", no LoRA"
+        if self.int8.names:
+            groups = f"groups of {self.int8.group_size} columns" if self.int8.group_size else "rows"
+            lora = f", W8A16: {len(self.int8.names)} int8 weights, scales for {groups}"
         files = {t.file for t in self.tensors.values()}
         return f"{self.path}: {len(keys)} tensors in {len(files)} files, {layout}{lora}"
 
@@ -157,7 +174,11 @@ def read_directory(path: Path, problems: list[Problem]) -> list[StoredTensor]:
     except OSError as error:
         problems.append(Problem("file", str(path), f"cannot be listed: {error.strerror}"))
         return []
-    index = _read_index(path / INDEX_FILE, problems) if INDEX_FILE in names else None
+    indexes = [name for name in names if INDEX.fullmatch(name)]
+    if len(indexes) > 1:
+        detail = f"has {' and '.join(indexes)}: float weights beside quantised ones, or one of them is stale"
+        problems.append(Problem("file", str(path), detail))
+    index = _read_index(path / indexes[-1], problems) if indexes else None
     files = _choose_files(path, names, index, problems)
     stored: list[StoredTensor] = []
     for name in files:
@@ -195,14 +216,16 @@ def _choose_files(
     path: Path, names: Sequence[str], index: Mapping[str, str] | None, problems: list[Problem]
 ) -> list[str]:
     """The files to read: those of the index, else the shards, else the single file. Leftover weights are reported."""
-    candidates = [n for n in names if re.fullmatch(r"(adapter_)?model.*\.safetensors", n)]
-    shards = [n for n in candidates if n.startswith("model-")]
+    candidates = [n for n in names if WEIGHT_FILE.fullmatch(n)]
+    shards = [n for n in candidates if n.startswith(QUANT_STEM)] or [n for n in candidates if n.startswith("model-")]
     single = [n for n in reversed(candidates) if n in ("model.safetensors", "adapter_model.safetensors")][:1]
     chosen = sorted(set(index.values())) if index is not None else shards or single
     if index is None and not chosen:
         problems.append(Problem("file", str(path), _explain_absence(names)))
     for name in sorted(set(candidates) - set(chosen)) if chosen else []:
         detail = "is not named by the index" if index is not None else f"lies beside {chosen[0]}: one of them is stale"
+        if any(n.startswith(QUANT_STEM) for n in chosen) and not name.startswith(QUANT_STEM):
+            detail = f"holds other weights beside the quantised {chosen[0]}; keep them in directories of their own"
         problems.append(Problem("file", str(path / name), detail))
     if index is None:
         missing = {n for shard in shards for n in _numbered_siblings(shard)} - set(names)
@@ -224,7 +247,7 @@ def _explain_absence(names: Sequence[str]) -> str:
 
 def _numbered_siblings(shard: str) -> list[str]:
     """`model-00001-of-00003.safetensors` to the names of all three; other names have no siblings."""
-    match = re.fullmatch(r"(model-)(\d{1,5})(-of-)(\d{1,5})(\.safetensors)", shard)
+    match = re.fullmatch(r"(\w+-)(\d{1,5})(-of-)(\d{1,5})(\.safetensors)", shard)
     if match is None:
         return []
     head, number, of, total, tail = match.groups()

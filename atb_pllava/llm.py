@@ -243,12 +243,11 @@ def load_model(
     dtype: torch.dtype,
 ) -> Pllava:
     """Build the model and fill it from a checkpoint; nothing large is allocated before every name and shape fits."""
+    checkpoint = open_checkpoint(model_path, weight_dir)
     with torch.device("meta"):
-        model = Pllava(config, ops, dtype)
+        model = Pllava(config, ops, dtype, int8=checkpoint.int8)
     shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
-    plan = open_checkpoint(model_path, weight_dir).check(
-        shapes, unused=unused_vision_layers(config), lora_alpha=lora_alpha
-    )
+    plan = checkpoint.check(shapes, unused=unused_vision_layers(config), lora_alpha=lora_alpha)
     model.to_empty(device=ops.device)
     plan.load_into(model.checkpoint_parts())
     return model.eval()

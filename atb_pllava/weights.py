@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atb_pllava.checkpoint import (
     DTYPES,
+    INT8,
     CheckpointError,
     Problem,
     StoredTensor,
@@ -31,7 +32,9 @@ from atb_pllava.checkpoint import (
     read_directory,
 )
 from atb_pllava.config import PllavaConfig
+from atb_pllava.description import DESCRIPTION, companions, read_description
 from atb_pllava.parallel import Part
+from atb_pllava.quant import HIGHEST, LOWEST, Int8Layers
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ ELEMENTS_PER_BLOCK = 2**20  # bounds each temporary of a LoRA merge or a cast to
 UNUSED = re.compile(
     r"image_newline|vision_tower\.vision_model\.post_layernorm\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids"
 )
+# msModelSlim's outlier suppression folds scales into the norms and gives them a bias that is always 0.
+ZERO_BIAS = re.compile(r"language_model\.model\.(.*_layernorm|norm)\.bias")
 LORA_TARGET = re.compile(r"language_model\..*(_proj|lm_head)\.weight")
 
 
@@ -92,9 +97,9 @@ class LoadPlan:
         assert destinations.keys() == self.items.keys()
         problems: list[Problem] = []
         scale = self.lora_scale
-        progress = _Progress("loading weights", self.items.values())
+        progress = Progress("loading weights", self.items.values())
         for name, item in self.items.items():
-            assert destinations[name].shape == item.weight.shape, name
+            assert _fits(item.weight.shape, destinations[name].shape), name
             problems += _load_tensor(name, item, scale, destinations[name])
             progress.add(item)
         raise_if_any(self.where, problems)
@@ -115,6 +120,11 @@ class Checkpoint:
     def where(self) -> str:
         return str(self.base.path) + (f" with {self.delta.path}" if self.delta else "")
 
+    @property
+    def int8(self) -> Int8Layers:
+        """The tensors that are stored as int8 weights; none in a float checkpoint."""
+        return self.base.int8
+
     def check(
         self, shapes: Mapping[str, Sequence[int]], *, unused: Collection[str] = (), lora_alpha: float | None = None
     ) -> LoadPlan:
@@ -130,16 +140,18 @@ class Checkpoint:
             for name, tensor in {**self.base.tensors, **delta}.items()
             if name in shapes or not (UNUSED.fullmatch(name) or name.startswith(tuple(unused)))
         }
+        biases = {name: tensors.pop(name) for name in list(tensors) if self.int8.names and ZERO_BIAS.fullmatch(name)}
         loras = {name: tensor for name, tensor in tensors.items() if is_lora(name)}
         weights = {name: tensor for name, tensor in tensors.items() if not is_lora(name)}
         pairs, lora_problems = _pair_loras(loras, shapes)
-        problems = [*self.base.duplicates, *(self.delta.duplicates if self.delta else ()), *self._double_lora()]
+        problems = [*self.base.problems, *(self.delta.problems if self.delta else ()), *self._double_lora()]
+        problems += [*_not_zero(biases), *self._mixed_directories()]
         problems += [*_compare(weights, loras, shapes), *lora_problems]
         if loras:
             problems += _check_alpha(lora_alpha)
         if problems:
             wanted = {name: t for name, t in tensors.items() if t.dtype in DTYPES and (name in shapes or name in loras)}
-            raise CheckpointError(self.where, [*problems, *_scan(wanted)])
+            raise CheckpointError(self.where, [*problems, *_scan_all(wanted)])
         by_file = sorted(shapes, key=lambda name: (weights[name].file, weights[name].key))
         items = {name: LoadItem(weights[name], pairs.get(name)) for name in by_file}
         if not pairs and lora_alpha is not None:
@@ -153,6 +165,12 @@ class Checkpoint:
             detail = f"holds LoRA already, and {self.delta.path} brings its own LoRA or the weights below it; name one"
             yield Problem("lora", str(self.base.path), f"double LoRA: this directory {detail}")
 
+    def _mixed_directories(self) -> Iterator[Problem]:
+        """int8 weights take nothing on top, and lie on top of nothing: a LoRA is merged before it is rounded."""
+        for directory in (self.base, self.delta):
+            if directory and directory.int8.names and (self.delta or directory.lora_targets):
+                yield Problem("quant", str(directory.path), "is quantised; it takes neither LoRA nor a --weight_dir")
+
 
 def open_checkpoint(model_dir: str | os.PathLike[str], weight_dir: str | os.PathLike[str] | None = None) -> Checkpoint:
     """Read the headers of a checkpoint; tensors of `weight_dir` override those of `model_dir` (they may be the same).
@@ -163,11 +181,16 @@ def open_checkpoint(model_dir: str | os.PathLike[str], weight_dir: str | os.Path
     if weight_dir is not None and not _same_directory(paths[0], Path(weight_dir)):
         paths.append(Path(weight_dir))
     problems: list[Problem] = []
-    found = [WeightDir.from_stored(path, read_directory(path, problems)) for path in paths]
+    found = [_open_directory(path, problems) for path in paths]
     raise_if_any(" with ".join(map(str, paths)), problems)
     for directory in found:
         logger.info("checkpoint %s", directory.describe())
     return Checkpoint(*found)
+
+
+def _open_directory(path: Path, problems: list[Problem]) -> WeightDir:
+    stored = read_directory(path, problems)
+    return WeightDir.from_stored(path, stored, *read_description(path, stored))
 
 
 def _same_directory(a: Path, b: Path) -> bool:
@@ -192,13 +215,26 @@ def _compare(
     for name in shapes.keys() - weights.keys():
         yield Problem("missing", name, f"{list(shapes[name])} is needed")
     for name, tensor in {**weights, **loras}.items():
-        if tensor.dtype not in DTYPES:
-            yield Problem("dtype", name, f"{tensor.dtype} in {tensor.file}")
+        is_int8 = name in shapes and companions(name)[0] in shapes
+        if tensor.dtype not in ((INT8,) if is_int8 else DTYPES):
+            why = f"; int8 is for what {DESCRIPTION} names, in the decoder's layers" if tensor.dtype == INT8 else ""
+            yield Problem("dtype", name, f"{tensor.dtype} in {tensor.file}{why}")
     for name, tensor in weights.items():
         if name not in shapes:
             yield Problem("unexpected", name, f"{list(tensor.shape)} in {tensor.file}")
-        elif tensor.shape != tuple(shapes[name]):
+        elif not _fits(tensor.shape, shapes[name]):
             yield Problem("shape", name, f"{list(tensor.shape)} in {tensor.file}, {list(shapes[name])} is needed")
+
+
+def _fits(stored: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Equal shapes; one scale a row may also be stored as [n] instead of [n, 1]."""
+    return tuple(stored) == tuple(wanted) or (len(wanted) == 2 and wanted[1] == 1 and tuple(stored) == (wanted[0],))
+
+
+def _not_zero(biases: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+    for name, tensor in biases.items():
+        if tensor.dtype not in DTYPES or bool(_read(tensor).any()):
+            yield Problem("value", name, f"is not 0 in {tensor.file}; LLaMA's norms have no bias")
 
 
 def _pair_loras(
@@ -269,15 +305,11 @@ def _load_tensor(name: str, item: LoadItem, scale: float | None, part: Part) -> 
     """Fill one destination; the problems are values that are not finite, here or there."""
     # A weight without LoRA pairs with the first span only.
     parts = [_read(stored, span) for stored, span in zip(item.parts, _spans(item, part), strict=False)]
-    problems = [
-        Problem("value", canonical_name(stored.key), f"NaN or infinity in {stored.file}")
-        for stored, values in zip(item.parts, parts, strict=True)
-        if not _is_finite(values)
-    ]
+    problems = [problem for stored, values in zip(item.parts, parts, strict=True) for problem in _scan(stored, values)]
     if problems:
         return problems
     destination = part.tensor
-    weight, lora = parts[0], [values.float() for values in parts[1:]]
+    weight, lora = parts[0].reshape(destination.shape), [values.float() for values in parts[1:]]
     rows = max(1, ELEMENTS_PER_BLOCK * len(weight) // weight.numel())
     may_overflow = destination.dtype == torch.float16 and (weight.dtype != torch.float16 or bool(lora))
     for start in range(0, len(weight), rows):
@@ -292,15 +324,29 @@ def _load_tensor(name: str, item: LoadItem, scale: float | None, part: Part) -> 
     return []
 
 
-def _scan(tensors: Mapping[str, StoredTensor]) -> list[Problem]:
-    items = {name: LoadItem(t) for name, t in sorted(tensors.items(), key=lambda pair: (pair[1].file, pair[1].key))}
-    progress = _Progress("scanning weights for a full report", items.values())
-    problems = []
-    for name, item in items.items():
-        if not _is_finite(_read(item.weight)):
-            problems.append(Problem("value", name, f"NaN or infinity in {item.weight.file}"))
+def _scan_all(tensors: Mapping[str, StoredTensor]) -> list[Problem]:
+    items = [LoadItem(tensor) for tensor in sorted(tensors.values(), key=lambda t: (t.file, t.key))]
+    progress = Progress("scanning weights for a full report", items)
+    problems: list[Problem] = []
+    for item in items:
+        problems += _scan(item.weight, _read(item.weight))
         progress.add(item)
     return problems
+
+
+def _scan(stored: StoredTensor, values: Tensor) -> Iterator[Problem]:
+    """What is wrong with the values of a tensor, or of a part of it."""
+    name, found = canonical_name(stored.key), None
+    if values.dtype == torch.int8:
+        return  # every value is a weight
+    if not _is_finite(values):
+        found = "NaN or infinity"
+    elif name.endswith(".weight_scale") and not bool((values > 0).all()):
+        found = "scales that are not above 0"
+    elif name.endswith(".weight_offset") and not bool(((values >= LOWEST) & (values <= HIGHEST)).all()):
+        found = f"zero points outside of {LOWEST}..{HIGHEST}"
+    if found:
+        yield Problem("value", name, f"{found} in {stored.file}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -311,7 +357,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(torch.isfinite(torch.stack(pair)).all()) for pair in extremes)
 
 
-class _Progress:
+class Progress:
     """Log lines for a load that takes more than a few seconds: `loading weights 12/15 shards, 9.8 of 13.5 GB, ...`."""
 
     def __init__(self, what: str, items: Iterable[LoadItem]) -> None:
