@@ -1,4 +1,4 @@
-"""The command line: `python -m atb_pllava run ...`. Environment variables are read here and nowhere else.
+"""The command line: `python -m atb_pllava run|convert ...`. Environment variables are read here and nowhere else.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 done, 2 an error of the user's (one message, no
 traceback), 130 interrupted.
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.config import DTYPES, RESIZE_MODES, SAMPLERS
+from atb_pllava.convert import TYPES as CONVERT_TYPES
+from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.limits import MediaLimits
@@ -22,6 +24,7 @@ from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
 from atb_pllava.ops import BACKENDS
 from atb_pllava.prompt import CONVERSATIONS
+from atb_pllava.quant import GROUP_SIZES
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -79,6 +82,15 @@ def run(arguments: argparse.Namespace) -> int:
         _write_json(arguments.output_json, rows)
         print(f"wrote {arguments.output_json}", file=sys.stderr)
     return 2 if failed else 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Write a converted copy of a checkpoint."""
+    options = ConvertOptions(
+        arguments.type, arguments.lora_alpha, symmetric=not arguments.asymmetric, group_size=arguments.group_size
+    )
+    convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir)
+    return 0
 
 
 def _load(arguments: argparse.Namespace) -> LLM:
@@ -208,7 +220,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m atb_pllava", description="PLLaVA, the video language model.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(verbs.add_parser("run", help="answer questions about videos and images"))
+    _add_convert(verbs.add_parser("convert", help="merge LoRA, quantise to W8A16", allow_abbrev=False))
     return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=convert, quiet=False)
+    # One dash, as convert_quant_weights.sh of MindIE's models has them.
+    parser.add_argument("-src", required=True, metavar="DIR", help="float checkpoint, any published layout")
+    parser.add_argument("-dst", required=True, metavar="DIR", help="directory to make; it must be new or empty")
+    parser.add_argument(
+        "-type",
+        required=True,
+        choices=CONVERT_TYPES,
+        help="pllava_w8a16: the decoder's linear layers in int8; pllava_merged: all in float; LoRA merged in both",
+    )
+    parser.add_argument("-weight_dir", metavar="DIR", help="directory with LoRA tensors on top of -src")
+    parser.add_argument(
+        "-lora_alpha", type=float, default=4.0, metavar="A", help="LoRA strength (default 4, as published)"
+    )
+    parser.add_argument("-asymmetric", action="store_true", help="zero points, for weights that are not around 0")
+    parser.add_argument(
+        "-group_size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=0,
+        help="columns that share a scale (default 0: a whole row, which is what MindIE's models take)",
+    )
+    parser.add_argument("-device", choices=("cpu",), default="cpu", help="where to convert (default cpu)")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

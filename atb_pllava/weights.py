@@ -108,6 +108,15 @@ class LoadPlan:
             r, count = self.lora_ranks[0], len(self.lora_ranks)
             logger.info("LoRA r=%d alpha=%g scale=%g merged into %d tensors", r, self.lora_alpha, scale, count)
 
+    @torch.no_grad()
+    def read_rows(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:
+        """Some rows of one tensor, LoRA merged. Raises CheckpointError as `load_into` does."""
+        item = self.items[name]
+        shape = item.weight.shape
+        out = torch.empty(len(rows), *shape[1:], dtype=dtype)
+        raise_if_any(self.where, _load_tensor(name, item, self.lora_scale, Part(out, shape, 0, rows.start)))
+        return out
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -25,11 +25,15 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "config", "quant"},
     "description": {"checkpoint", "config", "errors", "quant"},
     "weights": {"checkpoint", "config", "description", "parallel", "quant"},
+    "shards": {"checkpoint"},
+    "convert": {
+        "checkpoint", "config", "description", "errors", "model", "ops", "quant", "shards", "weights"
+    },
     "engine": {"errors", "config", "prompt", "tokenizer", "ops.interface", "model", "engine"},
     "inputs": {"errors", "config", "engine.request", "limits", "media", "pixels", "sampling", "video"},
     "llm": {"errors", "config", "engine", "inputs", "limits", "model", "ops", "prompt", "tokenizer", "weights"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
-    "__main__": {"config", "engine.request", "errors", "limits", "llm", "media", "ops", "prompt"},
+    "__main__": {"config", "convert", "engine.request", "errors", "limits", "llm", "media", "ops", "prompt", "quant"},
 }
 LAZY = {"torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}
 FILES = sorted(ROOT.rglob("*.py"))

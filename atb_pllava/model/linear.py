@@ -11,7 +11,7 @@ from atb_pllava.quant import Int8Layers, Int8Weight, column_groups
 
 
 class Int8Matrix(nn.Module):
-    """Room for an Int8Weight, as buffers, which a module's `to_empty` finds; used like an nn.Linear without bias."""
+    """Room for an Int8Weight, as buffers, which a module's `to_empty` finds; read like an nn.Linear."""
 
     values: Tensor
     scale: Tensor

@@ -83,19 +83,21 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.ops, self.parallel = config, ops, parallel
         self.words = parallel.share(config.vocab_size)
-        self.embed_tokens = nn.Embedding(len(self.words), config.hidden_size, dtype=dtype)
+        # Not an nn.Embedding: drawing its initial values imports torch's compiler, which takes seconds.
+        self.embedding, self.lm_head = (
+            nn.Parameter(torch.empty(len(self.words), config.hidden_size, dtype=dtype)) for _ in range(2)
+        )
         self.layers = nn.ModuleList(
             DecoderLayer(config, ops, dtype, parallel, int8.below(f"{PREFIX}layers.{i}."))
             for i in range(config.num_hidden_layers)
         )
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
-        self.lm_head = nn.Linear(config.hidden_size, len(self.words), bias=False, dtype=dtype)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] to [N, hidden]; a word's row is on one rank, the others add zeros."""
         rows = token_ids - self.words.start
         here = (rows >= 0) & (rows < len(self.words))
-        found = F.embedding(rows.clamp(0, len(self.words) - 1), self.embed_tokens.weight)
+        found = F.embedding(rows.clamp(0, len(self.words) - 1), self.embedding)
         return self.parallel.all_reduce(found * here[:, None])
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: Sequence[LayerCache]) -> Tensor:
@@ -104,15 +106,15 @@ class Llama(nn.Module):
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, cos, sin, layer_cache, batch)
         x = self.ops.rms_norm(x[batch.logits_indices], self.norm, self.config.rms_norm_eps)
-        logits = self.ops.linear(x, self.lm_head.weight).float()  # [L, this rank's words]
+        logits = self.ops.linear(x, self.lm_head).float()  # [L, this rank's words]
         return self.parallel.all_gather(logits.T, self.config.vocab_size).T
 
     def checkpoint_parts(self) -> dict[str, Part]:
         vocabulary = self.config.vocab_size
         parts = {
-            f"{PREFIX}embed_tokens.weight": Part.of(self.embed_tokens.weight, 0, self.words, vocabulary),
+            f"{PREFIX}embed_tokens.weight": Part.of(self.embedding, 0, self.words, vocabulary),
             f"{PREFIX}norm.weight": Part.whole(self.norm),
-            "language_model.lm_head.weight": Part.of(self.lm_head.weight, 0, self.words, vocabulary),
+            "language_model.lm_head.weight": Part.of(self.lm_head, 0, self.words, vocabulary),
         }
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)

@@ -1,0 +1,333 @@
+"""Checkpoint in, checkpoint out: LoRA merged and, if wanted, the decoder's linear layers in 8 bits.
+
+The result is a complete directory for this package and for MindIE: weights in shards, tokenizer, preprocessor and a
+config.json that has the language model's sizes on its top level too. Tensors are read, converted and written some rows
+at a time. Everything happens in DST.partial, which becomes DST when it is complete; a conversion that was interrupted
+goes on with the shards it had finished.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atb_pllava.checkpoint import DTYPES, INT8, PICKLES, CheckpointError, Problem
+from atb_pllava.config import PllavaConfig, check_choice, read_json
+from atb_pllava.description import DESCRIPTION, DESCRIPTIONS, companions, describe
+from atb_pllava.errors import ConfigError, WeightError
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops.cpu import TorchBackend
+from atb_pllava.quant import num_groups, quantise
+from atb_pllava.shards import Shard, ShardWriter, TensorSpec, checksum, plan_shards, write_index
+from atb_pllava.weights import Checkpoint, LoadItem, LoadPlan, Progress, open_checkpoint, unused_vision_layers
+
+logger = logging.getLogger(__name__)
+
+TYPES = ("pllava_w8a16", "pllava_merged")
+RECORD = "conversion.json"  # what is being converted, and which shards are done
+ELEMENTS_PER_BLOCK = 2**22  # 16 MiB of float32; rounding it to 8 bits takes a few times that
+LARGEST_COPY = 64 * 2**20
+
+QUANTISED = re.compile(
+    r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
+)
+# Tensors PLLaVA does not read, but a complete CLIP has.
+REST_OF_CLIP = "vision_tower.vision_model.post_layernorm."
+COPIED = (".json", ".model", ".txt", ".jinja")
+NOT_COPIED = ("config.json", "adapter_config.json", *DESCRIPTIONS)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to make: `kind` is one of TYPES; group_size and symmetric are about pllava_w8a16 only."""
+
+    kind: str
+    lora_alpha: float | None = 4.0
+    symmetric: bool = True
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("-type", self.kind, TYPES)
+        num_groups(0, self.group_size)
+        if self.kind != "pllava_w8a16" and (self.group_size or not self.symmetric):
+            raise ConfigError(f"-group_size and -asymmetric are about pllava_w8a16; -type is {self.kind}")
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.kind == "pllava_w8a16"
+
+    @property
+    def stem(self) -> str:
+        """What the weight files' names begin with; msModelSlim's where they are quantised."""
+        return "quant_model_weight_w8a16" if self.is_quantised else "model"
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    options: ConvertOptions,
+    weight_dir: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a converted copy of the checkpoint `source` (with `weight_dir` on top) to the new directory `destination`.
+
+    Raises ConfigError or WeightError, and then there is no `destination`. Where a call was interrupted, the next one
+    with the same arguments goes on.
+    """
+    began = time.monotonic()
+    src, dst = Path(source).resolve(), Path(destination).resolve()
+    upper = Path(weight_dir).resolve() if weight_dir else src
+    config = PllavaConfig.from_dir(upper)
+    _check_destination(dst, (src, upper))
+    checkpoint = open_checkpoint(src, upper)
+    _check_source(checkpoint, src)
+    plan = _with_rest_of_clip(checkpoint, config, options)
+    groups = {name: _specs(name, item, options) for name, item in plan.items.items()}
+    shards = plan_shards(groups.values(), options.stem)
+    partial = dst.with_name(dst.name + ".partial")
+    try:
+        with _record(partial, _job(plan, options)) as done:
+            _check_space(partial, [shard for shard in shards if shard.file not in done])
+            _write_shards(partial, shards, plan, options, done)
+            _write_rest(partial, src, upper, config, shards, options)
+            _fsync_directory(partial)
+            partial.replace(dst)
+            (dst / RECORD).unlink()
+    except CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise ConfigError(f"{partial} cannot be written: {error.strerror}") from None
+    size = sum(shard.num_bytes for shard in shards) / 1e9
+    logger.info("wrote %s: %.2f GB in %d shards, %.0f s", dst, size, len(shards), time.monotonic() - began)
+
+
+def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
+    if dst in sources:
+        raise ConfigError(f"-dst {dst} is the source; the result needs a directory of its own")
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise ConfigError(f"-dst {dst} exists and is not an empty directory; nothing is overwritten: name a new one")
+
+
+def _check_source(checkpoint: Checkpoint, src: Path) -> None:
+    if checkpoint.int8.names:
+        count = len(checkpoint.int8.names)
+        raise WeightError(f"-src {src} is quantised already ({count} int8 weights); name the float checkpoint")
+
+
+def _with_rest_of_clip(checkpoint: Checkpoint, config: PllavaConfig, options: ConvertOptions) -> LoadPlan:
+    """What PLLaVA reads, and the layers of CLIP behind that, which other readers of the directory expect."""
+    with torch.device("meta"):
+        model = Pllava(config, TorchBackend(), torch.float32)
+    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
+    unused = unused_vision_layers(config)
+    plan = checkpoint.check(shapes, unused=unused, lora_alpha=options.lora_alpha)
+    stored = {**checkpoint.base.tensors, **(checkpoint.delta.tensors if checkpoint.delta else {})}
+    rest = {name: t for name, t in stored.items() if name.startswith((*unused, REST_OF_CLIP)) and name not in shapes}
+    wrong = [Problem("dtype", name, f"{t.dtype} in {t.file}") for name, t in rest.items() if t.dtype not in DTYPES]
+    if wrong:
+        raise CheckpointError(checkpoint.where, wrong)
+    return LoadPlan(plan.where, {**plan.items, **{name: LoadItem(t) for name, t in rest.items()}}, plan.lora_alpha)
+
+
+def _is_int8(name: str, options: ConvertOptions) -> bool:
+    return options.is_quantised and QUANTISED.fullmatch(name) is not None
+
+
+def _specs(name: str, item: LoadItem, options: ConvertOptions) -> list[TensorSpec]:
+    """The tensors that one tensor becomes; floats keep the type they are stored in, and scales have it too."""
+    stored = item.weight
+    if not _is_int8(name, options):
+        return [TensorSpec(name, stored.dtype, stored.shape)]
+    try:
+        shape = (stored.shape[0], num_groups(stored.shape[1], options.group_size))
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return [TensorSpec(name, INT8, stored.shape), *(TensorSpec(n, stored.dtype, shape) for n in companions(name))]
+
+
+def _job(plan: LoadPlan, options: ConvertOptions) -> dict[str, Any]:
+    """What makes two conversions the same: the options, and the files as they are now."""
+    files = sorted({part.file for item in plan.items.values() for part in item.parts})
+    stats = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {"options": asdict(options), "files": stats}
+
+
+@contextmanager
+def _record(partial: Path, job: Mapping[str, Any]) -> Iterator[dict[str, int]]:
+    """The directory of an unfinished conversion: shards that are done, with their checksums, by file name.
+
+    Only one process at a time has it. What another job left there is thrown away; what nobody here made is not.
+    """
+    file = partial / RECORD
+    if partial.exists() and not file.is_file() and any(partial.iterdir()):
+        raise ConfigError(f"{partial} is in the way and no unfinished conversion; move it, or name another -dst")
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another conversion is writing {partial}; wait for it, or end it") from None
+        done = _finished_shards(partial, job)
+        yield done
+
+
+def _finished_shards(partial: Path, job: Mapping[str, Any]) -> dict[str, int]:
+    try:
+        record = read_json(partial / RECORD)
+    except ConfigError:
+        record = {}  # the process ended before it wrote anything
+    known = record.get("done", {}) if record.get("job") == job else {}
+    done = {
+        name: crc for name, crc in known.items() if (partial / name).is_file() and checksum(partial / name) == crc
+    }
+    for leftover in partial.iterdir():
+        if leftover.name not in (RECORD, *done):
+            leftover.unlink()
+    if done:
+        logger.info("going on in %s: %d shards are done and intact", partial, len(done))
+    _save_record(partial, job, done)
+    return done
+
+
+def _save_record(partial: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:
+    # Written in place: the lock is on this file. A torn record only costs the shards it names.
+    (partial / RECORD).write_text(json.dumps({"job": job, "done": done}), encoding="utf-8")
+
+
+def _check_space(partial: Path, shards: Sequence[Shard]) -> None:
+    needed, free = sum(shard.num_bytes for shard in shards), shutil.disk_usage(partial).free
+    if needed > free:
+        raise ConfigError(f"{partial} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+
+
+def _write_shards(
+    partial: Path, shards: Sequence[Shard], plan: LoadPlan, options: ConvertOptions, done: dict[str, int]
+) -> None:
+    progress = Progress("converting", plan.items.values())
+    job = _job(plan, options)
+    for shard in shards:
+        names = [spec.name for spec in shard.specs if spec.name in plan.items]
+        if shard.file not in done:
+            with ShardWriter(partial, shard) as writer:
+                for name in names:
+                    _write_tensor(writer, name, plan, options)
+                    progress.add(plan.items[name])
+            done[shard.file] = checksum(partial / shard.file)
+            _save_record(partial, job, done)
+        else:
+            for name in names:
+                progress.add(plan.items[name])
+    progress.finish()
+
+
+def _write_tensor(writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions) -> None:
+    stored = plan.items[name].weight
+    row_elements = max(1, stored.num_bytes // DTYPES[stored.dtype].itemsize // stored.shape[0])
+    rows = max(1, ELEMENTS_PER_BLOCK // row_elements)
+    for first in range(0, stored.shape[0], rows):
+        block = range(first, min(first + rows, stored.shape[0]))
+        if not _is_int8(name, options):
+            writer.write(name, plan.read_rows(name, block, DTYPES[stored.dtype]), first)
+            continue
+        # From float32: a merged weight is rounded once, to 8 bits.
+        weight = quantise(
+            plan.read_rows(name, block, torch.float32),
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            scale_dtype=DTYPES[stored.dtype],
+        )
+        for tensor_name, values in zip(
+            (name, *companions(name)), (weight.values, weight.scale, weight.offset), strict=True
+        ):
+            writer.write(tensor_name, values, first)
+
+
+def _write_rest(
+    partial: Path, src: Path, upper: Path, config: PllavaConfig, shards: Sequence[Shard], options: ConvertOptions
+) -> None:
+    """Everything but the weights; config.json is last, without it nothing loads."""
+    write_index(partial, options.stem, shards)
+    if options.is_quantised:
+        names = [spec.name for shard in shards for spec in shard.specs]
+        int8 = {n for name in names if _is_int8(name, options) for n in (name, *companions(name))}
+        _write_json(partial / DESCRIPTION, describe(int8, set(names) - int8, options.group_size))
+    for name, file in _files_to_copy(src, upper).items():
+        shutil.copyfile(file, partial / name)
+    raw = read_json(upper / "config.json")
+    generation = upper / "generation_config.json"
+    extra = read_json(generation) if generation.is_file() else {}
+    _write_json(partial / "config.json", host_config(raw, extra, config, quantised=options.is_quantised))
+
+
+def _files_to_copy(src: Path, upper: Path) -> dict[str, Path]:
+    """Tokenizer and preprocessor come from the model, as when it runs; generation_config.json goes with config.json."""
+    files = {file.name: file for file in src.iterdir() if file.name != "generation_config.json"}
+    files["generation_config.json"] = upper / "generation_config.json"
+    return {
+        name: file
+        for name, file in files.items()
+        if file.is_file()
+        and file.suffix in COPIED
+        and name not in NOT_COPIED
+        and not name.endswith((".index.json", *PICKLES))
+        and file.stat().st_size <= LARGEST_COPY
+    }
+
+
+def host_config(
+    raw: Mapping[str, Any], generation: Mapping[str, Any], config: PllavaConfig, *, quantised: bool
+) -> dict[str, Any]:
+    """config.json for MindIE: model_type "pllava", and the language model's sizes on the top level, defaults included.
+
+    The host reads them there; with its own defaults for another model the KV cache would have the wrong size.
+    """
+    section, text = raw.get("text_config", {}), config.text
+    sizes = {
+        name: getattr(text, name)
+        for name in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+    }  # fmt: skip
+
+    def token(key: str, default: int) -> Any:
+        return next((s[key] for s in (generation, section, raw) if s.get(key) is not None), default)
+
+    eos = list(config.eos_token_ids)
+    tokens = {
+        "bos_token_id": token("bos_token_id", 1),
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "pad_token_id": token("pad_token_id", 0),
+    }
+    merged = {key: value for key, value in raw.items() if key not in ("quantize", "quantization_config")}
+    merged |= {
+        "model_type": "pllava",
+        "torch_dtype": config.dtype,
+        "num_frames": config.num_frames,
+        "pooling_shape": list(config.pooling_shape),
+        "text_config": {**section, **sizes},
+        **sizes,
+        **tokens,
+    }
+    return {**merged, "quantize": "w8a16"} if quantised else merged
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _fsync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
