@@ -89,7 +89,8 @@ def convert(arguments: argparse.Namespace) -> int:
     options = ConvertOptions(
         arguments.type, arguments.lora_alpha, symmetric=not arguments.asymmetric, group_size=arguments.group_size
     )
-    convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir)
+    clips = list_media(arguments.calib) if arguments.calib else []
+    convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir, clips)
     return 0
 
 
@@ -246,6 +247,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         choices=GROUP_SIZES,
         default=0,
         help="columns that share a scale (default 0: a whole row, which is what MindIE's models take)",
+    )
+    parser.add_argument(
+        "-calib", metavar="DIR", help="videos on which scales are tuned before rounding (default: none are needed)"
     )
     parser.add_argument("-device", choices=("cpu",), default="cpu", help="where to convert (default cpu)")
 

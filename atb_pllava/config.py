@@ -151,6 +151,10 @@ class PllavaConfig:
             pooling_shape=self.pooling_shape if pooling_shape is None else check_pooling_shape(pooling_shape),
         )
 
+    def with_layers(self, layers: int) -> "PllavaConfig":
+        """The same model with another number of decoder layers."""
+        return replace(self, text=replace(self.text, num_hidden_layers=layers))
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> "PllavaConfig":
         """Build from the contents of config.json and, when there is one, generation_config.json.

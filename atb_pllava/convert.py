@@ -16,11 +16,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atb_pllava.calibrate import Smoothing, find_smoothing
 from atb_pllava.checkpoint import DTYPES, INT8, PICKLES, CheckpointError, Problem
 from atb_pllava.config import PllavaConfig, check_choice, read_json
 from atb_pllava.description import DESCRIPTION, DESCRIPTIONS, companions, describe
@@ -77,9 +79,11 @@ def convert_checkpoint(
     destination: str | os.PathLike[str],
     options: ConvertOptions,
     weight_dir: str | os.PathLike[str] | None = None,
+    calibration: Sequence[str] = (),
 ) -> None:
     """Write a converted copy of the checkpoint `source` (with `weight_dir` on top) to the new directory `destination`.
 
+    Where `calibration` names video files, factors found on them are folded in before rounding; see `calibrate`.
     Raises ConfigError or WeightError, and then there is no `destination`. Where a call was interrupted, the next one
     with the same arguments goes on.
     """
@@ -88,6 +92,8 @@ def convert_checkpoint(
     upper = Path(weight_dir).resolve() if weight_dir else src
     config = PllavaConfig.from_dir(upper)
     _check_destination(dst, (src, upper))
+    if calibration and not options.is_quantised:
+        raise ConfigError(f"-calib is about pllava_w8a16; -type is {options.kind}")
     checkpoint = open_checkpoint(src, upper)
     _check_source(checkpoint, src)
     plan = _with_rest_of_clip(checkpoint, config, options)
@@ -95,9 +101,11 @@ def convert_checkpoint(
     shards = plan_shards(groups.values(), options.stem)
     partial = dst.with_name(dst.name + ".partial")
     try:
-        with _record(partial, _job(plan, options)) as done:
+        job = _job(plan, options, calibration)
+        with _record(partial, job) as done:
             _check_space(partial, [shard for shard in shards if shard.file not in done])
-            _write_shards(partial, shards, plan, options, done)
+            smoothing = _calibrate(plan, config, src, calibration, options)
+            _write_shards(partial, shards, plan, options, smoothing, job, done)
             _write_rest(partial, src, upper, config, shards, options)
             _fsync_directory(partial)
             partial.replace(dst)
@@ -155,9 +163,9 @@ def _specs(name: str, item: LoadItem, options: ConvertOptions) -> list[TensorSpe
     return [TensorSpec(name, INT8, stored.shape), *(TensorSpec(n, stored.dtype, shape) for n in companions(name))]
 
 
-def _job(plan: LoadPlan, options: ConvertOptions) -> dict[str, Any]:
+def _job(plan: LoadPlan, options: ConvertOptions, calibration: Sequence[str]) -> dict[str, Any]:
     """What makes two conversions the same: the options, and the files as they are now."""
-    files = sorted({part.file for item in plan.items.values() for part in item.parts})
+    files = sorted({*(part.file for item in plan.items.values() for part in item.parts), *map(Path, calibration)})
     stats = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"options": asdict(options), "files": stats}
 
@@ -210,17 +218,31 @@ def _check_space(partial: Path, shards: Sequence[Shard]) -> None:
         raise ConfigError(f"{partial} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
 
+def _calibrate(
+    plan: LoadPlan, config: PllavaConfig, src: Path, calibration: Sequence[str], options: ConvertOptions
+) -> Smoothing:
+    if not calibration:
+        return Smoothing()
+    rounding = bind(quantise, group_size=options.group_size, symmetric=options.symmetric)
+    return find_smoothing(plan, config, str(src), calibration, rounding)
+
+
 def _write_shards(
-    partial: Path, shards: Sequence[Shard], plan: LoadPlan, options: ConvertOptions, done: dict[str, int]
+    partial: Path,
+    shards: Sequence[Shard],
+    plan: LoadPlan,
+    options: ConvertOptions,
+    smoothing: Smoothing,
+    job: Mapping[str, Any],
+    done: dict[str, int],
 ) -> None:
     progress = Progress("converting", plan.items.values())
-    job = _job(plan, options)
     for shard in shards:
         names = [spec.name for spec in shard.specs if spec.name in plan.items]
         if shard.file not in done:
             with ShardWriter(partial, shard) as writer:
                 for name in names:
-                    _write_tensor(writer, name, plan, options)
+                    _write_tensor(writer, name, plan, options, smoothing)
                     progress.add(plan.items[name])
             done[shard.file] = checksum(partial / shard.file)
             _save_record(partial, job, done)
@@ -230,26 +252,28 @@ def _write_shards(
     progress.finish()
 
 
-def _write_tensor(writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions) -> None:
+def _write_tensor(
+    writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions, smoothing: Smoothing
+) -> None:
     stored = plan.items[name].weight
     row_elements = max(1, stored.num_bytes // DTYPES[stored.dtype].itemsize // stored.shape[0])
     rows = max(1, ELEMENTS_PER_BLOCK // row_elements)
     for first in range(0, stored.shape[0], rows):
         block = range(first, min(first + rows, stored.shape[0]))
         if not _is_int8(name, options):
-            writer.write(name, plan.read_rows(name, block, DTYPES[stored.dtype]), first)
+            values = smoothing.apply(name, plan.read_rows(name, block, DTYPES[stored.dtype]), block)
+            writer.write(name, values.to(DTYPES[stored.dtype]), first)
             continue
         # From float32: a merged weight is rounded once, to 8 bits.
         weight = quantise(
-            plan.read_rows(name, block, torch.float32),
+            smoothing.apply(name, plan.read_rows(name, block, torch.float32), block),
             group_size=options.group_size,
             symmetric=options.symmetric,
             scale_dtype=DTYPES[stored.dtype],
         )
-        for tensor_name, values in zip(
-            (name, *companions(name)), (weight.values, weight.scale, weight.offset), strict=True
-        ):
-            writer.write(tensor_name, values, first)
+        tensors = (weight.values, weight.scale, weight.offset)
+        for tensor_name, tensor in zip((name, *companions(name)), tensors, strict=True):
+            writer.write(tensor_name, tensor, first)
 
 
 def _write_rest(

@@ -26,8 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "description": {"checkpoint", "config", "errors", "quant"},
     "weights": {"checkpoint", "config", "description", "parallel", "quant"},
     "shards": {"checkpoint"},
+    "calibrate": {"checkpoint", "config", "inputs", "model", "ops", "prompt", "quant", "tokenizer", "weights"},
     "convert": {
-        "checkpoint", "config", "description", "errors", "model", "ops", "quant", "shards", "weights"
+        "calibrate", "checkpoint", "config", "description", "errors", "model", "ops", "quant", "shards", "weights"
     },
     "engine": {"errors", "config", "prompt", "tokenizer", "ops.interface", "model", "engine"},
     "inputs": {"errors", "config", "engine.request", "limits", "media", "pixels", "sampling", "video"},
