@@ -17,6 +17,7 @@ Options:
   -lora_alpha A      LoRA strength, stored in no checkpoint (default: 4, as published)
   -asymmetric        zero points: finer steps where a row's weights are not spread around 0
   -group_size N      64 or 128 columns share a scale (default: 0, a whole row, which is what MindIE takes)
+  -quantizer NAME    own (default), or msmodelslim where that is installed: the same files, one layer in memory at a time
   -calib DIR         videos on which the rounding is tuned (AWQ): a few typical clips; needs one decoder layer of
                      memory in float32, and minutes
   -device cpu        where to convert (default: cpu)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.config import DTYPES, RESIZE_MODES, SAMPLERS
+from atb_pllava.convert import QUANTIZERS, ConvertOptions, convert_checkpoint
 from atb_pllava.convert import TYPES as CONVERT_TYPES
-from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.limits import MediaLimits
@@ -87,7 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
 def convert(arguments: argparse.Namespace) -> int:
     """Write a converted copy of a checkpoint."""
     options = ConvertOptions(
-        arguments.type, arguments.lora_alpha, symmetric=not arguments.asymmetric, group_size=arguments.group_size
+        arguments.type,
+        arguments.lora_alpha,
+        symmetric=not arguments.asymmetric,
+        group_size=arguments.group_size,
+        quantizer=arguments.quantizer,
     )
     clips = list_media(arguments.calib) if arguments.calib else []
     convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir, clips)
@@ -247,6 +251,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         choices=GROUP_SIZES,
         default=0,
         help="columns that share a scale (default 0: a whole row, which is what MindIE's models take)",
+    )
+    parser.add_argument(
+        "-quantizer", choices=QUANTIZERS, default="own", help="own (default), or the installed msmodelslim"
     )
     parser.add_argument(
         "-calib", metavar="DIR", help="videos on which scales are tuned before rounding (default: none are needed)"

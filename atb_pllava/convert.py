@@ -26,16 +26,19 @@ from atb_pllava.calibrate import Smoothing, find_smoothing
 from atb_pllava.checkpoint import DTYPES, INT8, PICKLES, CheckpointError, Problem
 from atb_pllava.config import PllavaConfig, check_choice, read_json
 from atb_pllava.description import DESCRIPTION, DESCRIPTIONS, companions, describe
-from atb_pllava.errors import ConfigError, WeightError
+from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.model.pllava import Pllava
+from atb_pllava.msmodelslim_quantizer import MsModelSlim
 from atb_pllava.ops.cpu import TorchBackend
 from atb_pllava.quant import num_groups, quantise
+from atb_pllava.rounding import MsModelSlimRounding, OwnRounding, Rounding
 from atb_pllava.shards import Shard, ShardWriter, TensorSpec, checksum, plan_shards, write_index
 from atb_pllava.weights import Checkpoint, LoadItem, LoadPlan, Progress, open_checkpoint, unused_vision_layers
 
 logger = logging.getLogger(__name__)
 
 TYPES = ("pllava_w8a16", "pllava_merged")
+QUANTIZERS = ("own", "msmodelslim")
 RECORD = "conversion.json"  # what is being converted, and which shards are done
 ELEMENTS_PER_BLOCK = 2**22  # 16 MiB of float32; rounding it to 8 bits takes a few times that
 LARGEST_COPY = 64 * 2**20
@@ -51,18 +54,20 @@ NOT_COPIED = ("config.json", "adapter_config.json", *DESCRIPTIONS)
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to make: `kind` is one of TYPES; group_size and symmetric are about pllava_w8a16 only."""
+    """What to make: `kind` is one of TYPES; what follows lora_alpha is about pllava_w8a16 only."""
 
     kind: str
     lora_alpha: float | None = 4.0
     symmetric: bool = True
     group_size: int = 0
+    quantizer: str = "own"
 
     def __post_init__(self) -> None:
         check_choice("-type", self.kind, TYPES)
+        check_choice("-quantizer", self.quantizer, QUANTIZERS)
         num_groups(0, self.group_size)
-        if self.kind != "pllava_w8a16" and (self.group_size or not self.symmetric):
-            raise ConfigError(f"-group_size and -asymmetric are about pllava_w8a16; -type is {self.kind}")
+        if not self.is_quantised and (self.group_size or not self.symmetric or self.quantizer != "own"):
+            raise ConfigError(f"-group_size, -asymmetric, -quantizer are about pllava_w8a16; -type is {self.kind}")
 
     @property
     def is_quantised(self) -> bool:
@@ -92,8 +97,9 @@ def convert_checkpoint(
     upper = Path(weight_dir).resolve() if weight_dir else src
     config = PllavaConfig.from_dir(upper)
     _check_destination(dst, (src, upper))
-    if calibration and not options.is_quantised:
-        raise ConfigError(f"-calib is about pllava_w8a16; -type is {options.kind}")
+    if calibration and not (options.is_quantised and options.quantizer == "own"):
+        made = f"{options.kind} with quantizer {options.quantizer}"
+        raise ConfigError(f"-calib is about pllava_w8a16 with our own quantizer, not {made}")
     checkpoint = open_checkpoint(src, upper)
     _check_source(checkpoint, src)
     plan = _with_rest_of_clip(checkpoint, config, options)
@@ -103,16 +109,18 @@ def convert_checkpoint(
     try:
         job = _job(plan, options, calibration)
         with _record(partial, job) as done:
-            _check_space(partial, [shard for shard in shards if shard.file not in done])
-            smoothing = _calibrate(plan, config, src, calibration, options)
-            _write_shards(partial, shards, plan, options, smoothing, job, done)
+            try:
+                _check_space(partial, [shard for shard in shards if shard.file not in done])
+                rounding = _choose_rounding(plan, config, src, calibration, options)
+                _write_shards(partial, shards, plan, options, rounding, job, done)
+            except PllavaError as error:
+                if isinstance(error, CheckpointError) or not done:
+                    shutil.rmtree(partial, ignore_errors=True)  # there is nothing to go on with
+                raise
             _write_rest(partial, src, upper, config, shards, options)
             _fsync_directory(partial)
             partial.replace(dst)
             (dst / RECORD).unlink()
-    except CheckpointError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     except OSError as error:
         raise ConfigError(f"{partial} cannot be written: {error.strerror}") from None
     size = sum(shard.num_bytes for shard in shards) / 1e9
@@ -152,7 +160,7 @@ def _is_int8(name: str, options: ConvertOptions) -> bool:
 
 
 def _specs(name: str, item: LoadItem, options: ConvertOptions) -> list[TensorSpec]:
-    """The tensors that one tensor becomes; floats keep the type they are stored in, and scales have it too."""
+    """The tensors that one tensor becomes; floats keep the type they are stored in, and our scales have it too."""
     stored = item.weight
     if not _is_int8(name, options):
         return [TensorSpec(name, stored.dtype, stored.shape)]
@@ -160,7 +168,8 @@ def _specs(name: str, item: LoadItem, options: ConvertOptions) -> list[TensorSpe
         shape = (stored.shape[0], num_groups(stored.shape[1], options.group_size))
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    return [TensorSpec(name, INT8, stored.shape), *(TensorSpec(n, stored.dtype, shape) for n in companions(name))]
+    dtype = stored.dtype if options.quantizer == "own" else "F32"
+    return [TensorSpec(name, INT8, stored.shape), *(TensorSpec(n, dtype, shape) for n in companions(name))]
 
 
 def _job(plan: LoadPlan, options: ConvertOptions, calibration: Sequence[str]) -> dict[str, Any]:
@@ -218,13 +227,15 @@ def _check_space(partial: Path, shards: Sequence[Shard]) -> None:
         raise ConfigError(f"{partial} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
 
-def _calibrate(
+def _choose_rounding(
     plan: LoadPlan, config: PllavaConfig, src: Path, calibration: Sequence[str], options: ConvertOptions
-) -> Smoothing:
-    if not calibration:
-        return Smoothing()
-    rounding = bind(quantise, group_size=options.group_size, symmetric=options.symmetric)
-    return find_smoothing(plan, config, str(src), calibration, rounding)
+) -> Rounding:
+    symmetric, group_size = options.symmetric, options.group_size
+    if options.quantizer == "msmodelslim":
+        return MsModelSlimRounding(plan, MsModelSlim(config.text, symmetric=symmetric, group_size=group_size))
+    own = bind(quantise, symmetric=symmetric, group_size=group_size)
+    smoothing = find_smoothing(plan, config, str(src), calibration, own) if calibration else Smoothing()
+    return OwnRounding(plan, own, smoothing)
 
 
 def _write_shards(
@@ -232,7 +243,7 @@ def _write_shards(
     shards: Sequence[Shard],
     plan: LoadPlan,
     options: ConvertOptions,
-    smoothing: Smoothing,
+    rounding: Rounding,
     job: Mapping[str, Any],
     done: dict[str, int],
 ) -> None:
@@ -242,7 +253,7 @@ def _write_shards(
         if shard.file not in done:
             with ShardWriter(partial, shard) as writer:
                 for name in names:
-                    _write_tensor(writer, name, plan, options, smoothing)
+                    _write_tensor(writer, name, plan, options, rounding)
                     progress.add(plan.items[name])
             done[shard.file] = checksum(partial / shard.file)
             _save_record(partial, job, done)
@@ -253,27 +264,20 @@ def _write_shards(
 
 
 def _write_tensor(
-    writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions, smoothing: Smoothing
+    writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions, rounding: Rounding
 ) -> None:
     stored = plan.items[name].weight
     row_elements = max(1, stored.num_bytes // DTYPES[stored.dtype].itemsize // stored.shape[0])
-    rows = max(1, ELEMENTS_PER_BLOCK // row_elements)
-    for first in range(0, stored.shape[0], rows):
-        block = range(first, min(first + rows, stored.shape[0]))
-        if not _is_int8(name, options):
-            values = smoothing.apply(name, plan.read_rows(name, block, DTYPES[stored.dtype]), block)
-            writer.write(name, values.to(DTYPES[stored.dtype]), first)
-            continue
-        # From float32: a merged weight is rounded once, to 8 bits.
-        weight = quantise(
-            smoothing.apply(name, plan.read_rows(name, block, torch.float32), block),
-            group_size=options.group_size,
-            symmetric=options.symmetric,
-            scale_dtype=DTYPES[stored.dtype],
-        )
-        tensors = (weight.values, weight.scale, weight.offset)
-        for tensor_name, tensor in zip((name, *companions(name)), tensors, strict=True):
-            writer.write(tensor_name, tensor, first)
+    block = max(1, ELEMENTS_PER_BLOCK // row_elements)
+    for first in range(0, stored.shape[0], block):
+        rows = range(first, min(first + block, stored.shape[0]))
+        if _is_int8(name, options):
+            weight = rounding.int8(name, rows)
+            tensors = (weight.values, weight.scale, weight.offset)
+            for tensor_name, tensor in zip((name, *companions(name)), tensors, strict=True):
+                writer.write(tensor_name, tensor, first)
+        else:
+            writer.write(name, rounding.floats(name, rows, DTYPES[stored.dtype]), first)
 
 
 def _write_rest(

@@ -27,8 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"checkpoint", "config", "description", "parallel", "quant"},
     "shards": {"checkpoint"},
     "calibrate": {"checkpoint", "config", "inputs", "model", "ops", "prompt", "quant", "tokenizer", "weights"},
+    "msmodelslim_quantizer": {"config", "errors", "quant"},
+    "rounding": {"calibrate", "checkpoint", "msmodelslim_quantizer", "quant", "weights"},
     "convert": {
-        "calibrate", "checkpoint", "config", "description", "errors", "model", "ops", "quant", "shards", "weights"
+        "calibrate", "checkpoint", "config", "description", "errors", "model", "msmodelslim_quantizer", "ops", "quant",
+        "rounding", "shards", "weights",
     },
     "engine": {"errors", "config", "prompt", "tokenizer", "ops.interface", "model", "engine"},
     "inputs": {"errors", "config", "engine.request", "limits", "media", "pixels", "sampling", "video"},
@@ -36,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "__main__": {"config", "convert", "engine.request", "errors", "limits", "llm", "media", "ops", "prompt", "quant"},
 }
-LAZY = {"torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}
+LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 
