@@ -95,14 +95,14 @@ class Int8Weight:
         Integers up to 256 are exact in every float type, so there is one rounding, that of the product.
         """
         dtype = dtype or self.scale.dtype
-        scale, offset = (self._per_column(x.to(dtype)) for x in (self.scale, self.offset))
-        return self.values.to(dtype).sub_(offset).mul_(scale)
-
-    def _per_column(self, x: Tensor) -> Tensor:
-        """[out, groups] to [out, in]; a row's only number is left to broadcasting."""
+        scale, offset, values = self.scale.to(dtype), self.offset.to(dtype), self.values.to(dtype)
         if not self.group_size:
-            return x
-        return x.repeat_interleave(self.group_size, dim=1)[:, self.lead : self.lead + self.shape[1]]
+            return values.sub_(offset).mul_(scale)
+        if self.lead == 0 and self.shape[1] % self.group_size == 0:
+            values.unflatten(1, (-1, self.group_size)).sub_(offset[..., None]).mul_(scale[..., None])
+            return values
+        group = (torch.arange(self.shape[1], device=values.device) + self.lead) // self.group_size
+        return values.sub_(offset[:, group]).mul_(scale[:, group])
 
 
 def column_groups(columns: slice, group_size: int) -> slice:
