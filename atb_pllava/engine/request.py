@@ -109,12 +109,12 @@ class PreparedVideo:
 
 @dataclass
 class VideoState:
-    """A video on its way through the vision tower: frames done so far, then its tokens."""
+    """A video on its way through the vision tower; `number` is its name among the ranks, -1 before it has one."""
 
     video: PreparedVideo
-    features: list[Tensor] = field(default_factory=list)
+    number: int = -1
     frames_done: int = 0
-    tokens: Tensor | None = None  # [t * h * w, hidden]
+    ready: bool = False  # its tokens are there
 
 
 @dataclass(eq=False)
@@ -180,7 +180,7 @@ class Request:
 
     @property
     def videos_ready(self) -> bool:
-        return all(video.tokens is not None for video in self.videos)
+        return all(video.ready for video in self.videos)
 
     @property
     def is_finished(self) -> bool:
