@@ -1,10 +1,11 @@
-"""The command line: `python -m atb_pllava run ...`. Environment variables are read here and nowhere else.
+"""The command line: `python -m atb_pllava run ...`.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 done, 2 an error of the user's (one message, no
 traceback), 130 interrupted.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -14,14 +15,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import DTYPES, RESIZE_MODES, SAMPLERS
+from atb_pllava.config import DTYPES
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.limits import MediaLimits
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
 from atb_pllava.ops import BACKENDS
+from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
+from atb_pllava.sampling import SAMPLERS
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -31,15 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("atb_pllava").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
     try:
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
     except PllavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); nothing is left to tell it.
+    except OSError as error:
+        # Nothing more can be written there; what is buffered would fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
+            return 141
+        print(f"error: the answers could not be written to stdout: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -54,9 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"world_size is {arguments.world_size}; this version runs on one device: leave --world_size out, and name "
             "one device in ASCEND_RT_VISIBLE_DEVICES"
         )
-    if arguments.output_json:
+    if arguments.output_json is not None:
         _check_writable(arguments.output_json)
-    media = list_media(arguments.media) if arguments.media else [None]
+    media = [None] if arguments.media is None else list_media(arguments.media)
     params = _sampling(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
     llm = _load(arguments)
@@ -75,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  answer:   {answer.text}\n  {_timing(answer)}", flush=True)
         rows.append(_row(item, prompt, answer))
     print(_summary(rows, time.perf_counter() - began))
-    if arguments.output_json:
+    if arguments.output_json is not None:
         _write_json(arguments.output_json, rows)
         print(f"wrote {arguments.output_json}", file=sys.stderr)
     return 2 if failed else 0
@@ -186,22 +197,24 @@ def _summary(rows: Sequence[dict[str, Any]], seconds: float) -> str:
 
 def _check_writable(path: str) -> None:
     """Complain before the work instead of after it."""
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ConfigError(f"--output_json {path} cannot be written; name a file in an existing, writable directory")
+    folder = os.path.dirname(os.path.realpath(path))
+    usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
+    if not path or not usable or os.path.isdir(path) or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_json {path!r} cannot be written; name a file in an existing, writable directory")
 
 
 def _write_json(path: str, rows: object) -> None:
     """Write a whole file or none: a reader never sees half of it."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    partial = target.with_name(f".{os.getpid()}.partial.json")
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     try:
-        partial.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        # Names that are no Unicode become JSON's own \\u escapes.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(target)
     except OSError as error:
-        raise ConfigError(f"--output_json {path} could not be written: {error.strerror}") from None
-    finally:
         partial.unlink(missing_ok=True)
+        raise ConfigError(f"--output_json {path} could not be written: {error.strerror}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

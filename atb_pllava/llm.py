@@ -4,8 +4,10 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from atb_pllava.config import DTYPES, EngineConfig, PllavaConfig, PreprocessorCo
 from atb_pllava.engine.engine import Engine
 from atb_pllava.engine.kv_cache import plan_blocks
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams, VideoState
-from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.errors import ConfigError, PllavaError, RequestError
 from atb_pllava.inputs import Media, VideoReader
 from atb_pllava.limits import MediaLimits
 from atb_pllava.model.pllava import Pllava
@@ -57,16 +59,26 @@ class LLM:
         **engine: Any,
     ) -> None:
         unknown = sorted(set(engine) - set(EngineConfig.__dataclass_fields__))
+        if limits is not None and not isinstance(limits, MediaLimits):
+            raise ConfigError(f"limits is a {type(limits).__name__}; it must be a MediaLimits")
         if unknown:
             raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
         ops = get_backend(backend)
-        self.config = PllavaConfig.from_dir(weight_dir or model_path).with_video(num_frames, pooling_shape)
+        self.config = PllavaConfig.from_dir(model_path if weight_dir is None else weight_dir).with_video(
+            num_frames, pooling_shape
+        )
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
             conversation, chatml=self.tokenizer.is_chatml, system=system, video_caption=video_caption
         )
+        self._turn_end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
+        if self._turn_end is None:
+            raise ConfigError(
+                f"conversation {conversation!r} ends turns with {self.conversation.assistant_end.strip()}, which is no "
+                f"token of {model_path}: the _llavanext conversations are for 34B"
+            )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
         self._reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
         self._model = load_model(
@@ -103,7 +115,7 @@ class LLM:
 
         Joined, the pieces are the text `chat` returns. A bad request raises here, before the first piece is asked for.
         """
-        request = self._request(_chat(media, question, history, answer_prefix), params or SamplingParams())
+        request = self._request(_chat(media, question, history, answer_prefix), self._params(params))
         self._engine.check(request)
         return self._stream(request)
 
@@ -133,17 +145,17 @@ class LLM:
         Requests are taken from the iterable, and their videos decoded, only when there is room for them soon. A bad
         request does not end the others. Closing the iterator drops what is under way.
         """
-        params = params or SamplingParams()
+        params = self._params(params)
         source = enumerate(requests)
         numbers: dict[Request, int] = {}
         more = True
         try:
             while more or numbers:
-                while more and len(numbers) < 2 * self._engine.config.max_batch_size:
+                if more and len(numbers) < 2 * self._engine.config.max_batch_size:
                     number, request = next(source, (-1, None))
-                    if request is None:
+                    if number < 0:
                         more = False
-                        break
+                        continue
                     try:
                         ready = self._request(request, params)
                         self._engine.add(ready)
@@ -181,9 +193,18 @@ class LLM:
         finally:
             self._engine.abort(request)
 
-    def _request(self, request: Mapping[str, Any], params: SamplingParams) -> Request:
+    def _params(self, params: SamplingParams | None) -> SamplingParams:
+        if params is None:
+            longest = self._engine.config.max_output_length
+            return SamplingParams(max_tokens=min(SamplingParams.max_tokens, longest or SamplingParams.max_tokens))
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is a {type(params).__name__}; it must be a SamplingParams")
+        return params
+
+    def _request(self, request: object, params: SamplingParams) -> Request:
         """Check a request, decode its media and expand its prompt; ready for the engine."""
         arrival = time.perf_counter()
+        request = _checked(request)
         media, indices = _media_of(request)
         token_ids, stops = self._prompt_of(request, len(media))
         expanded, spans = expand_placeholders(
@@ -215,8 +236,8 @@ class LLM:
             history=request.get("history") or (),
             answer_prefix=request.get("answer_prefix"),
         )
-        turn_end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
-        return self.tokenizer.encode_pieces(pieces), eos + ([] if turn_end is None else [turn_end])
+        assert self._turn_end is not None  # checked at load
+        return self.tokenizer.encode_pieces(pieces), [*eos, self._turn_end]
 
     def _plan_blocks(self, config: EngineConfig) -> int:
         """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
@@ -225,7 +246,7 @@ class LLM:
         longest = max(text.max_position_embeddings, self.config.num_video_tokens + 1024)
         if config.max_input_length is not None:
             longest = config.max_input_length + (config.max_output_length or SamplingParams.max_tokens)
-        # One block each on top: lengths are rounded up to whole blocks for every request.
+        # A block more for each request: lengths are rounded up to whole blocks.
         wanted = config.max_batch_size * (longest + config.block_size)
         blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free_memory(self._model.ops))
         logger.info(
@@ -261,6 +282,27 @@ def _chat(
     return request if media is None else {**request, "video": media}
 
 
+def _checked(request: object) -> Mapping[str, Any]:
+    """A request whose texts and keys are as they must be; its media are checked when they are read."""
+    if not isinstance(request, Mapping):
+        raise RequestError(
+            f"a request is a {type(request).__name__}; it must be a dict with {', '.join(_REQUEST_KEYS)}"
+        )
+    unknown = sorted(map(str, set(request) - set(_REQUEST_KEYS)))
+    if unknown:
+        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(_REQUEST_KEYS)}")
+    if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
+        raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
+    _text(request, "prompt" if "prompt" in request else "question")
+    if request.get("answer_prefix") is not None:
+        _text(request, "answer_prefix")
+    history = request.get("history") or ()
+    turns = history if isinstance(history, list | tuple) else [history]
+    if not all(isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str] for turn in turns):
+        raise RequestError(f"history is {history!r}; it must be a list of (question, answer) pairs of text")
+    return request
+
+
 def _text(request: Mapping[str, Any], key: str) -> str:
     text = request.get(key)
     if not isinstance(text, str):
@@ -268,26 +310,35 @@ def _text(request: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[Sequence[int] | None]]:
+def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | None]]:
     """The media of a request as a list, and the frames wanted of each (None: sampled)."""
-    unknown = sorted(set(request) - set(_REQUEST_KEYS))
-    if unknown:
-        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(_REQUEST_KEYS)}")
-    if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
-        raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
     given = [key for key in _MEDIA_KEYS if request.get(key) is not None]
     if len(given) > 1:
         raise RequestError(f"a request has {' and '.join(given)}; name its media under one key")
-    value = request[given[0]] if given else []
+    value = request[given[0]] if given else ()
     media: list[Media] = list(value) if isinstance(value, list | tuple) else [value]
+    if given and not media:
+        raise RequestError(f"{given[0]} is an empty list; leave it out to ask without media")
+    if given == ["frames"] and not all(isinstance(item, np.ndarray) for item in media):
+        raise RequestError("frames must be uint8 arrays [frames, height, width, 3]; files go under 'video' or 'image'")
     indices = request.get("frame_indices")
     if indices is None:
         return media, [None] * len(media)
-    wanted = [indices] if len(media) == 1 and not _is_nested(indices) else list(indices)
+    wanted = [_whole_numbers(part) for part in (indices if _is_nested(indices) else [indices])]
     if len(wanted) != len(media):
         raise RequestError(f"frame_indices is given for {len(wanted)} video(s), the request has {len(media)}")
-    return media, wanted
+    return media, list(wanted)
 
 
-def _is_nested(indices: Sequence[Any]) -> bool:
-    return len(indices) > 0 and not isinstance(indices[0], int)
+def _whole_numbers(values: Any) -> list[int]:
+    """Frame numbers as plain integers, from any sequence of whole numbers."""
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return [index(value) for value in values]
+    except TypeError:
+        raise RequestError(f"frame_indices is {values!r}; it must be a list of whole numbers for each video") from None
+
+
+def _is_nested(indices: Any) -> bool:
+    return isinstance(indices, list | tuple) and len(indices) > 0 and isinstance(indices[0], list | tuple | np.ndarray)

@@ -23,11 +23,13 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"errors", "config", "ops.interface", "parallel", "model"},
     "checkpoint": {"errors", "config"},
     "weights": {"checkpoint", "config", "parallel"},
-    "engine": {"errors", "config", "prompt", "tokenizer", "ops.interface", "model", "engine"},
-    "inputs": {"errors", "config", "engine.request", "limits", "media", "pixels", "sampling", "video"},
-    "llm": {"errors", "config", "engine", "inputs", "limits", "model", "ops", "prompt", "tokenizer", "weights"},
+    "loading": {"config", "model", "ops", "parallel", "weights"},
+    "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"},
+    "inputs": {"errors", "config", "limits", "media", "pixels", "sampling", "video"},
+    "workers": {"errors", "engine", "loading", "model", "ops", "parallel"},
+    "llm": {"errors", "config", "engine", "inputs", "limits", "loading", "model", "ops", "parallel", "prompt", "tokenizer", "workers"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
-    "__main__": {"config", "engine.request", "errors", "limits", "llm", "media", "ops", "prompt"},
+    "__main__": {"config", "engine.request", "errors", "limits", "llm", "media", "ops", "pixels", "prompt", "sampling"},
 }
 LAZY = {"torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -2,33 +2,23 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 
 from torch import Tensor
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.kv_cache import BlockAllocator
-from atb_pllava.engine.request import PreparedVideo, Request, VideoState
+from atb_pllava.engine.request import Request, VideoState
 from atb_pllava.engine.sampler import sample
 from atb_pllava.engine.scheduler import Scheduler, Step
 from atb_pllava.engine.step import StepInput
 from atb_pllava.engine.team import Team
 from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.inputs import PreparedVideo
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_REPORTS = 5.0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one step did for one request: new text (possibly none yet), and whether that was the end."""
-
-    request: Request
-    delta: str
-    finished: bool
 
 
 class Engine:
@@ -77,35 +67,36 @@ class Engine:
             request.error = RequestError("the request was aborted")
             self._remove(request)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> None:
         """Do one step of work for everybody who can take part."""
         self.scheduler.admit()
         self._encode_videos()
         step = self.scheduler.plan()
         if not step:
-            return []
+            return
         self._report(f"decoding {len(step.decode)} requests, prefilling {sum(n for _, n in step.prefill)} tokens")
         began = time.perf_counter()
         due = self._forward(step)
         seconds = time.perf_counter() - began
         for request, _ in step.prefill:
             request.prefill += seconds
-        return [self._take_token(request, logits) for request, logits in due]
+        for request, logits in due:
+            self._take_token(request, logits)
 
     def _encode_videos(self) -> None:
         """Encode for the oldest request that waits for it: all of it, or a few frames when others are decoding."""
-        decoding = any(request.is_decoding for request in self.scheduler.running)
-        for request in self.scheduler.running:
-            if not request.started:
-                request.started = time.perf_counter()
-            for state in request.videos:
-                while not state.ready:
-                    self._report(f"encoding frame {state.frames_done + 1} of {len(state.video.pixels)}")
-                    began = time.perf_counter()
-                    self._encode_some(state)
-                    request.vision_encode += time.perf_counter() - began
-                    if decoding:
-                        return
+        request = next((r for r in self.scheduler.running if not r.videos_ready), None)
+        if request is None:
+            return
+        decoding = any(other.is_decoding for other in self.scheduler.running)
+        for state in request.videos:
+            while not state.ready:
+                self._report(f"encoding frame {state.frames_done + 1} of {len(state.video.pixels)}")
+                began = time.perf_counter()
+                self._encode_some(state)
+                request.vision_encode += time.perf_counter() - began
+                if decoding:
+                    return
 
     def _encode_some(self, state: VideoState) -> None:
         """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
@@ -134,33 +125,34 @@ class Engine:
             request.num_computed += tokens
         return list(zip([request for request, _ in work if request.remaining == 0], logits, strict=True))
 
-    def _take_token(self, request: Request, logits: Tensor) -> Progress:
+    def _take_token(self, request: Request, logits: Tensor) -> None:
         try:
             token, logprobs = sample(logits, request)
         except PllavaError as error:
             request.error = error
-            return self._finish(request, "")
+            self._finish(request)
+            return
         if not request.generated:
             request.first_token = time.perf_counter()
         request.token_ids.append(token)
         self._tokens_since += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
-        if token in request.stop_token_ids:
+        ended, full = token in request.stop_token_ids, len(request.generated) == request.params.max_tokens
+        if not ended:
+            request.answer.push(token)
+        if ended or full:
+            request.answer.finish()  # what is held back may hold a stop string
+        if ended or request.answer.stopped:
             request.finish_reason = "stop"
-            return self._finish(request, "")
-        delta = request.answer.push(token)
-        if request.answer.stopped:
-            request.finish_reason = "stop"
-        elif len(request.generated) == request.params.max_tokens:
+        elif full:
             request.finish_reason = "length"
-        return self._finish(request, delta) if request.is_finished else Progress(request, delta, finished=False)
+        if request.is_finished:
+            self._finish(request)
 
-    def _finish(self, request: Request, delta: str) -> Progress:
-        delta += request.answer.finish()
+    def _finish(self, request: Request) -> None:
         request.finished = time.perf_counter()
         self._remove(request)
-        return Progress(request, delta, finished=True)
 
     def _remove(self, request: Request) -> None:
         self.scheduler.remove(request)
@@ -175,8 +167,3 @@ class Engine:
             waiting, speed = len(self.scheduler.waiting), self._tokens_since / seconds
             logger.info("%s, %d waiting; %.1f tokens/s in the last %.0f s", doing, waiting, speed, seconds)
             self._reported, self._tokens_since = now, 0
-
-    def run(self) -> Iterator[Progress]:
-        """Step until nothing is left."""
-        while self.has_work:
-            yield from self.step()

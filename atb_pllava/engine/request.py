@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.inputs import PreparedVideo
 from atb_pllava.prompt import VideoSpan
 from atb_pllava.tokenizer import AnswerDecoder, Tokenizer
 
@@ -39,9 +40,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
         _check_whole("max_tokens", self.max_tokens, 1, 2**31)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
@@ -96,15 +96,6 @@ class RequestOutput:
     num_cached_tokens: int
     metrics: Metrics
     logprobs: list[TokenLogprobs] | None = None
-
-
-@dataclass(frozen=True)
-class PreparedVideo:
-    """A video ready for the model: pixels [U, 3, size, size] of its distinct frames, and which of them frame t is."""
-
-    pixels: Tensor
-    frame_of: tuple[int, ...]
-    frame_indices: tuple[int, ...]
 
 
 @dataclass
