@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -11,19 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atb_pllava.config import DTYPES, EngineConfig, PllavaConfig, PreprocessorConfig, check_choice
+from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice, check_pooling_shape
 from atb_pllava.engine.engine import Engine
 from atb_pllava.engine.kv_cache import plan_blocks
-from atb_pllava.engine.request import Request, RequestOutput, SamplingParams, VideoState
-from atb_pllava.errors import ConfigError, PllavaError, RequestError
+from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
+from atb_pllava.engine.runner import Runner
+from atb_pllava.engine.team import Team
+from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError
 from atb_pllava.inputs import Media, VideoReader
 from atb_pllava.limits import MediaLimits
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import choose_dtype, free_memory, get_backend
-from atb_pllava.ops.interface import Backend
+from atb_pllava.ops import free_memory
+from atb_pllava.parallel import TensorParallel
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.weights import open_checkpoint, unused_vision_layers
+from atb_pllava.workers import Workers, send_cache_size, share_threads
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,9 @@ class LLM:
         system: str | None = None,
         video_caption: bool = False,
         limits: MediaLimits | None = None,
+        world_size: int = 1,
+        master_port: int | None = None,
+        workers: Workers | None = None,
         **engine: Any,
     ) -> None:
         unknown = sorted(set(engine) - set(EngineConfig.__dataclass_fields__))
@@ -65,10 +72,16 @@ class LLM:
             raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
-        ops = get_backend(backend)
-        self.config = PllavaConfig.from_dir(model_path if weight_dir is None else weight_dir).with_video(
-            num_frames, pooling_shape
+        options = ModelOptions(
+            os.fspath(model_path),
+            None if weight_dir is None else os.fspath(weight_dir),
+            lora_alpha,
+            num_frames,
+            None if pooling_shape is None else check_pooling_shape(pooling_shape),
+            dtype,
+            backend,
         )
+        self.config = options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
             conversation, chatml=self.tokenizer.is_chatml, system=system, video_caption=video_caption
@@ -81,10 +94,45 @@ class LLM:
             )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
         self._reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
-        self._model = load_model(
-            self.config, model_path, weight_dir, lora_alpha, ops, choose_dtype(dtype, self.config.dtype, ops)
-        )
-        self._engine = Engine(self._model, engine_config, self._plan_blocks(engine_config))
+        self._load(options, engine_config, world_size, master_port, workers)
+
+    def _load(
+        self, options: ModelOptions, config: EngineConfig, size: int, port: int | None, workers: Workers | None
+    ) -> None:
+        """Load the model on this rank and, with a size above 1, on all others, started here unless they are there."""
+        parallel = workers.parallel if workers else TensorParallel(0, size)
+        model, plan = plan_model(options, parallel)
+        self._finalizer: weakref.finalize[..., LLM] | None = None
+        if parallel.size == 1:
+            fill_model(model, plan)
+            runner = Runner(model, self._plan_blocks(model, config), config.block_size)
+            self._engine = Engine(Team(runner, parallel), config)
+            return
+        workers = workers or Workers.start(size, options, port)
+        give_back_threads = share_threads(size)
+        try:
+            fill_model(model, plan, workers.sign)
+            workers.meet(model, options.described())
+            blocks = self._plan_blocks(model, config)
+            send_cache_size(parallel, blocks, config.block_size)
+            runner = Runner(model, blocks, config.block_size)
+        except BaseException:
+            workers.kill()
+            raise
+        team = Team(runner, parallel, lambda: _stop_all(workers))
+        self._engine = Engine(team, config)
+        self._finalizer = weakref.finalize(self, _close, team, workers, give_back_threads)
+
+    def close(self) -> None:
+        """Stop the other ranks, if there are any, and free their memory; the model is of no use afterwards."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def chat(
         self,
@@ -171,10 +219,7 @@ class LLM:
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
-        state = VideoState(self._reader.prepare([media], [frame_indices])[0])
-        while state.tokens is None:
-            self._engine.runner.encode_frames(state)
-        return state.tokens
+        return self._engine.encode_video(self._reader.prepare([media], [frame_indices])[0])
 
     def _stream(self, request: Request) -> Iterator[str]:
         self._engine.add(request)  # here and not in `stream`: an iterator nobody starts costs nothing
@@ -239,40 +284,38 @@ class LLM:
         assert self._turn_end is not None  # checked at load
         return self.tokenizer.encode_pieces(pieces), [*eos, self._turn_end]
 
-    def _plan_blocks(self, config: EngineConfig) -> int:
+    def _plan_blocks(self, model: Pllava, config: EngineConfig) -> int:
         """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
-        text, element = self.config.text, torch.empty(0, dtype=self._model.dtype).element_size()
-        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * element
+        text, element = self.config.text, torch.empty(0, dtype=model.dtype).element_size()
+        per_token = 2 * text.num_hidden_layers * model.language.kv_heads * text.head_dim * element
         longest = max(text.max_position_embeddings, self.config.num_video_tokens + 1024)
         if config.max_input_length is not None:
             longest = config.max_input_length + (config.max_output_length or SamplingParams.max_tokens)
         # A block more for each request: lengths are rounded up to whole blocks.
         wanted = config.max_batch_size * (longest + config.block_size)
-        blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free_memory(self._model.ops))
+        free = free_memory(model.ops) // (model.parallel.size if model.ops.name == "cpu" else 1)
+        blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GB", blocks, config.block_size,
             blocks * config.block_size * per_token / 1e9)  # fmt: skip
         return blocks
 
 
-def load_model(
-    config: PllavaConfig,
-    model_path: str | os.PathLike[str],
-    weight_dir: str | os.PathLike[str] | None,
-    lora_alpha: float | None,
-    ops: Backend,
-    dtype: torch.dtype,
-) -> Pllava:
-    """Build the model and fill it from a checkpoint; nothing large is allocated before every name and shape fits."""
-    with torch.device("meta"):
-        model = Pllava(config, ops, dtype)
-    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
-    plan = open_checkpoint(model_path, weight_dir).check(
-        shapes, unused=unused_vision_layers(config), lora_alpha=lora_alpha
-    )
-    model.to_empty(device=ops.device)
-    plan.load_into(model.checkpoint_parts())
-    return model.eval()
+def _stop_all(workers: Workers) -> PllavaError | None:
+    """A rank was lost: end the others too, and say which it was."""
+    time.sleep(0.2)  # a process that has just died needs a moment to be seen as dead
+    reason = workers.explain()
+    workers.kill()
+    return None if reason is None else BackendError(f"{reason}; all ranks were stopped")
+
+
+def _close(team: Team, workers: Workers, give_back_threads: Callable[[], None]) -> None:
+    try:
+        team.stop()
+    except RuntimeError:
+        workers.kill()
+    workers.stop()
+    give_back_threads()
 
 
 def _chat(

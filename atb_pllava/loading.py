@@ -32,9 +32,14 @@ class ModelOptions:
     def from_json(cls, text: str) -> "ModelOptions":
         return cls(**json.loads(text))
 
+    def described(self) -> str:
+        """All of it but the paths, for ranks to compare: the weights themselves are compared by content."""
+        return json.dumps({**asdict(self), "model_path": None, "weight_dir": None})
+
     def config(self) -> PllavaConfig:
         """The model's configuration; a directory with LoRA tensors on top brings its own config.json."""
-        return PllavaConfig.from_dir(self.weight_dir or self.model_path).with_video(self.num_frames, self.pooling_shape)
+        directory = self.model_path if self.weight_dir is None else self.weight_dir
+        return PllavaConfig.from_dir(directory).with_video(self.num_frames, self.pooling_shape)
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan]:

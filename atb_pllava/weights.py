@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +81,11 @@ class LoadPlan:
         return sum(part.num_bytes for item in self.items.values() for part in item.parts)
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Part]) -> None:
+    def load_into(self, destinations: Mapping[str, Part], each: Callable[[], None] | None = None) -> None:
         """Copy each tensor, or this rank's part of it, to its destination (any dtype and device).
 
-        Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed.
+        Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed. `each` is
+        called after every tensor.
         At most one stored tensor is in memory at a time. Raises CheckpointError with all tensors that hold NaN or
         infinity, or values that float16 destinations cannot hold; the destinations are then useless.
         """
@@ -96,6 +97,8 @@ class LoadPlan:
             assert destinations[name].shape == item.weight.shape, name
             problems += _load_tensor(name, item, scale, destinations[name])
             progress.add(item)
+            if each is not None:
+                each()
         raise_if_any(self.where, problems)
         progress.finish()
         if scale is not None:

@@ -24,9 +24,9 @@ _SECONDS_BETWEEN_REPORTS = 5.0
 class Engine:
     """Serves requests together. Call `add`, then `step` until `has_work` is false."""
 
-    def __init__(self, team: Team, config: EngineConfig, blocks: int) -> None:
+    def __init__(self, team: Team, config: EngineConfig) -> None:
         self.team, self.config = team, config
-        self.allocator = BlockAllocator(blocks)
+        self.allocator = BlockAllocator(team.runner.blocks)
         self.scheduler = Scheduler(config, self.allocator)
         self._video_numbers = count()
         self._reported = time.perf_counter()

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import PreparedVideo

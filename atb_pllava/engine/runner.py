@@ -14,7 +14,7 @@ class Runner:
     """Owns the model, its KV cache and the tokens of the videos that requests in work refer to by number."""
 
     def __init__(self, model: Pllava, blocks: int, block_size: int) -> None:
-        self.model, self.device = model, model.ops.device
+        self.model, self.device, self.blocks = model, model.ops.device, blocks
         text = model.config.text
         self.cache: list[LayerCache] = model.ops.new_kv_cache(
             text.num_hidden_layers, blocks, block_size, model.language.kv_heads, text.head_dim, model.dtype

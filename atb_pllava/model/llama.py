@@ -83,6 +83,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.ops, self.parallel = config, ops, parallel
         self.words = parallel.share(config.vocab_size)
+        self.kv_heads: int = len(parallel.share(config.num_key_value_heads))
         self.embed_tokens = nn.Embedding(len(self.words), config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, ops, dtype, parallel) for _ in range(config.num_hidden_layers))
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))

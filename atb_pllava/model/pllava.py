@@ -16,6 +16,8 @@ from atb_pllava.parallel import Part, TensorParallel
 class Pllava(nn.Module):
     """CLIP tower, projector, pooling and LLaMA. The values come later, through `checkpoint_parts`."""
 
+    language: Llama
+
     def __init__(
         self, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel | None = None
     ) -> None:
