@@ -1,4 +1,4 @@
-"""The command line: `python -m atb_pllava run ...`.
+"""The command line: `python -m atb_pllava run ...`. Environment variables are read here and nowhere else.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 done, 2 an error of the user's (one message, no
 traceback), 130 interrupted.
@@ -15,16 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import DTYPES
+from atb_pllava.config import DTYPES, check_pooling_shape
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.limits import MediaLimits
 from atb_pllava.llm import LLM
+from atb_pllava.loading import ModelOptions
 from atb_pllava.media import list_media
 from atb_pllava.ops import BACKENDS
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
+from atb_pllava.workers import Workers, serve_rank
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -60,18 +62,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask every prompt about every medium and print the answers in order."""
     if arguments.trust_remote_code:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
-    if arguments.world_size != 1:
-        raise ConfigError(
-            f"world_size is {arguments.world_size}; this version runs on one device: leave --world_size out, and name "
-            "one device in ASCEND_RT_VISIBLE_DEVICES"
-        )
+    workers = _torchrun(arguments.world_size)
+    if workers is not None and workers.parallel.rank > 0:
+        return serve_rank(workers, _model_options(arguments))
     if arguments.output_json is not None:
         _check_writable(arguments.output_json)
     media = [None] if arguments.media is None else list_media(arguments.media)
     params = _sampling(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
-    llm = _load(arguments)
-    jobs = [(item, prompt) for item in media for prompt in prompts]
+    with _load(arguments, workers) as llm:
+        return _ask(llm, [(item, prompt) for item in media for prompt in prompts], params, arguments.output_json)
+
+
+def _ask(llm: LLM, jobs: Sequence[tuple[str | None, str]], params: SamplingParams, output_json: str | None) -> int:
+    """Print the answers in order as they come; the exit status."""
     began = time.perf_counter()
     rows, failed = [], 0
     for number, answer in _in_order(llm, jobs, params):
@@ -86,13 +90,46 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  answer:   {answer.text}\n  {_timing(answer)}", flush=True)
         rows.append(_row(item, prompt, answer))
     print(_summary(rows, time.perf_counter() - began))
-    if arguments.output_json is not None:
-        _write_json(arguments.output_json, rows)
-        print(f"wrote {arguments.output_json}", file=sys.stderr)
+    if output_json is not None:
+        _write_json(output_json, rows)
+        print(f"wrote {output_json}", file=sys.stderr)
     return 2 if failed else 0
 
 
-def _load(arguments: argparse.Namespace) -> LLM:
+def _torchrun(world_size: int | None) -> Workers | None:
+    """This rank's link to the others when torchrun started it; None otherwise."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    started = os.environ["WORLD_SIZE"]
+    if world_size is not None and started != str(world_size):
+        raise ConfigError(
+            f"WORLD_SIZE is {started} and --world_size {world_size}: torchrun has decided, leave --world_size out"
+        )
+    return Workers.among_torchrun() if started != "1" else None
+
+
+def _master_port() -> int | None:
+    """The port the user wants the ranks to meet at; None for any."""
+    given = os.environ.get("MASTER_PORT", "")
+    if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
+        raise ConfigError(f"MASTER_PORT is {given!r}; it must be a port number from 1 to 65535")
+    return int(given) if given else None
+
+
+def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+    shape = arguments.pooling_shape
+    return ModelOptions(
+        arguments.model_path,
+        arguments.weight_dir,
+        arguments.lora_alpha,
+        arguments.num_frames,
+        None if shape is None else check_pooling_shape(shape),
+        arguments.dtype,
+        arguments.backend,
+    )
+
+
+def _load(arguments: argparse.Namespace, workers: Workers | None) -> LLM:
     began = time.perf_counter()
     llm = LLM(
         arguments.model_path,
@@ -113,6 +150,9 @@ def _load(arguments: argparse.Namespace) -> LLM:
         max_input_length=arguments.max_input_length,
         max_output_length=arguments.max_output_length,
         kv_cache_bytes=arguments.kv_cache_bytes,
+        world_size=1 if arguments.world_size is None else arguments.world_size,
+        master_port=_master_port(),
+        workers=workers,
     )
     frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
     print(
@@ -252,7 +292,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
     )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: cuda where there is one, else cpu")
-    group.add_argument("--world_size", type=int, default=1, metavar="N", help="devices to split the model over")
+    group.add_argument("--world_size", type=int, metavar="N", help="devices to split the model over (default 1)")
     group.add_argument(
         "--trust_remote_code",
         action="store_true",

@@ -108,7 +108,7 @@ class LLM:
             runner = Runner(model, self._plan_blocks(model, config), config.block_size)
             self._engine = Engine(Team(runner, parallel), config)
             return
-        workers = workers or Workers.start(size, options, port)
+        self._workers = workers = workers or Workers.start(size, options, port)
         give_back_threads = share_threads(size)
         try:
             fill_model(model, plan, workers.sign)

@@ -74,7 +74,10 @@ class Workers:
     @classmethod
     def among_torchrun(cls) -> "Workers":
         """This rank among those that torchrun started; it has put rank, size and address into the environment."""
-        store, rank, size = next(dist.rendezvous("env://"))
+        try:
+            store, rank, size = next(dist.rendezvous("env://"))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
         return cls(TensorParallel(rank, size), store)
 
     def sign(self) -> None:
