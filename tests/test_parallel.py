@@ -100,7 +100,7 @@ def test_sizes_that_cannot_work_are_refused_before_loading(checkpoint: Path, siz
     with pytest.raises(ConfigError, match="2 KV heads, so sizes 1 to 2 work"):
         LLM(checkpoint, world_size=size)  # type: ignore[arg-type]
     for kv_heads, good in [(8, 8), (32, 8), (3, 3)]:
-        text = TextConfig(num_attention_heads=32 if kv_heads != 3 else 3, num_key_value_heads=kv_heads, hidden_size=96)
+        text = TextConfig(num_attention_heads=96, num_key_value_heads=kv_heads, hidden_size=96, head_dim=8)
         assert check_world_size(good, text) == good
 
 
