@@ -333,6 +333,9 @@ class _Progress:
 
     def _say(self, file: int) -> None:
         self.said = time.monotonic()
-        rate = self.done / 1e9 / max(self.said - self.started, 1e-9)
-        logger.info("%s %d/%d shards, %.1f of %.1f GB, %.1f GB/s",
-                    self.what, file, len(self.files), self.done / 1e9, self.total / 1e9, rate)  # fmt: skip
+        unit, size = ("GB", 1e9) if self.total >= 1e9 else ("MB", 1e6)
+        rate = self.done / size / max(self.said - self.started, 1e-9)
+        done, total = self.done / size, self.total / size
+        logger.info(
+            "%s %d/%d shards, %.1f of %.1f %s, %.1f %s/s",
+            self.what, file, len(self.files), done, total, unit, rate, unit)  # fmt: skip
