@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Workers:
         for rank in range(1, size):
             arguments = [str(rank), str(size), str(port), options.to_json()]
             workers.processes.append(
-                subprocess.Popen([sys.executable, "-c", program, *arguments], stdin=subprocess.DEVNULL)
+                subprocess.Popen([sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE)
             )
         return workers
 
@@ -122,6 +123,8 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
         self.processes.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -170,11 +173,18 @@ class Workers:
 
 def follower(rank: str, size: str, port: str, options: str) -> int:
     """The whole life of a process that rank 0 started; its exit status."""
+    threading.Thread(target=_end_with_rank_0, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides what it means
     logging.getLogger("atb_pllava").setLevel(logging.ERROR)  # rank 0 says it all
     store = dist.TCPStore("127.0.0.1", int(port), int(size), False, timeout=_STORE_TIMEOUT)
     workers = Workers(TensorParallel(int(rank), int(size)), store)
     return serve_rank(workers, ModelOptions.from_json(options))
+
+
+def _end_with_rank_0() -> None:
+    """Rank 0 holds the other end of our stdin and never writes: when it is gone, however it went, so are we."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def serve_rank(workers: Workers, options: ModelOptions) -> int:
