@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Chat test of PLLaVA, with the positional arguments of MindIE's LLaVA scripts. See --help.
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {

@@ -5,6 +5,7 @@ traceback), 130 interrupted.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -14,17 +15,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import DTYPES, RESIZE_MODES, SAMPLERS
+from atb_pllava.config import DTYPES, check_pooling_shape
 from atb_pllava.convert import QUANTIZERS, ConvertOptions, convert_checkpoint
 from atb_pllava.convert import TYPES as CONVERT_TYPES
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.limits import MediaLimits
 from atb_pllava.llm import LLM
+from atb_pllava.loading import ModelOptions
 from atb_pllava.media import list_media
 from atb_pllava.ops import BACKENDS
+from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.quant import GROUP_SIZES
+from atb_pllava.sampling import SAMPLERS
+from atb_pllava.workers import Workers, serve_rank
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -34,15 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("atb_pllava").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
     try:
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
     except PllavaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); nothing is left to tell it.
+    except OSError as error:
+        # Nothing more can be written there; what is buffered would fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
+            return 141
+        print(f"error: the answers could not be written to stdout: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -52,18 +65,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask every prompt about every medium and print the answers in order."""
     if arguments.trust_remote_code:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
-    if arguments.world_size != 1:
-        raise ConfigError(
-            f"world_size is {arguments.world_size}; this version runs on one device: leave --world_size out, and name "
-            "one device in ASCEND_RT_VISIBLE_DEVICES"
-        )
-    if arguments.output_json:
+    workers = _torchrun(arguments.world_size)
+    if workers is not None and workers.parallel.rank > 0:
+        return serve_rank(workers, _model_options(arguments))
+    if arguments.output_json is not None:
         _check_writable(arguments.output_json)
-    media = list_media(arguments.media) if arguments.media else [None]
+    media = [None] if arguments.media is None else list_media(arguments.media)
     params = _sampling(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
-    llm = _load(arguments)
-    jobs = [(item, prompt) for item in media for prompt in prompts]
+    with _load(arguments, workers) as llm:
+        return _ask(llm, [(item, prompt) for item in media for prompt in prompts], params, arguments.output_json)
+
+
+def _ask(llm: LLM, jobs: Sequence[tuple[str | None, str]], params: SamplingParams, output_json: str | None) -> int:
+    """Print the answers in order as they come; the exit status."""
     began = time.perf_counter()
     rows, failed = [], 0
     for number, answer in _in_order(llm, jobs, params):
@@ -78,9 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  answer:   {answer.text}\n  {_timing(answer)}", flush=True)
         rows.append(_row(item, prompt, answer))
     print(_summary(rows, time.perf_counter() - began))
-    if arguments.output_json:
-        _write_json(arguments.output_json, rows)
-        print(f"wrote {arguments.output_json}", file=sys.stderr)
+    if output_json is not None:
+        _write_json(output_json, rows)
+        print(f"wrote {output_json}", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -98,7 +113,40 @@ def convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> LLM:
+def _torchrun(world_size: int | None) -> Workers | None:
+    """This rank's link to the others when torchrun started it; None otherwise."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    started = os.environ["WORLD_SIZE"]
+    if world_size is not None and started != str(world_size):
+        raise ConfigError(
+            f"WORLD_SIZE is {started} and --world_size {world_size}: torchrun has decided, leave --world_size out"
+        )
+    return Workers.among_torchrun() if started != "1" else None
+
+
+def _master_port() -> int | None:
+    """The port the user wants the ranks to meet at; None for any."""
+    given = os.environ.get("MASTER_PORT", "")
+    if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
+        raise ConfigError(f"MASTER_PORT is {given!r}; it must be a port number from 1 to 65535")
+    return int(given) if given else None
+
+
+def _model_options(arguments: argparse.Namespace) -> ModelOptions:
+    shape = arguments.pooling_shape
+    return ModelOptions(
+        arguments.model_path,
+        arguments.weight_dir,
+        arguments.lora_alpha,
+        arguments.num_frames,
+        None if shape is None else check_pooling_shape(shape),
+        arguments.dtype,
+        arguments.backend,
+    )
+
+
+def _load(arguments: argparse.Namespace, workers: Workers | None) -> LLM:
     began = time.perf_counter()
     llm = LLM(
         arguments.model_path,
@@ -119,6 +167,9 @@ def _load(arguments: argparse.Namespace) -> LLM:
         max_input_length=arguments.max_input_length,
         max_output_length=arguments.max_output_length,
         kv_cache_bytes=arguments.kv_cache_bytes,
+        world_size=1 if arguments.world_size is None else arguments.world_size,
+        master_port=_master_port(),
+        workers=workers,
     )
     frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
     print(
@@ -203,22 +254,24 @@ def _summary(rows: Sequence[dict[str, Any]], seconds: float) -> str:
 
 def _check_writable(path: str) -> None:
     """Complain before the work instead of after it."""
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ConfigError(f"--output_json {path} cannot be written; name a file in an existing, writable directory")
+    folder = os.path.dirname(os.path.realpath(path))
+    usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
+    if not path or not usable or os.path.isdir(path) or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output_json {path!r} cannot be written; name a file in an existing, writable directory")
 
 
 def _write_json(path: str, rows: object) -> None:
     """Write a whole file or none: a reader never sees half of it."""
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    partial = target.with_name(f".{os.getpid()}.partial.json")
+    text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     try:
-        partial.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        # Names that are no Unicode become JSON's own \\u escapes.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(target)
     except OSError as error:
-        raise ConfigError(f"--output_json {path} could not be written: {error.strerror}") from None
-    finally:
         partial.unlink(missing_ok=True)
+        raise ConfigError(f"--output_json {path} could not be written: {error.strerror}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,7 +342,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
     )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: cuda where there is one, else cpu")
-    group.add_argument("--world_size", type=int, default=1, metavar="N", help="devices to split the model over")
+    group.add_argument("--world_size", type=int, metavar="N", help="devices to split the model over (default 1)")
     group.add_argument(
         "--trust_remote_code",
         action="store_true",

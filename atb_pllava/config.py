@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from atb_pllava.errors import ConfigError
 
 MODEL_TYPES = ("llava", "pllava", "llava_next")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SAMPLERS = ("demo", "eval", "npu")
-RESIZE_MODES = ("clip", "res672", "squash")
 
 # PLLaVA's own defaults where config.json says nothing (tasks/eval/model_utils.py::load_pllava).
 DEFAULT_NUM_FRAMES = 16
@@ -26,6 +25,12 @@ DEFAULT_POOLING_SHAPE = (16, 12, 12)
 _MAX_JSON_BYTES = 10 * 2**20
 _LARGEST = {"num_hidden_layers": 1024, "vocab_size": 2**24}
 _LARGEST_SIZE = 2**20
+
+# What preprocessor_config.json may say besides sizes, mean and deviation; 3 is Pillow's bicubic filter.
+_PREPROCESSING = {
+    "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
+    "rescale_factor": 1 / 255,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ class PllavaConfig:
             )
         text_raw, vision_raw = _section(raw, "text_config"), _section(raw, "vision_config")
         _refuse_unsupported(raw, text_raw)
-        rope = text_raw.get("rope_parameters") or {}
+        rope = _section(text_raw, "rope_parameters", {})
         text = TextConfig(
             **_known(TextConfig, text_raw, also={"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
         )
@@ -189,11 +194,13 @@ class PllavaConfig:
     def from_dir(cls, model_dir: str | os.PathLike[str]) -> "PllavaConfig":
         """Read config.json and generation_config.json of a checkpoint directory."""
         directory = Path(model_dir)
-        if not directory.is_dir():
-            raise ConfigError(f"{directory} is not a directory; --model_path names a checkpoint directory")
+        if not os.fspath(model_dir) or not os.path.isdir(directory):
+            raise ConfigError(
+                f"{os.fspath(model_dir)!r} is not a readable directory; --model_path names a checkpoint directory"
+            )
         generation = directory / "generation_config.json"
         return cls.from_json(
-            read_json(directory / "config.json"), read_json(generation) if generation.is_file() else None
+            read_json(directory / "config.json"), read_json(generation) if os.path.isfile(generation) else None
         )
 
 
@@ -210,23 +217,25 @@ class PreprocessorConfig:
     def from_dir(cls, model_dir: str | os.PathLike[str], image_size: int) -> "PreprocessorConfig":
         """Read the two files where they exist; a crop that is not `image_size` is a ConfigError."""
         pre, proc = Path(model_dir) / "preprocessor_config.json", Path(model_dir) / "processor_config.json"
-        raw = read_json(pre) if pre.is_file() else {}
-        processor = read_json(proc) if proc.is_file() else {}
-        crop = raw.get("crop_size", image_size)
+        raw = read_json(pre) if os.path.isfile(pre) else {}
+        processor = read_json(proc) if os.path.isfile(proc) else {}
+        for key, only in _PREPROCESSING.items():
+            if raw.get(key, only) != only:
+                raise ConfigError(f"{pre}: {key} is {raw[key]!r}; PLLaVA's pipeline has only {only!r}")
+        crop, size = raw.get("crop_size", image_size), raw.get("size", image_size)
         crop = crop.get("height") if isinstance(crop, dict) else crop
-        size = raw.get("size", crop)
         size = size.get("shortest_edge") if isinstance(size, dict) else size
-        edge = processor.get("shortest_edge", image_size)
-        mean, std = tuple(raw.get("image_mean", cls.image_mean)), tuple(raw.get("image_std", cls.image_std))
         if crop != image_size or size != image_size:
             raise ConfigError(
                 f"{pre} resizes to {size} and crops to {crop} pixels; the vision tower needs {image_size} for both"
             )
+        edge = processor.get("shortest_edge", image_size)
         if not isinstance(edge, int) or not 1 <= edge <= 4096:
             raise ConfigError(f"{proc} says shortest_edge {edge!r}; it must be a number of pixels from 1 to 4096")
+        mean, std = raw.get("image_mean", cls.image_mean), raw.get("image_std", cls.image_std)
         if not _are_numbers(mean, 3) or not _are_numbers(std, 3) or min(std) <= 0:
             raise ConfigError(f"{pre}: image_mean and image_std must be three numbers each, image_std above zero")
-        return cls(crop_size=image_size, shortest_edge=edge, image_mean=mean, image_std=std)
+        return cls(crop_size=image_size, shortest_edge=edge, image_mean=tuple(mean), image_std=tuple(std))
 
 
 @dataclass(frozen=True)
@@ -302,14 +311,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _section(raw: Mapping[str, Any], name: str, default: dict[str, Any] | None = None) -> Mapping[str, Any]:
     section = raw.get(name)
+    if section is None and default is not None:
+        return default
     if not isinstance(section, dict):
-        raise ConfigError(f"config.json has no {name}; PLLaVA needs text_config and vision_config")
+        raise ConfigError(
+            f"config.json has no {name} that is a JSON object; PLLaVA needs text_config and vision_config"
+        )
     return section
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    rope = _section(text, "rope_parameters", {})
     checks = [
         ("text_config.model_type", text.get("model_type", "llama"), ("llama",)),
         ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
@@ -317,8 +331,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None
         ("text_config.mlp_bias", text.get("mlp_bias", False), (False,)),
         ("tie_word_embeddings", text.get("tie_word_embeddings", False), (False,)),
         ("text_config.rope_scaling", text.get("rope_scaling"), (None,)),
-        ("text_config.rope_parameters.rope_type", (text.get("rope_parameters") or {}).get("rope_type", "default"),
-         ("default",)),
+        ("text_config.rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
         ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ("gelu",)),
         ("vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ("default",)),
         ("use_pooling", raw.get("use_pooling", True), (True,)),
@@ -364,5 +377,9 @@ def _check_range(name: str, value: object, lowest: int, largest: int) -> int:
     return value
 
 
-def _are_numbers(values: Sequence[object], count: int) -> bool:
-    return len(values) == count and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+def _are_numbers(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(isinstance(v, int | float) and not isinstance(v, bool) and isfinite(v) for v in values)
+    )

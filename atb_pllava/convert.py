@@ -95,6 +95,9 @@ def convert_checkpoint(
     began = time.monotonic()
     src, dst = Path(source).resolve(), Path(destination).resolve()
     upper = Path(weight_dir).resolve() if weight_dir else src
+    for option, path in (("-src", src), ("-weight_dir", upper)):
+        if not path.is_dir():
+            raise ConfigError(f"{option} {path} is not a directory; it names a checkpoint directory")
     config = PllavaConfig.from_dir(upper)
     _check_destination(dst, (src, upper))
     if calibration and not (options.is_quantised and options.quantizer == "own"):

@@ -24,6 +24,14 @@ for path in sys.argv[1:]:
 PY
 }
 
+# Whether torch is missing and pip's index has it with CUDA libraries, several GB that a plain CPU machine has no use for.
+offers_only_cuda_torch() {
+    local torch
+    torch=$(tr ' ' '\n' <<<"$missing" | grep '^torch==') || return 1
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --dry-run --no-deps --ignore-installed --report - "$torch" \
+        2>/dev/null | grep -Eq '"(nvidia|cuda)-'
+}
+
 find_python() {
     local root requirements=("$@") missing base venv options=()
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -56,8 +64,13 @@ find_python() {
     fi
     missing=$(missing_packages "$PYTHON") || return 2
     echo "installing into $venv (once):" $missing >&2
+    if offers_only_cuda_torch; then
+        options=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    else
+        options=()
+    fi
     # shellcheck disable=SC2086
-    if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check $missing >&2; then
+    if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check "${options[@]}" $missing >&2; then
         echo "error: pip could not install the packages above; install them yourself and set ATB_PLLAVA_PYTHON" >&2
         return 2
     fi

@@ -6,17 +6,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from atb_pllava.config import RESIZE_MODES, SAMPLERS, PreprocessorConfig, check_choice
-from atb_pllava.engine.request import PreparedVideo
+from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError
-from atb_pllava.limits import MediaLimits
+from atb_pllava.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.media import read_media
-from atb_pllava.pixels import normalize, resize_frames
-from atb_pllava.sampling import sample_frame_indices
-from atb_pllava.video import Clip
+from atb_pllava.pixels import RESIZE_MODES, normalize, resize_frames
+from atb_pllava.sampling import SAMPLERS, sample_frame_indices
+from atb_pllava.video import Clip, check_indices
 
 Media = str | os.PathLike[str] | bytes | np.ndarray
+
+
+@dataclass(frozen=True)
+class PreparedVideo:
+    """A video ready for the model: pixels [U, 3, size, size] of its distinct frames, and which of them frame t is."""
+
+    pixels: Tensor
+    frame_of: tuple[int, ...]
+    frame_indices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,9 @@ class VideoReader:
                 "or load the model with another num_frames"
             )
         if isinstance(item, np.ndarray):
-            return _clip_of_array(item, self.num_frames, wanted)
+            return _clip_of_array(item, self.num_frames, wanted, self.limits)
         if not isinstance(item, str | bytes | os.PathLike):
-            raise VideoError(f"a video is {item!r}; it must be a path, a file's bytes, or uint8 frames")
+            raise VideoError(f"a video is given as {type(item).__name__}; it must be a path, bytes, or uint8 frames")
         return read_media(item, self.num_frames, sampler=self.sampler, frame_indices=wanted, limits=self.limits)
 
     def _prepare(self, clip: Clip, frames: np.ndarray) -> PreparedVideo:
@@ -77,20 +86,21 @@ class VideoReader:
         )
 
 
-def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None) -> Clip:
+def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None, limits: MediaLimits) -> Clip:
     """Frames that are already decoded; fewer than `num_frames` repeat by the rule for short clips."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
             f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
         )
-    total = len(frames)
+    total, height, width, _ = frames.shape
+    check_size(width, height, "frames", limits)
+    check_clip_bytes(num_frames, width, height, "frames", limits)
     if wanted is None:
         if total > num_frames:
             raise VideoError(
                 f"frames holds {total} frames, the model takes {num_frames}: choose that many, or name them in "
                 "frame_indices"
             )
-        wanted = list(range(total)) if total == num_frames else sample_frame_indices(total, num_frames)
-    if not all(0 <= index < total for index in wanted):
-        raise VideoError(f"frame_indices {list(wanted)} are not all from 0 to {total - 1}")
-    return Clip(frames[list(wanted)], list(wanted), total, 0.0, "frames")
+        wanted = range(total) if total == num_frames else sample_frame_indices(total, num_frames)
+    indices = check_indices(wanted, total, "frames")
+    return Clip(frames[indices], indices, total, 0.0, "frames")

@@ -3,25 +3,31 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import index
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from atb_pllava.config import DTYPES, EngineConfig, PllavaConfig, PreprocessorConfig, check_choice
+from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice, check_pooling_shape
 from atb_pllava.engine.engine import Engine
 from atb_pllava.engine.kv_cache import plan_blocks
-from atb_pllava.engine.request import Request, RequestOutput, SamplingParams, VideoState
-from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
+from atb_pllava.engine.runner import Runner
+from atb_pllava.engine.team import Team
+from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError
 from atb_pllava.inputs import Media, VideoReader
 from atb_pllava.limits import MediaLimits
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import choose_dtype, free_memory, get_backend
-from atb_pllava.ops.interface import Backend
+from atb_pllava.ops import free_memory
+from atb_pllava.parallel import TensorParallel
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.weights import open_checkpoint, unused_vision_layers
+from atb_pllava.workers import Workers, send_cache_size, share_threads
 
 logger = logging.getLogger(__name__)
 
@@ -54,25 +60,79 @@ class LLM:
         system: str | None = None,
         video_caption: bool = False,
         limits: MediaLimits | None = None,
+        world_size: int = 1,
+        master_port: int | None = None,
+        workers: Workers | None = None,
         **engine: Any,
     ) -> None:
         unknown = sorted(set(engine) - set(EngineConfig.__dataclass_fields__))
+        if limits is not None and not isinstance(limits, MediaLimits):
+            raise ConfigError(f"limits is a {type(limits).__name__}; it must be a MediaLimits")
         if unknown:
             raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
-        ops = get_backend(backend)
-        self.config = PllavaConfig.from_dir(weight_dir or model_path).with_video(num_frames, pooling_shape)
+        options = ModelOptions(
+            os.fspath(model_path),
+            None if weight_dir is None else os.fspath(weight_dir),
+            lora_alpha,
+            num_frames,
+            None if pooling_shape is None else check_pooling_shape(pooling_shape),
+            dtype,
+            backend,
+        )
+        self.config = options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
             conversation, chatml=self.tokenizer.is_chatml, system=system, video_caption=video_caption
         )
+        self._turn_end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
+        if self._turn_end is None:
+            raise ConfigError(
+                f"conversation {conversation!r} ends turns with {self.conversation.assistant_end.strip()}, which is no "
+                f"token of {model_path}: the _llavanext conversations are for 34B"
+            )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
         self._reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
-        self._model = load_model(
-            self.config, model_path, weight_dir, lora_alpha, ops, choose_dtype(dtype, self.config.dtype, ops)
-        )
-        self._engine = Engine(self._model, engine_config, self._plan_blocks(engine_config))
+        self._load(options, engine_config, world_size, master_port, workers)
+
+    def _load(
+        self, options: ModelOptions, config: EngineConfig, size: int, port: int | None, workers: Workers | None
+    ) -> None:
+        """Load the model on this rank and, with a size above 1, on all others, started here unless they are there."""
+        parallel = workers.parallel if workers else TensorParallel(0, size)
+        model, plan = plan_model(options, parallel)
+        self._finalizer: weakref.finalize[..., LLM] | None = None
+        if parallel.size == 1:
+            fill_model(model, plan)
+            runner = Runner(model, self._plan_blocks(model, config), config.block_size)
+            self._engine = Engine(Team(runner, parallel), config)
+            return
+        self._workers = workers = workers or Workers.start(size, options, port)
+        give_back_threads = share_threads(size)
+        try:
+            fill_model(model, plan, workers.sign)
+            workers.meet(model, options.described())
+            blocks = self._plan_blocks(model, config)
+            send_cache_size(parallel, blocks, config.block_size)
+            runner = Runner(model, blocks, config.block_size)
+        except BaseException:
+            workers.kill()
+            raise
+        team = Team(runner, parallel, lambda: _stop_all(workers))
+        self._engine = Engine(team, config)
+        self._finalizer = weakref.finalize(self, _close, team, workers, give_back_threads)
+
+    def close(self) -> None:
+        """Stop the other ranks, if there are any, and free their memory; the model is of no use afterwards."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def chat(
         self,
@@ -103,7 +163,7 @@ class LLM:
 
         Joined, the pieces are the text `chat` returns. A bad request raises here, before the first piece is asked for.
         """
-        request = self._request(_chat(media, question, history, answer_prefix), params or SamplingParams())
+        request = self._request(_chat(media, question, history, answer_prefix), self._params(params))
         self._engine.check(request)
         return self._stream(request)
 
@@ -133,17 +193,17 @@ class LLM:
         Requests are taken from the iterable, and their videos decoded, only when there is room for them soon. A bad
         request does not end the others. Closing the iterator drops what is under way.
         """
-        params = params or SamplingParams()
+        params = self._params(params)
         source = enumerate(requests)
         numbers: dict[Request, int] = {}
         more = True
         try:
             while more or numbers:
-                while more and len(numbers) < 2 * self._engine.config.max_batch_size:
+                if more and len(numbers) < 2 * self._engine.config.max_batch_size:
                     number, request = next(source, (-1, None))
-                    if request is None:
+                    if number < 0:
                         more = False
-                        break
+                        continue
                     try:
                         ready = self._request(request, params)
                         self._engine.add(ready)
@@ -159,10 +219,7 @@ class LLM:
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
-        state = VideoState(self._reader.prepare([media], [frame_indices])[0])
-        while state.tokens is None:
-            self._engine.runner.encode_frames(state)
-        return state.tokens
+        return self._engine.encode_video(self._reader.prepare([media], [frame_indices])[0])
 
     def _stream(self, request: Request) -> Iterator[str]:
         self._engine.add(request)  # here and not in `stream`: an iterator nobody starts costs nothing
@@ -181,9 +238,18 @@ class LLM:
         finally:
             self._engine.abort(request)
 
-    def _request(self, request: Mapping[str, Any], params: SamplingParams) -> Request:
+    def _params(self, params: SamplingParams | None) -> SamplingParams:
+        if params is None:
+            longest = self._engine.config.max_output_length
+            return SamplingParams(max_tokens=min(SamplingParams.max_tokens, longest or SamplingParams.max_tokens))
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is a {type(params).__name__}; it must be a SamplingParams")
+        return params
+
+    def _request(self, request: object, params: SamplingParams) -> Request:
         """Check a request, decode its media and expand its prompt; ready for the engine."""
         arrival = time.perf_counter()
+        request = _checked(request)
         media, indices = _media_of(request)
         token_ids, stops = self._prompt_of(request, len(media))
         expanded, spans = expand_placeholders(
@@ -215,42 +281,41 @@ class LLM:
             history=request.get("history") or (),
             answer_prefix=request.get("answer_prefix"),
         )
-        turn_end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
-        return self.tokenizer.encode_pieces(pieces), eos + ([] if turn_end is None else [turn_end])
+        assert self._turn_end is not None  # checked at load
+        return self.tokenizer.encode_pieces(pieces), [*eos, self._turn_end]
 
-    def _plan_blocks(self, config: EngineConfig) -> int:
+    def _plan_blocks(self, model: Pllava, config: EngineConfig) -> int:
         """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
-        text, element = self.config.text, torch.empty(0, dtype=self._model.dtype).element_size()
-        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * element
+        text, element = self.config.text, torch.empty(0, dtype=model.dtype).element_size()
+        per_token = 2 * text.num_hidden_layers * model.language.kv_heads * text.head_dim * element
         longest = max(text.max_position_embeddings, self.config.num_video_tokens + 1024)
         if config.max_input_length is not None:
             longest = config.max_input_length + (config.max_output_length or SamplingParams.max_tokens)
-        # One block each on top: lengths are rounded up to whole blocks for every request.
+        # A block more for each request: lengths are rounded up to whole blocks.
         wanted = config.max_batch_size * (longest + config.block_size)
-        blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free_memory(self._model.ops))
+        free = free_memory(model.ops) // (model.parallel.size if model.ops.name == "cpu" else 1)
+        blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free)
         logger.info(
             "KV cache: %d blocks of %d tokens, %.2f GB", blocks, config.block_size,
             blocks * config.block_size * per_token / 1e9)  # fmt: skip
         return blocks
 
 
-def load_model(
-    config: PllavaConfig,
-    model_path: str | os.PathLike[str],
-    weight_dir: str | os.PathLike[str] | None,
-    lora_alpha: float | None,
-    ops: Backend,
-    dtype: torch.dtype,
-) -> Pllava:
-    """Build the model and fill it from a checkpoint; nothing large is allocated before every name and shape fits."""
-    checkpoint = open_checkpoint(model_path, weight_dir)
-    with torch.device("meta"):
-        model = Pllava(config, ops, dtype, int8=checkpoint.int8)
-    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
-    plan = checkpoint.check(shapes, unused=unused_vision_layers(config), lora_alpha=lora_alpha)
-    model.to_empty(device=ops.device)
-    plan.load_into(model.checkpoint_parts())
-    return model.eval()
+def _stop_all(workers: Workers) -> PllavaError | None:
+    """A rank was lost: end the others too, and say which it was."""
+    time.sleep(0.2)  # a process that has just died needs a moment to be seen as dead
+    reason = workers.explain()
+    workers.kill()
+    return None if reason is None else BackendError(f"{reason}; all ranks were stopped")
+
+
+def _close(team: Team, workers: Workers, give_back_threads: Callable[[], None]) -> None:
+    try:
+        team.stop()
+    except RuntimeError:
+        workers.kill()
+    workers.stop()
+    give_back_threads()
 
 
 def _chat(
@@ -260,6 +325,27 @@ def _chat(
     return request if media is None else {**request, "video": media}
 
 
+def _checked(request: object) -> Mapping[str, Any]:
+    """A request whose texts and keys are as they must be; its media are checked when they are read."""
+    if not isinstance(request, Mapping):
+        raise RequestError(
+            f"a request is a {type(request).__name__}; it must be a dict with {', '.join(_REQUEST_KEYS)}"
+        )
+    unknown = sorted(map(str, set(request) - set(_REQUEST_KEYS)))
+    if unknown:
+        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(_REQUEST_KEYS)}")
+    if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
+        raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
+    _text(request, "prompt" if "prompt" in request else "question")
+    if request.get("answer_prefix") is not None:
+        _text(request, "answer_prefix")
+    history = request.get("history") or ()
+    turns = history if isinstance(history, list | tuple) else [history]
+    if not all(isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str] for turn in turns):
+        raise RequestError(f"history is {history!r}; it must be a list of (question, answer) pairs of text")
+    return request
+
+
 def _text(request: Mapping[str, Any], key: str) -> str:
     text = request.get(key)
     if not isinstance(text, str):
@@ -267,26 +353,35 @@ def _text(request: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[Sequence[int] | None]]:
+def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | None]]:
     """The media of a request as a list, and the frames wanted of each (None: sampled)."""
-    unknown = sorted(set(request) - set(_REQUEST_KEYS))
-    if unknown:
-        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(_REQUEST_KEYS)}")
-    if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
-        raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
     given = [key for key in _MEDIA_KEYS if request.get(key) is not None]
     if len(given) > 1:
         raise RequestError(f"a request has {' and '.join(given)}; name its media under one key")
-    value = request[given[0]] if given else []
+    value = request[given[0]] if given else ()
     media: list[Media] = list(value) if isinstance(value, list | tuple) else [value]
+    if given and not media:
+        raise RequestError(f"{given[0]} is an empty list; leave it out to ask without media")
+    if given == ["frames"] and not all(isinstance(item, np.ndarray) for item in media):
+        raise RequestError("frames must be uint8 arrays [frames, height, width, 3]; files go under 'video' or 'image'")
     indices = request.get("frame_indices")
     if indices is None:
         return media, [None] * len(media)
-    wanted = [indices] if len(media) == 1 and not _is_nested(indices) else list(indices)
+    wanted = [_whole_numbers(part) for part in (indices if _is_nested(indices) else [indices])]
     if len(wanted) != len(media):
         raise RequestError(f"frame_indices is given for {len(wanted)} video(s), the request has {len(media)}")
-    return media, wanted
+    return media, list(wanted)
 
 
-def _is_nested(indices: Sequence[Any]) -> bool:
-    return len(indices) > 0 and not isinstance(indices[0], int)
+def _whole_numbers(values: Any) -> list[int]:
+    """Frame numbers as plain integers, from any sequence of whole numbers."""
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        return [index(value) for value in values]
+    except TypeError:
+        raise RequestError(f"frame_indices is {values!r}; it must be a list of whole numbers for each video") from None
+
+
+def _is_nested(indices: Any) -> bool:
+    return isinstance(indices, list | tuple) and len(indices) > 0 and isinstance(indices[0], list | tuple | np.ndarray)

@@ -40,6 +40,12 @@ class TensorParallel:
         dist.all_reduce(total)
         return total.to(x.dtype)
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's values on every rank; the others give a tensor of the same shape to write into."""
+        if self.size > 1:
+            dist.broadcast(x, src=0)
+        return x
+
     def all_gather(self, x: Tensor, units: int) -> Tensor:
         """Join the ranks' shares of `units` along the first axis: [share, ...] to [units, ...] on every rank."""
         if self.size == 1:

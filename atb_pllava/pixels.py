@@ -21,8 +21,9 @@ def resize_frames(
     """Videos of one request, uint8 [T, H, W, 3] each, to uint8 [T, S, S, 3] each.
 
     "clip": PLLaVA's processor, a bicubic resize whose size depends on all videos of the request together and whose
-    short edge is at least `shortest_edge`, then CLIP's bicubic resize of the short edge to S and centre crop. "res672": the same after a bilinear resize of the short edge to
-    672, as the published evaluation does. "squash": one bilinear resize to S x S that changes the aspect ratio.
+    short edge is at least `shortest_edge`, then CLIP's bicubic resize of the short edge to S and centre crop.
+    "res672": the same after a bilinear resize of the short edge to 672, as the published evaluation does. "squash":
+    one bilinear resize to S x S that changes the aspect ratio.
     Raises VideoError for an unknown mode.
     """
     if mode not in RESIZE_MODES:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atb_pllava.config import check_choice
-from atb_pllava.errors import RequestError
+from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.tokenizer import IMAGE_TOKEN, Piece
 
 _DEMO = (
@@ -112,6 +112,8 @@ def choose_conversation(
         system = _CAPTION
     if system is None:
         return conversation
+    if not isinstance(system, str) or IMAGE_TOKEN in system:
+        raise ConfigError(f"system is {system!r}; it must be a text without {IMAGE_TOKEN}")
     return Conversation(**{**conversation.__dict__, "system": system})
 
 
@@ -134,8 +136,8 @@ def render(
         pieces.append(Piece(conversation.assistant))
         if i < len(history):
             pieces += [Piece(history[i][1], from_user=True), Piece(conversation.assistant_end)]
-    pieces.append(Piece(conversation.answer_prefix if answer_prefix is None else answer_prefix))
-    return pieces
+    prefix = Piece(conversation.answer_prefix) if answer_prefix is None else Piece(answer_prefix, from_user=True)
+    return [*pieces, prefix]
 
 
 def _user_turn(conversation: Conversation, question: str, videos: int) -> list[Piece]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from atb_pllava.config import read_json
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, RequestError
 
 IMAGE_TOKEN = "<image>"
 
@@ -46,6 +46,9 @@ class Tokenizer:
             )
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
             raise ConfigError(f"{source} is not a tokenizer file this version of tokenizers reads: {error}") from None
+        for tokenizer in (self._full, self._plain):
+            tokenizer.no_truncation()  # a file may carry the settings of its training; prompts are never cut or padded
+            tokenizer.no_padding()
         image_id = self.token_id(IMAGE_TOKEN)
         if image_id != image_token_index:
             raise ConfigError(
@@ -76,7 +79,11 @@ class Tokenizer:
         return self.token_id("<|im_start|>") is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a literal prompt: special tokens in the text are special tokens."""
+        """Ids of a literal prompt: special tokens in the text are special tokens.
+
+        Raises RequestError for text that is no Unicode (half a surrogate pair, as undecodable arguments become).
+        """
+        _check_unicode(text)
         return list(self._full.encode(text).ids)
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
@@ -86,6 +93,7 @@ class Tokenizer:
         """
         if not any(piece.from_user and self._added_pattern.search(piece.text) for piece in pieces):
             return self.encode("".join(piece.text for piece in pieces))
+        _check_unicode("".join(piece.text for piece in pieces))
         ids: list[int] = list(self._full.encode("").ids)  # what the file puts in front of every prompt
         text = ""
         for piece in pieces:
@@ -109,8 +117,9 @@ class Tokenizer:
         found: int | None = self._full.token_to_id(token)
         return found
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
+    def has_text(self, token_id: int) -> bool:
+        """Whether the id stands for text: special tokens do not, nor rows that only pad the vocabulary."""
+        return token_id not in self._special_ids and self._full.id_to_token(token_id) is not None
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the id is one raw byte of a character that the vocabulary lacks."""
@@ -119,6 +128,13 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         return list(self._plain.encode(text).ids) if text else []
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not Unicode text at character {error.start}: {text[:80]!a}") from None
 
 
 class AnswerDecoder:
@@ -143,7 +159,7 @@ class AnswerDecoder:
 
     def push(self, token_id: int) -> str:
         """Add one generated id; the text that is now certain."""
-        if self.stopped or self._tokenizer.is_special(token_id):
+        if self.stopped or not self._tokenizer.has_text(token_id):
             return ""
         self._ids.append(token_id)
         if not self._run_is_open():

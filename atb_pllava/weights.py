@@ -6,11 +6,10 @@ model offers canonical names (those of a plain LLaVA state dict), shapes and des
 """
 
 import logging
-import math
 import os
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,10 +86,11 @@ class LoadPlan:
         return sum(part.num_bytes for item in self.items.values() for part in item.parts)
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Part]) -> None:
+    def load_into(self, destinations: Mapping[str, Part], each: Callable[[], None] | None = None) -> None:
         """Copy each tensor, or this rank's part of it, to its destination (any dtype and device).
 
-        Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed.
+        Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed. `each` is
+        called after every tensor.
         At most one stored tensor is in memory at a time. Raises CheckpointError with all tensors that hold NaN or
         infinity, or values that float16 destinations cannot hold; the destinations are then useless.
         """
@@ -102,6 +102,8 @@ class LoadPlan:
             assert _fits(item.weight.shape, destinations[name].shape), name
             problems += _load_tensor(name, item, scale, destinations[name])
             progress.add(item)
+            if each is not None:
+                each()
         raise_if_any(self.where, problems)
         progress.finish()
         if scale is not None:
@@ -277,7 +279,7 @@ def _shapes_match(a: Sequence[int], b: Sequence[int], weight: Sequence[int]) -> 
 
 
 def _check_alpha(alpha: object) -> Iterator[Problem]:
-    usable = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha) and alpha > 0
+    usable = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= 1e6
     if not usable:
         given = "not given" if alpha is None else f"{alpha!r}, which is not a number above zero"
         detail = "alpha is stored nowhere in a checkpoint; PLLaVA's published scores use 4: pass --lora_alpha 4"
@@ -386,6 +388,9 @@ class Progress:
 
     def _say(self, file: int) -> None:
         self.said = time.monotonic()
-        rate = self.done / 1e9 / max(self.said - self.started, 1e-9)
-        logger.info("%s %d/%d shards, %.1f of %.1f GB, %.1f GB/s",
-                    self.what, file, len(self.files), self.done / 1e9, self.total / 1e9, rate)  # fmt: skip
+        unit, size = ("GB", 1e9) if self.total >= 1e9 else ("MB", 1e6)
+        rate = self.done / size / max(self.said - self.started, 1e-9)
+        done, total = self.done / size, self.total / size
+        logger.info(
+            "%s %d/%d shards, %.1f of %.1f %s, %.1f %s/s",
+            self.what, file, len(self.files), done, total, unit, rate, unit)  # fmt: skip

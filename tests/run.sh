@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Style, types and tests. Arguments go to pytest: `bash tests/run.sh -k video`.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=atb_pllava/find_python.sh
 . atb_pllava/find_python.sh

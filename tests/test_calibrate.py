@@ -13,9 +13,10 @@ from atb_pllava.calibrate import Smoothing, find_smoothing
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.errors import ConfigError, VideoError
-from atb_pllava.llm import LLM, load_model
+from atb_pllava.llm import LLM
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
+from atb_pllava.parallel import TensorParallel
 from atb_pllava.quant import quantise
 from atb_pllava.weights import open_checkpoint, unused_vision_layers
 
@@ -38,7 +39,7 @@ def clips(media: Path) -> list[str]:
 
 
 def load(directory: Path) -> Pllava:
-    return load_model(PllavaConfig.from_dir(directory), directory, None, None, get_backend("cpu"), torch.float32)
+    return fill_model(*plan_model(ModelOptions(str(directory), dtype="float32", backend="cpu"), TensorParallel()))
 
 
 def outputs(model: Pllava, directory: Path, clips: list[str]) -> torch.Tensor:

@@ -78,8 +78,12 @@ def test_one_bad_file_among_good_ones(capsys, options, media: Path, tmp_path: Pa
         (["--max_input_length", "5"], "the limit is 5"),
         (["--max_output_length", "0"], "max_output_length is 0"),
         (["--temperature", "-1"], "temperature is -1"),
-        (["--world_size", "2"], "world_size is 2"),
-        (["--output_json", "/nowhere/x.json"], "--output_json /nowhere/x.json cannot be written"),
+        (["--world_size", "3"], "this model has 2 KV heads, so sizes 1 to 2 work"),
+        (["--world_size", "0"], "world_size is 0"),
+        (["--output_json", "/nowhere/x.json"], "--output_json '/nowhere/x.json' cannot be written"),
+        (["--output_json", ""], "--output_json '' cannot be written"),
+        (["--media", ""], "cannot be read"),
+        (["--prompt", "half a \udcff pair"], "not Unicode text"),
         (["--media_limit", "max_size=3"], "max_bytes"),
         (["--media_limit", "max_side=-3"], "max_side=-3"),
         (["--no_such_option"], "unrecognized arguments"),
@@ -90,6 +94,49 @@ def test_bad_input_is_one_message_and_status_2(capsys, options, media: Path, arg
     status, _, err = run(capsys, *options, *given)
     assert status == 2 and message in err
     assert sum("error:" in line for line in err.splitlines()) == 1
+
+
+def test_output_goes_to_regular_files_only(capsys, options, tmp_path: Path) -> None:
+    more = ("--prompt", "a", "--max_output_length", 1, "--output_json")
+    os.mkfifo(tmp_path / "pipe")
+    status, _, err = run(capsys, *options, *more, tmp_path / "pipe")
+    assert status == 2 and "cannot be written" in err and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    for _ in range(2):
+        assert run(capsys, *options, *more, tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink() and len(json.loads((tmp_path / "target.json").read_text())) == 1
+    status, _, err = run(capsys, *options, *more, tmp_path / ("n" * 300))
+    assert status == 2 and "could not be written" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "pipe", "target.json"]
+
+
+def test_names_and_answers_outside_the_terminals_encoding(options, media: Path, tmp_path: Path) -> None:
+    odd = os.fsencode(tmp_path) + b"/clip\xff.mp4"
+    with open(odd, "wb") as file:
+        file.write((media / "clip2.mp4").read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "atb_pllava", "run", *map(str, options), "--max_output_length", "2", "--prompt", "视频",
+         "--media", odd, "--output_json", tmp_path / "out.json"],
+        cwd=ROOT, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "latin-1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())[0]["media"].encode("utf-8", "surrogateescape") == odd
+
+
+def test_a_full_disk_is_no_traceback(options) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "atb_pllava",
+        "run",
+        *map(str, options),
+        "--max_output_length",
+        "1",
+        "--prompt",
+        "a",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_trust_remote_code_says_what_it_does(capsys, options) -> None:

@@ -65,6 +65,8 @@ def test_other_spellings() -> None:
         ("image_token_index", 304, "image_token_index is 304; it must be an integer from 0 to 303"),
         ("num_frames", 0, "num_frames is 0"),
         ("pooling_shape", [2, 0, 2], "pooling_shape"),
+        ("text_config.rope_parameters", 5, "rope_parameters"),
+        ("text_config.rope_parameters", {"type": "linear", "factor": 2}, "rope_type is 'linear'"),
         ("torch_dtype", "int4", "torch_dtype is 'int4'"),
     ],
 )
@@ -98,7 +100,7 @@ def test_arguments_override_the_file() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a directory"):
+    with pytest.raises(ConfigError, match="is not a readable directory"):
         PllavaConfig.from_dir(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="config.json does not exist"):
         PllavaConfig.from_dir(tmp_path)
@@ -122,8 +124,17 @@ def test_preprocessor(tmp_path: Path) -> None:
     assert PreprocessorConfig.from_dir(tmp_path, 112).crop_size == 112
     with pytest.raises(ConfigError, match="crops to 112 pixels; the vision tower needs 336"):
         PreprocessorConfig.from_dir(tmp_path, 336)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [1, 2]}')
-    with pytest.raises(ConfigError, match="three numbers"):
+    for odd in (
+        '{"image_mean": [1, 2]}',
+        '{"image_mean": 5}',
+        '{"image_std": [1, 0, 1]}',
+        '{"image_mean": [NaN, 0, 0]}',
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(odd)
+        with pytest.raises(ConfigError, match="three numbers"):
+            PreprocessorConfig.from_dir(tmp_path, 336)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    with pytest.raises(ConfigError, match="do_normalize is False"):
         PreprocessorConfig.from_dir(tmp_path, 336)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     (tmp_path / "processor_config.json").write_text('{"shortest_edge": -5}')

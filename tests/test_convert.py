@@ -21,7 +21,8 @@ from atb_pllava.__main__ import main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
-from atb_pllava.llm import LLM, load_model
+from atb_pllava.llm import LLM
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.parallel import TensorParallel
@@ -74,7 +75,7 @@ def dequantised(content: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load(directory: Path) -> Pllava:
-    return load_model(PllavaConfig.from_dir(directory), directory, None, 4, get_backend("cpu"), torch.float32)
+    return fill_model(*plan_model(ModelOptions(str(directory), dtype="float32", backend="cpu"), TensorParallel()))
 
 
 def load_error(directory: Path) -> CheckpointError:
@@ -380,11 +381,9 @@ def test_description_and_weights_belong_together(quantised: Path, source: Path, 
     assert "must contain a JSON object" in str(load_error(directory))
     (directory / "quant_model_description.json").unlink()
     assert "I8 in" in str(load_error(directory)) and "quant_model_description.json names" in str(load_error(directory))
-    config = PllavaConfig.from_dir(source)
-    with pytest.raises(CheckpointError, match="takes neither LoRA nor a --weight_dir"):
-        load_model(config, quantised, source, 4, get_backend("cpu"), torch.float32)
-    with pytest.raises(CheckpointError, match="takes neither LoRA nor a --weight_dir"):
-        load_model(config, source, quantised, 4, get_backend("cpu"), torch.float32)
+    for model_path, weight_dir in [(quantised, source), (source, quantised)]:
+        with pytest.raises(CheckpointError, match="takes neither LoRA nor a --weight_dir"):
+            plan_model(ModelOptions(str(model_path), str(weight_dir)), TensorParallel())
 
 
 # Refusals, and conversions that end half-way

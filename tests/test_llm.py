@@ -11,7 +11,6 @@ from atb_pllava import (
     BackendError,
     ConfigError,
     MediaLimits,
-    PllavaError,
     RequestError,
     SamplingParams,
     VideoError,
@@ -20,6 +19,7 @@ from atb_pllava import (
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 PROMPT = "USER:<image> what? ASSISTANT:"
+FRAMES = np.random.default_rng(1).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +104,37 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [0, 1, 2, 12]}, VideoError, "12"),
         ({"prompt": PROMPT, "video": "nothing.mp4"}, VideoError, "nothing.mp4"),
         ({"prompt": PROMPT, "video": "notes.txt"}, VideoError, "notes.txt"),
-        ({"prompt": PROMPT, "video": 7}, PllavaError, "7"),
+        ({"prompt": PROMPT, "video": 7}, VideoError, "given as int"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "image": "red.png"}, RequestError, "video and image"),
         ({"prompt": PROMPT, "vidoe": "clip2.mp4"}, RequestError, "unknown keys .'vidoe'."),
         ({"prompt": 5}, RequestError, "'prompt' is int"),
         ({}, RequestError, "needs a text"),
         ({"prompt": "a", "history": []}, RequestError, "takes no 'question'"),
+        (None, RequestError, "a request is a NoneType"),
+        ({"question": "a", "video": []}, RequestError, "video is an empty list"),
+        ({"question": "a", "history": [("b",)]}, RequestError, "history is"),
+        ({"question": "a", "history": 5}, RequestError, "history is"),
+        ({"question": "a", "answer_prefix": 5}, RequestError, "'answer_prefix' is int"),
+        ({"question": "a", "frames": "yoga.mp4"}, RequestError, "frames must be uint8 arrays"),
+        ({"question": "half a \ud83d pair"}, RequestError, "not Unicode text at character 1"),
+        ({"prompt": "half a \ud83d pair"}, RequestError, "not Unicode text at character 7"),
+        ({"question": "a", "frames": FRAMES, "frame_indices": [0, 1, 2, 2.5]}, RequestError, "whole numbers"),
+        ({"question": "a", "frames": FRAMES, "frame_indices": [0, 1, 2, True]}, RequestError, "whole numbers"),
+        ({"question": "a", "frames": FRAMES, "frame_indices": 5}, RequestError, "whole numbers"),
+        ({"question": "a", "frames": FRAMES, "frame_indices": [0, 1, 2, 4]}, VideoError, "from 0 to 3"),
+        ({"question": "a", "frames": np.zeros((1, 1, 60000, 3), np.uint8)}, VideoError, "max_side"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [[0, 1, 2, 3]] * 2}, RequestError, "2 video"),
     ],
 )  # fmt: skip
 def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, message: str) -> None:
-    if isinstance(request_.get("video"), str):
+    if request_ is None:
+        pass
+    elif isinstance(request_.get("video"), str):
         request_ = {**request_, "video": str(media / request_["video"])}
     elif isinstance(request_.get("video"), list):
         request_ = {**request_, "video": [str(media / name) for name in request_["video"]]}
     with pytest.raises(error, match=message):
-        llm.generate(request_, SHORT)
+        llm.generate([request_], SHORT)
     assert not llm._engine.has_work
 
 
@@ -137,8 +152,12 @@ def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, messag
         ({"num_frames": 65}, VideoError, "num_frames is 65, the limit is 64"),
         ({"pooling_shape": (16, 0, 12)}, ConfigError, "pooling_shape"),
         ({"max_batch_size": 0}, ConfigError, "max_batch_size is 0"),
-        ({"weight_dir": "/nowhere"}, ConfigError, "/nowhere is not a directory"),
+        ({"weight_dir": "/nowhere"}, ConfigError, "'/nowhere' is not a readable directory"),
         ({"max_sequences": 3}, TypeError, "max_batch_size"),
+        ({"limits": {}}, ConfigError, "MediaLimits"),
+        ({"system": "look at <image>"}, ConfigError, "text without <image>"),
+        ({"conversation": "eval_vcg_llavanext"}, ConfigError, "which is no token of"),
+        ({"weight_dir": ""}, ConfigError, "not a readable directory"),
     ],
 )
 def test_bad_options(checkpoint: Path, options: dict, error: type, message: str) -> None:
@@ -191,3 +210,29 @@ def test_video_tokens_stand_in_frame_row_column_order(llm: LLM) -> None:
     changed[3, 28:, :28] = 250  # last frame, lower left
     difference = (llm.encode_video(changed) - llm.encode_video(frames)).abs().sum(1).reshape(2, 2, 2)
     assert int(difference.argmax()) == 0b110 and float(difference[0].max()) < 1e-4
+
+
+def test_frame_numbers_of_any_whole_type(llm: LLM) -> None:
+    wanted = [0, 2, 2, 3]
+    outs = llm.generate(
+        [{"question": "a", "frames": FRAMES, "frame_indices": i} for i in (wanted, np.array(wanted), [wanted])], SHORT
+    )
+    assert [out.frame_indices for out in outs] == [wanted] * 3
+    assert outs[0].token_ids == outs[1].token_ids == outs[2].token_ids
+
+
+def test_defaults_fit_the_limits(checkpoint: Path) -> None:
+    small = LLM(checkpoint, dtype="float32", backend="cpu", max_output_length=5)
+    assert len(small.chat(None, "a").token_ids) <= 5
+    with pytest.raises(RequestError, match="params is a dict"):
+        small.chat(None, "a", {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+def test_kv_cache_bytes_is_what_the_cache_takes(checkpoint: Path) -> None:
+    per_token = 2 * 2 * 2 * 16 * 4
+    llm = LLM(checkpoint, dtype="float32", backend="cpu", max_batch_size=1, kv_cache_bytes=5000 * per_token)
+    assert len(llm.chat(None, "why " * 800, SHORT).token_ids) == 4
+
+
+def test_a_prefix_is_plain_text(llm: LLM) -> None:
+    assert llm.generate({"question": "a", "answer_prefix": "<image>"}, SHORT)[0].prompt_token_ids.count(300) == 0

@@ -138,6 +138,25 @@ def test_stop_strings_are_held_back(tokenizer: Tokenizer) -> None:
     assert "".join(_stream(tokenizer, ids, ("thr", "o t"))) == "one tw"
 
 
+def test_ids_without_a_token_are_skipped(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a b")[1:]
+    padded = [i for token in ids for i in (token, 303)]
+    assert "".join(_stream(tokenizer, padded)) == tokenizer.decode(padded).strip() == "a b"
+
+
+def test_settings_of_training_neither_cut_nor_pad() -> None:
+    definition = tokenizer_definition()
+    definition["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    definition["padding"] = {"strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                             "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+    plain = Tokenizer(tokenizer_definition(), IMAGE_ID, "tokenizer.json")
+    for prompt in ("a", "a long prompt that is not cut"):
+        pieces = [Piece(prompt), Piece("<image>", from_user=True)]
+        odd = Tokenizer(definition, IMAGE_ID, "tokenizer.json")
+        assert odd.encode(prompt) == plain.encode(prompt)
+        assert odd.encode_pieces(pieces) == plain.encode_pieces(pieces)
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="the id 300, config.json says image_token_index 32000"):
         Tokenizer(tokenizer_definition(), 32000, "tokenizer.json")

@@ -695,7 +695,7 @@ def test_log_says_what_was_found_and_done(
         fill(open_checkpoint(tmp_path).check(SHAPES, lora_alpha=4))
     assert "8 tensors in 2 files, PEFT-wrapped names, LoRA for 2 tensors" in caplog.text
     assert "LoRA r=2 alpha=4 scale=2 merged into 2 tensors" in caplog.text
-    assert re.search(r"loading weights 1/2 shards, 0\.0 of 0\.0 GB, \d+\.\d GB/s", caplog.text)
+    assert re.search(r"loading weights 1/2 shards, 0\.0 of 0\.0 MB, \d+\.\d MB/s", caplog.text)
 
 
 def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,42 +2,33 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import count
 
 from torch import Tensor
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.kv_cache import BlockAllocator
-from atb_pllava.engine.request import Request
-from atb_pllava.engine.runner import Runner
+from atb_pllava.engine.request import Request, VideoState
 from atb_pllava.engine.sampler import sample
-from atb_pllava.engine.scheduler import Scheduler
+from atb_pllava.engine.scheduler import Scheduler, Step
+from atb_pllava.engine.step import StepInput
+from atb_pllava.engine.team import Team
 from atb_pllava.errors import PllavaError, RequestError
-from atb_pllava.model.pllava import Pllava
+from atb_pllava.inputs import PreparedVideo
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_REPORTS = 5.0
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What one step did for one request: new text (possibly none yet), and whether that was the end."""
-
-    request: Request
-    delta: str
-    finished: bool
-
-
 class Engine:
     """Serves requests together. Call `add`, then `step` until `has_work` is false."""
 
-    def __init__(self, model: Pllava, config: EngineConfig, blocks: int) -> None:
-        self.config = config
-        self.allocator = BlockAllocator(blocks)
+    def __init__(self, team: Team, config: EngineConfig) -> None:
+        self.team, self.config = team, config
+        self.allocator = BlockAllocator(team.runner.blocks)
         self.scheduler = Scheduler(config, self.allocator)
-        self.runner = Runner(model, config, blocks)
+        self._video_numbers = count()
         self._reported = time.perf_counter()
         self._tokens_since = 0
 
@@ -50,6 +41,8 @@ class Engine:
         self.check(request)
         if not self.has_work:
             self._reported, self._tokens_since = time.perf_counter(), 0
+        for state in request.videos:
+            state.number = next(self._video_numbers)
         self.scheduler.add(request)
 
     def check(self, request: Request) -> None:
@@ -72,65 +65,99 @@ class Engine:
         """Drop a request wherever it stands; its blocks are free at once."""
         if not request.is_finished:
             request.error = RequestError("the request was aborted")
-            self.scheduler.remove(request)
+            self._remove(request)
 
-    def step(self) -> list[Progress]:
+    def step(self) -> None:
         """Do one step of work for everybody who can take part."""
         self.scheduler.admit()
         self._encode_videos()
         step = self.scheduler.plan()
         if not step:
-            return []
+            return
         self._report(f"decoding {len(step.decode)} requests, prefilling {sum(n for _, n in step.prefill)} tokens")
         began = time.perf_counter()
-        due = self.runner.forward(step)
+        due = self._forward(step)
         seconds = time.perf_counter() - began
         for request, _ in step.prefill:
             request.prefill += seconds
-        return [self._take_token(request, logits) for request, logits in due]
+        for request, logits in due:
+            self._take_token(request, logits)
 
     def _encode_videos(self) -> None:
         """Encode for the oldest request that waits for it: all of it, or a few frames when others are decoding."""
-        decoding = any(request.is_decoding for request in self.scheduler.running)
-        for request in self.scheduler.running:
-            if not request.started:
-                request.started = time.perf_counter()
-            for state in request.videos:
-                while state.tokens is None:
-                    self._report(f"encoding frame {state.frames_done + 1} of {len(state.video.pixels)}")
-                    began = time.perf_counter()
-                    self.runner.encode_frames(state)
-                    request.vision_encode += time.perf_counter() - began
-                    if decoding:
-                        return
+        request = next((r for r in self.scheduler.running if not r.videos_ready), None)
+        if request is None:
+            return
+        decoding = any(other.is_decoding for other in self.scheduler.running)
+        for state in request.videos:
+            while not state.ready:
+                self._report(f"encoding frame {state.frames_done + 1} of {len(state.video.pixels)}")
+                began = time.perf_counter()
+                self._encode_some(state)
+                request.vision_encode += time.perf_counter() - began
+                if decoding:
+                    return
 
-    def _take_token(self, request: Request, logits: Tensor) -> Progress:
+    def _encode_some(self, state: VideoState) -> None:
+        """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
+        at_once = self.config.vision_batch * self.team.parallel.size
+        pixels = state.video.pixels[state.frames_done : state.frames_done + at_once]
+        self.team.encode_frames(state.number, pixels)
+        state.frames_done += len(pixels)
+        if state.frames_done == len(state.video.pixels):
+            self.team.pool_frames(state.number, state.video.frame_of)
+            state.ready = True
+
+    def encode_video(self, video: PreparedVideo) -> Tensor:
+        """Video tokens [t * h * w, hidden] of one video, outside of any request."""
+        state = VideoState(video, next(self._video_numbers))
+        while not state.ready:
+            self._encode_some(state)
+        tokens = self.team.video_tokens(state.number)
+        self.team.forget(state.number)
+        return tokens
+
+    def _forward(self, step: Step) -> list[tuple[Request, Tensor]]:
+        """Run a step; the requests whose next token is due, each with its logits [vocabulary] float32."""
+        work = [(request, 1) for request in step.decode] + step.prefill
+        logits = self.team.forward(StepInput.of(work, len(step.decode), self.config.block_size))
+        for request, tokens in work:
+            request.num_computed += tokens
+        return list(zip([request for request, _ in work if request.remaining == 0], logits, strict=True))
+
+    def _take_token(self, request: Request, logits: Tensor) -> None:
         try:
             token, logprobs = sample(logits, request)
         except PllavaError as error:
             request.error = error
-            return self._finish(request, "")
+            self._finish(request)
+            return
         if not request.generated:
             request.first_token = time.perf_counter()
         request.token_ids.append(token)
         self._tokens_since += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
-        if token in request.stop_token_ids:
+        ended, full = token in request.stop_token_ids, len(request.generated) == request.params.max_tokens
+        if not ended:
+            request.answer.push(token)
+        if ended or full:
+            request.answer.finish()  # what is held back may hold a stop string
+        if ended or request.answer.stopped:
             request.finish_reason = "stop"
-            return self._finish(request, "")
-        delta = request.answer.push(token)
-        if request.answer.stopped:
-            request.finish_reason = "stop"
-        elif len(request.generated) == request.params.max_tokens:
+        elif full:
             request.finish_reason = "length"
-        return self._finish(request, delta) if request.is_finished else Progress(request, delta, finished=False)
+        if request.is_finished:
+            self._finish(request)
 
-    def _finish(self, request: Request, delta: str) -> Progress:
-        delta += request.answer.finish()
+    def _finish(self, request: Request) -> None:
         request.finished = time.perf_counter()
+        self._remove(request)
+
+    def _remove(self, request: Request) -> None:
         self.scheduler.remove(request)
-        return Progress(request, delta, finished=True)
+        for state in request.videos:
+            self.team.forget(state.number)
 
     def _report(self, doing: str) -> None:
         """Say on the log every few seconds where a long run stands."""
@@ -140,8 +167,3 @@ class Engine:
             waiting, speed = len(self.scheduler.waiting), self._tokens_since / seconds
             logger.info("%s, %d waiting; %.1f tokens/s in the last %.0f s", doing, waiting, speed, seconds)
             self._reported, self._tokens_since = now, 0
-
-    def run(self) -> Iterator[Progress]:
-        """Step until nothing is left."""
-        while self.has_work:
-            yield from self.step()

@@ -29,14 +29,14 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 def plan_blocks(wanted_tokens: int, block_size: int, bytes_per_token: int, budget: int | None, free_memory: int) -> int:
-    """Number of blocks for `wanted_tokens`, within `budget` bytes or, without one, half of the free memory.
+    """Number of blocks: all of `budget` bytes or, without one, those for `wanted_tokens` in half of the free memory.
 
     bytes_per_token is 2 * layers * kv_heads * head_dim * bytes per element: 512 KiB for 7B in bfloat16.
     Raises ConfigError when not even one block fits.
     """
     per_block = block_size * bytes_per_token
-    limit = budget if budget is not None else free_memory // 2
-    blocks = min(-(-wanted_tokens // block_size), limit // per_block)
+    limit = budget if budget is not None else min(blocks_for(wanted_tokens, block_size) * per_block, free_memory // 2)
+    blocks = limit // per_block
     if blocks < 1:
         raise ConfigError(
             f"the KV cache may take {limit} bytes, but one block of {block_size} tokens takes {per_block}: raise "

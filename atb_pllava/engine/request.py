@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.inputs import PreparedVideo
 from atb_pllava.prompt import VideoSpan
 from atb_pllava.tokenizer import AnswerDecoder, Tokenizer
 
@@ -39,9 +39,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
         _check_whole("max_tokens", self.max_tokens, 1, 2**31)
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
@@ -98,23 +97,14 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] | None = None
 
 
-@dataclass(frozen=True)
-class PreparedVideo:
-    """A video ready for the model: pixels [U, 3, size, size] of its distinct frames, and which of them frame t is."""
-
-    pixels: Tensor
-    frame_of: tuple[int, ...]
-    frame_indices: tuple[int, ...]
-
-
 @dataclass
 class VideoState:
-    """A video on its way through the vision tower: frames done so far, then its tokens."""
+    """A video on its way through the vision tower; `number` is its name among the ranks, -1 before it has one."""
 
     video: PreparedVideo
-    features: list[Tensor] = field(default_factory=list)
+    number: int = -1
     frames_done: int = 0
-    tokens: Tensor | None = None  # [t * h * w, hidden]
+    ready: bool = False  # its tokens are there
 
 
 @dataclass(eq=False)
@@ -180,7 +170,7 @@ class Request:
 
     @property
     def videos_ready(self) -> bool:
-        return all(video.tokens is not None for video in self.videos)
+        return all(video.ready for video in self.videos)
 
     @property
     def is_finished(self) -> bool:

@@ -25,7 +25,7 @@ def _choose(logits: Tensor, request: Request) -> int:
         logits = _penalise(logits, request)
     if params.temperature == 0:
         return int(logits.argmax())
-    logits = logits.cpu() / params.temperature
+    logits = (logits - logits.max()).cpu().double() / params.temperature  # float64: no temperature above 0 overflows
     if 0 < params.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
     if params.top_p < 1.0:

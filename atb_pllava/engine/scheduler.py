@@ -5,6 +5,7 @@ chunks, so that a long one does not stall the others. When blocks run out, the y
 and is computed anew later: same tokens, only later.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -63,6 +64,7 @@ class Scheduler:
             if needed > self.allocator.free:
                 return
             request.blocks = self.allocator.take(needed)
+            request.started = request.started or time.perf_counter()
             self.running.append(self.waiting.popleft())
 
     def plan(self) -> Step:

@@ -83,6 +83,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.ops, self.parallel = config, ops, parallel
         self.words = parallel.share(config.vocab_size)
+        self.kv_heads: int = len(parallel.share(config.num_key_value_heads))
         # Not an nn.Embedding: drawing its initial values imports torch's compiler, which takes seconds.
         self.embedding, self.lm_head = (
             nn.Parameter(torch.empty(len(self.words), config.hidden_size, dtype=dtype)) for _ in range(2)

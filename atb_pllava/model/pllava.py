@@ -20,6 +20,8 @@ class Pllava(nn.Module):
     `int8` names the linear layers of the decoder whose weights are int8, as the checkpoint says.
     """
 
+    language: Llama
+
     def __init__(
         self,
         config: PllavaConfig,

@@ -1,0 +1,63 @@
+"""From a checkpoint directory to a model on this rank's device. Every rank does the same with the same options."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from atb_pllava.config import PllavaConfig
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops import choose_dtype, get_backend
+from atb_pllava.parallel import TensorParallel, check_world_size
+from atb_pllava.weights import LoadPlan, open_checkpoint, unused_vision_layers
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What decides the numbers a model computes; see `LLM` for the meaning of each."""
+
+    model_path: str
+    weight_dir: str | None = None
+    lora_alpha: float | None = 4
+    num_frames: int | None = None
+    pooling_shape: tuple[int, int, int] | None = None
+    dtype: str = "auto"
+    backend: str = "auto"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelOptions":
+        return cls(**json.loads(text))
+
+    def described(self) -> str:
+        """All of it but the paths, for ranks to compare: the weights themselves are compared by content."""
+        return json.dumps({**asdict(self), "model_path": None, "weight_dir": None})
+
+    def config(self) -> PllavaConfig:
+        """The model's configuration; a directory with LoRA tensors on top brings its own config.json."""
+        directory = self.model_path if self.weight_dir is None else self.weight_dir
+        return PllavaConfig.from_dir(directory).with_video(self.num_frames, self.pooling_shape)
+
+
+def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan]:
+    """The model without memory, and what to read into it; all that is wrong with a checkpoint's headers raises here."""
+    config = options.config()
+    check_world_size(parallel.size, config.text)
+    ops = get_backend(options.backend)
+    dtype = choose_dtype(options.dtype, config.dtype, ops)
+    checkpoint = open_checkpoint(options.model_path, options.weight_dir)
+    with torch.device("meta"):
+        model = Pllava(config, ops, dtype, parallel, checkpoint.int8)
+    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
+    plan = checkpoint.check(shapes, unused=unused_vision_layers(config), lora_alpha=options.lora_alpha)
+    return model, plan
+
+
+def fill_model(model: Pllava, plan: LoadPlan, each: Callable[[], None] | None = None) -> Pllava:
+    """Allocate the model on its device and read its weights; `each` is called after every tensor."""
+    model.to_empty(device=model.ops.device)
+    plan.load_into(model.checkpoint_parts(), each)
+    return model.eval()

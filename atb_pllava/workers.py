@@ -1,0 +1,259 @@
+"""The processes of a tensor-parallel model: started together, compared with each other, stopped together.
+
+Rank 0 is the process the user has. It starts the others itself, or finds itself among those torchrun started. They
+meet at a store on the loopback interface, load their parts, compare what they loaded, and then follow rank 0. When one
+stops, its sockets close, the next collective of every other rank fails, and all stop.
+"""
+
+import hashlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store
+
+from atb_pllava.engine.runner import Runner
+from atb_pllava.engine.team import follow
+from atb_pllava.errors import BackendError, ConfigError, PllavaError
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.parallel import TensorParallel
+
+logger = logging.getLogger(__name__)
+
+SECONDS_WITHOUT_SIGN = 60.0  # a starting rank that shows no progress for so long is given up
+_SECONDS_BETWEEN_SIGNS = 1.0
+_SECONDS_TO_STOP = 5.0
+_STORE_TIMEOUT = timedelta(seconds=60)
+_COLLECTIVE_TIMEOUT = timedelta(days=7)  # followers wait for work as long as the user thinks
+_FOLLOW = """
+import sys
+sys.path.insert(0, {root!r})
+from atb_pllava.workers import follower
+sys.exit(follower(*sys.argv[1:]))
+"""
+
+
+@dataclass
+class Workers:
+    """One rank's link to the others: the store they all meet at and, on rank 0, the processes it started."""
+
+    parallel: TensorParallel
+    store: Store
+    processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    _signed: float = 0.0
+
+    @classmethod
+    def start(cls, size: int, options: ModelOptions, port: int | None = None) -> "Workers":
+        """Start ranks 1 to size - 1 on this machine; `port` of the loopback interface is for the store (None: any).
+
+        Raises ConfigError when the port is taken.
+        """
+        if dist.is_initialized():
+            raise BackendError("this process already has a tensor-parallel model; close() it before the next one")
+        store, port = _listen(size, port)
+        workers = cls(TensorParallel(0, size), store)
+        program = _FOLLOW.format(root=str(Path(__file__).resolve().parents[1]))
+        for rank in range(1, size):
+            arguments = [str(rank), str(size), str(port), options.to_json()]
+            workers.processes.append(
+                subprocess.Popen([sys.executable, "-c", program, *arguments], stdin=subprocess.PIPE)
+            )
+        return workers
+
+    @classmethod
+    def among_torchrun(cls) -> "Workers":
+        """This rank among those that torchrun started; it has put rank, size and address into the environment."""
+        try:
+            store, rank, size = next(dist.rendezvous("env://"))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
+        return cls(TensorParallel(rank, size), store)
+
+    def sign(self) -> None:
+        """Called often while loading: followers show that they live, rank 0 looks whether they do."""
+        now = time.monotonic()
+        if now - self._signed < _SECONDS_BETWEEN_SIGNS:
+            return
+        self._signed = now
+        if self.parallel.rank:
+            self.store.set(f"sign/{self.parallel.rank}", str(now))
+        else:
+            self._raise_if_one_ended()
+
+    def meet(self, model: Pllava, described: str) -> None:
+        """Wait until every rank has loaded, and make sure that all loaded the same; then collectives work.
+
+        Raises BackendError naming the rank that failed, ended, hangs or differs.
+        """
+        rank, size = self.parallel.rank, self.parallel.size
+        self.store.set(f"loaded/{rank}", _digest(model, described))
+        if rank == 0:
+            for other in range(1, size):
+                self._wait_for(other)
+            mine, rest = self.store.get("loaded/0"), range(1, size)
+            odd = [other for other in rest if self.store.get(f"loaded/{other}") != mine]
+            self.store.set("go", f"rank {odd[0]} has other weights or options than rank 0" if odd else "")
+        verdict = self._verdict()
+        if verdict:
+            raise BackendError(f"{verdict}; all ranks were stopped")
+        _init_group(self.store, self.parallel, model.ops.device)
+
+    def fail(self, reason: str) -> None:
+        """Leave word for rank 0 of what went wrong here."""
+        self.store.set(f"error/{self.parallel.rank}", reason)
+
+    def stop(self) -> None:
+        """End what is still running and free ports and memory; safe to call twice."""
+        deadline = time.monotonic() + _SECONDS_TO_STOP
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+        self.processes.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def kill(self) -> None:
+        """End the followers at once; they wait in a collective that will never come."""
+        for process in self.processes:
+            process.kill()
+        self.stop()
+
+    def explain(self) -> str | None:
+        """Which rank ended and why, when one did."""
+        for rank, process in enumerate(self.processes, start=1):
+            if self.store.check([f"error/{rank}"]):
+                return f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}"
+            if process.poll() is not None:
+                return f"rank {rank} ended with status {process.returncode}"
+        return None
+
+    def _raise_if_one_ended(self) -> None:
+        reason = self.explain()
+        if reason is not None:
+            raise BackendError(f"{reason}; all ranks were stopped")
+
+    def _wait_for(self, rank: int) -> None:
+        last, seen = b"", time.monotonic()
+        while not self.store.check([f"loaded/{rank}"]):
+            self._raise_if_one_ended()
+            if self.store.check([f"error/{rank}"]):  # under torchrun there is no process to look at
+                raise BackendError(f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}")
+            sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
+            if sign != last:
+                last, seen = sign, time.monotonic()
+            if time.monotonic() - seen > SECONDS_WITHOUT_SIGN:
+                raise BackendError(
+                    f"rank {rank} has not moved for {SECONDS_WITHOUT_SIGN:.0f} s while loading; all ranks were stopped"
+                )
+            time.sleep(0.05)
+
+    def _verdict(self) -> str:
+        while not self.store.check(["go"]):
+            time.sleep(0.05)
+        verdict: str = self.store.get("go").decode()
+        return verdict
+
+
+def follower(rank: str, size: str, port: str, options: str) -> int:
+    """The whole life of a process that rank 0 started; its exit status."""
+    threading.Thread(target=_end_with_rank_0, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides what it means
+    logging.getLogger("atb_pllava").setLevel(logging.ERROR)  # rank 0 says it all
+    store = dist.TCPStore("127.0.0.1", int(port), int(size), False, timeout=_STORE_TIMEOUT)
+    workers = Workers(TensorParallel(int(rank), int(size)), store)
+    return serve_rank(workers, ModelOptions.from_json(options))
+
+
+def _end_with_rank_0() -> None:
+    """Rank 0 holds the other end of our stdin and never writes: when it is gone, however it went, so are we."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def serve_rank(workers: Workers, options: ModelOptions) -> int:
+    """Load this rank's part and follow rank 0 until it stops; the exit status. Says nothing: rank 0 does."""
+    try:
+        try:
+            workers.sign()
+            share_threads(workers.parallel.size)
+            model, plan = plan_model(options, workers.parallel)
+            fill_model(model, plan, workers.sign)
+            workers.meet(model, options.described())
+            runner = Runner(model, *receive_cache_size(workers.parallel))
+        except (PllavaError, MemoryError) as error:
+            workers.fail(str(error) or type(error).__name__)
+            return 2
+        follow(runner, workers.parallel)
+        return 0
+    except (RuntimeError, dist.DistBackendError):
+        return 1  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
+
+
+def send_cache_size(parallel: TensorParallel, blocks: int, block_size: int) -> None:
+    parallel.broadcast(torch.tensor([blocks, block_size]))
+
+
+def receive_cache_size(parallel: TensorParallel) -> tuple[int, int]:
+    blocks, block_size = parallel.broadcast(torch.empty(2, dtype=torch.int64)).tolist()
+    return blocks, block_size
+
+
+def share_threads(size: int) -> Callable[[], None]:
+    """Divide the cores among the ranks of this machine; the result undoes it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // size))
+    return lambda: torch.set_num_threads(before)
+
+
+def _listen(size: int, port: int | None) -> tuple[Store, int]:
+    """A store that only this machine can reach, and its port."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port or 0))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else "no port number"
+        raise ConfigError(f"MASTER_PORT {port} cannot be used: {reason}; choose another, or unset it") from None
+    listener.listen(size)
+    bound: int = listener.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1", bound, size, True, timeout=_STORE_TIMEOUT, wait_for_workers=False,
+        master_listen_fd=listener.detach())  # fmt: skip
+    return store, bound
+
+
+def _init_group(store: Store, parallel: TensorParallel, device: torch.device) -> None:
+    # Gloo otherwise listens on the interface of the host's name, which other machines can reach.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=parallel.rank, world_size=parallel.size,
+        timeout=_COLLECTIVE_TIMEOUT)  # fmt: skip
+
+
+def _digest(model: Pllava, described: str) -> str:
+    """Fingerprint of the options and of all that every rank holds whole: norms and biases, a few MB."""
+    digest = hashlib.sha256(described.encode())
+    for name, part in model.checkpoint_parts().items():
+        digest.update(f"{name} {part.shape}".encode())
+        if len(part.shape) == 1:
+            digest.update(part.tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()

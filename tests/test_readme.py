@@ -1,0 +1,62 @@
+"""What the README says is true: its tree, its options, its commands and the answers it shows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from atb_pllava.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language; "" for those without one."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def dialogue(text: str) -> list[str]:
+    """Questions and answers of a run, without media paths and times."""
+    return [line.strip() for line in text.splitlines() if line.startswith(("  question:", "  answer:"))]
+
+
+def test_the_tree_is_the_tree() -> None:
+    (tree,) = [block for block in blocks("") if block.startswith("run_pa.sh")]
+    for line in tree.splitlines():
+        base = ROOT / "atb_pllava" if line.startswith("  ") else ROOT
+        for name in re.split(r"\s{2,}", line.strip())[0].split():
+            assert (base / name).exists(), f"{name} in {line!r}"
+
+
+def test_every_module_is_named() -> None:
+    for path in (ROOT / "atb_pllava").glob("*.py"):
+        assert path.name in README or path.name == "__init__.py", f"{path.name} is not in the README"
+
+
+def test_options_exist(capsys) -> None:
+    texts = []
+    for verb in ("run",):
+        try:
+            main([verb, "--help"])
+        except SystemExit:
+            texts.append(capsys.readouterr().out)
+    texts += [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.py"))]
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", README)):
+        assert any(option in text for text in texts), f"{option} is no option of anything"
+
+
+def test_python_examples_run() -> None:
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_shown_answers_are_the_real_ones() -> None:
+    (shown,) = [block for block in blocks("") if block.startswith("[1/")]
+    done = subprocess.run(
+        ["bash", "run_pa.sh", "--run"], cwd=ROOT, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stderr
+    assert dialogue(done.stdout) == dialogue(shown) and dialogue(shown)
+    assert re.search(r"^\d+ answers, \d+ tokens in ", done.stdout, re.MULTILINE)
