@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import raw_config, write_checkpoint
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams, WeightError
 from atb_pllava.config import TextConfig
+from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.engine.step import StepInput, VideoPiece
 from atb_pllava.parallel import Part, TensorParallel, check_world_size
 
@@ -67,6 +69,22 @@ def test_every_size_gives_the_answers_of_size_1(model: Path, size: int) -> None:
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
     torch.testing.assert_close(tokens, load(model).encode_video(FRAMES), atol=1e-4, rtol=1e-4)
     assert not followers()
+
+
+@pytest.mark.parametrize(("size", "options"), [(2, {"symmetric": False}), (3, {"group_size": 64})])
+def test_int8_weights_split_alike(tmp_path: Path, size: int, options: dict[str, Any]) -> None:
+    # 64 columns of o_proj and 192 of down_proj: a share of either begins in the middle of a group.
+    raw = raw_config(num_attention_heads=8, num_key_value_heads=8, head_dim=8, intermediate_size=192, vocab_size=307)
+    convert_checkpoint(
+        write_checkpoint(tmp_path / "float", raw), tmp_path / "w8a16", ConvertOptions("pllava_w8a16", **options)
+    )
+    alone = load(tmp_path / "w8a16").generate(REQUESTS, GREEDY)
+    with load(tmp_path / "w8a16", world_size=size) as llm:
+        together = llm.generate(REQUESTS, GREEDY)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
 
 
 def test_shares_cover_everything_once() -> None:
