@@ -8,9 +8,11 @@ down; v for o where every query head has its own values. One decoder layer is in
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atb_pllava.checkpoint import DTYPES
@@ -41,6 +43,21 @@ class Smoothing:
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, file: Path) -> None:
+        """Write a whole file or none."""
+        partial = file.with_name(f".{file.name}.partial")
+        kinds = {"columns": self.columns, "rows": self.rows}
+        save_file({f"{kind}:{name}": t.clone() for kind, found in kinds.items() for name, t in found.items()}, partial)
+        partial.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Smoothing":
+        smoothing = cls()
+        for key, tensor in load_file(file).items():
+            kind, _, name = key.partition(":")
+            {"columns": smoothing.columns, "rows": smoothing.rows}[kind][name] = tensor
+        return smoothing
 
     def apply(self, name: str, values: Tensor, rows: range) -> Tensor:
         """The rows `rows` of a tensor, in float32, with its factors; the tensor itself where it has none."""

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial as bind
@@ -30,7 +30,7 @@ from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.msmodelslim_quantizer import MsModelSlim
 from atb_pllava.ops.cpu import TorchBackend
-from atb_pllava.quant import num_groups, quantise
+from atb_pllava.quant import Int8Weight, num_groups, quantise
 from atb_pllava.rounding import MsModelSlimRounding, OwnRounding, Rounding
 from atb_pllava.shards import Shard, ShardWriter, TensorSpec, checksum, plan_shards, write_index
 from atb_pllava.weights import Checkpoint, LoadItem, LoadPlan, Progress, open_checkpoint, unused_vision_layers
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 TYPES = ("pllava_w8a16", "pllava_merged")
 QUANTIZERS = ("own", "msmodelslim")
 RECORD = "conversion.json"  # what is being converted, and which shards are done
+# Found once for a conversion: shards that were made with different factors would not fit together.
+FACTORS = "smoothing.safetensors"
 ELEMENTS_PER_BLOCK = 2**22  # 16 MiB of float32; rounding it to 8 bits takes a few times that
 LARGEST_COPY = 64 * 2**20
 
@@ -114,7 +116,8 @@ def convert_checkpoint(
         with _record(partial, job) as done:
             try:
                 _check_space(partial, [shard for shard in shards if shard.file not in done])
-                rounding = _choose_rounding(plan, config, src, calibration, options)
+                factors = _smoothing(partial, plan, config, src, calibration, options)
+                rounding = _choose_rounding(plan, config, factors, options)
                 _write_shards(partial, shards, plan, options, rounding, job, done)
             except PllavaError as error:
                 if isinstance(error, CheckpointError) or not done:
@@ -206,12 +209,13 @@ def _finished_shards(partial: Path, job: Mapping[str, Any]) -> dict[str, int]:
         record = read_json(partial / RECORD)
     except ConfigError:
         record = {}  # the process ended before it wrote anything
-    known = record.get("done", {}) if record.get("job") == job else {}
+    same = record.get("job") == job
+    known = record.get("done", {}) if same else {}
     done = {
         name: crc for name, crc in known.items() if (partial / name).is_file() and checksum(partial / name) == crc
     }
     for leftover in partial.iterdir():
-        if leftover.name not in (RECORD, *done):
+        if leftover.name not in (RECORD, *([FACTORS] if same else []), *done):
             leftover.unlink()
     if done:
         logger.info("going on in %s: %d shards are done and intact", partial, len(done))
@@ -230,15 +234,28 @@ def _check_space(partial: Path, shards: Sequence[Shard]) -> None:
         raise ConfigError(f"{partial} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
 
 
-def _choose_rounding(
-    plan: LoadPlan, config: PllavaConfig, src: Path, calibration: Sequence[str], options: ConvertOptions
-) -> Rounding:
-    symmetric, group_size = options.symmetric, options.group_size
-    if options.quantizer == "msmodelslim":
-        return MsModelSlimRounding(plan, MsModelSlim(config.text, symmetric=symmetric, group_size=group_size))
-    own = bind(quantise, symmetric=symmetric, group_size=group_size)
-    smoothing = find_smoothing(plan, config, str(src), calibration, own) if calibration else Smoothing()
-    return OwnRounding(plan, own, smoothing)
+def _own_quantiser(options: ConvertOptions) -> Callable[..., Int8Weight]:
+    return bind(quantise, symmetric=options.symmetric, group_size=options.group_size)
+
+
+def _smoothing(
+    partial: Path,
+    plan: LoadPlan,
+    config: PllavaConfig,
+    src: Path,
+    calibration: Sequence[str],
+    options: ConvertOptions,
+) -> Smoothing:
+    if calibration and not (partial / FACTORS).exists():
+        find_smoothing(plan, config, str(src), calibration, _own_quantiser(options)).save(partial / FACTORS)
+    return Smoothing.load(partial / FACTORS) if calibration else Smoothing()
+
+
+def _choose_rounding(plan: LoadPlan, config: PllavaConfig, factors: Smoothing, options: ConvertOptions) -> Rounding:
+    if options.quantizer == "own":
+        return OwnRounding(plan, _own_quantiser(options), factors)
+    slim = MsModelSlim(config.text, symmetric=options.symmetric, group_size=options.group_size)
+    return MsModelSlimRounding(plan, slim)
 
 
 def _write_shards(
@@ -287,6 +304,7 @@ def _write_rest(
     partial: Path, src: Path, upper: Path, config: PllavaConfig, shards: Sequence[Shard], options: ConvertOptions
 ) -> None:
     """Everything but the weights; config.json is last, without it nothing loads."""
+    (partial / FACTORS).unlink(missing_ok=True)
     write_index(partial, options.stem, shards)
     if options.is_quantised:
         names = [spec.name for shard in shards for spec in shard.specs]

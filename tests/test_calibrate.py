@@ -8,7 +8,7 @@ import torch
 from conftest import raw_config, write_checkpoint, write_video
 from safetensors.torch import load_file, save_file
 
-from atb_pllava import calibrate
+from atb_pllava import calibrate, convert
 from atb_pllava.calibrate import Smoothing, find_smoothing
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
@@ -96,3 +96,24 @@ def test_other_clips_are_another_conversion(source: Path, clips: list[str], tmp_
             source, tmp_path / "out", ConvertOptions("pllava_w8a16"), calibration=[str(tmp_path / "bad.mp4")]
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_conversion_keeps_its_factors(
+    source: Path, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ConvertOptions("pllava_w8a16")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_write_shards", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(source, tmp_path / "out", options, calibration=clips)
+    monkeypatch.setattr(convert, "find_smoothing", stop)
+    convert_checkpoint(source, tmp_path / "out", options, calibration=clips)
+    assert not (tmp_path / "out" / convert.FACTORS).exists()
+    monkeypatch.undo()
+    convert_checkpoint(source, tmp_path / "again", options, calibration=clips)
+    file = "quant_model_weight_w8a16-00001-of-00001.safetensors"
+    one, two = (load_file(tmp_path / name / file) for name in ("out", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
