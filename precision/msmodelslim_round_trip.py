@@ -1,0 +1,53 @@
+"""Files made by the real msModelSlim load, and every weight is within half a step of the float checkpoint.
+
+    python precision/msmodelslim_round_trip.py FLOAT_DIR
+
+Needs an environment of its own with `pip install msmodelslim transformers` beside our packages; a tiny checkpoint is
+enough. Exit status 1 when a weight is further off.
+"""
+
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from atb_pllava.convert import ConvertOptions, convert_checkpoint
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.parallel import TensorParallel
+from atb_pllava.quant import Int8Weight
+
+SCHEMES = {"symmetric": {}, "asymmetric": {"symmetric": False}, "groups of 64": {"group_size": 64}}
+
+
+def load(directory: str | Path) -> Pllava:
+    options = ModelOptions(str(directory), dtype="float32", backend="cpu")
+    return fill_model(*plan_model(options, TensorParallel()))
+
+
+def worst_step(quantised: Pllava, exact: Pllava) -> float:
+    """The largest distance of any weight from its float original, in steps."""
+    worst = 0.0
+    for ours, theirs in zip(quantised.language.layers, exact.language.layers, strict=True):
+        for name in ("qkv", "out", "gate_up", "down"):
+            (weight,), (original,) = getattr(ours, name).weights, getattr(theirs, name).weights
+            assert isinstance(weight, Int8Weight)
+            step = weight.scale.repeat_interleave(weight.shape[1] // weight.scale.shape[1], 1)
+            worst = max(worst, float(((weight.dequantise() - original).abs() / step).max()))
+    return worst
+
+
+def main(source: str) -> int:
+    exact, status = load(source), 0
+    with tempfile.TemporaryDirectory() as directory:
+        for scheme, options in SCHEMES.items():
+            target = Path(directory, scheme.replace(" ", "-"))
+            convert_checkpoint(source, target, ConvertOptions("pllava_w8a16", quantizer="msmodelslim", **options))
+            worst = worst_step(load(target), exact)
+            status |= worst > 0.5001
+            print(f"msmodelslim {version('msmodelslim')}, {scheme}: at most {worst:.4f} steps off")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
