@@ -137,12 +137,13 @@ class Workers:
 
     def explain(self) -> str | None:
         """Which rank ended and why, when one did."""
-        for rank, process in enumerate(self.processes, start=1):
+        ended = {rank: p.returncode for rank, p in enumerate(self.processes, start=1) if p.poll() is not None}
+        for rank in range(1, self.parallel.size):
             if self.store.check([f"error/{rank}"]):
                 return f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}"
-            if process.poll() is not None:
-                return f"rank {rank} ended with status {process.returncode}"
-        return None
+        # A rank that only lost the others returns 1, or is aborted by a collective's own threads.
+        causes = {rank: status for rank, status in ended.items() if status not in (1, -signal.SIGABRT)} or ended
+        return ", ".join(f"rank {rank} ended with status {status}" for rank, status in causes.items()) or None
 
     def _raise_if_one_ended(self) -> None:
         reason = self.explain()
@@ -153,8 +154,6 @@ class Workers:
         last, seen = b"", time.monotonic()
         while not self.store.check([f"loaded/{rank}"]):
             self._raise_if_one_ended()
-            if self.store.check([f"error/{rank}"]):  # under torchrun there is no process to look at
-                raise BackendError(f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}")
             sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
             if sign != last:
                 last, seen = sign, time.monotonic()
