@@ -57,7 +57,7 @@ done
 [ -n "$mode" ] || refuse "no mode given; use --run"
 [ ${#positional[@]} -le 6 ] || refuse "surplus argument '${positional[6]}'"
 
-if [ -z "$world_size" ]; then
+if [ -z "$world_size" ] && [ -z "${RANK:-}" ]; then # torchrun has decided otherwise
     IFS=, read -r -a devices <<<"${ASCEND_RT_VISIBLE_DEVICES:-0}"
     world_size=${#devices[@]}
 fi
@@ -65,6 +65,7 @@ names=(--model_path --media --num_frames --max_batch_size --max_input_length --m
 values=("$root/examples/tiny_pllava" "$root/examples/videos")
 for i in "${!positional[@]}"; do values[i]=${positional[i]}; done
 for i in "${!values[@]}"; do options+=("${names[i]}=${values[i]}"); done
+[ -z "$world_size" ] || options+=("--world_size=$world_size")
 if [ ${#positional[@]} -eq 0 ] && [ ${#extra[@]} -eq 0 ]; then
     # What the tiny model was trained for: coloured shapes that move.
     extra=(--prompt "Describe the video." --prompt "What moves first?" )
@@ -74,4 +75,4 @@ fi
 . "$root/atb_pllava/find_python.sh"
 find_python "$root/requirements_pllava.txt"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m atb_pllava run "${options[@]}" "--world_size=$world_size" "${extra[@]}"
+exec "$PYTHON" -m atb_pllava run "${options[@]}" "${extra[@]}"

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process exit status."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("atb_pllava").setLevel(logging.WARNING if arguments.quiet else logging.INFO)
+    level = logging.WARNING if arguments.quiet else logging.INFO
+    logging.getLogger("atb_pllava").setLevel(level if _rank() == 0 else logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except PllavaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _rank() == 0:  # the others met the same error
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         # Nothing more can be written there; what is buffered would fail once more at exit.
@@ -63,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask every prompt about every medium and print the answers in order."""
-    if arguments.trust_remote_code:
+    rank = _rank()
+    if arguments.trust_remote_code and rank == 0:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
     workers = _torchrun(arguments.world_size)
     if workers is not None and workers.parallel.rank > 0:
@@ -115,14 +118,20 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def _torchrun(world_size: int | None) -> Workers | None:
     """This rank's link to the others when torchrun started it; None otherwise."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    started = os.environ["WORLD_SIZE"]
-    if world_size is not None and started != str(world_size):
+    started = os.environ.get("WORLD_SIZE")
+    if started is not None and world_size is not None and started != str(world_size):
         raise ConfigError(
-            f"WORLD_SIZE is {started} and --world_size {world_size}: torchrun has decided, leave --world_size out"
+            f"WORLD_SIZE is {started} and --world_size {world_size}: torchrun has decided, leave one of them out"
         )
-    return Workers.among_torchrun() if started != "1" else None
+    if started in (None, "1") or "RANK" not in os.environ:
+        return None
+    return Workers.among_torchrun()
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started; 0 outside of it."""
+    given = os.environ.get("RANK", "0")
+    return int(given) if given.isascii() and given.isdigit() else 0
 
 
 def _master_port() -> int | None:

@@ -45,9 +45,7 @@ FACTORS = "smoothing.safetensors"
 ELEMENTS_PER_BLOCK = 2**22  # 16 MiB of float32; rounding it to 8 bits takes a few times that
 LARGEST_COPY = 64 * 2**20
 
-QUANTISED = re.compile(
-    r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight"
-)
+QUANTISED = re.compile(r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 # Tensors PLLaVA does not read, but a complete CLIP has.
 REST_OF_CLIP = "vision_tower.vision_model.post_layernorm."
 COPIED = (".json", ".model", ".txt", ".jinja")
@@ -125,10 +123,12 @@ def convert_checkpoint(
                 raise
             _write_rest(partial, src, upper, config, shards, options)
             _fsync_directory(partial)
+            if _job(plan, options, calibration) != job:
+                raise WeightError(f"-src {src} changed while it was converted; convert it again")
             partial.replace(dst)
             (dst / RECORD).unlink()
     except OSError as error:
-        raise ConfigError(f"{partial} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{error.filename or partial}: {error.strerror or error}; nothing was converted") from None
     size = sum(shard.num_bytes for shard in shards) / 1e9
     logger.info("wrote %s: %.2f GB in %d shards, %.0f s", dst, size, len(shards), time.monotonic() - began)
 
@@ -211,9 +211,7 @@ def _finished_shards(partial: Path, job: Mapping[str, Any]) -> dict[str, int]:
         record = {}  # the process ended before it wrote anything
     same = record.get("job") == job
     known = record.get("done", {}) if same else {}
-    done = {
-        name: crc for name, crc in known.items() if (partial / name).is_file() and checksum(partial / name) == crc
-    }
+    done = {name: crc for name, crc in known.items() if (partial / name).is_file() and checksum(partial / name) == crc}
     for leftover in partial.iterdir():
         if leftover.name not in (RECORD, *([FACTORS] if same else []), *done):
             leftover.unlink()
@@ -283,9 +281,7 @@ def _write_shards(
     progress.finish()
 
 
-def _write_tensor(
-    writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions, rounding: Rounding
-) -> None:
+def _write_tensor(writer: ShardWriter, name: str, plan: LoadPlan, options: ConvertOptions, rounding: Rounding) -> None:
     stored = plan.items[name].weight
     row_elements = max(1, stored.num_bytes // DTYPES[stored.dtype].itemsize // stored.shape[0])
     block = max(1, ELEMENTS_PER_BLOCK // row_elements)

@@ -36,12 +36,13 @@ _REQUEST_KEYS = ("prompt", "question", *_MEDIA_KEYS, "frame_indices", "history",
 
 
 class LLM:
-    """PLLaVA on one device. Not thread-safe: one thread loads and asks.
+    """PLLaVA on one device or split over several. Not thread-safe: one thread loads and asks.
 
     model_path is a checkpoint directory in any of the published layouts; weight_dir one with LoRA tensors (and
     possibly more) on top of it; lora_alpha scales them by lora_alpha / rank. num_frames and pooling_shape default to
     the checkpoint's. sampler, resize and conversation choose among the published pipelines; system replaces the
-    conversation's system text. Everything after `limits` is a field of EngineConfig.
+    conversation's system text. world_size splits the model over that many processes, which meet at
+    master_port (None: a free one) or were started by torchrun (workers). All other options are fields of EngineConfig.
     """
 
     def __init__(
@@ -109,19 +110,20 @@ class LLM:
             self._engine = Engine(Team(runner, parallel), config)
             return
         self._workers = workers = workers or Workers.start(size, options, port)
-        give_back_threads = share_threads(size)
+        give_back_threads = share_threads(parallel.size)
         try:
             fill_model(model, plan, workers.sign)
-            workers.meet(model, options.described())
+            workers.meet(model, plan.fingerprint() + options.described())
             blocks = self._plan_blocks(model, config)
             send_cache_size(parallel, blocks, config.block_size)
             runner = Runner(model, blocks, config.block_size)
         except BaseException:
             workers.kill()
+            give_back_threads()
             raise
         team = Team(runner, parallel, lambda: _stop_all(workers))
         self._engine = Engine(team, config)
-        self._finalizer = weakref.finalize(self, _close, team, workers, give_back_threads)
+        self._finalizer = weakref.finalize(self, _close, os.getpid(), team, workers, give_back_threads)
 
     def close(self) -> None:
         """Stop the other ranks, if there are any, and free their memory; the model is of no use afterwards."""
@@ -309,7 +311,9 @@ def _stop_all(workers: Workers) -> PllavaError | None:
     return None if reason is None else BackendError(f"{reason}; all ranks were stopped")
 
 
-def _close(team: Team, workers: Workers, give_back_threads: Callable[[], None]) -> None:
+def _close(owner: int, team: Team, workers: Workers, give_back_threads: Callable[[], None]) -> None:
+    if os.getpid() != owner:
+        return  # a forked child: the ranks are not its own
     try:
         team.stop()
     except RuntimeError:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from atb_pllava.config import PllavaConfig
+from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.parallel import TensorParallel, check_world_size
@@ -47,6 +48,10 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     config = options.config()
     check_world_size(parallel.size, config.text)
     ops = get_backend(options.backend)
+    if parallel.size > 1 and ops.name != "cpu":
+        raise BackendError(
+            f"world_size {parallel.size} needs --backend cpu; {ops.name} takes one device in this version"
+        )
     dtype = choose_dtype(options.dtype, config.dtype, ops)
     checkpoint = open_checkpoint(options.model_path, options.weight_dir)
     with torch.device("meta"):

@@ -33,7 +33,7 @@ class TensorParallel:
         return range(first, first + each + (rank < more))
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks; on a CPU in float32 whatever the dtype, so that it is rounded once."""
+        """Sum over the ranks; on a CPU in float32 whatever the dtype, so that the sum is rounded once."""
         if self.size == 1:
             return x
         total = x.float() if x.device.type == "cpu" else x.contiguous()

@@ -5,6 +5,7 @@
 model offers canonical names (those of a plain LLaVA state dict), shapes and destinations.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -109,6 +110,16 @@ class LoadPlan:
         if scale is not None:
             r, count = self.lora_ranks[0], len(self.lora_ranks)
             logger.info("LoRA r=%d alpha=%g scale=%g merged into %d tensors", r, self.lora_alpha, scale, count)
+
+    def fingerprint(self) -> str:
+        """Of every tensor to be read: name, type, shape and first row. Ranks that load different files differ here."""
+        digest = hashlib.sha256()
+        for name, item in sorted(self.items.items()):
+            for part in item.parts:
+                digest.update(f"{name} {part.dtype} {part.shape}".encode())
+                first = _read(part, (slice(0, 1),)) if part.shape else _read(part)
+                digest.update(first.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return str(digest.hexdigest())
 
     @torch.no_grad()
     def read_rows(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:

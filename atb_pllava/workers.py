@@ -8,7 +8,6 @@ stops, its sockets close, the next collective of every other rank fails, and all
 import hashlib
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -33,12 +32,14 @@ from atb_pllava.parallel import TensorParallel
 logger = logging.getLogger(__name__)
 
 SECONDS_WITHOUT_SIGN = 60.0  # a starting rank that shows no progress for so long is given up
+LOST = 3  # exit status of a rank that ended because another one did
 _SECONDS_BETWEEN_SIGNS = 1.0
 _SECONDS_TO_STOP = 5.0
 _STORE_TIMEOUT = timedelta(seconds=60)
 _COLLECTIVE_TIMEOUT = timedelta(days=7)  # followers wait for work as long as the user thinks
 _FOLLOW = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides what it means
 sys.path.insert(0, {root!r})
 from atb_pllava.workers import follower
 sys.exit(follower(*sys.argv[1:]))
@@ -93,12 +94,14 @@ class Workers:
             self._raise_if_one_ended()
 
     def meet(self, model: Pllava, described: str) -> None:
-        """Wait until every rank has loaded, and make sure that all loaded the same; then collectives work.
+        """Wait until every rank has loaded, and make sure that all loaded what is `described`; then collectives work.
 
         Raises BackendError naming the rank that failed, ended, hangs or differs.
         """
         rank, size = self.parallel.rank, self.parallel.size
-        self.store.set(f"loaded/{rank}", _digest(model, described))
+        self.store.set(
+            f"loaded/{rank}", hashlib.sha256(f"{described} {model.config} {model.dtype}".encode()).hexdigest()
+        )
         if rank == 0:
             for other in range(1, size):
                 self._wait_for(other)
@@ -141,8 +144,7 @@ class Workers:
         for rank in range(1, self.parallel.size):
             if self.store.check([f"error/{rank}"]):
                 return f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}"
-        # A rank that only lost the others returns 1, or is aborted by a collective's own threads.
-        causes = {rank: status for rank, status in ended.items() if status not in (1, -signal.SIGABRT)} or ended
+        causes = {rank: status for rank, status in ended.items() if status != LOST} or ended
         return ", ".join(f"rank {rank} ended with status {status}" for rank, status in causes.items()) or None
 
     def _raise_if_one_ended(self) -> None:
@@ -173,8 +175,6 @@ class Workers:
 def follower(rank: str, size: str, port: str, options: str) -> int:
     """The whole life of a process that rank 0 started; its exit status."""
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides what it means
-    logging.getLogger("atb_pllava").setLevel(logging.ERROR)  # rank 0 says it all
     store = dist.TCPStore("127.0.0.1", int(port), int(size), False, timeout=_STORE_TIMEOUT)
     workers = Workers(TensorParallel(int(rank), int(size)), store)
     return serve_rank(workers, ModelOptions.from_json(options))
@@ -183,26 +183,29 @@ def follower(rank: str, size: str, port: str, options: str) -> int:
 def _end_with_rank_0() -> None:
     """Rank 0 holds the other end of our stdin and never writes: when it is gone, however it went, so are we."""
     os.read(0, 1)
-    os._exit(1)
+    os._exit(LOST)
 
 
 def serve_rank(workers: Workers, options: ModelOptions) -> int:
     """Load this rank's part and follow rank 0 until it stops; the exit status. Says nothing: rank 0 does."""
+    logging.getLogger("atb_pllava").setLevel(logging.ERROR)
     try:
         try:
             workers.sign()
             share_threads(workers.parallel.size)
             model, plan = plan_model(options, workers.parallel)
             fill_model(model, plan, workers.sign)
-            workers.meet(model, options.described())
-            runner = Runner(model, *receive_cache_size(workers.parallel))
-        except (PllavaError, MemoryError) as error:
+            workers.meet(model, plan.fingerprint() + options.described())
+        except (PllavaError, MemoryError, RuntimeError) as error:
             workers.fail(str(error) or type(error).__name__)
             return 2
-        follow(runner, workers.parallel)
+        follow(Runner(model, *receive_cache_size(workers.parallel)), workers.parallel)
         return 0
-    except (RuntimeError, dist.DistBackendError):
-        return 1  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
+    except RuntimeError:
+        return LOST  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads outlive the interpreter otherwise, and abort
 
 
 def send_cache_size(parallel: TensorParallel, blocks: int, block_size: int) -> None:
@@ -246,13 +249,3 @@ def _init_group(store: Store, parallel: TensorParallel, device: torch.device) ->
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=parallel.rank, world_size=parallel.size,
         timeout=_COLLECTIVE_TIMEOUT)  # fmt: skip
-
-
-def _digest(model: Pllava, described: str) -> str:
-    """Fingerprint of the options and of all that every rank holds whole: norms and biases, a few MB."""
-    digest = hashlib.sha256(described.encode())
-    for name, part in model.checkpoint_parts().items():
-        digest.update(f"{name} {part.shape}".encode())
-        if len(part.shape) == 1:
-            digest.update(part.tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()

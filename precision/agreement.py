@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from atb_pllava import LLM, PllavaError, SamplingParams
-from atb_pllava.config import read_json
+from atb_pllava.weights import open_checkpoint
 
 MVBENCH_SYSTEM = (
     "Watch the video carefully, pay attention to the order of events and to the way objects and people move, then "
@@ -86,16 +86,13 @@ def parse_side(text: str, model_path: str) -> dict[str, Any]:
     options: dict[str, Any] = {"model_path": model_path}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        options[key] = int(value) if value.isdigit() else value
+        options[key] = float(value) if key == "lora_alpha" else int(value) if value.isdigit() else value
     return options
 
 
 def weight_bytes(model_path: str) -> int:
-    """Size of the safetensors files a checkpoint's index names, or of the single one."""
-    folder = Path(model_path)
-    index = folder / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return sum((folder / name).stat().st_size for name in names)
+    """Bytes of a checkpoint's tensors on disk."""
+    return sum(tensor.num_bytes for tensor in open_checkpoint(model_path).base.tensors.values())
 
 
 def main() -> int:
@@ -110,10 +107,11 @@ def main() -> int:
     try:
         requests, letters = requests_of(arguments.clips)
         sides = [(text, parse_side(text, arguments.model_path)) for text in [arguments.left, *arguments.right]]
+        sizes = [weight_bytes(options["model_path"]) for _, options in sides]
         answers = [run_side(text, options, requests) for text, options in sides]
         rows = [
-            compare(text, side, answers[0], letters, weight_bytes(options["model_path"]))
-            for (text, options), side in zip(sides, answers, strict=True)
+            compare(text, side, answers[0], letters, size)
+            for (text, _), side, size in zip(sides, answers, sizes, strict=True)
         ]
     except (PllavaError, OSError, KeyError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)

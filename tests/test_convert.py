@@ -485,9 +485,7 @@ def test_killed_half_way_and_started_again(source: Path, quantised: Path, tmp_pa
     assert same_model(tmp_path / "out", quantised)
 
 
-def test_other_options_start_over(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_options_start_over(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 

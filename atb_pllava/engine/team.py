@@ -59,8 +59,9 @@ class Team:
         return self._together(lambda: self.runner.forward(step), Command.FORWARD, numbers)
 
     def stop(self) -> None:
-        """Let the other ranks end."""
+        """Let the other ranks end; nothing can be asked of them afterwards."""
         if self.parallel.size > 1 and self._broken is None:
+            self._broken = BackendError("this model was closed; load it anew")
             self._send(Command.STOP, [])
 
     def _together(
@@ -75,9 +76,8 @@ class Team:
             self._send(command, numbers, pixels)
             return own_part()
         except BaseException as error:
-            self._broken = self._lost() or BackendError(
-                f"the ranks are out of step after {error!r}; load the model anew"
-            )
+            self._broken = BackendError(f"the ranks are out of step after {error!r}; load the model anew")
+            self._broken = self._lost() or self._broken
             if isinstance(error, RuntimeError):
                 raise self._broken from None
             raise
