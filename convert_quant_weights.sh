@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Converts a PLLaVA checkpoint: LoRA merged, and if wanted the decoder's linear layers in 8 bits. See -h.
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
@@ -47,5 +48,6 @@ fi
 # shellcheck source=atb_pllava/find_python.sh
 . "$root/atb_pllava/find_python.sh"
 find_python "$root/requirements_pllava.txt"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # see run_pa.sh
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m atb_pllava convert "$@"

@@ -68,11 +68,13 @@ for i in "${!values[@]}"; do options+=("${names[i]}=${values[i]}"); done
 [ -z "$world_size" ] || options+=("--world_size=$world_size")
 if [ ${#positional[@]} -eq 0 ] && [ ${#extra[@]} -eq 0 ]; then
     # What the tiny model was trained for: coloured shapes that move.
-    extra=(--prompt "Describe the video." --prompt "What moves first?" )
+    extra=(--prompt "Describe the video." --prompt "How many objects are there?" --prompt "Is there a circle?")
 fi
 
 # shellcheck source=atb_pllava/find_python.sh
 . "$root/atb_pllava/find_python.sh"
 find_python "$root/requirements_pllava.txt"
+# A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m atb_pllava run "${options[@]}" "${extra[@]}"

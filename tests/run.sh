@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=atb_pllava/find_python.sh
 . atb_pllava/find_python.sh
 find_python requirements_pllava.txt tests/requirements.txt
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # see run_pa.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
 exec "$PYTHON" -m pytest "$@"

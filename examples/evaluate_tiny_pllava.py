@@ -1,0 +1,137 @@
+"""Measure examples/tiny_pllava on held-out clips, through the Python API of atb_pllava.
+
+    python examples/evaluate_tiny_pllava.py --count 200 --seed 900000
+
+renders the clips of these seeds (none is used in training), encodes them as H.264 and reports, in percent:
+multiple-choice accuracy per kind of question (MVBench prompt), caption facts told rightly, and the accuracy of the
+questions about direction when the 16 frames are shuffled (a model that looks at the order of frames must fail there).
+Every answer is compared with the clip's specification; nothing is judged by hand.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from render_shapes import make_clip, render, sample_indices, write_video
+from shape_questions import choice_prompt, chosen_letter, facts, plain_prompt, questions, score_caption
+
+Answerer = Callable[[list[dict], int], list[str]]
+
+
+def read_frames(video: Path) -> np.ndarray:
+    """All frames of a video as uint8 [count, height, width, 3]."""
+    import av
+
+    with av.open(str(video)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def product(model: str, batch: int) -> Answerer:
+    """Answers of atb_pllava: requests and the most tokens to generate -> texts."""
+    from atb_pllava import LLM, SamplingParams
+
+    llm = LLM(model, dtype="float32")
+
+    def answer(requests: list[dict], tokens: int) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(requests), batch):
+            texts += [
+                out.text for out in llm.generate(requests[start : start + batch], SamplingParams(max_tokens=tokens))
+            ]
+            print(f"{len(texts)}/{len(requests)} answers", file=sys.stderr)
+        return texts
+
+    return answer
+
+
+def _percent(values: Sequence[int]) -> float:
+    return round(100 * float(np.mean(values)), 2)
+
+
+def measure_choices(answer: Answerer, videos: dict[int, Path]) -> dict:
+    """Share of multiple-choice questions answered with the right letter, per kind and over all."""
+    asked = [(seed, question) for seed in videos for question in questions(make_clip(seed))]
+    texts = answer([{"prompt": choice_prompt(q), "video": str(videos[seed])} for seed, q in asked], 12)
+    right: dict[str, list[int]] = {}
+    for (_, question), text in zip(asked, texts, strict=True):
+        right.setdefault(question.task, []).append(int(chosen_letter(text) == "ABCD"[question.correct]))
+    every = [value for values in right.values() for value in values]
+    kinds = {task: _percent(values) for task, values in sorted(right.items())}
+    return {"all": _percent(every), "questions": len(every), **kinds}
+
+
+def measure_captions(answer: Answerer, videos: dict[int, Path]) -> dict:
+    """Share of caption facts told rightly, per kind and over all."""
+    prompt = plain_prompt("Describe the video.")
+    texts = answer([{"prompt": prompt, "video": str(path)} for path in videos.values()], 64)
+    totals: dict[str, np.ndarray] = {}
+    for seed, text in zip(videos, texts, strict=True):
+        for kind, pair in score_caption(text, facts(make_clip(seed))).items():
+            totals[kind] = totals.get(kind, np.zeros(2, int)) + np.array(pair)
+    right, asked = sum(totals.values())
+    kinds = {kind: round(100 * int(pair[0]) / int(pair[1]), 2) for kind, pair in totals.items()}
+    return {"all": round(100 * int(right) / int(asked), 2), "facts": int(asked), **kinds}
+
+
+def measure_directions(answer: Answerer, videos: dict[int, Path]) -> dict:
+    """Accuracy on direction questions with the frames in order and shuffled."""
+    rng = np.random.default_rng(0)
+    requests: dict[str, list[dict]] = {"ordered": [], "shuffled": []}
+    truth = []
+    for seed, path in videos.items():
+        asked = [question for question in questions(make_clip(seed)) if question.task == "direction"]
+        if not asked:
+            continue
+        frames = read_frames(path)
+        frames = frames[sample_indices(len(frames))]
+        for question in asked:
+            truth.append("ABCD"[question.correct])
+            for name, order in (("ordered", np.arange(len(frames))), ("shuffled", rng.permutation(len(frames)))):
+                requests[name].append({"prompt": choice_prompt(question), "frames": frames[order]})
+    report: dict = {"questions": len(truth)}
+    for name, part in requests.items():
+        letters = [chosen_letter(text) for text in answer(part, 12)]
+        report[name] = _percent([int(a == b) for a, b in zip(letters, truth, strict=True)])
+    return report
+
+
+def evaluate(answer: Answerer, count: int, seed: int) -> dict:
+    """Render `count` clips from `seed` on and measure everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        videos = {number: Path(folder) / f"{number}.mp4" for number in range(seed, seed + count)}
+        for number, path in videos.items():
+            clip = make_clip(number)
+            write_video(path, render(clip), clip.fps, clip.crf)
+        return {
+            "clips": count,
+            "choice": measure_choices(answer, videos),
+            "caption": measure_captions(answer, videos),
+            "direction": measure_directions(answer, videos),
+        }
+
+
+def main() -> None:
+    """Command line: see the head of this file."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Measure the tiny checkpoint on held-out clips.")
+    parser.add_argument("--model", default=str(here / "tiny_pllava"), help="folder of the checkpoint")
+    parser.add_argument("--count", type=int, default=200, help="number of clips")
+    parser.add_argument("--seed", type=int, default=900000, help="seed of the first clip")
+    parser.add_argument("--batch", type=int, default=64, help="requests handed over at a time")
+    parser.add_argument("--reference", action="store_true", help="answer with transformers instead of atb_pllava")
+    options = parser.parse_args()
+    if options.reference:
+        from tiny_reference import reference
+
+        answer = reference(Path(options.model))
+    else:
+        answer = product(options.model, options.batch)
+    print(json.dumps(evaluate(answer, options.count, options.seed), indent=1))
+
+
+if __name__ == "__main__":
+    main()
