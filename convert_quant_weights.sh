@@ -19,14 +19,15 @@ Options:
   -asymmetric        zero points: finer steps where a row's weights are not spread around 0
   -group_size N      64 or 128 columns share a scale (default: 0, a whole row, which is what MindIE takes)
   -quantizer NAME    own (default), or msmodelslim where that is installed: the same files, one layer in memory at a time
-  -calib DIR         videos on which the rounding is tuned (AWQ): a few typical clips; needs one decoder layer of
-                     memory in float32, and minutes
+  -calib DIR         videos on which the rounding is tuned (AWQ): a few typical clips; needs the vision tower, the
+                     embedding and one decoder layer in memory in float32, and minutes
   -device cpu        where to convert (default: cpu)
   -h, --help         this text
 
 The result is complete: weights in shards of at most 4 GiB, tokenizer, preprocessor, config.json and, for W8A16,
 msModelSlim's quant_model_description.json. It is written to DST.partial and renamed when it is whole; run the same
-command again to go on with a conversion that was interrupted. Memory: a few hundred MB, whatever the model's size.
+command again to go on with a conversion that was interrupted. Memory: a few hundred MB, whatever the model's size,
+where neither -calib nor -quantizer msmodelslim is given.
 
 Environment:
   ATB_PLLAVA_PYTHON  the Python to use; otherwise the active one if it has the packages, otherwise .venv, which is made

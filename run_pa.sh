@@ -62,7 +62,8 @@ if [ -z "$world_size" ] && [ -z "${RANK:-}" ]; then # torchrun has decided other
     world_size=${#devices[@]}
 fi
 names=(--model_path --media --num_frames --max_batch_size --max_input_length --max_output_length)
-values=("$root/examples/tiny_pllava" "$root/examples/videos")
+[ "$PWD" = "$root" ] && from="" || from=$root/
+values=("${from}examples/tiny_pllava" "${from}examples/videos")
 for i in "${!positional[@]}"; do values[i]=${positional[i]}; done
 for i in "${!values[@]}"; do options+=("${names[i]}=${values[i]}"); done
 [ -z "$world_size" ] || options+=("--world_size=$world_size")

@@ -52,9 +52,13 @@ def _percent(values: Sequence[int]) -> float:
     return round(100 * float(np.mean(values)), 2)
 
 
-def measure_choices(answer: Answerer, videos: dict[int, Path]) -> dict:
-    """Share of multiple-choice questions answered with the right letter, per kind and over all."""
-    asked = [(seed, question) for seed in videos for question in questions(make_clip(seed))]
+def measure_choices(answer: Answerer, videos: dict[int, Path], most: int | None) -> dict:
+    """Share of multiple-choice questions answered with the right letter, per kind and over all; `most` per clip."""
+    asked = []
+    for seed in videos:
+        every = questions(make_clip(seed))
+        picks = np.random.default_rng([seed, 4]).permutation(len(every))[:most]
+        asked += [(seed, every[int(k)]) for k in picks]
     texts = answer([{"prompt": choice_prompt(q), "video": str(videos[seed])} for seed, q in asked], 12)
     right: dict[str, list[int]] = {}
     for (_, question), text in zip(asked, texts, strict=True):
@@ -99,8 +103,8 @@ def measure_directions(answer: Answerer, videos: dict[int, Path]) -> dict:
     return report
 
 
-def evaluate(answer: Answerer, count: int, seed: int) -> dict:
-    """Render `count` clips from `seed` on and measure everything."""
+def evaluate(answer: Answerer, count: int, seed: int, most: int | None = None) -> dict:
+    """Render `count` clips from `seed` on and measure everything, with at most `most` choice questions per clip."""
     with tempfile.TemporaryDirectory() as folder:
         videos = {number: Path(folder) / f"{number}.mp4" for number in range(seed, seed + count)}
         for number, path in videos.items():
@@ -108,7 +112,7 @@ def evaluate(answer: Answerer, count: int, seed: int) -> dict:
             write_video(path, render(clip), clip.fps, clip.crf)
         return {
             "clips": count,
-            "choice": measure_choices(answer, videos),
+            "choice": measure_choices(answer, videos, most),
             "caption": measure_captions(answer, videos),
             "direction": measure_directions(answer, videos),
         }
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(here / "tiny_pllava"), help="folder of the checkpoint")
     parser.add_argument("--count", type=int, default=200, help="number of clips")
     parser.add_argument("--seed", type=int, default=900000, help="seed of the first clip")
+    parser.add_argument("--questions", type=int, help="most multiple-choice questions per clip; default: all, about 9")
     parser.add_argument("--batch", type=int, default=64, help="requests handed over at a time")
     parser.add_argument("--reference", action="store_true", help="answer with transformers instead of atb_pllava")
     options = parser.parse_args()
@@ -130,7 +135,7 @@ def main() -> None:
         answer = reference(Path(options.model))
     else:
         answer = product(options.model, options.batch)
-    print(json.dumps(evaluate(answer, options.count, options.seed), indent=1))
+    print(json.dumps(evaluate(answer, options.count, options.seed, options.questions), indent=1))
 
 
 if __name__ == "__main__":

@@ -28,15 +28,18 @@ MVBENCH_SYSTEM = (
 )
 
 
-def requests_of(clips: Path) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """All requests of a folder written by render_shapes.py, and the right letter of each (None for captions)."""
+def requests_of(clips: Path, questions: int | None = None) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """The requests of a folder written by render_shapes.py, and the right letter of each (None for captions).
+
+    `questions` is how many of each clip's questions to take, from the first; None takes all.
+    """
     requests: list[dict[str, Any]] = []
     letters: list[str | None] = []
     for clip in json.loads((clips / "clips.json").read_text(encoding="utf-8")):
         video = str(clips / clip["video"])
         requests.append({"prompt": "USER:<image> Describe the video. ASSISTANT:", "video": video})
         letters.append(None)
-        for question in clip["questions"]:
+        for question in clip["questions"][:questions]:
             lines = "".join(f"({'ABCD'[i]}) {option}\n" for i, option in enumerate(question["options"]))
             asked = f"Question: {question['question']}\nOptions:\n{lines}Only give the best option."
             prompt = f"{MVBENCH_SYSTEM} USER: <image>\n USER: {asked} ASSISTANT:Best option:("
@@ -101,11 +104,12 @@ def main() -> int:
     parser.add_argument("--model_path", default="examples/tiny_pllava", help="where a side does not say otherwise")
     parser.add_argument("--left", default="dtype=float32", help="KEY=VALUE,... options of LLM (default dtype=float32)")
     parser.add_argument("--right", action="append", required=True, help="the same for another side; repeatable")
+    parser.add_argument("--questions", type=int, metavar="N", help="multiple-choice questions a clip (default: all)")
     parser.add_argument("--output_json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     try:
-        requests, letters = requests_of(arguments.clips)
+        requests, letters = requests_of(arguments.clips, arguments.questions)
         sides = [(text, parse_side(text, arguments.model_path)) for text in [arguments.left, *arguments.right]]
         sizes = [weight_bytes(options["model_path"]) for _, options in sides]
         answers = [run_side(text, options, requests) for text, options in sides]
