@@ -1,9 +1,10 @@
 """Training examples for train_tiny_pllava.py: pixels, packed questions and auxiliary targets of clips."""
 
 import random
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,11 +34,11 @@ GREETINGS = (
 )
 
 
-def decode(video: bytes | str) -> list[Image.Image]:
-    """All frames of a video file or its bytes."""
+def decode(video: str | Path) -> list[Image.Image]:
+    """All frames of a video file."""
     import av
 
-    with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
+    with av.open(str(video)) as container:
         container.streams.video[0].thread_count = 1
         return [frame.to_image() for frame in container.decode(video=0)]
 
@@ -60,22 +61,12 @@ def preprocess(frame: Image.Image, size: int) -> np.ndarray:
 
 def coded_clip(seed: int, size: int = 112) -> np.ndarray:
     """The sampled frames of a clip after H.264 and the preprocessing of inference: uint8 [16, size, size, 3]."""
-    clip, buffer = make_clip(seed), BytesIO()
-    buffer.name = "clip.mp4"
-    write_video_bytes(buffer, clip)
-    frames = decode(buffer.getvalue())
-    return np.stack([preprocess(frames[k], size) for k in sample_indices(len(frames))])
-
-
-def write_video_bytes(buffer: BytesIO, clip: Clip) -> None:
-    """Encode a clip into memory."""
-    import tempfile
-    from pathlib import Path
-
+    clip = make_clip(seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_video(path, render(clip), clip.fps, clip.crf)
-        buffer.write(path.read_bytes())
+        frames = decode(path)
+    return np.stack([preprocess(frames[k], size) for k in sample_indices(len(frames))])
 
 
 def drawn_clip(clip: Clip, size: int, rng: np.random.Generator, indices: list[int] | None = None) -> np.ndarray:

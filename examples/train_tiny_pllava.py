@@ -24,6 +24,7 @@ import math
 import multiprocessing
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -145,7 +146,7 @@ class Optimiser:
 
     def step(self) -> None:
         """One update at the rate of the curve: linear warm-up, then a straight line down to `last` times the rate."""
-        done = (self.step_number - self.warmup) / (self.steps - self.warmup)
+        done = (self.step_number - self.warmup) / max(self.steps - self.warmup, 1)
         rate = self.rate * min((self.step_number + 1) / self.warmup, 1 - done * (1 - self.last))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part in self.parts:
@@ -403,7 +404,8 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Train the tiny PLLaVA checkpoint.")
     parser.add_argument("--out", type=Path, default=here / "tiny_pllava", help="folder of the checkpoint")
-    parser.add_argument("--work", type=Path, default=Path("train_work"), help="folder for clips and states in between")
+    work = Path(tempfile.gettempdir()) / "tiny_pllava_training"
+    parser.add_argument("--work", type=Path, default=work, help=f"folder for clips and states in between: {work}")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vision-steps", type=int, default=1400)
     parser.add_argument("--steps", type=int, default=1500, help="steps of the main phase")
@@ -422,6 +424,9 @@ def main() -> None:
         "--resume", choices=("vision", "answers", "hard", "order", "choice", "lora"), help="continue after this phase"
     )
     options = parser.parse_args()
+    state_file = options.work / f"{options.resume}.pt"
+    if options.resume and not state_file.is_file():
+        parser.error(f"--resume {options.resume}: {state_file} does not exist; leave --resume out or give its --work")
     torch.set_num_threads(options.threads)
     trainer = Trainer(options)
     trainer.prepare_coded()
@@ -436,11 +441,11 @@ def main() -> None:
     phases |= {stage.name: partial(trainer.train_answers, stage) for stage in stages}
     names = list(phases)
     if options.resume:
-        state = torch.load(options.work / f"{options.resume}.pt", weights_only=True)
+        state = torch.load(state_file, weights_only=True)
         if options.resume == "lora":
             trainer.model.add_lora(LORA_RANK, LORA_ALPHA / LORA_RANK)
         trainer.model.load_state_dict(state["model"])
-        trainer.heads.load_state_dict(state["heads"], strict=False)
+        trainer.heads.load_state_dict(state["heads"])
         trainer.next_seed = state["next_seed"]
         names = names[names.index(options.resume) + 1 :]
     for name in names:
