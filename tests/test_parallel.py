@@ -71,10 +71,19 @@ def test_every_size_gives_the_answers_of_size_1(model: Path, size: int) -> None:
     assert not followers()
 
 
-@pytest.mark.parametrize(("size", "options"), [(2, {"symmetric": False}), (3, {"group_size": 64})])
-def test_int8_weights_split_alike(tmp_path: Path, size: int, options: dict[str, Any]) -> None:
-    # 64 columns of o_proj and 192 of down_proj: a share of either begins in the middle of a group.
-    raw = raw_config(num_attention_heads=8, num_key_value_heads=8, head_dim=8, intermediate_size=192, vocab_size=307)
+@pytest.mark.parametrize(
+    ("size", "heads", "options"),
+    [
+        (2, 8, {"symmetric": False}),
+        (3, 8, {"group_size": 64}),
+        (4, 16, {"group_size": 64, "symmetric": False}),
+        (5, 16, {}),
+        (8, 16, {}),
+    ],
+)
+def test_int8_weights_split_alike(tmp_path: Path, size: int, heads: int, options: dict[str, Any]) -> None:
+    # 64 or 128 columns of o_proj and 192 of down_proj: a share of either begins in the middle of a group.
+    raw = raw_config(num_attention_heads=heads, num_key_value_heads=8, head_dim=8, intermediate_size=192, vocab_size=307)
     convert_checkpoint(
         write_checkpoint(tmp_path / "float", raw), tmp_path / "w8a16", ConvertOptions("pllava_w8a16", **options)
     )
