@@ -83,7 +83,8 @@ def test_every_size_gives_the_answers_of_size_1(model: Path, size: int) -> None:
 )
 def test_int8_weights_split_alike(tmp_path: Path, size: int, heads: int, options: dict[str, Any]) -> None:
     # 64 or 128 columns of o_proj and 192 of down_proj: a share of either begins in the middle of a group.
-    raw = raw_config(num_attention_heads=heads, num_key_value_heads=8, head_dim=8, intermediate_size=192, vocab_size=307)
+    odd = {"intermediate_size": 192, "vocab_size": 307}
+    raw = raw_config(num_attention_heads=heads, num_key_value_heads=8, head_dim=8, **odd)
     convert_checkpoint(
         write_checkpoint(tmp_path / "float", raw), tmp_path / "w8a16", ConvertOptions("pllava_w8a16", **options)
     )
