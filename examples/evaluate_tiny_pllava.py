@@ -32,6 +32,7 @@ def read_frames(video: Path) -> np.ndarray:
 
 def product(model: str, batch: int) -> Answerer:
     """Answers of atb_pllava: requests and the most tokens to generate -> texts."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
     from atb_pllava import LLM, SamplingParams
 
     llm = LLM(model, dtype="float32")
