@@ -121,6 +121,10 @@ class LLM:
             workers.kill()
             give_back_threads()
             raise
+        text = self.config.text
+        logger.info(
+            "%d ranks: a token costs each of them %d all-reduces of %d values, and a gather of %d logits",
+            parallel.size, 2 * text.num_hidden_layers + 1, text.hidden_size, text.vocab_size)  # fmt: skip
         team = Team(runner, parallel, lambda: _stop_all(workers))
         self._engine = Engine(team, config)
         self._finalizer = weakref.finalize(self, _close, os.getpid(), team, workers, give_back_threads)
