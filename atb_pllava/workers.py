@@ -142,7 +142,7 @@ class Workers:
         """Which rank ended and why, when one did."""
         ended = {rank: p.returncode for rank, p in enumerate(self.processes, start=1) if p.poll() is not None}
         for rank in range(1, self.parallel.size):
-            if self.store.check([f"error/{rank}"]):
+            if self._has(f"error/{rank}"):
                 return f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}"
         causes = {rank: status for rank, status in ended.items() if status != LOST} or ended
         return ", ".join(f"rank {rank} ended with status {status}" for rank, status in causes.items()) or None
@@ -154,9 +154,9 @@ class Workers:
 
     def _wait_for(self, rank: int) -> None:
         last, seen = b"", time.monotonic()
-        while not self.store.check([f"loaded/{rank}"]):
+        while not self._has(f"loaded/{rank}"):
             self._raise_if_one_ended()
-            sign = self.store.get(f"sign/{rank}") if self.store.check([f"sign/{rank}"]) else b""
+            sign = self.store.get(f"sign/{rank}") if self._has(f"sign/{rank}") else b""
             if sign != last:
                 last, seen = sign, time.monotonic()
             if time.monotonic() - seen > SECONDS_WITHOUT_SIGN:
@@ -165,8 +165,18 @@ class Workers:
                 )
             time.sleep(0.05)
 
+    def _has(self, key: str) -> bool:
+        """Whether a rank has set `key`."""
+        if hasattr(self.store, "check"):
+            return bool(self.store.check([key]))
+        try:  # torch 2.1
+            self.store.wait([key], timedelta(milliseconds=10))
+        except RuntimeError:
+            return False
+        return True
+
     def _verdict(self) -> str:
-        while not self.store.check(["go"]):
+        while not self._has("go"):
             time.sleep(0.05)
         verdict: str = self.store.get("go").decode()
         return verdict

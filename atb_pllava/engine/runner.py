@@ -22,12 +22,13 @@ class Runner:
         self._features: dict[int, list[Tensor]] = {}
         self._tokens: dict[int, Tensor] = {}
 
-    @torch.inference_mode()
+    # Not inference_mode: torch 2.1 lets no collective write into the tensors that are made in it.
+    @torch.no_grad()
     def encode_frames(self, video: int, pixels: Tensor) -> None:
         """Put some frames, pixels [U, 3, size, size], of a video through the vision tower and the projector."""
         self._features.setdefault(video, []).append(self.model.encode_frames(pixels.to(self.device)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def pool_frames(self, video: int, frame_of: Sequence[int]) -> None:
         """All distinct frames are there: pool them to video tokens; frame_of [T] says which of them each frame is."""
         self._tokens[video] = self.model.pool_frames(torch.cat(self._features.pop(video)), frame_of)
@@ -40,7 +41,7 @@ class Runner:
     def video_tokens(self, video: int) -> Tensor:
         return self._tokens[video]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, step: StepInput) -> Tensor:
         """Run a step: float32 logits [L, vocabulary] of its logits rows."""
         pieces = step.video_pieces
