@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import DTYPES, check_pooling_shape
+from atb_pllava.config import DTYPES
 from atb_pllava.convert import QUANTIZERS, ConvertOptions, convert_checkpoint
 from atb_pllava.convert import TYPES as CONVERT_TYPES
 from atb_pllava.engine.request import RequestOutput, SamplingParams
@@ -143,16 +143,7 @@ def _master_port() -> int | None:
 
 
 def _model_options(arguments: argparse.Namespace) -> ModelOptions:
-    shape = arguments.pooling_shape
-    return ModelOptions(
-        arguments.model_path,
-        arguments.weight_dir,
-        arguments.lora_alpha,
-        arguments.num_frames,
-        None if shape is None else check_pooling_shape(shape),
-        arguments.dtype,
-        arguments.backend,
-    )
+    return ModelOptions(**{name: getattr(arguments, name) for name in ModelOptions.__dataclass_fields__})
 
 
 def _load(arguments: argparse.Namespace, workers: Workers | None) -> LLM:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice, check_pooling_shape
+from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice
 from atb_pllava.engine.engine import Engine
 from atb_pllava.engine.kv_cache import plan_blocks
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
@@ -73,15 +73,7 @@ class LLM:
             raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
-        options = ModelOptions(
-            os.fspath(model_path),
-            None if weight_dir is None else os.fspath(weight_dir),
-            lora_alpha,
-            num_frames,
-            None if pooling_shape is None else check_pooling_shape(pooling_shape),
-            dtype,
-            backend,
-        )
+        options = ModelOptions(model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend)
         self.config = options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(

@@ -1,12 +1,13 @@
 """From a checkpoint directory to a model on this rank's device. Every rank does the same with the same options."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from atb_pllava.config import PllavaConfig
+from atb_pllava.config import PllavaConfig, check_pooling_shape
 from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, get_backend
@@ -18,13 +19,20 @@ from atb_pllava.weights import LoadPlan, open_checkpoint, unused_vision_layers
 class ModelOptions:
     """What decides the numbers a model computes; see `LLM` for the meaning of each."""
 
-    model_path: str
-    weight_dir: str | None = None
+    model_path: str | os.PathLike[str]
+    weight_dir: str | os.PathLike[str] | None = None
     lora_alpha: float | None = 4
     num_frames: int | None = None
-    pooling_shape: tuple[int, int, int] | None = None
+    pooling_shape: Sequence[int] | str | None = None
     dtype: str = "auto"
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("model_path", "weight_dir"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else os.fspath(path))
+        if self.pooling_shape is not None:
+            object.__setattr__(self, "pooling_shape", check_pooling_shape(self.pooling_shape))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

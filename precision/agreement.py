@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 
 from atb_pllava import LLM, PllavaError, SamplingParams
+from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.weights import open_checkpoint
 
-MVBENCH_SYSTEM = (
-    "Watch the video carefully, pay attention to the order of events and to the way objects and people move, then "
-    "select the best option that answers the question.\n"
-)
+MVBENCH_SYSTEM = CONVERSATIONS["eval_mvbench"].system
 
 
 def requests_of(clips: Path, questions: int | None = None) -> tuple[list[dict[str, Any]], list[str | None]]:
