@@ -1,9 +1,13 @@
 """PLLaVA, the video language model, as a paged-attention model: load a checkpoint and ask about videos."""
 
-from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
-from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
-from atb_pllava.limits import MediaLimits
-from atb_pllava.llm import LLM
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
+    from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
+    from atb_pllava.limits import MediaLimits
+    from atb_pllava.llm import LLM
 
 __version__ = "0.1.0"
 
@@ -20,3 +24,13 @@ __all__ = [
     "VideoError",
     "WeightError",
 ]
+
+_HOME = {"LLM": "llm", "MediaLimits": "limits", "Metrics": "engine.request", "RequestOutput": "engine.request",
+         "SamplingParams": "engine.request"}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    """A public name, imported when it is first used: torch takes seconds, and commands that need none start at once."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from atb_pllava.__main__ import main
+from atb_pllava.__main__ import VERBS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def test_every_module_is_named() -> None:
 
 def test_options_exist(capsys) -> None:
     texts = []
-    for verb in ("run", "convert"):
+    for verb in VERBS:
         try:
             main([verb, "--help"])
         except SystemExit:

@@ -1,0 +1,55 @@
+"""`python -m atb_pllava convert`: merge LoRA, quantise to W8A16."""
+
+import argparse
+
+from atb_pllava.convert import QUANTIZERS, ConvertOptions, convert_checkpoint
+from atb_pllava.convert import TYPES as CONVERT_TYPES
+from atb_pllava.media import list_media
+from atb_pllava.quant import GROUP_SIZES
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `convert`."""
+    parser.allow_abbrev = False
+    # One dash, as convert_quant_weights.sh of MindIE's models has them.
+    parser.add_argument("-src", required=True, metavar="DIR", help="float checkpoint, any published layout")
+    parser.add_argument("-dst", required=True, metavar="DIR", help="directory to make; it must be new or empty")
+    parser.add_argument(
+        "-type",
+        required=True,
+        choices=CONVERT_TYPES,
+        help="pllava_w8a16: the decoder's linear layers in int8; pllava_merged: all in float; LoRA merged in both",
+    )
+    parser.add_argument("-weight_dir", metavar="DIR", help="directory with LoRA tensors on top of -src")
+    parser.add_argument(
+        "-lora_alpha", type=float, default=4.0, metavar="A", help="LoRA strength (default 4, as published)"
+    )
+    parser.add_argument("-asymmetric", action="store_true", help="zero points, for weights that are not around 0")
+    parser.add_argument(
+        "-group_size",
+        type=int,
+        choices=GROUP_SIZES,
+        default=0,
+        help="columns that share a scale (default 0: a whole row, which is what MindIE's models take)",
+    )
+    parser.add_argument(
+        "-quantizer", choices=QUANTIZERS, default="own", help="own (default), or the installed msmodelslim"
+    )
+    parser.add_argument(
+        "-calib", metavar="DIR", help="videos on which scales are tuned before rounding (default: none are needed)"
+    )
+    parser.add_argument("-device", choices=("cpu",), default="cpu", help="where to convert (default cpu)")
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Write a converted copy of a checkpoint."""
+    options = ConvertOptions(
+        arguments.type,
+        arguments.lora_alpha,
+        symmetric=not arguments.asymmetric,
+        group_size=arguments.group_size,
+        quantizer=arguments.quantizer,
+    )
+    clips = list_media(arguments.calib) if arguments.calib else []
+    convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir, clips)
+    return 0

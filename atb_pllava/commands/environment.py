@@ -1,0 +1,29 @@
+"""What the environment says: torchrun's rank and size, the port to meet at. Read by the command line, nowhere else."""
+
+import os
+
+from atb_pllava.errors import ConfigError
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 outside of it."""
+    given = os.environ.get("RANK", "0")
+    return int(given) if given.isascii() and given.isdigit() else 0
+
+
+def started_by_torchrun(world_size: int | None) -> bool:
+    """Whether torchrun started this process as one of several. Raises ConfigError when `world_size` says otherwise."""
+    started = os.environ.get("WORLD_SIZE")
+    if started is not None and world_size is not None and started != str(world_size):
+        raise ConfigError(
+            f"WORLD_SIZE is {started} and --world_size {world_size}: torchrun has decided, leave one of them out"
+        )
+    return started not in (None, "1") and "RANK" in os.environ
+
+
+def master_port() -> int | None:
+    """The port the user wants the ranks to meet at; None for any."""
+    given = os.environ.get("MASTER_PORT", "")
+    if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
+        raise ConfigError(f"MASTER_PORT is {given!r}; it must be a port number from 1 to 65535")
+    return int(given) if given else None

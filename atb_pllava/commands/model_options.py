@@ -1,0 +1,188 @@
+"""Options that every command with a model has, and the model, limits and sampling that they describe."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from atb_pllava.commands.environment import master_port
+from atb_pllava.config import DTYPES
+from atb_pllava.engine.request import SamplingParams
+from atb_pllava.errors import ConfigError
+from atb_pllava.limits import MediaLimits
+from atb_pllava.llm import LLM
+from atb_pllava.loading import ModelOptions
+from atb_pllava.ops import BACKENDS
+from atb_pllava.pixels import RESIZE_MODES
+from atb_pllava.prompt import CONVERSATIONS
+from atb_pllava.sampling import SAMPLERS
+from atb_pllava.workers import Workers
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint directory, any published layout")
+    group.add_argument("--weight_dir", metavar="DIR", help="directory with LoRA tensors on top of --model_path")
+    group.add_argument(
+        "--lora_alpha",
+        type=float,
+        default=4.0,
+        metavar="A",
+        help="LoRA strength, stored in no checkpoint; scale = A / rank (default 4, as published)",
+    )
+    group.add_argument(
+        "--num_frames", type=int, metavar="T", help="frames of each video (default: the checkpoint's, 16)"
+    )
+    group.add_argument(
+        "--pooling_shape",
+        metavar="T-H-W",
+        help="video tokens as frames-rows-columns (default: the checkpoint's, 16-12-12)",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
+    )
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: cuda where there is one, else cpu")
+    group.add_argument("--world_size", type=int, metavar="N", help="devices to split the model over (default 1)")
+    group.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="accepted for compatibility; no code from a checkpoint is ever executed",
+    )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """How media become frames, and questions prompts."""
+    group = parser.add_argument_group("frames and prompts")
+    group.add_argument("--sampler", choices=SAMPLERS, default="demo", help="which frames of a video are taken")
+    group.add_argument("--resize", choices=RESIZE_MODES, default="clip", help="how frames become squares")
+    group.add_argument(
+        "--conversation",
+        choices=tuple(CONVERSATIONS),
+        metavar="NAME",
+        help=f"prompt format (default: plain, for 34B eval_vcg_llavanext): {', '.join(CONVERSATIONS)}",
+    )
+    group.add_argument("--system", metavar="TEXT", help="system text instead of the conversation's own")
+    group.add_argument(
+        "--video_caption",
+        action="store_true",
+        help="PLLaVA-NPU's captioning mode: its prompt order and a system text that asks for a caption",
+    )
+    group.add_argument(
+        "--media_limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="change a limit on media: " + ", ".join(f"{name}={value}" for name, value in vars(MediaLimits()).items()),
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """How many requests at a time, how long, and the memory for them."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--max_batch_size", type=int, default=8, metavar="N", help="requests at a time (default 8)")
+    group.add_argument(
+        "--max_input_length",
+        type=int,
+        metavar="N",
+        help="longest prompt in tokens, video tokens included (default: what the KV cache holds)",
+    )
+    group.add_argument(
+        "--max_output_length",
+        type=int,
+        metavar="N",
+        help=f"most tokens of an answer (default {SamplingParams.max_tokens})",
+    )
+    group.add_argument("--block_size", type=int, default=128, metavar="N", help="tokens in a KV block (default 128)")
+    group.add_argument(
+        "--kv_cache_bytes",
+        type=int,
+        metavar="N",
+        help="memory for the KV cache (default: what a full batch needs, at most half the free memory)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """How the next token is chosen."""
+    defaults = SamplingParams()
+    group = parser.add_argument_group("generation")
+    group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 (default): greedy")
+    group.add_argument("--top_p", type=float, default=defaults.top_p, help="keep the likeliest tokens up to this sum")
+    group.add_argument("--top_k", type=int, default=defaults.top_k, help="keep the K likeliest tokens (0: all)")
+    group.add_argument("--repetition_penalty", type=float, default=defaults.repetition_penalty)
+    group.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+    group.add_argument("--ignore_eos", action="store_true", help="always generate --max_output_length tokens")
+
+
+def model_options(arguments: argparse.Namespace) -> ModelOptions:
+    """What every rank has to know."""
+    return ModelOptions(**{name: getattr(arguments, name) for name in ModelOptions.__dataclass_fields__})
+
+
+def load_model(arguments: argparse.Namespace, workers: Workers | None = None) -> LLM:
+    """The model that the options describe; says on stderr when it is ready."""
+    began = time.perf_counter()
+    llm = LLM(
+        arguments.model_path,
+        weight_dir=arguments.weight_dir,
+        lora_alpha=arguments.lora_alpha,
+        num_frames=arguments.num_frames,
+        pooling_shape=arguments.pooling_shape,
+        dtype=arguments.dtype,
+        backend=arguments.backend,
+        sampler=arguments.sampler,
+        resize=arguments.resize,
+        conversation=arguments.conversation,
+        system=arguments.system,
+        video_caption=arguments.video_caption,
+        limits=_limits(arguments.media_limit),
+        block_size=arguments.block_size,
+        max_batch_size=arguments.max_batch_size,
+        max_input_length=arguments.max_input_length,
+        max_output_length=arguments.max_output_length,
+        kv_cache_bytes=arguments.kv_cache_bytes,
+        world_size=1 if arguments.world_size is None else arguments.world_size,
+        master_port=master_port(),
+        workers=workers,
+    )
+    frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
+    print(
+        f"ready after {time.perf_counter() - began:.1f} s: {frames} frames pooled to {shape} = "
+        f"{llm.config.num_video_tokens} video tokens",
+        file=sys.stderr,
+    )
+    return llm
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    """What the options say about generation."""
+    return SamplingParams(
+        max_tokens=arguments.max_output_length or SamplingParams.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        ignore_eos=arguments.ignore_eos,
+    )
+
+
+def _limits(changes: Sequence[str]) -> MediaLimits:
+    """MediaLimits with the `NAME=NUMBER` changes of the command line."""
+    fields = {name: field.type for name, field in MediaLimits.__dataclass_fields__.items()}
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, _, number = change.partition("=")
+        try:
+            values[name] = {int: int, float: float, "int": int, "float": float}[fields[name]](number)
+            if not values[name] > 0:
+                raise ValueError
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"--media_limit {change!r}; it must be NAME=NUMBER above 0 with one of {', '.join(fields)}"
+            ) from None
+    return MediaLimits(**values)
