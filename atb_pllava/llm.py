@@ -74,7 +74,7 @@ class LLM:
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
         options = ModelOptions(model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend)
-        self.config = options.config()
+        self.options, self.config = options, options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
             conversation, chatml=self.tokenizer.is_chatml, system=system, video_caption=video_caption
@@ -86,7 +86,7 @@ class LLM:
                 f"token of {model_path}: the _llavanext conversations are for 34B"
             )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
-        self._reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
+        self.reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
         self._load(options, engine_config, world_size, master_port, workers)
 
     def _load(
@@ -95,6 +95,7 @@ class LLM:
         """Load the model on this rank and, with a size above 1, on all others, started here unless they are there."""
         parallel = workers.parallel if workers else TensorParallel(0, size)
         model, plan = plan_model(options, parallel)
+        self.weights = plan
         self._finalizer: weakref.finalize[..., LLM] | None = None
         if parallel.size == 1:
             fill_model(model, plan)
@@ -120,6 +121,11 @@ class LLM:
         team = Team(runner, parallel, lambda: _stop_all(workers))
         self._engine = Engine(team, config)
         self._finalizer = weakref.finalize(self, _close, os.getpid(), team, workers, give_back_threads)
+
+    @property
+    def model(self) -> Pllava:
+        """The model in this process: all of it, or rank 0's part."""
+        return self._engine.team.runner.model
 
     def close(self) -> None:
         """Stop the other ranks, if there are any, and free their memory; the model is of no use afterwards."""
@@ -217,7 +223,7 @@ class LLM:
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
-        return self._engine.encode_video(self._reader.prepare([media], [frame_indices])[0])
+        return self._engine.encode_video(self.reader.prepare([media], [frame_indices])[0])
 
     def _stream(self, request: Request) -> Iterator[str]:
         self._engine.add(request)  # here and not in `stream`: an iterator nobody starts costs nothing
@@ -256,7 +262,7 @@ class LLM:
         if not expanded:
             raise RequestError("the prompt is empty; there is nothing to continue")
         began = time.perf_counter()
-        videos = self._reader.prepare(media, indices) if media else []
+        videos = self.reader.prepare(media, indices) if media else []
         decode_seconds = time.perf_counter() - began
         longest = self.config.text.max_position_embeddings
         if len(expanded) + params.max_tokens > longest:

@@ -49,6 +49,9 @@ ALLOWED: dict[str, set[str]] = {
     "workers": {"errors", "engine", "loading", "model", "ops", "parallel"},
     "llm": {"errors", "config", "engine", "inputs", "limits", "loading", "model", "ops", "parallel", "prompt"}
     | {"tokenizer", "workers"},
+    "json_file": {"errors"},
+    "answers": {"errors", "engine.request", "llm"},
+    "manifest": {"engine.request", "json_file", "llm"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"commands", "convert", "quant", "sampling", "workers"},

@@ -1,0 +1,78 @@
+"""What a run was made with, written beside its results, so that two results can be compared honestly."""
+
+import os
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from atb_pllava import __version__
+from atb_pllava.engine.request import SamplingParams
+from atb_pllava.json_file import write_json
+from atb_pllava.llm import LLM
+
+PACKAGES = ("torch", "torch-npu", "transformers", "numpy", "safetensors", "tokenizers", "av", "pillow")
+
+
+def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any]:
+    """All that decides what a loaded model answers to a request, in plain JSON.
+
+    `weights` is `LoadPlan.fingerprint`: a digest of every tensor's name, type, shape and first row, before LoRA.
+    """
+    model = llm.model
+    settings = {
+        "weights": llm.weights.fingerprint(),
+        "lora_alpha": llm.weights.lora_alpha,
+        "lora_scale": llm.weights.lora_scale,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": model.ops.name,
+        "world_size": model.parallel.size,
+        "num_frames": llm.config.num_frames,
+        "pooling_shape": list(llm.config.pooling_shape),
+        "sampler": llm.reader.sampler,
+        "resize": llm.reader.resize,
+        "conversation": asdict(llm.conversation),
+    }
+    return settings if params is None else {**settings, "sampling": asdict(params)}
+
+
+def manifest_of(llm: LLM, params: SamplingParams | None = None, **more: Any) -> dict[str, Any]:
+    """`settings_of` with where the weights are, versions, date and command line, and `more` of the caller's own."""
+    return {
+        **more,
+        **settings_of(llm, params),
+        "model_path": os.path.abspath(llm.options.model_path),
+        "weight_dir": llm.options.weight_dir and os.path.abspath(llm.options.weight_dir),
+        "versions": {"atb_pllava": __version__, "python": platform.python_version(), **_versions()},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+    }
+
+
+def write_manifest(
+    results: str | os.PathLike[str], llm: LLM, params: SamplingParams | None = None, **more: Any
+) -> Path:
+    """Write the manifest beside a file of results (`RESULTS.manifest.json`), or into a directory of them.
+
+    Returns its path. The file is whole or absent; ConfigError when it cannot be written.
+    """
+    path = Path(results)
+    target = path / "manifest.json" if path.is_dir() else path.with_name(f"{path.name}.manifest.json")
+    write_json(target, manifest_of(llm, params, **more))
+    return target
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed; none of them is imported for it."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
