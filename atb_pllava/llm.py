@@ -41,7 +41,8 @@ class LLM:
     model_path is a checkpoint directory in any of the published layouts; weight_dir one with LoRA tensors (and
     possibly more) on top of it; lora_alpha scales them by lora_alpha / rank. num_frames and pooling_shape default to
     the checkpoint's. sampler, resize and conversation choose among the published pipelines; system replaces the
-    conversation's system text. world_size splits the model over that many processes, which meet at
+    conversation's system text. load_format "random" or "random_w8a16" makes up the weights, and reads none: for
+    benchmarks. world_size splits the model over that many processes, which meet at
     master_port (None: a free one) or were started by torchrun (workers). All other options are fields of EngineConfig.
     """
 
@@ -61,6 +62,7 @@ class LLM:
         system: str | None = None,
         video_caption: bool = False,
         limits: MediaLimits | None = None,
+        load_format: str = "safetensors",
         world_size: int = 1,
         master_port: int | None = None,
         workers: Workers | None = None,
@@ -73,7 +75,9 @@ class LLM:
             raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
-        options = ModelOptions(model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend)
+        options = ModelOptions(
+            model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend, load_format
+        )
         self.options, self.config = options, options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
@@ -121,6 +125,11 @@ class LLM:
         team = Team(runner, parallel, lambda: _stop_all(workers))
         self._engine = Engine(team, config)
         self._finalizer = weakref.finalize(self, _close, os.getpid(), team, workers, give_back_threads)
+
+    @property
+    def engine(self) -> Engine:
+        """The step loop, for those who drive it themselves."""
+        return self._engine
 
     @property
     def model(self) -> Pllava:
@@ -224,6 +233,10 @@ class LLM:
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
         return self._engine.encode_video(self.reader.prepare([media], [frame_indices])[0])
+
+    def prepare(self, request: Mapping[str, Any], params: SamplingParams | None = None) -> Request:
+        """A request as `generate` takes it, checked and with its media decoded: ready for `engine.add`."""
+        return self._request(request, self._params(params))
 
     def _stream(self, request: Request) -> Iterator[str]:
         self._engine.add(request)  # here and not in `stream`: an iterator nobody starts costs nothing

@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from atb_pllava.config import PllavaConfig, check_pooling_shape
+from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
 from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import choose_dtype, get_backend
+from atb_pllava.ops import choose_dtype, free_memory, get_backend
+from atb_pllava.ops.interface import Backend
 from atb_pllava.parallel import TensorParallel, check_world_size
+from atb_pllava.quant import Int8Layers
+from atb_pllava.random_weights import RandomWeights, plan_random, random_int8
 from atb_pllava.weights import LoadPlan, open_checkpoint, unused_vision_layers
+
+LOAD_FORMATS = ("safetensors", "random", "random_w8a16")
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,10 @@ class ModelOptions:
     pooling_shape: Sequence[int] | str | None = None
     dtype: str = "auto"
     backend: str = "auto"
+    load_format: str = "safetensors"
 
     def __post_init__(self) -> None:
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
         for name in ("model_path", "weight_dir"):
             path = getattr(self, name)
             object.__setattr__(self, name, None if path is None else os.fspath(path))
@@ -51,7 +58,7 @@ class ModelOptions:
         return PllavaConfig.from_dir(directory).with_video(self.num_frames, self.pooling_shape)
 
 
-def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan]:
+def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | RandomWeights]:
     """The model without memory, and what to read into it; all that is wrong with a checkpoint's headers raises here."""
     config = options.config()
     check_world_size(parallel.size, config.text)
@@ -61,6 +68,8 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
             f"world_size {parallel.size} needs --backend cpu; {ops.name} takes one device in this version"
         )
     dtype = choose_dtype(options.dtype, config.dtype, ops)
+    if options.load_format != "safetensors":
+        return _plan_random(options.load_format, config, ops, dtype, parallel)
     checkpoint = open_checkpoint(options.model_path, options.weight_dir)
     with torch.device("meta"):
         model = Pllava(config, ops, dtype, parallel, checkpoint.int8)
@@ -69,7 +78,17 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     return model, plan
 
 
-def fill_model(model: Pllava, plan: LoadPlan, each: Callable[[], None] | None = None) -> Pllava:
+def _plan_random(
+    load_format: str, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel
+) -> tuple[Pllava, RandomWeights]:
+    int8 = random_int8(config) if load_format == "random_w8a16" else Int8Layers()
+    with torch.device("meta"):
+        model = Pllava(config, ops, dtype, parallel, int8)
+    ranks_here = parallel.size if ops.name == "cpu" else 1
+    return model, plan_random(model.checkpoint_parts(), ranks_here, free_memory(ops))
+
+
+def fill_model(model: Pllava, plan: LoadPlan | RandomWeights, each: Callable[[], None] | None = None) -> Pllava:
     """Allocate the model on its device and read its weights; `each` is called after every tensor."""
     model.to_empty(device=model.ops.device)
     plan.load_into(model.checkpoint_parts(), each)

@@ -22,6 +22,7 @@ from atb_pllava.workers import Workers
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
+    parser.set_defaults(load_format="safetensors")
     group = parser.add_argument_group("model")
     group.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint directory, any published layout")
     group.add_argument("--weight_dir", metavar="DIR", help="directory with LoRA tensors on top of --model_path")
@@ -140,6 +141,7 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         system=arguments.system,
         video_caption=arguments.video_caption,
         limits=_limits(arguments.media_limit),
+        load_format=arguments.load_format,
         block_size=arguments.block_size,
         max_batch_size=arguments.max_batch_size,
         max_input_length=arguments.max_input_length,

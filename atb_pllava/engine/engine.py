@@ -11,7 +11,7 @@ from atb_pllava.engine.kv_cache import BlockAllocator
 from atb_pllava.engine.request import Request, VideoState
 from atb_pllava.engine.sampler import sample
 from atb_pllava.engine.scheduler import Scheduler, Step
-from atb_pllava.engine.step import StepInput
+from atb_pllava.engine.step import StepInput, StepReport
 from atb_pllava.engine.team import Team
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import PreparedVideo
@@ -67,13 +67,19 @@ class Engine:
             request.error = RequestError("the request was aborted")
             self._remove(request)
 
-    def step(self) -> None:
+    def step(self) -> StepReport:
         """Do one step of work for everybody who can take part."""
+        start = time.perf_counter()
         self.scheduler.admit()
         self._encode_videos()
+        encode = time.perf_counter() - start
         step = self.scheduler.plan()
-        if not step:
-            return
+        forward = self._run(step) if step else 0.0
+        prefilled = sum(tokens for _, tokens in step.prefill)
+        return StepReport(len(step.decode), prefilled, encode, forward, time.perf_counter() - start)
+
+    def _run(self, step: Step) -> float:
+        """Put a step through the model and take its tokens; the seconds the model took."""
         self._report(f"decoding {len(step.decode)} requests, prefilling {sum(n for _, n in step.prefill)} tokens")
         began = time.perf_counter()
         due = self._forward(step)
@@ -82,6 +88,7 @@ class Engine:
             request.prefill += seconds
         for request, logits in due:
             self._take_token(request, logits)
+        return seconds
 
     def _encode_videos(self) -> None:
         """Encode for the oldest request that waits for it: all of it, or a few frames when others are decoding."""

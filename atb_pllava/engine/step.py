@@ -7,6 +7,20 @@ from atb_pllava.engine.request import Request
 
 
 @dataclass(frozen=True)
+class StepReport:
+    """What one step did, for those who measure: sequences that decoded, prompt tokens, and seconds.
+
+    encode and forward are the model's part (vision tower, decoder); all of the step took `total`.
+    """
+
+    decoding: int
+    prefilled: int
+    encode: float
+    forward: float
+    total: float
+
+
+@dataclass(frozen=True)
 class VideoPiece:
     """Tokens [first, first + count) of video number `video` stand at `row` and the rows that follow."""
 
