@@ -6,10 +6,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
     cat <<'EOF'
-usage: bash run_pa.sh --run [OPTION...] [WEIGHTS [MEDIA [VIDEO_FRAMES [MAX_BATCH_SIZE
-                            [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
+usage: bash run_pa.sh --run|--precision [OPTION...] [WEIGHTS [MEDIA [VIDEO_FRAMES [MAX_BATCH_SIZE
+                                        [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
 
-  --run   chat test: ask about every video and image in MEDIA and print the answers
+  --run        chat test: ask about every video and image in MEDIA and print the answers
+  --precision  precision test: write an answer about each of them to predict_result.json, {path: text}, for the judge
+               (precision/clip_score.py); goes on where it was interrupted
 
 Arguments, each optional from the right:
   WEIGHTS            checkpoint directory           (default: the tiny trained model in examples/tiny_pllava)
@@ -23,7 +25,7 @@ Options:
   --trust_remote_code  accepted as MindIE's scripts do; no code from a checkpoint is ever executed
   --world_size N       devices to use (default: as many as ASCEND_RT_VISIBLE_DEVICES names, or 1)
   -h, --help           this text
-  -- ...               all that follows goes to `python -m atb_pllava run`; see `bash run_pa.sh --run -- --help`
+  -- ...               all that follows goes to `python -m atb_pllava run` (or predict); see `bash run_pa.sh --run -- --help`
 
 Environment:
   ATB_PLLAVA_PYTHON          the Python to use; otherwise the active one if it has the packages, otherwise .venv,
@@ -43,7 +45,8 @@ mode="" world_size="" positional=() options=() extra=()
 while [ $# -gt 0 ]; do
     case $1 in
     --run) mode=run ;;
-    --performance | --precision) refuse "mode $1 is not part of this version; --run is" ;;
+    --precision) mode=predict ;;
+    --performance) refuse "mode $1 is not part of this version; --run and --precision are" ;;
     --trust_remote_code) options+=(--trust_remote_code) ;;
     --world_size) [ $# -ge 2 ] || refuse "--world_size needs a number"; world_size=$2; shift ;;
     --world_size=*) world_size=${1#*=} ;;
@@ -54,7 +57,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$mode" ] || refuse "no mode given; use --run"
+[ -n "$mode" ] || refuse "no mode given; use --run or --precision"
 [ ${#positional[@]} -le 6 ] || refuse "surplus argument '${positional[6]}'"
 
 if [ -z "$world_size" ] && [ -z "${RANK:-}" ]; then # torchrun has decided otherwise
@@ -67,7 +70,7 @@ values=("${from}examples/tiny_pllava" "${from}examples/videos")
 for i in "${!positional[@]}"; do values[i]=${positional[i]}; done
 for i in "${!values[@]}"; do options+=("${names[i]}=${values[i]}"); done
 [ -z "$world_size" ] || options+=("--world_size=$world_size")
-if [ ${#positional[@]} -eq 0 ] && [ ${#extra[@]} -eq 0 ]; then
+if [ "$mode" = run ] && [ ${#positional[@]} -eq 0 ] && [ ${#extra[@]} -eq 0 ]; then
     # What the tiny model was trained for: coloured shapes that move.
     extra=(--prompt "Describe the video." --prompt "How many objects are there?" --prompt "Is there a circle?")
 fi
@@ -78,4 +81,4 @@ find_python "$root/requirements_pllava.txt"
 # A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m atb_pllava run "${options[@]}" "${extra[@]}"
+exec "$PYTHON" -m atb_pllava "$mode" "${options[@]}" "${extra[@]}"

@@ -1,4 +1,4 @@
-"""The command line: `python -m atb_pllava run|convert ...`. Each verb has a file in `commands`, with its options.
+"""The command line: `python -m atb_pllava run|predict|convert ...`. Each verb has a file in `commands`.
 
 Answers go to stdout, everything else to stderr. Exit status: 0 done, 2 an error of the user's (one message, no
 traceback), 130 interrupted.
@@ -17,6 +17,7 @@ from atb_pllava.errors import PllavaError
 
 VERBS = {
     "run": "answer questions about videos and images",
+    "predict": "write an answer about every medium to predict_result.json, for the precision tests",
     "convert": "merge LoRA, quantise to W8A16",
 }
 

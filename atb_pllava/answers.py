@@ -63,16 +63,17 @@ class AnswerLog:
         """Append a row and wait until it is on the disk. Raises ConfigError when the disk does not take it."""
         line = json.dumps({"id": name, "settings": self.settings, **row}, ensure_ascii=True) + "\n"
         before = os.fstat(self._file).st_size
+        self.rows[name] = dict(row)  # first: an interrupt during the next lines must not hide a row that is on the disk
         try:
             if os.write(self._file, line.encode()) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, before)
+            del self.rows[name]
             raise ConfigError(
                 f"{self.path} could not be written: {error.strerror}; all rows before this one are in it"
             ) from None
-        self.rows[name] = dict(row)
 
     def close(self) -> None:
         """Let others have the file; safe to call twice."""
@@ -126,13 +127,13 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 class Progress:
     """A line on stderr every few seconds: `mvbench 120/4000, 2 failed, 3.1/s, about 21 min left`."""
 
-    def __init__(self, what: str, total: int, before: int = 0) -> None:
-        """`before` of the `total` were there when this run began."""
-        self.what, self.total, self.before = what, total, before
+    def __init__(self, what: str, total: int, before: int = 0, quiet: bool = False) -> None:
+        """`before` of the `total` were there when this run began; `quiet` says nothing."""
+        self.what, self.total, self.before, self.quiet = what, total, before, quiet
         self.done, self.failed = before, 0
         self._began = self._said = time.monotonic()
         if before:
-            print(f"{what} {before}/{total} were there already", file=sys.stderr)
+            self._say(f"{what} {before}/{total} were there already")
 
     def add(self, failed: bool = False) -> None:
         """One more is finished."""
@@ -140,11 +141,11 @@ class Progress:
         self.failed += failed
         if time.monotonic() - self._said >= SECONDS_BETWEEN_PROGRESS:
             self._said = time.monotonic()
-            print(self.line(self._said - self._began), file=sys.stderr)
+            self._say(self.line(self._said - self._began))
 
     def finish(self) -> None:
         """Say how it ended."""
-        print(self.line(time.monotonic() - self._began), file=sys.stderr)
+        self._say(self.line(time.monotonic() - self._began))
 
     def line(self, seconds: float) -> str:
         """Where the run stands `seconds` after it began."""
@@ -153,6 +154,10 @@ class Progress:
         left = (self.total - self.done) / rate if rate else 0.0
         end = f", about {_duration(left)} left" if left else f" in {_duration(seconds)}"
         return f"{self.what} {self.done}/{self.total}{failed}, {rate:.2g}/s{end}"
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr)
 
 
 def answer_row(name: str, answer: RequestOutput) -> Row:
@@ -173,16 +178,18 @@ def answer_all(
     log: AnswerLog,
     row_of: Callable[[str, RequestOutput], Row] = answer_row,
     what: str = "answers",
+    quiet: bool = False,
 ) -> dict[str, Row]:
     """Ask, batched, what the log has no answer to; the rows of all `names`, in their order.
 
     `request_of(name)` makes a request of `LLM.generate` when it is that request's turn; what it or the request raises
     as a PllavaError becomes the row {"error": text} and ends nothing else. Ctrl-C loses at most the requests in work.
+    `what` names the answers in the progress lines, `quiet` silences these.
     """
     if len(set(names)) != len(names):
         raise ConfigError(f"{len(names) - len(set(names))} question ids occur more than once in {what}")
     todo = [name for name in names if name not in log.answered]
-    progress = Progress(what, len(names), len(names) - len(todo))
+    progress = Progress(what, len(names), len(names) - len(todo), quiet)
     asked: list[str] = []
 
     def keep(name: str, row: Row) -> None:

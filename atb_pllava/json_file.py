@@ -1,10 +1,19 @@
-"""Writing a JSON file whole or not at all."""
+"""JSON files of results: checked before the work, written whole or not at all."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from atb_pllava.errors import ConfigError
+
+
+def check_writable(path: str, option: str) -> None:
+    """Complain before the work instead of after it; `option` is what named the file."""
+    folder = os.path.dirname(os.path.realpath(path))
+    usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
+    if not path or not usable or os.path.isdir(path) or not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {path!r} cannot be written; name a file in an existing, writable directory")
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
@@ -25,3 +34,13 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise ConfigError(f"{os.fspath(path)} could not be written: {error.strerror}") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds. Raises ConfigError naming the file when it cannot be read or is no JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{os.fspath(path)} is not valid JSON: {error}") from None

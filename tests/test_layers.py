@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "manifest": {"engine.request", "json_file", "llm"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
-    | {"commands", "convert", "quant", "sampling", "workers"},
+    | {"answers", "commands", "convert", "json_file", "manifest", "quant", "sampling", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}

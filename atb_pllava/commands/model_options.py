@@ -151,12 +151,13 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         master_port=master_port(),
         workers=workers,
     )
-    frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
-    print(
-        f"ready after {time.perf_counter() - began:.1f} s: {frames} frames pooled to {shape} = "
-        f"{llm.config.num_video_tokens} video tokens",
-        file=sys.stderr,
-    )
+    if not arguments.quiet:
+        frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
+        print(
+            f"ready after {time.perf_counter() - began:.1f} s: {frames} frames pooled to {shape} = "
+            f"{llm.config.num_video_tokens} video tokens",
+            file=sys.stderr,
+        )
     return llm
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from atb_pllava.commands.environment import rank, started_by_torchrun
-from atb_pllava.commands.files import check_writable, write_json
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -19,6 +18,7 @@ from atb_pllava.commands.model_options import (
 )
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import PllavaError
+from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
 from atb_pllava.workers import Workers, serve_rank
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if workers is not None and workers.parallel.rank > 0:
         return serve_rank(workers, model_options(arguments))
     if arguments.output_json is not None:
-        check_writable(arguments.output_json)
+        check_writable(arguments.output_json, "--output_json")
     media = [None] if arguments.media is None else list_media(arguments.media)
     params = sampling_params(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
