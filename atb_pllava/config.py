@@ -244,7 +244,9 @@ class EngineConfig:
 
     `max_input_length` and `max_output_length` are token counts for one request (None: bounded by the KV cache only);
     `kv_cache_bytes` bounds the KV cache (None: room for `max_batch_size` requests, at most half the free memory).
-    `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding.
+    `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding. `video_cache_bytes` bounds
+    the tokens of videos seen before that are kept (18 MiB each for 7B in bfloat16), and as much again their frames;
+    with `prefix_cache` prompts that begin alike, up to the same video, share their keys and values.
     """
 
     block_size: int = 128
@@ -254,11 +256,16 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     prefill_chunk: int = 512
     vision_batch: int = 8  # frames encoded at once: bounds the vision tower's memory
+    video_cache_bytes: int = 2**30
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name, largest in [("block_size", 4096), ("max_batch_size", 4096), ("prefill_chunk", 2**20),
                               ("vision_batch", 4096)]:  # fmt: skip
             _check_range(name, getattr(self, name), 1, largest)
+        _check_range("video_cache_bytes", self.video_cache_bytes, 0, 2**62)
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; it must be True or False")
         for name in ("max_input_length", "max_output_length", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 1, 2**62)

@@ -1,8 +1,10 @@
-"""Media of one request to pixels on the host: read, resized, normalised, each distinct frame once."""
+"""Media of one request to pixels on the host: read, resized, normalised, each distinct frame once, and remembered."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError
+from atb_pllava.frame_cache import FrameCache, media_key
 from atb_pllava.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.media import read_media
 from atb_pllava.pixels import RESIZE_MODES, normalize, resize_frames
@@ -21,11 +24,34 @@ Media = str | os.PathLike[str] | bytes | np.ndarray
 
 @dataclass(frozen=True)
 class PreparedVideo:
-    """A video ready for the model: pixels [U, 3, size, size] of its distinct frames, and which of them frame t is."""
+    """A video ready for the model: frames uint8 [U, size, size, 3], its distinct ones; frame_of [T]: which is frame t.
 
-    pixels: Tensor
+    They become pixels piece by piece: as floats they take four times the memory.
+    """
+
+    frames: np.ndarray
     frame_of: tuple[int, ...]
     frame_indices: tuple[int, ...]
+    preprocessor: PreprocessorConfig
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def some_pixels(self, first: int, last: int) -> Tensor:
+        """Pixels [last - first, 3, size, size] float32 of distinct frames first .. last - 1."""
+        pre = self.preprocessor
+        return torch.from_numpy(normalize(self.frames[first:last], pre.image_mean, pre.image_std))
+
+    @property
+    def pixels(self) -> Tensor:
+        """Pixels [U, 3, size, size] of all distinct frames."""
+        return self.some_pixels(0, len(self))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 over what the vision tower sees of this video: equal for equal pixels in the same order."""
+        seen = f"{self.frames.shape} {self.frame_of} {self.preprocessor}".encode()
+        return hashlib.sha256(seen + self.frames.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -37,6 +63,7 @@ class VideoReader:
     sampler: str = "demo"
     resize: str = "clip"
     limits: MediaLimits = field(default_factory=MediaLimits)
+    cache: FrameCache[list[PreparedVideo]] = field(default_factory=lambda: FrameCache(0))
 
     def __post_init__(self) -> None:
         check_choice("sampler", self.sampler, SAMPLERS)
@@ -54,7 +81,14 @@ class VideoReader:
 
         Raises VideoError for anything that cannot be read, is over the limits, or has the wrong number of frames.
         """
-        indices = frame_indices or [None] * len(media)
+        key = media_key(media, frame_indices) if self.cache.limit else None
+        known = self.cache.find(key)
+        if known is None:
+            known = self._prepare_all(media, frame_indices or [None] * len(media))
+            self.cache.keep(key, known, sum(video.frames.nbytes for video in known))
+        return known
+
+    def _prepare_all(self, media: Sequence[Media], indices: Sequence[Sequence[int] | None]) -> list[PreparedVideo]:
         clips = [self._read(item, wanted) for item, wanted in zip(media, indices, strict=True)]
         pre = self.preprocessor
         resized = resize_frames(
@@ -75,14 +109,14 @@ class VideoReader:
         return read_media(item, self.num_frames, sampler=self.sampler, frame_indices=wanted, limits=self.limits)
 
     def _prepare(self, clip: Clip, frames: np.ndarray) -> PreparedVideo:
-        """Frames uint8 [T, S, S, 3] to pixels [U, 3, S, S] of the U distinct ones."""
+        """Frames uint8 [T, S, S, 3] to the U distinct ones."""
         numbers = list(dict.fromkeys(clip.frame_indices))
         first_row = [clip.frame_indices.index(number) for number in numbers]
-        pixels = normalize(frames[first_row], self.preprocessor.image_mean, self.preprocessor.image_std)
         return PreparedVideo(
-            pixels=torch.from_numpy(pixels),
+            frames=np.ascontiguousarray(frames[first_row]),
             frame_of=tuple(numbers.index(number) for number in clip.frame_indices),
             frame_indices=tuple(clip.frame_indices),
+            preprocessor=self.preprocessor,
         )
 
 

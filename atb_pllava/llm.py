@@ -4,7 +4,9 @@ import logging
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from operator import index
 from typing import Any
 
@@ -19,7 +21,8 @@ from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
 from atb_pllava.engine.runner import Runner
 from atb_pllava.engine.team import Team
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError
-from atb_pllava.inputs import Media, VideoReader
+from atb_pllava.frame_cache import FrameCache
+from atb_pllava.inputs import Media, PreparedVideo, VideoReader
 from atb_pllava.limits import MediaLimits
 from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
@@ -31,6 +34,7 @@ from atb_pllava.workers import Workers, send_cache_size, share_threads
 
 logger = logging.getLogger(__name__)
 
+_READ_AHEAD = 2  # requests whose media are read while others are in work
 _MEDIA_KEYS = ("video", "image", "frames")
 _REQUEST_KEYS = ("prompt", "question", *_MEDIA_KEYS, "frame_indices", "history", "answer_prefix")
 
@@ -90,7 +94,10 @@ class LLM:
                 f"token of {model_path}: the _llavanext conversations are for 34B"
             )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
-        self.reader = VideoReader(self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits())
+        frames = FrameCache[list[PreparedVideo]](engine_config.video_cache_bytes)
+        self.reader = VideoReader(
+            self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits(), frames
+        )
         self._load(options, engine_config, world_size, master_port, workers)
 
     def _load(
@@ -203,22 +210,27 @@ class LLM:
     ) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
         """Like `generate`, but yields (number of the request, answer or error) as each one ends.
 
-        Requests are taken from the iterable, and their videos decoded, only when there is room for them soon. A bad
-        request does not end the others. Closing the iterator drops what is under way.
+        Requests are taken from the iterable, and their videos decoded, only when there is room for them soon; that
+        happens in a thread of its own, while the model works. A bad request does not end the others. Closing the
+        iterator drops what is under way.
         """
         params = self._params(params)
         source = enumerate(requests)
+        ahead: deque[tuple[int, Future[Request]]] = deque()
         numbers: dict[Request, int] = {}
         more = True
+        reader = ThreadPoolExecutor(1, "read media")
         try:
-            while more or numbers:
-                if more and len(numbers) < 2 * self._engine.config.max_batch_size:
+            while more or ahead or numbers:
+                while more and len(ahead) < _READ_AHEAD and self._has_room(len(ahead) + len(numbers)):
                     number, request = next(source, (-1, None))
-                    if number < 0:
-                        more = False
-                        continue
+                    more = number >= 0
+                    if more:
+                        ahead.append((number, reader.submit(self._request, request, params)))
+                while ahead and (ahead[0][1].done() or not numbers):
+                    number, reading = ahead.popleft()
                     try:
-                        ready = self._request(request, params)
+                        ready = reading.result()
                         self._engine.add(ready)
                         numbers[ready] = number
                     except PllavaError as error:
@@ -227,8 +239,13 @@ class LLM:
                 for done in [request for request in numbers if request.is_finished]:
                     yield numbers.pop(done), done.error or done.output()
         finally:
+            reader.shutdown(wait=False, cancel_futures=True)
             for unfinished in numbers:
                 self._engine.abort(unfinished)
+
+    def _has_room(self, requests: int) -> bool:
+        """Whether one more than so many requests is wanted soon: a batch in work and one that waits."""
+        return requests < 2 * self._engine.config.max_batch_size
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""

@@ -5,7 +5,7 @@ import torch
 
 from atb_pllava import LLM, BackendError, RequestError, SamplingParams
 from atb_pllava.engine.engine import Engine
-from atb_pllava.engine.kv_cache import BlockAllocator, plan_blocks
+from atb_pllava.engine.kv_cache import BlockPool, plan_blocks
 from atb_pllava.engine.request import Request
 from atb_pllava.engine.sampler import _penalise, sample
 from atb_pllava.errors import ConfigError
@@ -63,7 +63,7 @@ def test_preemption_changes_nothing(checkpoint, alone) -> None:
     outputs = llm.generate(prompts(9), PARAMS)
     assert sum(out.metrics.preemptions for out in outputs) > 0
     assert_same(outputs, alone)
-    assert llm._engine.allocator.free == llm._engine.allocator.total
+    assert llm._engine.pool.free == llm._engine.pool.total
 
 
 def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint) -> None:
@@ -97,7 +97,7 @@ def test_abort_gives_everything_back(checkpoint, alone) -> None:
     while engine.has_work:
         engine.step()
     assert kept.output().token_ids == alone[3].token_ids
-    assert engine.allocator.free == engine.allocator.total
+    assert engine.pool.free == engine.pool.total
     with pytest.raises(RequestError, match="aborted"):
         dropped[0].output()
 
@@ -240,7 +240,7 @@ def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
     assert isinstance(answers[1], RequestError) and "2 <image> and the request 1" in str(answers[1])
     with pytest.raises(RequestError):
         llm.generate(requests, PARAMS)
-    assert not llm._engine.has_work and llm._engine.allocator.free == llm._engine.allocator.total
+    assert not llm._engine.has_work and llm._engine.pool.free == llm._engine.pool.total
 
 
 def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
@@ -266,7 +266,7 @@ def test_bad_sampling_parameters(bad: dict) -> None:
 
 
 def test_block_allocator_and_budget() -> None:
-    allocator = BlockAllocator(4)
+    allocator = BlockPool(4)
     taken = allocator.take(3)
     assert sorted(taken) == [0, 1, 2] and allocator.free == 1
     allocator.give_back(taken)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from atb_pllava.commands.environment import master_port
-from atb_pllava.config import DTYPES
+from atb_pllava.config import DTYPES, EngineConfig
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.limits import MediaLimits
@@ -105,6 +105,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="memory for the KV cache (default: what a full batch needs, at most half the free memory)",
     )
+    group.add_argument(
+        "--video_cache_bytes",
+        type=int,
+        default=EngineConfig.video_cache_bytes,
+        metavar="N",
+        help="memory for the tokens of videos seen before, and again for their frames (default 1 GiB; 0: none)",
+    )
+    group.add_argument(
+        "--prefix_cache",
+        choices=("on", "off"),
+        default="on",
+        help="whether prompts that begin alike, video included, share keys and values (default on)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +160,8 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         max_input_length=arguments.max_input_length,
         max_output_length=arguments.max_output_length,
         kv_cache_bytes=arguments.kv_cache_bytes,
+        video_cache_bytes=arguments.video_cache_bytes,
+        prefix_cache=arguments.prefix_cache == "on",
         world_size=1 if arguments.world_size is None else arguments.world_size,
         master_port=master_port(),
         workers=workers,

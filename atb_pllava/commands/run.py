@@ -106,6 +106,7 @@ def _row(item: str | None, prompt: str, answer: RequestOutput) -> dict[str, Any]
         "token_ids": answer.token_ids,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
+        "num_cached_tokens": answer.num_cached_tokens,
         "timings": {name: round(value, 6) for name, value in vars(answer.metrics).items()},
     }
 

@@ -2,17 +2,17 @@
 
 import logging
 import time
-from itertools import count
 
 from torch import Tensor
 
 from atb_pllava.config import EngineConfig
-from atb_pllava.engine.kv_cache import BlockAllocator
+from atb_pllava.engine.kv_cache import BlockPool
 from atb_pllava.engine.request import Request, VideoState
 from atb_pllava.engine.sampler import sample
 from atb_pllava.engine.scheduler import Scheduler, Step
 from atb_pllava.engine.step import StepInput, StepReport
 from atb_pllava.engine.team import Team
+from atb_pllava.engine.video_cache import VideoCache
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import PreparedVideo
 
@@ -26,9 +26,9 @@ class Engine:
 
     def __init__(self, team: Team, config: EngineConfig) -> None:
         self.team, self.config = team, config
-        self.allocator = BlockAllocator(team.runner.blocks)
-        self.scheduler = Scheduler(config, self.allocator)
-        self._video_numbers = count()
+        self.pool = BlockPool(team.runner.blocks)
+        self.scheduler = Scheduler(config, self.pool)
+        self.videos = VideoCache(config.video_cache_bytes // team.runner.bytes_per_video, team.forget)
         self._reported = time.perf_counter()
         self._tokens_since = 0
 
@@ -41,8 +41,7 @@ class Engine:
         self.check(request)
         if not self.has_work:
             self._reported, self._tokens_since = time.perf_counter(), 0
-        for state in request.videos:
-            state.number = next(self._video_numbers)
+        request.states = [self.videos.acquire(video) for video in request.videos]
         self.scheduler.add(request)
 
     def check(self, request: Request) -> None:
@@ -96,40 +95,41 @@ class Engine:
         if request is None:
             return
         decoding = any(other.is_decoding for other in self.scheduler.running)
-        for state in request.videos:
-            while not state.ready:
-                self._report(f"encoding frame {state.frames_done + 1} of {len(state.video.pixels)}")
+        for state in request.missing_videos:
+            while state.video is not None:
+                self._report(f"encoding frame {state.frames_done + 1} of {len(state.video)}")
                 began = time.perf_counter()
-                self._encode_some(state)
+                self._encode_some(state, state.video)
                 request.vision_encode += time.perf_counter() - began
                 if decoding:
                     return
 
-    def _encode_some(self, state: VideoState) -> None:
+    def _encode_some(self, state: VideoState, video: PreparedVideo) -> None:
         """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
         at_once = self.config.vision_batch * self.team.parallel.size
-        pixels = state.video.pixels[state.frames_done : state.frames_done + at_once]
+        pixels = video.some_pixels(state.frames_done, state.frames_done + at_once)
         self.team.encode_frames(state.number, pixels)
         state.frames_done += len(pixels)
-        if state.frames_done == len(state.video.pixels):
-            self.team.pool_frames(state.number, state.video.frame_of)
-            state.ready = True
+        if state.frames_done == len(video):
+            self.team.pool_frames(state.number, video.frame_of)
+            state.video = None
 
     def encode_video(self, video: PreparedVideo) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video, outside of any request."""
-        state = VideoState(video, next(self._video_numbers))
-        while not state.ready:
-            self._encode_some(state)
-        tokens = self.team.video_tokens(state.number)
-        self.team.forget(state.number)
-        return tokens
+        state = self.videos.acquire(video)
+        try:
+            while state.video is not None:
+                self._encode_some(state, state.video)
+            return self.team.video_tokens(state.number).clone()  # the cache's own must not change
+        finally:
+            self.videos.release(state)
 
     def _forward(self, step: Step) -> list[tuple[Request, Tensor]]:
         """Run a step; the requests whose next token is due, each with its logits [vocabulary] float32."""
         work = [(request, 1) for request in step.decode] + step.prefill
         logits = self.team.forward(StepInput.of(work, len(step.decode), self.config.block_size))
         for request, tokens in work:
-            request.num_computed += tokens
+            self.scheduler.computed(request, tokens)
         return list(zip([request for request, _ in work if request.remaining == 0], logits, strict=True))
 
     def _take_token(self, request: Request, logits: Tensor) -> None:
@@ -137,15 +137,16 @@ class Engine:
             token, logprobs = sample(logits, request)
         except PllavaError as error:
             request.error = error
+            self.pool.forget(request.blocks)  # whatever broke the logits may stand in there
             self._finish(request)
             return
-        if not request.generated:
+        if not request.num_generated:
             request.first_token = time.perf_counter()
         request.token_ids.append(token)
         self._tokens_since += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
-        ended, full = token in request.stop_token_ids, len(request.generated) == request.params.max_tokens
+        ended, full = token in request.stop_token_ids, request.num_generated == request.params.max_tokens
         if not ended:
             request.answer.push(token)
         if ended or full:
@@ -163,8 +164,9 @@ class Engine:
 
     def _remove(self, request: Request) -> None:
         self.scheduler.remove(request)
-        for state in request.videos:
-            self.team.forget(state.number)
+        for state in request.states:
+            self.videos.release(state)
+        request.states = []
 
     def _report(self, doing: str) -> None:
         """Say on the log every few seconds where a long run stands."""

@@ -1,26 +1,105 @@
-"""The KV cache as numbered blocks: who holds which, and how many there can be."""
+"""The KV cache as numbered blocks: who holds which, what full ones hold, and how many there can be."""
 
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from atb_pllava.engine.request import Request
 from atb_pllava.errors import ConfigError
 
 
-class BlockAllocator:
-    """Hands out block numbers 0 .. total - 1, each to one request at a time."""
+class BlockPool:
+    """Block numbers 0 .. total - 1. A full block can be shared: it is remembered by its key until its room is needed.
+
+    A key stands for a block's tokens and everything before them (see `block_key`).
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._free = list(range(total - 1, -1, -1))
+        self._empty = list(range(total - 1, -1, -1))
+        self._idle: dict[int, None] = {}  # remembered blocks that nobody holds, least recently held first
+        self._holders = [0] * total
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Blocks that can be taken: empty ones, and remembered ones that nobody holds."""
+        return len(self._empty) + len(self._idle)
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest known beginning of `keys`."""
+        known = []
+        for key in keys:
+            if key not in self._block_of:
+                break
+            known.append(self._block_of[key])
+        return known
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Hold blocks that `find` named."""
+        for block in blocks:
+            self._holders[block] += 1
+            self._idle.pop(block, None)
 
     def take(self, count: int) -> list[int]:
+        """Hold blocks with nothing in them: empty ones, then those unused for longest, which are forgotten."""
         assert count <= self.free, "the scheduler checks before it takes"
-        return [self._free.pop() for _ in range(count)]
+        taken = [self._empty.pop() if self._empty else self._evict() for _ in range(count)]
+        for block in taken:
+            self._holders[block] = 1
+        return taken
 
-    def give_back(self, blocks: list[int]) -> None:
-        self._free += reversed(blocks)
-        assert len(self._free) <= self.total, "a block was given back twice"
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Hold these no longer. Of a sequence the last block is forgotten first: it is of no use without the others."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0, "a block was given back twice"
+            if self._holders[block] == 0:
+                if block in self._key_of:
+                    self._idle[block] = None
+                else:
+                    self._empty.append(block)
+
+    def remember(self, block: int, key: bytes) -> None:
+        """A held block is full; others may share it, unless one with the same content is known already."""
+        if key not in self._block_of:
+            self._block_of[key], self._key_of[block] = block, key
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What these blocks hold is not to be shared any more."""
+        for block in blocks:
+            if block in self._key_of:
+                del self._block_of[self._key_of.pop(block)]
+
+    def _evict(self) -> int:
+        block = next(iter(self._idle))
+        del self._idle[block]
+        del self._block_of[self._key_of.pop(block)]
+        return block
+
+
+def block_key(request: Request, index: int, block_size: int, before: bytes) -> bytes:
+    """Key of a request's block number `index`: SHA-256 over its tokens and the key of the block `before` it.
+
+    All video tokens have the same id, so each video that reaches into the block counts with the digest of its pixels
+    and where it begins. Without that, one video's keys and values would answer for another.
+    """
+    first, last = index * block_size, (index + 1) * block_size
+    content = hashlib.sha256(before)
+    content.update(array("q", request.token_ids[first:last]).tobytes())
+    for span, video in zip(request.spans, request.videos, strict=True):
+        if span.start < last and first < span.start + span.length:
+            content.update(array("q", [span.start - first]).tobytes() + video.digest)
+    return content.digest()
+
+
+def full_block_keys(request: Request, tokens: int, block_size: int) -> list[bytes]:
+    """Keys of the blocks that the first `tokens` tokens of a request fill; computed once each."""
+    keys = request.block_keys
+    for index in range(len(keys), tokens // block_size):
+        keys.append(block_key(request, index, block_size, keys[-1] if keys else b""))
+    return keys[: tokens // block_size]
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

@@ -97,14 +97,23 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class VideoState:
-    """A video on its way through the vision tower; `number` is its name among the ranks, -1 before it has one."""
+    """A video on its way through the vision tower, shared by all requests about it; `number` is its name among ranks.
 
-    video: PreparedVideo
-    number: int = -1
+    `video` is where its pixels come from, until its tokens are there.
+    """
+
+    number: int
+    digest: bytes
+    video: PreparedVideo | None
+    users: int = 0
     frames_done: int = 0
-    ready: bool = False  # its tokens are there
+
+    @property
+    def ready(self) -> bool:
+        """Whether its tokens are there."""
+        return self.video is None
 
 
 @dataclass(eq=False)
@@ -114,7 +123,7 @@ class Request:
     prompt_ids: Sequence[int]
     token_ids: list[int]
     spans: list[VideoSpan]
-    videos: list[VideoState]
+    videos: list[PreparedVideo]
     params: SamplingParams
     stop_token_ids: frozenset[int]
     answer: AnswerDecoder
@@ -122,7 +131,10 @@ class Request:
     arrival: float = field(default_factory=time.perf_counter)
     video_decode: float = 0.0
 
+    states: list[VideoState] = field(default_factory=list)  # of its videos, while the engine has it
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # see engine.block_keys
+    num_cached: int = 0  # prompt tokens whose keys and values were there already
     num_computed: int = 0  # tokens whose keys and values are in the cache
     preemptions: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -150,7 +162,7 @@ class Request:
             else:
                 generator.manual_seed(params.seed)
         return cls(
-            prompt_ids, token_ids, spans, [VideoState(v) for v in videos], params,
+            prompt_ids, token_ids, spans, list(videos), params,
             frozenset() if params.ignore_eos else frozenset(eos), AnswerDecoder(tokenizer, params.stop), generator,
             arrival, video_decode,
         )  # fmt: skip
@@ -160,17 +172,27 @@ class Request:
         return self.token_ids[self.prompt_length :]
 
     @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+    @property
     def remaining(self) -> int:
         """Tokens to put through the model before the next one can be sampled."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def is_decoding(self) -> bool:
-        return self.remaining == 1 and self.num_computed > 0
+        return self.remaining == 1 and self.num_computed > 0 and self.videos_ready
 
     @property
     def videos_ready(self) -> bool:
-        return all(video.ready for video in self.videos)
+        return not self.missing_videos
+
+    @property
+    def missing_videos(self) -> list[VideoState]:
+        """Videos with tokens that are neither encoded nor behind it already."""
+        pairs = zip(self.spans, self.states, strict=True)
+        return [state for span, state in pairs if not state.ready and span.start + span.length > self.num_computed]
 
     @property
     def is_finished(self) -> bool:
@@ -181,19 +203,19 @@ class Request:
         if self.error is not None:
             raise self.error
         assert self.finish_reason is not None, "the request has not finished"
-        frames = [list(state.video.frame_indices) for state in self.videos]
-        further = len(self.generated) - 1
+        frames = [list(video.frame_indices) for video in self.videos]
+        further = self.num_generated - 1
         return RequestOutput(
             text=self.answer.text,
             token_ids=self.generated,
             prompt_token_ids=list(self.prompt_ids),
             finish_reason=self.finish_reason,
             frame_indices=frames[0] if len(frames) == 1 else frames,
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached,
             metrics=Metrics(
                 prompt_tokens=self.prompt_length,
                 video_tokens=sum(span.length for span in self.spans),
-                output_tokens=len(self.generated),
+                output_tokens=self.num_generated,
                 video_decode=self.video_decode,
                 vision_encode=self.vision_encode,
                 queue=self.started - self.arrival - self.video_decode,

@@ -19,6 +19,8 @@ class Runner:
         self.cache: list[LayerCache] = model.ops.new_kv_cache(
             text.num_hidden_layers, blocks, block_size, model.language.kv_heads, text.head_dim, model.dtype
         )
+        element = torch.empty(0, dtype=model.dtype).element_size()
+        self.bytes_per_video = model.config.num_video_tokens * text.hidden_size * element
         self._features: dict[int, list[Tensor]] = {}
         self._tokens: dict[int, Tensor] = {}
 

@@ -59,7 +59,7 @@ class StepInput:
     def _append(self, request: Request, tokens: int, block_size: int) -> None:
         first, last = request.num_computed, request.num_computed + tokens
         row = len(self.token_ids) - first  # of position 0
-        for span, state in zip(request.spans, request.videos, strict=True):
+        for span, state in zip(request.spans, request.states, strict=True):
             begin, end = max(first, span.start), min(last, span.start + span.length)
             if begin < end:
                 self.video_pieces.append(VideoPiece(state.number, begin - span.start, end - begin, row + begin))
