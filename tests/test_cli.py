@@ -42,7 +42,8 @@ def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, t
     assert lines[-1].startswith("6 answers, 18 tokens in ") and "mean TTFT" in lines[-1] and "tokens/s" in lines[-1]
     assert "8 video tokens" in err
     rows = json.loads(target.read_text())
-    keys = {"media", "frame_indices", "prompt", "prompt_token_ids", "token_ids", "text", "finish_reason", "num_cached_tokens", "timings"}
+    keys = {"media", "frame_indices", "prompt", "prompt_token_ids", "token_ids", "text", "finish_reason", "timings",
+            "num_cached_tokens"}  # fmt: skip
     assert [set(row) for row in rows] == [keys] * 6
     assert rows[2]["frame_indices"] == [0, 0, 1, 2] and len(rows[0]["token_ids"]) == 3
     assert list(tmp_path.iterdir()) == [target]
