@@ -5,7 +5,7 @@ system texts are our own words and can be replaced.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atb_pllava.config import check_choice
 from atb_pllava.errors import ConfigError, RequestError
@@ -117,6 +117,15 @@ def choose_conversation(
     return Conversation(**{**conversation.__dict__, "system": system})
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a user says, with how many videos, and what was answered; the last turn of a prompt has no answer yet."""
+
+    question: str
+    videos: int = 0
+    answer: str | None = None
+
+
 def render(
     conversation: Conversation,
     question: str,
@@ -130,12 +139,22 @@ def render(
     All videos belong to the first turn. Only the template's own placeholders count: an `<image>` in a question or an
     earlier answer is plain text.
     """
-    pieces = [Piece(conversation.system + conversation.user_end)] if conversation.system else []
-    for i, asked in enumerate([*(q for q, _ in history), question]):
-        pieces += _user_turn(conversation, asked, videos if i == 0 else 0)
+    turns = [*(Turn(asked, answer=answered) for asked, answered in history), Turn(question)]
+    turns[0] = replace(turns[0], videos=videos)
+    return render_turns(conversation, turns, answer_prefix=answer_prefix)
+
+
+def render_turns(
+    conversation: Conversation, turns: Sequence[Turn], *, system: str | None = None, answer_prefix: str | None = None
+) -> list[Piece]:
+    """Like `render`, for turns that bring their own videos; `system` is a user's system text for this prompt."""
+    given = Piece(conversation.system) if system is None else Piece(system, from_user=True)
+    pieces = [given, Piece(conversation.user_end)] if given.text else []
+    for turn in turns:
+        pieces += _user_turn(conversation, turn.question, turn.videos)
         pieces.append(Piece(conversation.assistant))
-        if i < len(history):
-            pieces += [Piece(history[i][1], from_user=True), Piece(conversation.assistant_end)]
+        if turn.answer is not None:
+            pieces += [Piece(turn.answer, from_user=True), Piece(conversation.assistant_end)]
     prefix = Piece(conversation.answer_prefix) if answer_prefix is None else Piece(answer_prefix, from_user=True)
     return [*pieces, prefix]
 

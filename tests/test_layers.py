@@ -66,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "json_file": {"errors"},
     "answers": {"errors", "engine.request", "llm"},
     "manifest": {"engine.request", "json_file", "llm"},
+    "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "commands", "convert", "json_file", "manifest", "quant", "sampling", "workers"},

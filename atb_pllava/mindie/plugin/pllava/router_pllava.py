@@ -1,0 +1,51 @@
+"""What the host asks first: config, tokenizer, input builder; and `tokenize`, for all endpoints but OpenAI's."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from atb_llm.models.base.router import BaseRouter
+from atb_llm.models.pllava.config_pllava import PllavaConfig
+from atb_llm.models.pllava.input_builder_pllava import PllavaInputBuilder
+
+from atb_pllava.config import PllavaConfig as ModelConfig
+from atb_pllava.errors import ConfigError
+from atb_pllava.mindie.dialogue import from_inputs
+from atb_pllava.mindie.host_checks import check_model_dir
+from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
+
+
+class PllavaRouter(BaseRouter):  # type: ignore[misc]
+    """Found by its name and constructed with the host's positional arguments; see its BaseRouter."""
+
+    @cached_property
+    def prompts(self) -> PromptBuilder:
+        """What makes ids of requests."""
+        config = ModelConfig.from_json(self.config_dict, self.generation_config)
+        return PromptBuilder.from_dir(self.tokenizer_path, config, PluginOptions.from_host(self.llm_config))
+
+    def tokenize(self, inputs: Sequence[Any], **kwargs: Any) -> np.ndarray:
+        """Parts of one user turn, `[{"video": path}, {"text": ...}]`, to ids int64 [n]; frames go to shared memory."""
+        return np.array(self.prompts.build(from_inputs(inputs), kwargs.get("shm_name_save_path")), np.int64)
+
+    def get_config(self) -> PllavaConfig:
+        """Overridden because the host's would swallow errors (quirk 7)."""
+        check_model_dir(self.model_name_or_path)
+        given = dict(self.config_dict)
+        if self.max_position_embeddings:  # quirk 8
+            given["max_position_embeddings"] = self.max_position_embeddings
+        config = PllavaConfig.from_dict(given)
+        config.model_name_or_path = self.model_name_or_path
+        config.top_k = min(config.top_k, config.vocab_size)  # quirk 9
+        stops = self.prompts.stop_token_ids  # quirk 16
+        config.eos_token_id = config.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        self.check_config(config)
+        return config
+
+    def get_input_builder(self) -> PllavaInputBuilder:
+        if self.custom_chat_template:
+            raise ConfigError(
+                "llm.chat_template is set; PLLaVA has templates of its own: choose one in models.pllava.conversation"
+            )
+        return PllavaInputBuilder(self.tokenizer, self.prompts, max_length=self.config.max_position_embeddings)

@@ -1,0 +1,129 @@
+"""Frames on their way from MindIE's tokenizer process to its workers: one POSIX shared memory segment a video.
+
+The tokenizer process writes a segment and adds its name to the file from which the host removes them when the request
+ends; workers read it, all ranks the same one, and remove nothing. A segment is a header of int64 (magic, T, U, side,
+then frame_of[T]) and the distinct frames, uint8 [U, side, side, 3]. The magic is written last: what a reader finds is
+either a whole video or an error.
+"""
+
+import math
+import os
+import secrets
+from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import numpy as np
+
+from atb_pllava.config import PreprocessorConfig
+from atb_pllava.errors import BackendError, RequestError
+from atb_pllava.inputs import PreparedVideo
+
+SHARED_MEMORY = Path("/dev/shm")
+KEY_BITS = 60  # a name nobody guesses, and with its sign turned still an int64
+_MAGIC = 0x504C4C6156410001
+_FIXED = 4  # int64 before frame_of
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a worker has to know: the random key that names the segment, and its size."""
+
+    key: int
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        return f"pllava_{self.key:015x}"
+
+
+def write_segment(video: PreparedVideo, names_file: str | os.PathLike[str]) -> Segment:
+    """Put a video's frames into a new segment and its name into `names_file`, one on a line.
+
+    Raises BackendError where the shared memory is full or the file cannot be written; nothing is left behind then.
+    """
+    header = np.array([0, len(video.frame_of), len(video), video.frames.shape[1], *video.frame_of], np.int64)
+    segment = Segment(1 + secrets.randbelow(2**KEY_BITS - 1), header.nbytes + video.frames.nbytes)
+    try:
+        memory = SharedMemory(segment.name, create=True, size=segment.num_bytes)
+    except OSError as error:
+        raise BackendError(f"no shared memory of {segment.num_bytes} bytes: {error.strerror}. {_advice()}") from None
+    try:
+        _reserve(segment)
+        content = np.frombuffer(memory.buf, np.uint8, segment.num_bytes)  # type: ignore[arg-type]  # open: not None
+        content[header.nbytes :] = video.frames.reshape(-1)
+        content[: header.nbytes] = header.view(np.uint8)
+        content[:8] = np.frombuffer(_MAGIC.to_bytes(8, "little"), np.uint8)
+        del content  # a view would keep the memory open
+        _append(names_file, segment.name)
+    except BaseException:
+        memory.unlink()
+        raise
+    finally:
+        memory.close()
+    return segment
+
+
+def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> PreparedVideo:
+    """The video in a segment. Raises RequestError for one that is missing, short, or not a complete video of ours."""
+    try:
+        # Not SharedMemory: attaching would register the segment for removal when this process ends.
+        content = (SHARED_MEMORY / segment.name).read_bytes()
+    except OSError as error:
+        raise RequestError(
+            f"the frames of a video are gone: shared memory {segment.name} cannot be read ({error.strerror}). The host "
+            "removes it when a request ends; a prompt cannot be used again after that"
+        ) from None
+    header = np.frombuffer(content, np.int64, min(len(content) // 8, _FIXED))
+    if len(header) < _FIXED or header[0] != _MAGIC:
+        raise RequestError(f"shared memory {segment.name} holds no complete video")
+    total, distinct, side = map(int, header[1:])
+    sizes = (distinct, side, side, 3)
+    start = (_FIXED + total) * 8
+    if min(total, distinct, side) < 1 or not len(content) == segment.num_bytes == start + math.prod(sizes):
+        raise RequestError(
+            f"shared memory {segment.name} has {len(content)} bytes; {segment.num_bytes} were written for {distinct} "
+            f"frames of {side} pixels"
+        )
+    frame_of = tuple(map(int, np.frombuffer(content, np.int64, total, _FIXED * 8)))
+    if not set(frame_of) <= set(range(distinct)):
+        raise RequestError(f"shared memory {segment.name} names frames it does not hold")
+    frames = np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
+    return PreparedVideo(frames, frame_of, frame_of, preprocessor)
+
+
+def remove_segments(segments: list[Segment]) -> None:
+    """Give back what a request that failed has written so far; its names in the file then name nothing."""
+    for segment in segments:
+        try:
+            memory = SharedMemory(segment.name)
+        except FileNotFoundError:
+            continue
+        memory.close()
+        memory.unlink()
+
+
+def _reserve(segment: Segment) -> None:
+    """Have all pages now: where memory is short, touching one that is not there kills the process."""
+    try:
+        with open(SHARED_MEMORY / segment.name, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, segment.num_bytes)
+    except OSError as error:
+        raise BackendError(f"no shared memory of {segment.num_bytes} bytes: {error.strerror}. {_advice()}") from None
+
+
+def _append(names_file: str | os.PathLike[str], name: str) -> None:
+    try:
+        # The host made the file; where it did not, it accepts this mode.
+        handle = os.open(names_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        with os.fdopen(handle, "w") as file:
+            file.write(name + "\n")
+    except OSError as error:
+        raise BackendError(f"{os.fspath(names_file)}, from which the host frees shared memory, cannot be written: "
+                           f"{error.strerror}") from None  # fmt: skip
+
+
+def _advice() -> str:
+    status = os.statvfs(SHARED_MEMORY)
+    size, free = (blocks * status.f_frsize >> 20 for blocks in (status.f_blocks, status.f_bavail))
+    return f"{SHARED_MEMORY} has {size} MiB, {free} are free: start the container with a larger --shm-size, 1g or more"

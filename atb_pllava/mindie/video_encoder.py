@@ -1,0 +1,57 @@
+"""The part of PLLaVA in front of the language model, on the host's device: vision tower, projector and pooling.
+
+Every rank encodes every frame, as the host does for its own models: its workers have no collectives in Python, ranks
+talk only inside of the compiled graph. A second communicator would cost memory and start-up on every card to save a
+part of the one time a video is encoded. The operators are plain torch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from atb_pllava.config import PllavaConfig, PreprocessorConfig
+from atb_pllava.inputs import PreparedVideo
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops.cpu import TorchBackend
+from atb_pllava.parallel import Part
+from atb_pllava.weights import Checkpoint, LoadPlan, unused_vision_layers
+
+FRAMES_AT_ONCE = 8  # bounds the memory of the vision tower, whatever the number of videos
+
+
+class VideoEncoder(nn.Module):
+    """Frames to video tokens; every tensor of it comes from the checkpoint or loading fails."""
+
+    def __init__(self, config: PllavaConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        """Compares the names, shapes and types of the whole checkpoint, the host's part included, and loads ours.
+
+        Raises CheckpointError with everything that is wrong.
+        """
+        super().__init__()
+        self.config, self.device = config, device
+        with torch.device("meta"):
+            model = Pllava(config, TorchBackend(device.type), dtype, int8=checkpoint.int8)
+        shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
+        plan = checkpoint.check(shapes, unused=unused_vision_layers(config))
+        del model.language
+        model.to_empty(device=device)
+        views = {**model.vision.checkpoint_views(), **model.projector.checkpoint_views()}
+        ours = {name: item for name, item in plan.items.items() if name in views}
+        LoadPlan(plan.where, ours).load_into({name: Part.whole(view) for name, view in views.items()})
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, video: PreparedVideo) -> Tensor:
+        """Video tokens [t * h * w, hidden] of one video, in the model's dtype on its device."""
+        starts = range(0, len(video), FRAMES_AT_ONCE)
+        features = [self.model.encode_frames(self._pixels(video, start)) for start in starts]
+        return self.model.pool_frames(torch.cat(features), video.frame_of)
+
+    def warm_up(self) -> None:
+        """Encode a video of nothing but grey frames: what the host measures afterwards includes the memory for it."""
+        side, frames = self.config.vision.image_size, self.config.num_frames
+        grey = torch.full((frames, side, side, 3), 128, dtype=torch.uint8).numpy()
+        self(PreparedVideo(grey, tuple(range(frames)), tuple(range(frames)), PreprocessorConfig(side)))
+
+    def _pixels(self, video: PreparedVideo, start: int) -> Tensor:
+        # Rounded before they travel: half the bytes, and the same values.
+        return video.some_pixels(start, start + FRAMES_AT_ONCE).to(self.model.dtype).to(self.device)
