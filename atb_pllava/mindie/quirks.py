@@ -97,7 +97,7 @@ QUIRKS = (
         "both are in eos_token_id", "plugin/pllava/router_pllava.py", "never: templates are ours"),
     Quirk(
         17, "mindie_llm/modeling/model_wrapper/atb/atb_model_wrapper.py; models/llama/flash_causal_llama.py",
-        "there are two classes InferenceMode, and FlashLlama fails in its first forward with the one that is the default",
+        "there are two classes InferenceMode; with the one that is the default FlashLlama fails in its first forward",
         "modes that mean something are refused, and none is passed on",
         "plugin/pllava/flash_causal_pllava.py", "one class is left"),
 )  # fmt: skip
