@@ -1,0 +1,184 @@
+"""What the plugin takes for granted about atb_llm, checked in its sources by signature before anything is registered.
+
+The host has no version that says which of these hold, so each is read from its files with `ast`: nothing is imported
+and nothing runs. A signature of ours is fulfilled when the host has these parameters in this order; it may have more
+that have a default.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# File: what must be in it. `def` lines are signatures, `class` lines name fields in order, `.x` are attributes that
+# the class assigns, `uses` is a name that a function reads, a bare name is anything the module defines or imports.
+CONTRACT: dict[str, tuple[str, ...]] = {
+    "models/__init__.py": (
+        "def get_model(model_name_or_path, is_flash_causal_lm, load_tokenizer, max_position_embeddings, revision, "
+        "tokenizer_path, trust_remote_code, enable_atb_torch, enable_edge, llm_config_path, models_dict, "
+        "sub_model_path)",
+        "uses get_model __file__",  # the folder whose names are the known models: what an import hook redirects
+        "safe_get_config_dict",
+    ),
+    "models/base/router.py": (
+        "class BaseRouter(model_name_or_path, config_dict, is_flash_causal_lm, load_tokenizer, "
+        "max_position_embeddings, revision, tokenizer_path, trust_remote_code, enable_atb_torch, enable_edge, "
+        "llm_config, sub_model_path)",
+        "def BaseRouter.config(self)",
+        "def BaseRouter.tokenizer(self)",
+        "def BaseRouter.input_builder(self)",
+        "def BaseRouter.check_config(config)",
+        "def BaseRouter.tokenize(self, inputs, **kwargs)",
+        "def BaseRouter.get_config(self)",
+        "def BaseRouter.get_config_cls(self)",
+        "def BaseRouter.get_model_cls(self)",
+        "def BaseRouter.get_tokenizer(self)",
+        "def BaseRouter.get_input_builder(self)",
+        "def BaseRouter.get_postprocessor(self)",
+    ),
+    "models/base/input_builder.py": (
+        "def InputBuilder.__init__(self, tokenizer, chat_template, system_role_name, user_role_name, max_length)",
+        "def InputBuilder.make_context(self, rank, conversation, add_generation_prompt, adapt_to_max_length, **kwargs)",
+        "def InputBuilder.generate_position_ids(input_ids)",
+    ),
+    "models/base/flash_causal_lm.py": (
+        "def FlashForCausalLM.__init__(self, config, weights, **kwargs)",
+        "def FlashForCausalLM.forward(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots, "
+        "input_lengths, max_seq_len, lm_head_indices, **kwargs)",
+    ),
+    "models/llama/flash_causal_llama.py": (
+        "def FlashLlamaForCausalLM.__init__(self, config, weights, lmhead_prefix, model_prefix, **kwargs)",
+        "def FlashLlamaForCausalLM.prepare_inputs_for_ascend(self, input_ids, position_ids, is_prefill, kv_cache, "
+        "block_tables, slots, input_lengths, max_seq_len, lm_head_indices, **kwargs)",
+        ".FlashLlamaForCausalLM.skip_word_embedding",
+    ),
+    "utils/weights.py": (
+        "def Weights.__init__(self, model_name_or_path, device, dtype, process_group, quantize, is_gqa, extension, "
+        "aliases, mapping, **kwargs)",
+        "def Weights.get_tensor(self, tensor_name)",
+    ),
+    "utils/shm_utils.py": (
+        "def create_shm(size, shm_name_save_path)",
+        "def encode_shm_name_to_int64(name)",
+        "def encode_shape_to_int64(shape)",
+        "def decode_shm_name_from_int64(encoded_value)",
+        "def decode_shape_from_int64(encoded_value)",
+    ),
+    "conf/config.json": (),
+}
+
+# The same for MindIE's example programs, which only `run_pa.sh` needs. Relative to the directory that holds them.
+RUNNER_CONTRACT: dict[str, tuple[str, ...]] = {
+    "examples/multimodal_runner.py": (
+        "def MultimodalPARunner.__init__(self, **kwargs)",
+        "def MultimodalPARunner.init_processor(self)",
+        "def MultimodalPARunner.make_cache_manager(self)",
+    ),
+    "examples/run_pa.py": (".PARunner.model", ".PARunner.tokenizer", ".PARunner.cache_manager", ".PARunner.max_memory"),
+    "examples/server/request.py": (
+        "class MultiModalReqParams(text, image, video, audio, max_out_length, block_size, req_idx, adapter_id, "
+        "batch_size)",
+        "def request_from_multimodalinputs(processor, model, multimodalparams)",
+    ),
+    "examples/server/generate.py": (
+        "def generate_req(req_list, model, max_batch_size, max_prefill_tokens, cache_manager)",
+        "def decode_token(req_list, tokenizer, skip_special_tokens)",
+    ),
+}
+
+
+def check_contract(root: Path, contract: dict[str, tuple[str, ...]]) -> list[str]:
+    """One line for each thing that `contract` names and `root` (a directory) does not have; empty when all is well."""
+    return [line for name, wanted in contract.items() for line in _check_file(root / name, wanted)]
+
+
+def _check_file(file: Path, wanted: tuple[str, ...]) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        module = _Module.parse(text) if file.suffix == ".py" else _Module({}, set(), set(), set())
+    except (OSError, ValueError, SyntaxError) as error:
+        yield f"{file}: {'does not exist' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
+        return
+    for line in wanted:
+        problem = module.problem_with(line)
+        if problem is not None:
+            yield f"{file}: {problem}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A function's parameters: positional ones in order, which of them have a default, and whether it takes more."""
+
+    names: tuple[str, ...]
+    optional: frozenset[str]
+    takes_keywords: bool
+
+    @classmethod
+    def of(cls, arguments: ast.arguments) -> "Signature":
+        positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+        with_default = positional[len(positional) - len(arguments.defaults) :]
+        keyword_only = [a.arg for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is None]
+        # A keyword-only parameter without a default is one more that a caller of ours would not give.
+        return cls((*positional, *keyword_only), frozenset(with_default), arguments.kwarg is not None)
+
+    def lacks(self, wanted: "Signature") -> str | None:
+        """What a caller who knows `wanted` could not do with this function; None when all of it works."""
+        head = self.names[: len(wanted.names)]
+        if head != wanted.names:
+            return f"takes ({', '.join(self.names)}), and ({', '.join(wanted.names)}) is needed"
+        required = [name for name in self.names[len(head) :] if name not in self.optional]
+        if required:
+            return f"requires {', '.join(required)} as well, which is never given"
+        return "takes no **kwargs" if wanted.takes_keywords and not self.takes_keywords else None
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What a source file defines: signatures (classes as their fields), attributes `Class.x`, names that its functions
+    read as `function name`, and all other names."""
+
+    signatures: dict[str, Signature]
+    attributes: set[str]
+    reads: set[str]
+    names: set[str]
+
+    @classmethod
+    def parse(cls, text: str) -> "_Module":
+        module = cls({}, set(), set(), set())
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef):
+                module._add_class(node)
+            elif isinstance(node, ast.FunctionDef):
+                module.signatures[node.name] = Signature.of(node.args)
+                module.reads.update(f"{node.name} {n.id}" for n in ast.walk(node) if isinstance(n, ast.Name))
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                module.names.update(alias.asname or alias.name for alias in node.names)
+            elif isinstance(node, ast.Assign):
+                module.names.update(target.id for target in node.targets if isinstance(target, ast.Name))
+        return module
+
+    def _add_class(self, node: ast.ClassDef) -> None:
+        fields = [f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        self.signatures[node.name] = Signature(tuple(fields), frozenset(fields), False)
+        for item in node.body:
+            if isinstance(item, ast.FunctionDef):
+                self.signatures[f"{node.name}.{item.name}"] = Signature.of(item.args)
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+                self.attributes.add(f"{node.name}.{inner.attr}")
+
+    def problem_with(self, line: str) -> str | None:
+        """Why `line` of a contract does not hold here; None when it does."""
+        kind, _, rest = line.partition(" ")
+        if kind == "uses":
+            return None if rest in self.reads else f"{rest.replace(' ', ' does not use ')}"
+        if kind not in ("def", "class"):
+            name = line.removeprefix(".")
+            known = self.attributes if line.startswith(".") else self.names | self.signatures.keys()
+            return None if name in known else f"{name} is not there"
+        name, _, parameters = rest.partition("(")
+        lambda_node = ast.parse(f"lambda {parameters.removesuffix(')')}: 0", mode="eval").body
+        assert isinstance(lambda_node, ast.Lambda)
+        found = self.signatures.get(name)
+        lack = "is not there" if found is None else found.lacks(Signature.of(lambda_node.args))
+        return None if lack is None else f"{name} {lack}"
