@@ -6,12 +6,13 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
     cat <<'EOF'
-usage: bash run_pa.sh --run|--precision [OPTION...] [WEIGHTS [MEDIA [VIDEO_FRAMES [MAX_BATCH_SIZE
-                                        [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
+usage: bash run_pa.sh --run|--performance|--precision [OPTION...] [WEIGHTS [MEDIA [VIDEO_FRAMES [MAX_BATCH_SIZE
+                            [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
 
-  --run        chat test: ask about every video and image in MEDIA and print the answers
-  --precision  precision test: write an answer about each of them to predict_result.json, {path: text}, for the judge
-               (precision/clip_score.py); goes on where it was interrupted
+  --run          chat test: ask about every video and image in MEDIA and print the answers
+  --performance  speed test: a table with a row for each batch size (in MindIE only)
+  --precision    precision test: write an answer about each of them to predict_result.json, {path: text}, for the judge
+                 (precision/clip_score.py); goes on where it was interrupted, except in MindIE
 
 Arguments, each optional from the right:
   WEIGHTS            checkpoint directory           (default: the tiny trained model in examples/tiny_pllava)
@@ -23,9 +24,12 @@ Arguments, each optional from the right:
 
 Options:
   --trust_remote_code  accepted as MindIE's scripts do; no code from a checkpoint is ever executed
+  --engine NAME        mindie: MindIE's runner, with converted weights and the plugin (python -m atb_pllava mindie install);
+                       native: this package alone; auto (default): mindie where all it needs is there, otherwise native
   --world_size N       devices to use (default: as many as ASCEND_RT_VISIBLE_DEVICES names, or 1)
   -h, --help           this text
-  -- ...               all that follows goes to `python -m atb_pllava run` (or predict); see `bash run_pa.sh --run -- --help`
+  -- ...               all that follows goes to `python -m atb_pllava run` (or predict; in MindIE: mindie run, ...); see
+                       `bash run_pa.sh --run -- --help`
 
 Environment:
   ATB_PLLAVA_PYTHON          the Python to use; otherwise the active one if it has the packages, otherwise .venv,
@@ -41,12 +45,12 @@ refuse() {
     exit 2
 }
 
-mode="" world_size="" positional=() options=() extra=()
+mode="" engine=auto world_size="" positional=() options=() extra=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --run) mode=run ;;
-    --precision) mode=predict ;;
-    --performance) refuse "mode $1 is not part of this version; --run and --precision are" ;;
+    --run | --performance | --precision) mode=${1#--} ;;
+    --engine) [ $# -ge 2 ] || refuse "--engine needs a name"; engine=$2; shift ;;
+    --engine=*) engine=${1#*=} ;;
     --trust_remote_code) options+=(--trust_remote_code) ;;
     --world_size) [ $# -ge 2 ] || refuse "--world_size needs a number"; world_size=$2; shift ;;
     --world_size=*) world_size=${1#*=} ;;
@@ -57,7 +61,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$mode" ] || refuse "no mode given; use --run or --precision"
+[ -n "$mode" ] || refuse "no mode given; use --run, --performance or --precision"
+case $engine in auto | native | mindie) ;; *) refuse "--engine is '$engine'; it is auto, native or mindie" ;; esac
 [ ${#positional[@]} -le 6 ] || refuse "surplus argument '${positional[6]}'"
 
 if [ -z "$world_size" ] && [ -z "${RANK:-}" ]; then # torchrun has decided otherwise
@@ -81,4 +86,18 @@ find_python "$root/requirements_pllava.txt"
 # A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m atb_pllava "$mode" "${options[@]}" "${extra[@]}"
+if [ "$engine" = auto ]; then
+    engine=native reason="no NPU here"
+    if compgen -G '/dev/davinci[0-9]*' >/dev/null; then
+        reason=$("$PYTHON" -m atb_pllava mindie status --model_path "${values[0]}" | sed -n 's/^problem: //p' | head -n 1) || true
+        [ -n "$reason" ] || engine=mindie reason="an NPU and the plugin are here"
+    fi
+    echo "engine: $engine ($reason)" >&2
+fi
+case $engine/$mode in
+mindie/*) verb=(mindie "$mode") ;;
+native/run) verb=(run) ;;
+native/precision) verb=(predict) ;;
+native/performance) refuse "mode --performance is not part of this version without MindIE; --run and --precision are" ;;
+esac
+exec "$PYTHON" -m atb_pllava "${verb[@]}" "${options[@]}" "${extra[@]}"

@@ -19,6 +19,7 @@ VERBS = {
     "run": "answer questions about videos and images",
     "predict": "write an answer about every medium to predict_result.json, for the precision tests",
     "convert": "merge LoRA, quantise to W8A16",
+    "mindie": "install, configure and examine the plugin for MindIE",
 }
 
 

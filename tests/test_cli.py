@@ -1,5 +1,6 @@
 """The command line and run_pa.sh, as a user meets them: answers on stdout, one clear message on errors, exit status."""
 
+import glob
 import json
 import os
 import subprocess
@@ -185,12 +186,29 @@ def test_the_script_keeps_the_users_environment(tmp_path: Path) -> None:
         ([], "no mode given"),
         (["--run", *"abcdefg"], "surplus argument 'g'"),
         (["--performance"], "not part of this version"),
+        (["--run", "--engine", "cuda"], "it is auto, native or mindie"),
         (["--run", "--world_size"], "needs a number"),
     ],
 )
 def test_script_usage_errors(arguments: list[str], message: str) -> None:
     done = script(*arguments)
     assert done.returncode == 2 and message in done.stderr and "usage:" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/davinci[0-9]*")), reason="on a machine with NPUs the default may be MindIE")
+def test_the_script_says_which_engine_runs(checkpoint: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\n[ "$1" = - ] && exit 0\necho "ARGS $*"\n')
+    fake.chmod(0o755)
+    arguments = "--model_path=W --media=M --world_size=1"
+    for mode, native in (("run", "run"), ("precision", "predict")):
+        done = script(f"--{mode}", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
+        assert done.stdout == f"ARGS -m atb_pllava {native} {arguments}\n" and "engine: native (no NPU" in done.stderr
+        done = script(f"--{mode}", "--engine", "native", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
+        assert done.stdout == f"ARGS -m atb_pllava {native} {arguments}\n" and done.stderr == ""
+    for mode in ("run", "precision", "performance"):
+        done = script(f"--{mode}", "--engine=mindie", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
+        assert done.stdout == f"ARGS -m atb_pllava mindie {mode} {arguments}\n"
 
 
 def test_script_help() -> None:

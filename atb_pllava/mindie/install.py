@@ -8,7 +8,6 @@ atb_llm. Each is made whole or not at all, and only what is ours is ever replace
 import filecmp
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +64,8 @@ def install(atb_llm: Path, way: str | None, site: Path) -> list[str]:
     None is a link, or a hook where `atb_llm` cannot be written. Other registrations of ours are taken out.
     ConfigError when the host's contract differs, or when something that is not ours is in the way.
     """
+    if not (PLUGIN / "router_pllava.py").is_file():
+        raise ConfigError(f"this copy of atb_pllava lacks its plugin, {PLUGIN}; install the whole package again")
     problems = check_contract(atb_llm, CONTRACT)
     if problems:
         raise ConfigError(
@@ -173,7 +174,7 @@ def _make_hook(site: Path) -> str:
     partial = file.with_suffix(f".{os.getpid()}")  # not .pth: never read by half
     partial.write_text(_hook_line(), encoding="utf-8")
     os.replace(partial, file)
-    return f"wrote {file}: an import hook for Python programs that use {site}, among them {sys.executable}"
+    return f"wrote {file}: an import hook for every Python that reads {site}"
 
 
 def _remove(registration: Registration) -> None:

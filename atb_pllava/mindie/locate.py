@@ -36,7 +36,7 @@ def _packages(search_path: Sequence[str]) -> Iterator[Path]:
 
 
 def find_examples(atb_llm: Path) -> Path | None:
-    """The directory that holds MindIE's `examples` package with the PA runner: beside atb_llm, or inside of a wheel's."""
+    """The directory with MindIE's `examples` package and its PA runner: beside atb_llm, or inside of a wheel's."""
     places = (atb_llm.parent, atb_llm)
     return next((place for place in places if (place / "examples" / "multimodal_runner.py").is_file()), None)
 

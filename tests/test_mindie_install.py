@@ -1,0 +1,366 @@
+"""Registering the plugin: what changes on disk, what a fresh interpreter finds then, and what is refused.
+
+The host is a stand-in with the signatures of the real one; ATB_LLM_HOME names a real atb_llm to test with as well.
+"""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atb_pllava.__main__ import main
+from atb_pllava.mindie import install as installation
+from atb_pllava.mindie.contract import CONTRACT, RUNNER_CONTRACT, check_contract
+from atb_pllava.mindie.locate import find_atb_llm, find_examples
+
+REAL = os.environ.get("ATB_LLM_HOME")
+
+# The host in a few lines: what the plugin relies on, as MindIE-LLM's sources declare it.
+HOST = {
+    "__init__.py": "",
+    "conf/config.json": "{}",
+    "models/base/__init__.py": "",
+    "models/llava/__init__.py": "",
+    "models/llava/router_llava.py": "class LlavaRouter:\n    def __init__(self, *args):\n        self.args = args\n",
+    "models/llama/__init__.py": "",
+    "models/__init__.py": """
+import importlib, json, os
+from typing import Optional
+def safe_get_config_dict(path):
+    with open(os.path.join(path, "config.json")) as file:
+        return json.load(file)
+def get_model(model_name_or_path: str, is_flash_causal_lm: bool = True, load_tokenizer: bool = True,
+              max_position_embeddings: Optional[int] = None, revision=None, tokenizer_path=None,
+              trust_remote_code: bool = False, enable_atb_torch=False, enable_edge=False, llm_config_path=None,
+              models_dict=None, sub_model_path=""):
+    model_type = safe_get_config_dict(model_name_or_path)["model_type"].lower()
+    folder = os.path.dirname(os.path.abspath(__file__))
+    known = [n for n in os.listdir(folder) if os.path.isdir(os.path.join(folder, n)) and not n.startswith("_")]
+    if model_type not in known:
+        raise NotImplementedError(f"unsupported model type: {model_type}")
+    router = importlib.import_module(f"atb_llm.models.{model_type}.router_{model_type}")
+    return getattr(router, f"{model_type.capitalize()}Router")(model_name_or_path, is_flash_causal_lm, revision)
+""",
+    "models/base/router.py": """
+from dataclasses import dataclass
+@dataclass
+class BaseRouter:
+    model_name_or_path: str = ""
+    config_dict: dict = None
+    is_flash_causal_lm: bool = True
+    load_tokenizer: bool = True
+    max_position_embeddings: int = None
+    revision: str = None
+    tokenizer_path: str = None
+    trust_remote_code: bool = False
+    enable_atb_torch: bool = False
+    enable_edge: bool = False
+    llm_config: object = None
+    sub_model_path: str = ""
+    _config: object = None
+    @property
+    def config(self): ...
+    @property
+    def tokenizer(self): ...
+    @property
+    def input_builder(self): ...
+    @staticmethod
+    def check_config(config): ...
+    def tokenize(self, inputs, **kwargs): ...
+    def get_config(self): ...
+    def get_config_cls(self): ...
+    def get_model_cls(self): ...
+    def get_tokenizer(self): ...
+    def get_input_builder(self): ...
+    def get_postprocessor(self): ...
+""",
+    "models/base/input_builder.py": """
+class InputBuilder:
+    def __init__(self, tokenizer, chat_template="", system_role_name="system", user_role_name="user", max_length=2048):
+        ...
+    @staticmethod
+    def generate_position_ids(input_ids): ...
+    def make_context(self, rank, conversation, add_generation_prompt=True, adapt_to_max_length=False, **kwargs): ...
+""",
+    "models/base/flash_causal_lm.py": """
+class FlashForCausalLM:
+    def __init__(self, config, weights, **kwargs): ...
+    def forward(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots, input_lengths, max_seq_len,
+                lm_head_indices=None, reset=False, **kwargs): ...
+""",
+    "models/llama/flash_causal_llama.py": """
+class FlashLlamaForCausalLM:
+    def __init__(self, config, weights, lmhead_prefix="lm_head", model_prefix="model", **kwargs):
+        self.skip_word_embedding = False
+    def prepare_inputs_for_ascend(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots,
+                                  input_lengths, max_seq_len, lm_head_indices=None, **kwargs): ...
+""",
+    "utils/weights.py": """
+class Weights:
+    def __init__(self, model_name_or_path, device, dtype, process_group, quantize=None, is_gqa=False,
+                 extension=".safetensors", aliases=None, mapping=None, **kwargs): ...
+    def get_tensor(self, tensor_name, ignore_tensor_correction=False): ...
+""",
+    "utils/shm_utils.py": """
+def create_shm(size, shm_name_save_path): ...
+def encode_shm_name_to_int64(name): ...
+def encode_shape_to_int64(shape): ...
+def decode_shm_name_from_int64(encoded_value): ...
+def decode_shape_from_int64(encoded_value): ...
+""",
+}
+
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A stand-in of atb_llm in a directory of its own."""
+    for name, text in HOST.items():
+        file = tmp_path / "host" / "atb_llm" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return tmp_path / "host" / "atb_llm"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site-packages directory of which a fresh interpreter reads the .pth files."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a plugin that only says it was loaded, in the place of atb_pllava."""
+    root = tmp_path / "it's a clone" / "atb_pllava"
+    plugin = root / "mindie" / "plugin" / "pllava"
+    plugin.mkdir(parents=True)
+    (root / "__init__.py").write_text("")
+    shutil.copy(Path(installation.__file__).with_name("hook.py"), root / "mindie" / "hook.py")
+    (plugin / "__init__.py").write_text("")
+    (plugin / "router_pllava.py").write_text("class PllavaRouter:\n    def __init__(self, *args):\n        self.args = args\n")
+    monkeypatch.setattr(installation, "PACKAGE", root)
+    monkeypatch.setattr(installation, "PLUGIN", plugin)
+    return root
+
+
+def weights(directory: Path, model_type: str) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    return directory
+
+
+def mindie(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main(["mindie", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def tree(*roots: Path) -> dict[str, object]:
+    """Every name below the directories with what it is: a link's target, a file's bytes."""
+    return {
+        str(path): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        for root in roots
+        for path in sorted(root.rglob("*"))
+        if "__pycache__" not in path.parts
+    }
+
+
+def python(site: Path, host: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that treats `site` as a site directory and has the host on its path."""
+    startup = f"import site; site.addsitedir({str(site)!r}); import sys; sys.path.append({str(host.parent)!r})\n"
+    return subprocess.run([sys.executable, "-I", "-c", startup + code], capture_output=True, text=True, timeout=60)
+
+
+ASK = "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); print(type(r).__name__, r.args)"
+
+
+@pytest.mark.parametrize("way", installation.WAYS)
+def test_a_fresh_interpreter_finds_the_plugin_until_it_is_taken_out(capsys, host, site, package, way, tmp_path) -> None:
+    options = ("--atb_llm", host, "--site", site)
+    before = tree(host, site)
+    status, out, _ = mindie(capsys, "install", *options, f"--{way}")
+    assert status == 0 and len(out.splitlines()) == 1 and str(site if way == "hook" else host) in out
+    installed = tree(host, site)
+    assert installed != before
+    assert mindie(capsys, "install", *options, f"--{way}") == (0, "nothing to change, the plugin is registered\n", "")
+    assert tree(host, site) == installed
+    assert mindie(capsys, "status", *options)[0] == 0
+    pllava, llava = weights(tmp_path / "w", "PLLaVA"), weights(tmp_path / "v", "llava")
+    done = python(site, host, ASK.format(path=str(pllava)))
+    assert done.stdout == f"PllavaRouter {(str(pllava), True, 'x')}\n" and done.stderr == ""
+    done = python(site, host, ASK.format(path=str(llava)))
+    assert done.stdout == f"LlavaRouter {(str(llava), True, 'x')}\n"
+    done = python(site, host, ASK.format(path=str(weights(tmp_path / "o", "other"))))
+    assert "NotImplementedError: unsupported model type: other" in done.stderr
+    status, out, _ = mindie(capsys, "uninstall", *options)
+    assert status == 0 and out.startswith(f"removed {way} ") and tree(host, site) == before
+    assert mindie(capsys, "uninstall", *options)[1] == "nothing to change, no plugin is registered\n"
+    assert "unsupported model type: pllava" in python(site, host, ASK.format(path=str(pllava))).stderr
+
+
+def test_the_last_way_asked_for_is_the_only_one(capsys, host, site, package) -> None:
+    options = ("--atb_llm", host, "--site", site)
+    states = []
+    for way in ("link", "copy", "hook", "link"):
+        assert mindie(capsys, "install", *options, f"--{way}")[0] == 0
+        states.append([r.way for r in installation.find_registrations(host, [site])])
+    assert states == [["link"], ["copy"], ["hook"], ["link"]]
+    assert not [name for name in os.listdir(host / "models") if name.startswith("_pllava")]
+
+
+def test_a_copy_needs_nothing_of_the_original(capsys, host, site, package, tmp_path) -> None:
+    (package / "engine.py").write_text("ANSWER = 42\n")
+    mindie(capsys, "install", "--atb_llm", host, "--site", site, "--copy")
+    (package / "engine.py").write_text("ANSWER = 43\n")
+    status, out, _ = mindie(capsys, "status", "--atb_llm", host, "--site", site)
+    assert status == 1 and "1 files differ from this version" in out
+    assert mindie(capsys, "install", "--atb_llm", host, "--site", site, "--copy")[0] == 0
+    shutil.rmtree(package.parent)
+    copied = host / "models" / "pllava" / installation.VENDORED / "atb_pllava" / "engine.py"
+    assert copied.read_text() == "ANSWER = 43\n"
+    assert stat.S_IMODE((host / "models" / "pllava").stat().st_mode) == 0o755
+    done = python(site, host, ASK.format(path=str(weights(tmp_path / "w", "pllava"))))
+    assert done.stdout.startswith("PllavaRouter"), done.stderr
+
+
+@pytest.mark.parametrize("foreign", ["folder", "link", "file"])
+@pytest.mark.parametrize("way", installation.WAYS)
+def test_what_is_not_ours_is_never_touched(capsys, host, site, package, foreign, way, tmp_path) -> None:
+    place = host / "models" / "pllava"
+    if foreign == "folder":
+        place.mkdir()
+        (place / "router_pllava.py").write_text("theirs")
+    elif foreign == "link":
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.write_text("theirs")
+    before = tree(host, site)
+    status, _, err = mindie(capsys, "install", "--atb_llm", host, "--site", site, f"--{way}")
+    assert status == 2 and "is not of atb_pllava" in err and tree(host, site) == before
+    mindie(capsys, "uninstall", "--atb_llm", host, "--site", site)
+    assert tree(host, site) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("models/__init__.py", "is_flash_causal_lm: bool = True", "role, is_flash_causal_lm: bool = True", "get_model"),
+        ("models/__init__.py", "def safe_get_config_dict", "def read_config", "safe_get_config_dict is not there"),
+        ("models/__init__.py", "os.path.abspath(__file__)", "os.environ['MODELS']", "does not use __file__"),
+        ("models/base/router.py", "    revision: str = None\n", "", "BaseRouter takes"),
+        ("models/base/router.py", "def get_config(self)", "def load_config(self)", "BaseRouter.get_config is not there"),
+        ("models/base/router.py", "inputs, **kwargs", "inputs", "takes no **kwargs"),
+        ("models/base/flash_causal_lm.py", "=None, reset=False", ", reset", "requires reset"),
+        ("models/base/flash_causal_lm.py", "slots, input_lengths", "input_lengths, slots", "forward takes"),
+        ("models/llama/flash_causal_llama.py", "skip_word_embedding", "skip_embedding", "skip_word_embedding"),
+        ("utils/shm_utils.py", "def create_shm(size, ", "def create_shm(size, owner, ", "create_shm takes"),
+        ("utils/weights.py", "class Weights:", "class Weights", "cannot be read"),
+    ],
+)
+def test_a_host_with_another_contract_is_refused(capsys, host, site, package, file, old, new, message) -> None:
+    text = (host / file).read_text()
+    assert old in text
+    (host / file).write_text(text.replace(old, new))
+    before = tree(host, site)
+    for way in installation.WAYS:
+        status, _, err = mindie(capsys, "install", "--atb_llm", host, "--site", site, f"--{way}")
+        assert status == 2 and message in err and "nothing was changed" in err and tree(host, site) == before
+    assert mindie(capsys, "status", "--atb_llm", host, "--site", site)[0] == 1
+
+
+def test_more_optional_parameters_are_fine(host) -> None:
+    file = host / "models" / "__init__.py"
+    file.write_text(file.read_text().replace('sub_model_path=""', 'sub_model_path="", *, new=1'))
+    assert check_contract(host, CONTRACT) == []
+    (host / "utils" / "weights.py").unlink()
+    (problem,) = check_contract(host, CONTRACT)
+    assert problem.endswith("weights.py: does not exist")
+
+
+def test_the_hook_is_silent_and_lazy_in_other_programs(capsys, host, site, package) -> None:
+    mindie(capsys, "install", "--atb_llm", host, "--site", site, "--hook")
+    (line,) = (site / installation.PTH).read_text().splitlines()
+    assert line.startswith("import sys; exec(")
+    seen = "import sys, json, decimal; print(sorted(m for m in sys.modules if 'pllava' in m), len(sys.meta_path))"
+    plain = subprocess.run([sys.executable, "-I", "-c", seen], capture_output=True, text=True, timeout=60)
+    done = python(site, host, seen)
+    assert done.stderr == "" and done.stdout == plain.stdout.replace(plain.stdout[-2], str(int(plain.stdout[-2]) + 1))
+
+
+def test_a_broken_hook_stops_no_program(capsys, host, site, package, tmp_path) -> None:
+    mindie(capsys, "install", "--atb_llm", host, "--site", site, "--hook")
+    llava = ASK.format(path=str(weights(tmp_path / "v", "llava")))
+    (package / "mindie" / "hook.py").write_text("this is no Python")
+    done = python(site, host, llava)
+    assert done.stdout.startswith("LlavaRouter") and done.returncode == 0
+    assert done.stderr.count("atb_pllava: the import hook failed") == 1
+    shutil.rmtree(package.parent)
+    done = python(site, host, llava)
+    assert done.stdout.startswith("LlavaRouter") and "the import hook failed" in done.stderr
+    assert python(site, host, "print('fine')").stderr == ""
+    status, out, _ = mindie(capsys, "status", "--atb_llm", host, "--site", site)
+    assert status == 1 and "the plugin it points to is gone" in out
+    assert mindie(capsys, "uninstall", "--atb_llm", host, "--site", site)[0] == 0
+    assert not list(site.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_without_write_permission_the_hook_is_the_default(capsys, host, site, package) -> None:
+    (host / "models").chmod(0o555)
+    status, out, _ = mindie(capsys, "install", "--atb_llm", host, "--site", site)
+    assert status == 0 and "import hook" in out
+    status, _, err = mindie(capsys, "install", "--atb_llm", host, "--site", site, "--link")
+    assert status == 2 and "cannot be written" in err and "--hook" in err
+
+
+def test_atb_llm_is_found_without_importing_it(host, tmp_path) -> None:
+    (host / "__init__.py").write_text("raise RuntimeError('imported')")
+    assert find_atb_llm(str(host), None) == host == find_atb_llm(str(host.parent), None)
+    assert find_atb_llm(None, str(host.parent), []) == host
+    assert find_atb_llm(None, "/nowhere", [str(tmp_path), str(host.parent)]) == host
+    assert find_atb_llm(None, None, [str(tmp_path)]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["install"], "no atb_llm found"),
+        (["install", "--atb_llm", "/nowhere"], "'/nowhere' is no atb_llm"),
+        (["uninstall", "--site", "/nowhere"], "'/nowhere' is no directory"),
+    ],
+)
+def test_bad_input_is_one_message(capsys, monkeypatch, arguments, message) -> None:
+    monkeypatch.delenv("ATB_SPEED_HOME_PATH", raising=False)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not os.path.isdir(os.path.join(p, "atb_llm"))])
+    status, out, err = mindie(capsys, *arguments)
+    assert status == 2 and message in err and out == ""
+
+
+def test_status_says_what_is_missing(capsys, host, site, package, monkeypatch) -> None:
+    status, out, _ = mindie(capsys, "status", "--atb_llm", host, "--site", site)
+    assert status == 1 and "not registered: python -m atb_pllava mindie install" in out
+    mindie(capsys, "install", "--atb_llm", host, "--site", site)
+    tiny = Path(__file__).parents[1] / "examples" / "tiny_pllava"
+    status, out, _ = mindie(capsys, "status", "--atb_llm", host, "--site", site, "--model_path", tiny)
+    assert status == 1 and "convert_quant_weights.sh -src" in out and "pllava_merged" in out
+
+
+@pytest.mark.skipif(REAL is None, reason="ATB_LLM_HOME names no real atb_llm")
+def test_the_real_host_keeps_the_contract(tmp_path, capsys, site, package) -> None:
+    home = find_atb_llm(REAL, None)
+    assert home is not None and check_contract(home, CONTRACT) == []
+    examples = find_examples(home)
+    assert examples is not None and check_contract(examples, RUNNER_CONTRACT) == []
+    copy = Path(shutil.copytree(home, tmp_path / "atb_llm", ignore=shutil.ignore_patterns("__pycache__")))
+    before = tree(copy, site)
+    for way in installation.WAYS:
+        assert mindie(capsys, "install", "--atb_llm", copy, "--site", site, f"--{way}")[0] == 0
+        assert mindie(capsys, "status", "--atb_llm", copy, "--site", site)[0] == 0
+    mindie(capsys, "uninstall", "--atb_llm", copy, "--site", site)
+    assert tree(copy, site) == before
