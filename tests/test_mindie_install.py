@@ -143,7 +143,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "__init__.py").write_text("")
     shutil.copy(Path(installation.__file__).with_name("hook.py"), root / "mindie" / "hook.py")
     (plugin / "__init__.py").write_text("")
-    (plugin / "router_pllava.py").write_text("class PllavaRouter:\n    def __init__(self, *args):\n        self.args = args\n")
+    (plugin / "router_pllava.py").write_text(HOST["models/llava/router_llava.py"].replace("Llava", "Pllava"))
     monkeypatch.setattr(installation, "PACKAGE", root)
     monkeypatch.setattr(installation, "PLUGIN", plugin)
     return root
@@ -177,7 +177,10 @@ def python(site: Path, host: Path, code: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-I", "-c", startup + code], capture_output=True, text=True, timeout=60)
 
 
-ASK = "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); print(type(r).__name__, r.args)"
+ASK = (
+    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); "
+    "print(type(r).__name__, r.args)"
+)
 
 
 @pytest.mark.parametrize("way", installation.WAYS)
@@ -254,7 +257,7 @@ def test_what_is_not_ours_is_never_touched(capsys, host, site, package, foreign,
         ("models/__init__.py", "def safe_get_config_dict", "def read_config", "safe_get_config_dict is not there"),
         ("models/__init__.py", "os.path.abspath(__file__)", "os.environ['MODELS']", "does not use __file__"),
         ("models/base/router.py", "    revision: str = None\n", "", "BaseRouter takes"),
-        ("models/base/router.py", "def get_config(self)", "def load_config(self)", "BaseRouter.get_config is not there"),
+        ("models/base/router.py", "def get_config(self)", "def load(self)", "BaseRouter.get_config is not there"),
         ("models/base/router.py", "inputs, **kwargs", "inputs", "takes no **kwargs"),
         ("models/base/flash_causal_lm.py", "=None, reset=False", ", reset", "requires reset"),
         ("models/base/flash_causal_lm.py", "slots, input_lengths", "input_lengths, slots", "forward takes"),

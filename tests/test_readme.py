@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from atb_pllava.__main__ import VERBS, main
+from atb_pllava.commands.mindie import ACTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,9 +41,9 @@ def test_every_module_is_named() -> None:
 
 def test_options_exist(capsys) -> None:
     texts = []
-    for verb in VERBS:
+    for verb in [*([verb] for verb in VERBS), *(["mindie", action] for action in ACTIONS)]:
         try:
-            main([verb, "--help"])
+            main([*verb, "--help"])
         except SystemExit:
             texts.append(capsys.readouterr().out)
     texts += [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.py"))]
