@@ -16,6 +16,7 @@ from typing import Any
 from atb_pllava.errors import ConfigError
 
 MODEL_TYPES = ("llava", "pllava", "llava_next")
+LARGEST_WORLD = 8  # devices
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # PLLaVA's own defaults where config.json says nothing (tasks/eval/model_utils.py::load_pllava).

@@ -12,10 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from atb_pllava.config import TextConfig
+from atb_pllava.config import LARGEST_WORLD, TextConfig
 from atb_pllava.errors import ConfigError
-
-LARGEST_WORLD = 8
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,6 @@ ALLOWED: dict[str, set[str]] = {
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
-    "mindie": {"errors", "config", "mindie"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},
     "__main__": {"commands", "errors"},

@@ -3,6 +3,7 @@
 The host is a stand-in with the signatures of the real one; ATB_LLM_HOME names a real atb_llm to test with as well.
 """
 
+import ast
 import os
 import shutil
 import stat
@@ -76,7 +77,10 @@ class BaseRouter:
     def get_model_cls(self): ...
     def get_tokenizer(self): ...
     def get_input_builder(self): ...
-    def get_postprocessor(self): ...
+    @property
+    def generation_config(self): ...
+    @property
+    def custom_chat_template(self): ...
 """,
     "models/base/input_builder.py": """
 class InputBuilder:
@@ -88,7 +92,9 @@ class InputBuilder:
 """,
     "models/base/flash_causal_lm.py": """
 class FlashForCausalLM:
-    def __init__(self, config, weights, **kwargs): ...
+    def __init__(self, config, weights, **kwargs):
+        self.ascend_weight = []
+        self.max_position_embeddings = config.max_position_embeddings
     def forward(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots, input_lengths, max_seq_len,
                 lm_head_indices=None, reset=False, **kwargs): ...
 """,
@@ -96,22 +102,31 @@ class FlashForCausalLM:
 class FlashLlamaForCausalLM:
     def __init__(self, config, weights, lmhead_prefix="lm_head", model_prefix="model", **kwargs):
         self.skip_word_embedding = False
+    def init_ascend_weight(self): ...
     def prepare_inputs_for_ascend(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots,
                                   input_lengths, max_seq_len, lm_head_indices=None, **kwargs): ...
 """,
     "utils/weights.py": """
 class Weights:
     def __init__(self, model_name_or_path, device, dtype, process_group, quantize=None, is_gqa=False,
-                 extension=".safetensors", aliases=None, mapping=None, **kwargs): ...
-    def get_tensor(self, tensor_name, ignore_tensor_correction=False): ...
+                 extension=".safetensors", aliases=None, mapping=None, **kwargs):
+        self.device, self.dtype = device, dtype
+        self.mapping = mapping
+        self.process_group = process_group
 """,
-    "utils/shm_utils.py": """
-def create_shm(size, shm_name_save_path): ...
-def encode_shm_name_to_int64(name): ...
-def encode_shape_to_int64(shape): ...
-def decode_shm_name_from_int64(encoded_value): ...
-def decode_shape_from_int64(encoded_value): ...
+    "models/base/config.py": """
+class BaseConfig:
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs): ...
 """,
+    "models/llama/config_llama.py": "class LlamaConfig: ...",
+    "models/llama/modeling_llama.py": """
+class FlashLlamaModel:
+    def __init__(self, config, weights, model_prefix="model", **kwargs):
+        self.embed_tokens = None
+""",
+    "utils/shm_utils.py": "def release_shared_memory(file_path): ...",
+    "utils/configuration_utils.py": "class LLMConfig:\n    def get(self, key): ...",
 }
 
 
@@ -262,7 +277,7 @@ def test_what_is_not_ours_is_never_touched(capsys, host, site, package, foreign,
         ("models/base/flash_causal_lm.py", "=None, reset=False", ", reset", "requires reset"),
         ("models/base/flash_causal_lm.py", "slots, input_lengths", "input_lengths, slots", "forward takes"),
         ("models/llama/flash_causal_llama.py", "skip_word_embedding", "skip_embedding", "skip_word_embedding"),
-        ("utils/shm_utils.py", "def create_shm(size, ", "def create_shm(size, owner, ", "create_shm takes"),
+        ("utils/shm_utils.py", "(file_path)", "(owner, file_path)", "release_shared_memory takes (owner, file_path)"),
         ("utils/weights.py", "class Weights:", "class Weights", "cannot be read"),
     ],
 )
@@ -275,6 +290,15 @@ def test_a_host_with_another_contract_is_refused(capsys, host, site, package, fi
         status, _, err = mindie(capsys, "install", "--atb_llm", host, "--site", site, f"--{way}")
         assert status == 2 and message in err and "nothing was changed" in err and tree(host, site) == before
     assert mindie(capsys, "status", "--atb_llm", host, "--site", site)[0] == 1
+
+
+def test_all_that_the_plugin_imports_is_in_the_contract() -> None:
+    for file in installation.PLUGIN.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            module = getattr(node, "module", None) or ""
+            if isinstance(node, ast.ImportFrom) and module.startswith("atb_llm.") and ".pllava." not in module:
+                lines = CONTRACT[module.removeprefix("atb_llm.").replace(".", "/") + ".py"]
+                assert all(any(alias.name in line for line in lines) for alias in node.names), f"{file.name}: {module}"
 
 
 def test_more_optional_parameters_are_fine(host) -> None:

@@ -34,8 +34,12 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "def BaseRouter.get_model_cls(self)",
         "def BaseRouter.get_tokenizer(self)",
         "def BaseRouter.get_input_builder(self)",
-        "def BaseRouter.get_postprocessor(self)",
+        "def BaseRouter.generation_config(self)",
+        "def BaseRouter.custom_chat_template(self)",
     ),
+    "models/base/config.py": ("def BaseConfig.from_dict(cls, config_dict, **kwargs)",),
+    "models/llama/config_llama.py": ("LlamaConfig",),
+    "models/llama/modeling_llama.py": (".FlashLlamaModel.embed_tokens",),
     "models/base/input_builder.py": (
         "def InputBuilder.__init__(self, tokenizer, chat_template, system_role_name, user_role_name, max_length)",
         "def InputBuilder.make_context(self, rank, conversation, add_generation_prompt, adapt_to_max_length, **kwargs)",
@@ -45,25 +49,26 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "def FlashForCausalLM.__init__(self, config, weights, **kwargs)",
         "def FlashForCausalLM.forward(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots, "
         "input_lengths, max_seq_len, lm_head_indices, **kwargs)",
+        ".FlashForCausalLM.ascend_weight",
+        ".FlashForCausalLM.max_position_embeddings",
     ),
     "models/llama/flash_causal_llama.py": (
         "def FlashLlamaForCausalLM.__init__(self, config, weights, lmhead_prefix, model_prefix, **kwargs)",
         "def FlashLlamaForCausalLM.prepare_inputs_for_ascend(self, input_ids, position_ids, is_prefill, kv_cache, "
         "block_tables, slots, input_lengths, max_seq_len, lm_head_indices, **kwargs)",
+        "def FlashLlamaForCausalLM.init_ascend_weight(self)",
         ".FlashLlamaForCausalLM.skip_word_embedding",
     ),
     "utils/weights.py": (
         "def Weights.__init__(self, model_name_or_path, device, dtype, process_group, quantize, is_gqa, extension, "
         "aliases, mapping, **kwargs)",
-        "def Weights.get_tensor(self, tensor_name)",
+        ".Weights.device",
+        ".Weights.dtype",
+        ".Weights.mapping",
+        ".Weights.process_group",
     ),
-    "utils/shm_utils.py": (
-        "def create_shm(size, shm_name_save_path)",
-        "def encode_shm_name_to_int64(name)",
-        "def encode_shape_to_int64(shape)",
-        "def decode_shm_name_from_int64(encoded_value)",
-        "def decode_shape_from_int64(encoded_value)",
-    ),
+    "utils/shm_utils.py": ("def release_shared_memory(file_path)",),  # frees what our own segments wrote down
+    "utils/configuration_utils.py": ("def LLMConfig.get(self, key)",),
     "conf/config.json": (),
 }
 

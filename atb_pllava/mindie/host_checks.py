@@ -4,12 +4,13 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from atb_pllava.config import TextConfig, read_json
+from atb_pllava.config import LARGEST_WORLD, TextConfig, read_json
 from atb_pllava.errors import ConfigError, WeightError
-from atb_pllava.parallel import LARGEST_WORLD
-from atb_pllava.weights import Checkpoint
+
+if TYPE_CHECKING:  # nothing here needs torch, and doctor runs where torch is what is broken
+    from atb_pllava.weights import Checkpoint
 
 MODEL_TYPE = "pllava"
 
@@ -51,7 +52,7 @@ def check_model_dir(model_dir: str | os.PathLike[str]) -> None:
         )
 
 
-def check_layout(checkpoint: Checkpoint) -> None:
+def check_layout(checkpoint: "Checkpoint") -> None:
     """Raises WeightError for names that only our own loader understands, and for LoRA that is not merged."""
     stored = checkpoint.base
     renamed = [tensor.key for name, tensor in stored.tensors.items() if tensor.key != name]
