@@ -62,11 +62,9 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     """The model without memory, and what to read into it; all that is wrong with a checkpoint's headers raises here."""
     config = options.config()
     check_world_size(parallel.size, config.text)
-    ops = get_backend(options.backend)
-    if parallel.size > 1 and ops.name != "cpu":
-        raise BackendError(
-            f"world_size {parallel.size} needs --backend cpu; {ops.name} takes one device in this version"
-        )
+    ops = get_backend(options.backend, parallel.rank)
+    if parallel.size > 1 and ops.name == "cuda":
+        raise BackendError(f"world_size {parallel.size} needs --backend cpu or ascend; cuda takes one device")
     dtype = choose_dtype(options.dtype, config.dtype, ops)
     if options.load_format != "safetensors":
         return _plan_random(options.load_format, config, ops, dtype, parallel)

@@ -255,7 +255,7 @@ def _listen(size: int, port: int | None) -> tuple[Store, int]:
 def _init_group(store: Store, parallel: TensorParallel, device: torch.device) -> None:
     # Gloo otherwise listens on the interface of the host's name, which other machines can reach.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}[device.type]
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=parallel.rank, world_size=parallel.size,
         timeout=_COLLECTIVE_TIMEOUT)  # fmt: skip

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atb_pllava.engine.decode_graphs import DecodeGraphs
 from atb_pllava.engine.step import StepInput
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops.interface import ForwardBatch, LayerCache, SequenceBatch
+from atb_pllava.ops.interface import CapturingBackend, ForwardBatch, LayerCache, SequenceBatch
 
 
 class Runner:
@@ -21,6 +22,10 @@ class Runner:
         )
         element = torch.empty(0, dtype=model.dtype).element_size()
         self.bytes_per_video = model.config.num_video_tokens * text.hidden_size * element
+        self._graphs: DecodeGraphs | None = None
+        if isinstance(model.ops, CapturingBackend):
+            columns = min(blocks, -(-text.max_position_embeddings // block_size))
+            self._graphs = DecodeGraphs(model, model.ops, self.cache, columns)
         self._features: dict[int, list[Tensor]] = {}
         self._tokens: dict[int, Tensor] = {}
 
@@ -46,6 +51,8 @@ class Runner:
     @torch.no_grad()
     def forward(self, step: StepInput) -> Tensor:
         """Run a step: float32 logits [L, vocabulary] of its logits rows."""
+        if self._graphs is not None and self._graphs.fits(step):
+            return self._graphs.forward(step)
         pieces = step.video_pieces
         video_rows = [row for piece in pieces for row in range(piece.row, piece.row + piece.count)]
         video_tokens = [self._tokens[piece.video][piece.first : piece.first + piece.count] for piece in pieces]

@@ -1,11 +1,13 @@
 """Device backends: one interface, one file a device, chosen by name."""
 
+import importlib.util
 import logging
 import os
 
 import torch
 
 from atb_pllava.errors import BackendError
+from atb_pllava.ops.ascend import AscendBackend, import_torch_npu
 from atb_pllava.ops.cpu import TorchBackend, has_native_bfloat16
 from atb_pllava.ops.interface import Backend
 
@@ -14,20 +16,33 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "cpu", "cuda", "ascend")
 
 
-def get_backend(name: str) -> Backend:
-    """The backend called `name`; "auto" takes CUDA where there is a device, else the CPU, and logs which.
+def get_backend(name: str, rank: int = 0) -> Backend:
+    """The backend called `name`, on the device of this rank; "auto" takes Ascend, else CUDA, else the CPU, and logs it.
 
     Raises BackendError for a name that does not exist or cannot run here: there is no silent second choice.
     """
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     if name == "ascend":
-        raise BackendError("backend 'ascend' is not part of this version; use --backend cpu or cuda")
+        return AscendBackend(rank)
     if name == "cuda" and not torch.cuda.is_available():
         raise BackendError(f"backend 'cuda': torch {torch.__version__} finds no CUDA device here; use --backend cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        logger.info("backend auto: %s", "cuda" if name == "cuda" else "cpu (no CUDA device)")
+    return _best_backend(rank) if name == "auto" else TorchBackend(name)
+
+
+def _best_backend(rank: int) -> Backend:
+    """Ascend, CUDA or CPU, in this order."""
+    missing = "no torch_npu"
+    if importlib.util.find_spec("torch_npu") is not None:
+        try:
+            import_torch_npu()
+        except BackendError as error:
+            missing = str(error)
+        else:
+            logger.info("backend auto: ascend")
+            return AscendBackend(rank)
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    logger.info("backend auto: %s (%s%s)", name, missing, "" if name == "cuda" else ", no CUDA device")
     return TorchBackend(name)
 
 
@@ -36,6 +51,8 @@ def choose_dtype(name: str, stored: str, backend: Backend) -> torch.dtype:
 
     "auto" is the checkpoint's dtype on an accelerator, bfloat16 on a CPU that has it in hardware, else float32.
     """
+    if isinstance(backend, AscendBackend):
+        name = backend.choose_dtype(name, stored)
     if name == "auto":
         name = stored if backend.name != "cpu" else "bfloat16" if has_native_bfloat16() else "float32"
         logger.info("dtype auto: %s on %s", name, backend.name)
@@ -46,8 +63,8 @@ def choose_dtype(name: str, stored: str, backend: Backend) -> torch.dtype:
 
 def free_memory(backend: Backend) -> int:
     """Bytes that can still be allocated on the backend's device."""
-    if backend.device.type == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+    if backend.device.type != "cpu":
+        return int(getattr(torch, backend.device.type).mem_get_info(backend.device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

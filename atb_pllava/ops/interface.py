@@ -4,10 +4,10 @@ This is the whole difference between devices; everything above is written once. 
 H query heads, K key/value heads, D head dimension, M block-table columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ class SequenceBatch:
 
     cu_seqlens [B + 1]: first row of each sequence, then the number of rows, counted from 0;
     context_lens [B]: tokens of each sequence once this step is done (cached ones and new ones);
-    block_tables [B, M] int64: the cache blocks of each sequence in order, padded with 0.
+    block_tables [B, M] int64: the cache blocks of each sequence in order, padded with 0;
+    context_lens_tensor [B] int64: context_lens on the device, in a step that is captured and replayed with other ones.
     """
 
     cu_seqlens: tuple[int, ...]
     context_lens: tuple[int, ...]
     block_tables: Tensor
+    context_lens_tensor: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.context_lens)
@@ -106,6 +108,26 @@ class Backend(Protocol):
 
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Adaptive average pooling of [T, h, w, C] to [t * h' * w', C] in frame-row-column order."""
+        ...
+
+
+class Captured(Protocol):
+    """A step the device has recorded."""
+
+    def replay(self, context_lens: Sequence[int]) -> Tensor:
+        """Run it with what its input tensors hold now and these lengths; the next replay overwrites the result."""
+        ...
+
+
+@runtime_checkable
+class CapturingBackend(Protocol):
+    """A backend that can record a step once and launch it as one."""
+
+    def capture(self, step: Callable[[], Tensor]) -> Captured:
+        """Record what `step` does to tensors that stay in place; BackendError where the device cannot.
+
+        Rows with slot -1 and context length 0 are padding: nothing is stored for them, their results mean nothing.
+        """
         ...
 
 

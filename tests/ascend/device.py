@@ -1,0 +1,354 @@
+"""An NPU made of host memory: the real torch_npu on the stand-in libraries, with operators that run on the CPU.
+
+`start()` loads torch_npu and takes over every kernel it registers for the device: torch's own operators run as torch's
+CPU kernels, those of `kernels.py` as reference kernels, all others fail. Tensors on `npu:N` are host memory, so that a
+CPU tensor over the same bytes (`on_host`) is all a kernel needs. A captured operator does not run: it is recorded with
+addresses, runs at every replay, and its result before that is NaN. Nothing here knows atb_pllava.
+"""
+
+import ctypes
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "fmk_parser",
+             "ascend_protobuf", "atb")  # fmt: skip
+(CAPTURE_BEGIN, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, EVENT_RECORD, EVENT_WAIT,
+ EVENT_RESET, ALL_REDUCE, ALL_GATHER, BROADCAST) = range(1, 14)  # fmt: skip
+_ND, _BASE_FORMATS = 2, (0, 2, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
+_HOOK = ctypes.CFUNCTYPE(
+    ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_long
+)
+
+
+def load_libraries(directory: Path, devices: int, soc: str) -> ctypes.CDLL:
+    """Make the stand-in the CANN that torch_npu finds; before torch is imported."""
+    os.environ.update(STAND_IN_DEVICES=str(devices), STAND_IN_SOC=soc, TASK_QUEUE_ENABLE="0")
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    loaded = [ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in LIBRARIES]
+    return loaded[0]
+
+
+def start(library: ctypes.CDLL) -> None:
+    """Import torch_npu and give its device its operators."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    import torch
+    import torch_npu
+
+    Machine(library, torch, torch_npu).take_over()
+
+
+@dataclass(frozen=True)
+class Address:
+    """A tensor of the device as a recording knows it: bytes at an address, not an object."""
+
+    storage: int
+    size_bytes: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    device_format: int
+
+
+@dataclass
+class Recording:
+    """A captured graph: what runs at a replay, in order; task groups are the operators an update may replace."""
+
+    tasks: list[Any] = field(default_factory=list)
+    outputs: list[Address] = field(default_factory=list)
+
+
+class Machine:
+    """The device of this process."""
+
+    def __init__(self, library: ctypes.CDLL, torch: Any, torch_npu: Any) -> None:
+        self.torch, self.torch_npu = torch, torch_npu
+        self.recordings: dict[int, Recording] = {}
+        self.groups: dict[int, list[Any]] = {}
+        self.recording: Recording | None = None
+        self.group: list[Any] | None = None
+        self.updating = False
+        self.signalled: set[int] = set()
+        self._hook = _HOOK(self._called)
+        library.stand_in_set_hook(self._hook)
+        self._libraries: list[Any] = []
+
+    # What the C library tells us.
+
+    def _called(self, what: int, first: int, second: int, a: int, b: int, c: int) -> int:
+        try:
+            self._answer(what, first, second, a, b, c)
+        except BaseException:
+            traceback.print_exc()  # C code is in between: the caller learns that it failed, not why
+            return 507000
+        return 0
+
+    def _answer(self, what: int, first: int, second: int, a: int, b: int, c: int) -> None:
+        if what == CAPTURE_BEGIN:
+            self.recording = Recording()
+        elif what == CAPTURE_END:
+            assert self.recording is not None
+            for address in self.recording.outputs:
+                self._spoil(address)  # a captured operator has not run
+            self.recordings[first], self.recording = self.recording, None
+        elif what == EXECUTE:
+            self._replay(self.recordings[first])
+        elif what == GROUP_BEGIN:
+            self.group = []
+        elif what == GROUP_END:
+            assert self.recording is not None and self.group is not None
+            self.groups[first] = self.group
+            self.recording.tasks.append(self.group)
+            self.group = None
+        elif what == UPDATE_BEGIN:
+            self.group, self.updating = self.groups[first], True
+            self.group.clear()
+        elif what == UPDATE_END:
+            self.group, self.updating = None, False
+        elif what in (EVENT_RECORD, EVENT_WAIT, EVENT_RESET):
+            if self.recording is not None:
+                self.recording.tasks.append((what, first))
+            elif what == EVENT_RECORD:
+                self.signalled.add(first)
+        else:
+            self._collective(what, first, second, a, b, c)
+
+    def _replay(self, recording: Recording) -> None:
+        for task in recording.tasks:
+            if isinstance(task, list):
+                for operator in task:
+                    operator()
+            elif isinstance(task, tuple):
+                self._event(*task)
+            else:
+                task()
+
+    def _event(self, what: int, event: int) -> None:
+        if what == EVENT_RECORD:
+            self.signalled.add(event)
+        elif what == EVENT_RESET:
+            self.signalled.discard(event)
+        elif event not in self.signalled:
+            raise RuntimeError("a replay waits for an event that nobody records: its lengths were not updated")
+
+    def _collective(self, what: int, source: int, target: int, count: int, kind: int, extra: int) -> None:
+        # HcclDataType, of which these travel.
+        kinds = {2: "int32", 3: "float16", 4: "float32", 5: "int64", 7: "uint8", 11: "bfloat16"}
+        torch_dtype = getattr(self.torch, kinds[kind])
+
+        def run() -> None:
+            import torch.distributed as dist
+
+            group = dist.distributed_c10d._get_default_group()
+            gloo = group._get_backend(self.torch.device("cpu"))
+            data = self._bytes_at(source, count * torch_dtype.itemsize).view(torch_dtype)
+            if what == ALL_REDUCE:
+                assert extra == 0, "only sums are needed"
+                total = data.float()
+                gloo.allreduce([total]).wait()
+                self._bytes_at(target, count * torch_dtype.itemsize).view(torch_dtype).copy_(total)
+            elif what == ALL_GATHER:
+                parts = [self.torch.empty_like(data) for _ in range(group.size())]
+                gloo.allgather([parts], [data.clone()]).wait()
+                whole = self._bytes_at(target, group.size() * count * torch_dtype.itemsize).view(torch_dtype)
+                whole.copy_(self.torch.cat(parts))
+            else:
+                options = dist.BroadcastOptions()
+                options.rootRank = extra
+                gloo.broadcast([data], options).wait()
+
+        if self.recording is not None:
+            self.recording.tasks.append(run)
+        else:
+            run()
+
+    # Tensors.
+
+    def _bytes_at(self, address: int, size: int) -> Any:
+        return self.torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=self.torch.uint8)
+
+    def address(self, tensor: Any) -> Address:
+        storage = tensor.untyped_storage()
+        stored_as = int(self.torch_npu.get_npu_format(tensor))
+        return Address(storage.data_ptr(), storage.nbytes(), tensor.storage_offset(), tuple(tensor.shape),
+                       tuple(tensor.stride()), tensor.dtype, _ND if stored_as in _BASE_FORMATS else stored_as)  # fmt: skip
+
+    def on_host(self, address: Address) -> Any:
+        """A CPU tensor over the same memory, which knows that it lies on the device, and in which format."""
+        if address.size_bytes == 0 or 0 in address.shape:
+            host = self.torch.empty(address.shape, dtype=address.dtype)
+        else:
+            storage = self._bytes_at(address.storage, address.size_bytes).untyped_storage()
+            host = self.torch.empty(0, dtype=address.dtype)
+            host.set_(storage, address.offset, address.shape, address.strides)
+        host.device_format = address.device_format
+        return host
+
+    def _spoil(self, address: Address) -> None:
+        host = self.on_host(address)
+        host.fill_(float("nan") if host.dtype.is_floating_point else 0)
+
+    # Operators.
+
+    def call(self, kernel: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run or record a kernel on device tensors; an argument it returns stays that argument."""
+        tree = self.torch.utils._pytree
+        leaves, spec = tree.tree_flatten((args, kwargs))
+        found = [self.address(x) if self._on_device(x) else x for x in leaves]
+
+        def run(clone: bool = False) -> Any:
+            hosts = [self.on_host(x) if isinstance(x, Address) else x for x in found]
+            if clone:
+                hosts = [_clone(x) if isinstance(f, Address) else x for x, f in zip(hosts, found, strict=True)]
+            host_args, host_kwargs = tree.tree_unflatten(hosts, spec)
+            return hosts, kernel(*host_args, **host_kwargs)
+
+        if self.updating:  # the operator's inputs are not there yet; it writes into what it is given
+            self.group.append(lambda: run())
+            return tuple(kwargs["out"])
+        hosts, result = run(clone=self.recording is not None)
+        outs, out_spec = tree.tree_flatten(result)
+        devices, places = [], []
+        for out in outs:
+            if not isinstance(out, self.torch.Tensor):
+                devices.append(out)
+                places.append(None)
+                continue
+            source = next((i for i, h in enumerate(hosts) if h is out), None)
+            if source is not None:
+                devices.append(leaves[source])
+                places.append(None)
+                continue
+            device = self._new(out)
+            devices.append(device)
+            places.append(self.address(device))
+        if self.recording is not None:
+            self._record(run, out_spec, places)
+        return tree.tree_unflatten(devices, out_spec)
+
+    def _record(self, run: Callable[[], Any], out_spec: Any, places: list[Address | None]) -> None:
+        tree = self.torch.utils._pytree
+
+        def task() -> None:
+            outs = tree.tree_flatten(run()[1])[0]
+            for out, place in zip(outs, places, strict=True):
+                if place is not None:
+                    self.on_host(place).copy_(out)
+
+        self.recording.outputs += [place for place in places if place is not None]
+        target = self.group if self.group is not None else self.recording.tasks
+        target.append(task)
+
+    def _new(self, host: Any) -> Any:
+        """A device tensor with a kernel's result."""
+        nz = getattr(host, "device_format", None) == 29
+        if nz:
+            device = self.torch_npu.empty_with_format(tuple(host.shape), dtype=host.dtype, device="npu", acl_format=29)
+        else:
+            device = self.torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device="npu")
+        if host.numel():
+            self.on_host(self.address(device)).copy_(host)
+        return device
+
+    def _on_device(self, x: Any) -> bool:
+        return isinstance(x, self.torch.Tensor) and x.device.type == "npu"
+
+    def take_over(self) -> None:
+        """Replace every kernel of torch's operators, then install the reference kernels."""
+        import kernels
+
+        torch = self.torch
+        libraries: dict[str, Any] = {n: torch.library.Library(n, "IMPL") for n in ("aten", "npu", "atb")}
+        self._libraries = list(libraries.values())
+        self.torch_npu.op_plugin.atb._atb_ops._register_atb_extensions()
+        soc = self.torch_npu._C._npu_get_soc_version()
+        self._guards = kernels.guards(torch, soc)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1"):
+                space, _, rest = name.partition("::")
+                operator = _overload(torch, space, rest) if space == "aten" else None
+                if operator is not None and not _is_native(operator):
+                    libraries["aten"].impl(rest, self._torch_kernel(operator), "PrivateUse1")
+            for name, kernel in kernels.for_soc(torch, soc).items():
+                space, _, rest = name.partition("::")
+                libraries[space].impl(rest, self._reference_kernel(kernel), "PrivateUse1")
+
+    def _torch_kernel(self, operator: Any) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            kwargs = {k: self.torch.device("cpu") if k == "device" and v is not None else v for k, v in kwargs.items()}
+            return operator(*args, **kwargs)
+
+        kernel.__name__ = operator._schema.name.split("::")[1]
+        guard = self._guards.get(kernel.__name__)
+        if guard is not None:
+            return lambda *args, **kwargs: guard(*args, **kwargs) or self.call(kernel, args, kwargs)
+        if kernel.__name__ == "_local_scalar_dense":
+            kernel = self._refuse_in_capture(kernel)
+        if kernel.__name__ == "copy_":
+            return self._copy
+        return lambda *args, **kwargs: self.call(kernel, args, kwargs)
+
+    def _copy(self, target: Any, source: Any, non_blocking: bool = False) -> Any:
+        """copy_ between any two devices."""
+        across = target.device.type != source.device.type
+        if across and self.recording is not None:
+            raise RuntimeError("a copy between host and device cannot be captured")
+        if not self._on_device(target):
+            target.copy_(self.on_host(self.address(source)))
+            return target
+        return self.call(_copy_kernel, (target, source), {})
+
+    def _refuse_in_capture(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if self.recording is not None:
+                raise RuntimeError("reading a value on the host cannot be captured")
+            return kernel(*args, **kwargs)
+
+        refuse.__name__ = kernel.__name__
+        return refuse
+
+    def _reference_kernel(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self.call(kernel, args, kwargs)
+
+
+def _copy_kernel(target: Any, source: Any) -> Any:
+    return target.copy_(source)
+
+
+def _clone(host: Any) -> Any:
+    """A copy with the same strides and the same knowledge of its place."""
+    copy = host.clone()
+    if copy.stride() != host.stride():
+        copy = host.new_empty_strided(host.shape, host.stride())
+        copy.copy_(host)
+    copy.device_format = host.device_format
+    return copy
+
+
+def _overload(torch: Any, space: str, name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
+    except AttributeError:
+        return None
+
+
+_NATIVE = {
+    "empty", "empty_strided", "empty_like", "resize_", "set_", "record_stream", "is_pinned", "_pin_memory",
+    "as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "_unsafe_view", "contiguous",
+    "is_set_to", "_has_compatible_shallow_copy_type", "reshape",
+}  # fmt: skip
+
+
+def _is_native(operator: Any) -> bool:
+    """Operators that only make tensors and views: torch_npu's own work without a kernel."""
+    schema = operator._schema
+    name = schema.name.split("::")[1]
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return name in _NATIVE or is_view
