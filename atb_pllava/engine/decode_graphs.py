@@ -25,9 +25,7 @@ class DecodeGraphs:
     later step runs operator by operator.
     """
 
-    def __init__(
-        self, model: Pllava, backend: CapturingBackend, cache: Sequence[LayerCache], columns: int
-    ) -> None:
+    def __init__(self, model: Pllava, backend: CapturingBackend, cache: Sequence[LayerCache], columns: int) -> None:
         self._model, self._backend, self._cache, self._columns = model, backend, cache, columns
         self._recorded: dict[int, tuple[_DecodeInputs, Captured]] = {}
         self._works = True

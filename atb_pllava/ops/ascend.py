@@ -5,7 +5,7 @@ the decoder's attention in `ops.ascend_attention`.
 
 Every operator is called as it is documented, and the tests run each call through torch_npu's real schemas with
 reference kernels that refuse what the documents refuse. Only an NPU can settle:
-- speed of any kind, and whether npu_weight_quant_batchmatmul is faster with an NZ weight (documents say graph mode only);
+- speed of any kind, and whether W8A16 products are faster with an NZ weight (the documents say: graph mode only);
 - graph capture with several ranks, whose all-reduces are captured too, and capture on 310P at all;
 - that paged attention of 310P accepts the padded rows of a captured batch (they read one token of block 0);
 - whether 310P's _npu_flash_attention_unpad wants rows in multiples of 16 as its masked sibling does (they are padded);
@@ -81,20 +81,16 @@ class AscendBackend:
     ) -> list[LayerCache]:
         chip = self.chip
         self._check_cache(blocks, block_size, heads, head_dim)
-        # Zeros: paged kernels may load the unused tail of a block, and 0 * NaN would be NaN.
-        if not chip.nz_cache:
-            shape = (blocks, block_size, heads, head_dim)
-            return [
-                (torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device))
-                for _ in range(layers)
-            ]
-        nz = (blocks, heads * head_dim // 16, block_size, 16)
 
-        def fractals() -> Tensor:
-            made: Tensor = self._npu.empty_with_format(nz, dtype=dtype, device=self.device, acl_format=FRACTAL_NZ)
+        def room() -> Tensor:
+            # Zeros: paged kernels may load the unused tail of a block, and 0 * NaN would be NaN.
+            if not chip.nz_cache:
+                return torch.zeros(blocks, block_size, heads, head_dim, dtype=dtype, device=self.device)
+            shape = (blocks, heads * head_dim // 16, block_size, 16)
+            made: Tensor = self._npu.empty_with_format(shape, dtype=dtype, device=self.device, acl_format=FRACTAL_NZ)
             return made.zero_()
 
-        return [(fractals(), fractals()) for _ in range(layers)]
+        return [(room(), room()) for _ in range(layers)]
 
     def linear(self, x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Int8Weight):
@@ -152,8 +148,8 @@ class AscendBackend:
 
     def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         frames, tokens, heads, dim = query.shape
-        packed = (x.flatten(0, 1) for x in (query, keys, values))
-        q, k, v, lengths = pad_rows(*packed, lengths=[tokens] * frames, multiple=self.chip.row_multiple)
+        q, k, v = (x.flatten(0, 1) for x in (query, keys, values))
+        q, k, v, lengths = pad_rows(q, k, v, [tokens] * frames, self.chip.row_multiple)
         out = torch.empty_like(q)
         self._npu._npu_flash_attention_unpad(
             query=q, key=k, value=v, seq_len=torch.tensor(lengths, dtype=torch.int32), scale_value=dim**-0.5,
@@ -212,8 +208,8 @@ class AscendBackend:
         sizes = self.chip.block_sizes
         if block_size not in sizes:
             raise ConfigError(
-                f"--block_size {block_size}: Ascend {self.chip.name} takes multiples of {sizes.step} from {sizes.start} "
-                f"to {sizes[-1]}; 128 is the default"
+                f"--block_size {block_size}: Ascend {self.chip.name} takes multiples of {sizes.step} from "
+                f"{sizes.start} to {sizes[-1]}; 128 is the default"
             )
         if head_dim % 16 or (self.chip.nz_cache and block_size * head_dim > _MAX_BLOCK_ELEMENTS):
             raise ConfigError(

@@ -51,11 +51,11 @@ class FusedAttention:
         for i, (first, end) in enumerate(pairwise(batch.cu_seqlens)):
             rows, context = slice(first, end), batch.context_lens[i]
             if context == end - first:
-                own = (x[rows].flatten(1)[None].contiguous() for x in (keys, values))
-                parts.append(self._causal(query[rows], *own))
+                own_keys, own_values = (x[rows].flatten(1)[None].contiguous() for x in (keys, values))
+                parts.append(self._causal(query[rows], own_keys, own_values, {}))
             else:
-                paged = {"block_table": tables[i : i + 1], "actual_seq_lengths_kv": [context]}
-                parts.append(self._causal(query[rows], *_as_rows(cache), **paged, block_size=cache[0].shape[1]))
+                paged = {"block_table": tables[i : i + 1], "block_size": cache[0].shape[1]}
+                parts.append(self._causal(query[rows], *_as_rows(cache), {**paged, "actual_seq_lengths_kv": [context]}))
         return torch.cat(parts)
 
     def decode(self, query: Tensor, cache: LayerCache, batch: SequenceBatch, tables: Tensor, lens: Tensor) -> Tensor:
@@ -64,17 +64,20 @@ class FusedAttention:
             query.reshape(len(query), 1, heads * dim), *_as_rows(cache), input_layout="BSH", num_heads=heads,
             num_key_value_heads=cache[0].shape[2], scale=dim**-0.5, block_size=cache[0].shape[1], block_table=tables,
             actual_seq_lengths_kv=list(batch.context_lens))  # fmt: skip
-        return out.reshape(query.shape)
+        attended: Tensor = out.reshape(query.shape)
+        return attended
 
-    def _causal(self, query: Tensor, keys: Tensor, values: Tensor, **paged: Any) -> Tensor:
+    def _causal(self, query: Tensor, keys: Tensor, values: Tensor, paged: dict[str, Any]) -> Tensor:
         """query [L, H, D] at the end of its context; sparse_mode 3 aligns the mask with the last key."""
         rows, heads, dim = query.shape
         # With one row the operator decodes: it attends to all keys and takes no mask.
-        mask = {} if rows == 1 else {"atten_mask": self._mask, "sparse_mode": 3, "actual_seq_lengths": [rows]}
+        causal = {"atten_mask": self._mask, "sparse_mode": 3, "actual_seq_lengths": [rows]}
+        mask: dict[str, Any] = causal if rows > 1 else {}
         out, _ = self._attend(
             query.reshape(1, rows, heads * dim), keys, values, input_layout="BSH", num_heads=heads,
             num_key_value_heads=keys.shape[2] // dim, scale=dim**-0.5, **mask, **paged)  # fmt: skip
-        return out.reshape(query.shape)
+        attended: Tensor = out.reshape(query.shape)
+        return attended
 
 
 class AtbAttention:
@@ -86,9 +89,7 @@ class AtbAttention:
     def __init__(self, npu: Any, device: torch.device) -> None:
         self._npu, self._device = npu, device
         # Operators with a compressed mask came with torch_npu 26.1 / 2.13; older ones want it in full.
-        self._compressed = hasattr(npu, "_npu_flash_attention_v3") and hasattr(
-            npu, "_npu_paged_attention_splitfuse_v2"
-        )
+        self._compressed = hasattr(npu, "_npu_flash_attention_v3") and hasattr(npu, "_npu_paged_attention_splitfuse_v2")
         self._full, self._masks = torch.empty(0, 0), Latest()
         if self._compressed:
             self._paged_mask = (torch.ones(MASK_SIZE, MASK_SIZE).triu(1) * MASKED).half().to(device)
@@ -166,7 +167,7 @@ class AtbAttention:
 def pad_rows(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], multiple: int
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Contiguous q, k, v [N, heads, D] with rows of zeros up to a multiple, which are one more sequence of their own."""
+    """Contiguous q, k, v [N, heads, D] with rows of zeros up to a multiple: one more sequence of their own."""
     more = -len(query) % multiple
     packed = [x.contiguous() if not more else _with_zeros(x, more) for x in (query, keys, values)]
     return packed[0], packed[1], packed[2], [*lengths, more] if more else list(lengths)

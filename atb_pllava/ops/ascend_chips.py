@@ -9,7 +9,7 @@ from atb_pllava.errors import BackendError
 class Chip:
     """One family of NPUs. The numbers are documented limits of torch_npu's and ATB's operators.
 
-    soc_versions: what torch_npu calls its members (c10_npu's SocVersion); dtypes: of the model, the preferred one first;
+    soc_versions: what torch_npu calls its members (c10_npu's SocVersion); dtypes: of the model, preferred first;
     block_sizes: tokens in a block of the KV cache; nz_cache: keys and values are stored as 16-wide fractals (NZ);
     fused_attention: has npu_fused_infer_attention_score; row_multiple: rows its unpaged ATB attention wants;
     fused_rotary, fused_swiglu, int8_groups: whether npu_rotary_mul and npu_swiglu exist and whether

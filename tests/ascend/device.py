@@ -175,8 +175,9 @@ class Machine:
     def address(self, tensor: Any) -> Address:
         storage = tensor.untyped_storage()
         stored_as = int(self.torch_npu.get_npu_format(tensor))
-        return Address(storage.data_ptr(), storage.nbytes(), tensor.storage_offset(), tuple(tensor.shape),
-                       tuple(tensor.stride()), tensor.dtype, _ND if stored_as in _BASE_FORMATS else stored_as)  # fmt: skip
+        return Address(
+            storage.data_ptr(), storage.nbytes(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()),
+            tensor.dtype, _ND if stored_as in _BASE_FORMATS else stored_as)  # fmt: skip
 
     def on_host(self, address: Address) -> Any:
         """A CPU tensor over the same memory, which knows that it lies on the device, and in which format."""

@@ -326,7 +326,8 @@ class Rules:
         self.on_device("atten_mask", mask)
         need(mask.dtype in (torch.bool, torch.int8, torch.uint8), f"atten_mask must be bool or int8, got {mask.dtype}")
         need(mask.shape[-2:] == (2048, 2048) and mask.is_contiguous(), f"atten_mask {tuple(mask.shape)}")
-        need(torch.equal(mask.bool(), torch.ones(2048, 2048).triu(1).bool()), "1 is hidden: everything above the diagonal")
+        hidden = torch.ones(2048, 2048).triu(1).bool()
+        need(torch.equal(mask.bool(), hidden), "1 hides, and hides everything above the diagonal")
         return True
 
     # ATB.
@@ -383,12 +384,14 @@ class Rules:
         need(not self.is_310p or len(query) % 16 == 0, f"310P: {len(query)} rows are no multiple of 16")
         return lengths
 
-    def _attend_packed(self, query: Any, key: Any, value: Any, lengths: Any, scale: float, causal: bool, out: Any) -> None:
+    def _attend_packed(
+        self, query: Any, key: Any, value: Any, lengths: list[int], scale: float, mask_of: Callable[..., Any], out: Any
+    ) -> None:
         start = 0
         for length in lengths:
             rows = slice(start, start + length)
-            mask = self.causal(length, length) if causal else None
-            out[rows] = self.attend(query[rows], key[rows].float(), value[rows].float(), scale, mask).to(out.dtype)
+            part = self.attend(query[rows], key[rows].float(), value[rows].float(), scale, mask_of(length))
+            out[rows] = part.to(out.dtype)
             start += length
 
     def flash_attention_unpad(
@@ -396,7 +399,7 @@ class Rules:
         out: Any,
     ) -> None:  # fmt: skip
         lengths = self._check_packed(query, key, value, seq_len, num_heads, num_kv_heads, out)
-        self._attend_packed(query, key, value, lengths, scale_value, False, out)
+        self._attend_packed(query, key, value, lengths, scale_value, lambda length: None, out)
 
     def flash_attention(
         self, query: Any, key: Any, value: Any, mask: Any, seq_len: Any, scale_value: float, num_heads: int,
@@ -406,12 +409,7 @@ class Rules:
         lengths = self._check_packed(query, key, value, seq_len, num_heads, num_kv_heads, out)
         full = self._from_nz("mask", mask)
         need(full.shape[0] == full.shape[1] >= max(lengths), f"mask {tuple(full.shape)} for {max(lengths)} tokens")
-        start = 0
-        for length in lengths:
-            rows = slice(start, start + length)
-            part = full[:length, :length].float()
-            out[rows] = self.attend(query[rows], key[rows].float(), value[rows].float(), scale_value, part).to(out.dtype)
-            start += length
+        self._attend_packed(query, key, value, lengths, scale_value, lambda n: full[:n, :n].float(), out)
 
     def flash_attention_v3(
         self, query: Any, key: Any, value: Any, mask: Any, seq_len: Any, scale_value: float, num_heads: int,
@@ -423,7 +421,7 @@ class Rules:
         need(tuple(mask.shape) in ((1, 128, 2048, 16), (1, 8, 128, 16)), f"mask {tuple(mask.shape)}")
         full = self._from_nz("mask", mask)
         need(self.torch.equal(full.float(), self.causal(*full.shape)), "the mask is -inf above the diagonal")
-        self._attend_packed(query, key, value, lengths, scale_value, True, out)
+        self._attend_packed(query, key, value, lengths, scale_value, lambda n: self.causal(n, n), out)
 
     def _from_nz(self, name: str, mask: Any) -> Any:
         """[rows, columns] of fractals [1, columns / 16, rows, 16]."""
@@ -457,19 +455,20 @@ class Rules:
             start += length
 
     def paged_attention_splitfuse(
-        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, mask: Any, seq_len: Any,
-        num_kv_heads: int, num_heads: int, scale_value: float, out: Any,
+        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, mask: Any,
+        seq_len: Any, num_kv_heads: int, num_heads: int, scale_value: float, out: Any,
     ) -> None:  # fmt: skip
         self.only_310p("_npu_paged_attention_splitfuse")
         full = self._from_nz("mask", mask)
         need(len(full) == -(-len(query) // 16) * 16, f"the mask has {len(full)} rows for {len(query)} queries")
         need(full.shape[1] >= int(context_lens.max()), f"the mask has {full.shape[1]} columns")
-        self._splitfuse(query, key_cache, value_cache, block_table, context_lens, seq_len, num_kv_heads, num_heads,
-                        scale_value, out, lambda start, n, context: full[start : start + n, :context].float())  # fmt: skip
+        self._splitfuse(
+            query, key_cache, value_cache, block_table, context_lens, seq_len, num_kv_heads, num_heads, scale_value,
+            out, lambda start, n, context: full[start : start + n, :context].float())  # fmt: skip
 
     def paged_attention_splitfuse_v2(
-        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, mask: Any, seq_len: Any,
-        num_kv_heads: int, num_heads: int, scale_value: float, mask_type: Any = 5, *, out: Any,
+        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, mask: Any,
+        seq_len: Any, num_kv_heads: int, num_heads: int, scale_value: float, mask_type: Any = 5, *, out: Any,
     ) -> None:  # fmt: skip
         torch = self.torch
         self.only_310p("_npu_paged_attention_splitfuse_v2")
@@ -478,5 +477,6 @@ class Rules:
         need(mask.dtype == torch.float16 and mask.device_format == ND, "mask must be float16 in ND")
         wanted = torch.ones(2048, 2048).triu(1) * -10000.0
         need(tuple(mask.shape) == (2048, 2048) and torch.equal(mask.float(), wanted), "mask: -10000 above the diagonal")
-        self._splitfuse(query, key_cache, value_cache, block_table, context_lens, seq_len, num_kv_heads, num_heads,
-                        scale_value, out, lambda start, n, context: self.causal(n, context))  # fmt: skip
+        self._splitfuse(
+            query, key_cache, value_cache, block_table, context_lens, seq_len, num_kv_heads, num_heads, scale_value,
+            out, lambda start, n, context: self.causal(n, context))  # fmt: skip

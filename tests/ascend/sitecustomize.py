@@ -1,4 +1,4 @@
-"""Python reads this at its start in every process of the job: where STAND_IN_LIBRARIES is set, torch_npu has a device."""
+"""Python reads this at its start in every process of the job: with STAND_IN_LIBRARIES set, torch_npu has a device."""
 
 import os
 import sys
