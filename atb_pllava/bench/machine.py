@@ -1,0 +1,103 @@
+"""The limits of this machine, measured: bytes/s that can be read, FLOP/s of matrix products."""
+
+import mmap
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+from torch import Tensor
+
+from atb_pllava.bench.predict import Machine
+from atb_pllava.bench.timing import median_seconds
+
+_BUFFER = 512 * 2**20  # far beyond any cache
+_SIDE = 2048
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Medians; `flops` by dtype, without those that this device multiplies with no kernel of its own."""
+
+    device: str
+    threads: int
+    bandwidth: float
+    flops: dict[str, float]
+    measured_on: str
+
+    def as_machine(self, dtype: torch.dtype) -> Machine:
+        """For predictions with weights of `dtype`; int8 weights are multiplied in that dtype too."""
+        return Machine(self.device, self.bandwidth, self.flops[str(dtype).removeprefix("torch.")])
+
+    def rows(self) -> list[dict[str, object]]:
+        """A line each, in units people read."""
+        first: dict[str, object] = {"limit": "read bandwidth", "measured": f"{self.bandwidth / 1e9:.1f} GB/s"}
+        peaks = ({"limit": f"{name} products", "measured": f"{x / 1e9:.0f} GFLOP/s"} for name, x in self.flops.items())
+        return [{**row, "threads": self.threads} for row in (first, *peaks)]
+
+
+def measure(device: torch.device = torch.device("cpu"), rounds: int = 7) -> Limits:
+    """All limits, with the threads torch is set to; about 5 seconds."""
+    is_cpu = device.type == "cpu"
+    name = _cpu_name() if is_cpu else torch.cuda.get_device_name(device)
+    kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
+    peaks = {kind: _peak(kind, device, rounds) for kind in kinds}
+    flops = {kind: value for kind, value in peaks.items() if value}
+    threads = torch.get_num_threads() if is_cpu else 1
+    return Limits(name, threads, read_bandwidth(device, rounds), flops, date.today().isoformat())
+
+
+def read_bandwidth(device: torch.device = torch.device("cpu"), rounds: int = 7) -> float:
+    """Bytes/s of the fastest way there is in torch to look at every byte of half a GiB once."""
+    buffer = _buffer(device)
+    ways = [buffer.view(torch.int64).max, buffer.view(torch.float32).sum, buffer.view(torch.int32).max]
+    return _BUFFER / min(median_seconds(way, rounds, device) for way in ways)
+
+
+def _buffer(device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.ones(_BUFFER, dtype=torch.uint8, device=device)
+    pages = mmap.mmap(-1, _BUFFER)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # the limit of the memory, not of the page tables
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+
+
+def _peak(kind: str, device: torch.device, rounds: int) -> float:
+    """FLOP/s of the fastest way in torch to multiply two matrices; 0 where there is none."""
+    side = _SIDE if device.type == "cpu" else 4 * _SIDE
+    seconds = [median_seconds(product, rounds, device) for product in _products(kind, device, side)]
+    return 2 * side**3 / min(seconds) if seconds else 0.0
+
+
+def _products(kind: str, device: torch.device, side: int) -> Iterator[Callable[[], Tensor]]:
+    """Ways to multiply, those that this torch has for this device."""
+    if kind == "int8":
+        whole, other = (torch.randint(-100, 100, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+        if _works(lambda: torch._int_mm(whole, other)):
+            yield lambda: torch._int_mm(whole, other)
+        return
+    dtype: torch.dtype = getattr(torch, kind)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    yield lambda: left @ right
+    mkldnn = torch.ops.mkldnn
+    if device.type == "cpu" and _works(lambda: mkldnn._reorder_linear_weight(right, side)):
+        packed = mkldnn._reorder_linear_weight(right, side)
+        yield lambda: mkldnn._linear_pointwise(left, packed, None, "none", [], "")
+
+
+def _works(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except (AttributeError, RuntimeError):
+        return False
+    return True
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

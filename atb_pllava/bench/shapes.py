@@ -1,0 +1,83 @@
+"""Real sizes without a checkpoint: config.json and a made-up tokenizer.json in a directory of a few MB."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from atb_pllava.config import PllavaConfig, read_json
+from atb_pllava.errors import ConfigError
+from atb_pllava.tokenizer import IMAGE_TOKEN
+
+_CLIP_L_336 = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, words: int, **text: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llava", "torch_dtype": "bfloat16", "num_frames": 16, "pooling_shape": [16, 12, 12],
+        "image_token_index": 32000 if words < 64000 else 64002, "vision_config": _CLIP_L_336,
+        "text_config": {
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": words,
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **text},
+    }  # fmt: skip
+
+
+# The published models, and a decoder of 0.95 billion parameters for machines that hold no 7B.
+SHAPES = {
+    "1b": _shape(2048, 5632, 16, 16, 16, 32064),
+    "7b": _shape(4096, 11008, 32, 32, 32, 32064),
+    "13b": _shape(5120, 13824, 40, 40, 40, 32064),
+    "34b": _shape(7168, 20480, 60, 56, 8, 64064, rope_theta=5e6),
+}
+
+
+def shape_json(name: str) -> dict[str, Any]:
+    """The config.json of a shape: one of SHAPES, or a path to such a file. Raises ConfigError for anything else."""
+    if name in SHAPES:
+        return SHAPES[name]
+    if not os.path.isfile(name):
+        raise ConfigError(f"--shape {name!r} is neither one of {', '.join(SHAPES)} nor a config.json")
+    return read_json(Path(name))
+
+
+def shape_config(name: str) -> PllavaConfig:
+    return PllavaConfig.from_json(shape_json(name))
+
+
+def write_shape(directory: Path, name: str) -> Path:
+    """A directory that loads with load_format "random"."""
+    raw = shape_json(name)
+    config = PllavaConfig.from_json(raw)
+    (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    definition = json.dumps(_tokenizer(config.text.vocab_size, config.image_token_index))
+    (directory / "tokenizer.json").write_text(definition, encoding="utf-8")
+    return directory
+
+
+def _tokenizer(words: int, image_id: int) -> dict[str, Any]:
+    """One token a word, LLaMA's bytes among them, so that detokenising has its usual work to do."""
+    if not 260 <= image_id < words:
+        raise ConfigError(f"a made-up tokenizer needs 260 tokens and {IMAGE_TOKEN} behind them; it is {image_id}")
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    names += [f"\u2581word{i}" for i in range(len(names), words)]
+    names[image_id] = IMAGE_TOKEN
+    special = [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (image_id, IMAGE_TOKEN)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": text, **flags} for i, text in special],
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": {name: i for i, name in enumerate(names)}},
+    }  # fmt: skip
+
+
+def made_up_words(count: int) -> str:
+    """Text of exactly `count` tokens of that tokenizer."""
+    return " ".join(f"word{1000 + i}" for i in range(count))
