@@ -10,7 +10,7 @@ usage: bash run_pa.sh --run|--performance|--precision [OPTION...] [WEIGHTS [MEDI
                             [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
 
   --run          chat test: ask about every video and image in MEDIA and print the answers
-  --performance  speed test: a table with a row for each batch size (in MindIE only)
+  --performance  speed test of batch sizes 1 to MAX_BATCH_SIZE: a row for each in pllava_performance.csv
   --precision    precision test: write an answer about each of them to predict_result.json, {path: text}, for the judge
                  (precision/clip_score.py); goes on where it was interrupted, except in MindIE
 
@@ -18,9 +18,9 @@ Arguments, each optional from the right:
   WEIGHTS            checkpoint directory           (default: the tiny trained model in examples/tiny_pllava)
   MEDIA              a directory or one file        (default: examples/videos)
   VIDEO_FRAMES       frames taken from each video   (default: the checkpoint's, 16 for PLLaVA)
-  MAX_BATCH_SIZE     requests answered at a time    (default: 8)
+  MAX_BATCH_SIZE     requests answered at a time    (default: 8; --performance: 10)
   MAX_INPUT_LENGTH   longest prompt in tokens, video tokens included (default: what the KV cache holds)
-  MAX_OUTPUT_LENGTH  most tokens of an answer       (default: 200)
+  MAX_OUTPUT_LENGTH  most tokens of an answer       (default: 200; --performance: 256)
 
 Options:
   --trust_remote_code  accepted as MindIE's scripts do; no code from a checkpoint is ever executed
@@ -28,7 +28,7 @@ Options:
                        native: this package alone; auto (default): mindie where all it needs is there, otherwise native
   --world_size N       devices to use (default: as many as ASCEND_RT_VISIBLE_DEVICES names, or 1)
   -h, --help           this text
-  -- ...               all that follows goes to `python -m atb_pllava run` (or predict; in MindIE: mindie run, ...); see
+  -- ...               all that follows goes to `python -m atb_pllava run` (or predict, bench; in MindIE: mindie run, ...); see
                        `bash run_pa.sh --run -- --help`
 
 Environment:
@@ -36,6 +36,7 @@ Environment:
                              which is made from requirements_pllava.txt
   ASCEND_RT_VISIBLE_DEVICES  visible NPUs, used as given
   MASTER_PORT                port for communication between devices, used as given
+  ATB_LLM_BENCHMARK_ENABLE   1 with --performance: also write MindIE's benchmark.csv, to ATB_LLM_BENCHMARK_FILEPATH
 EOF
 }
 
@@ -98,6 +99,6 @@ case $engine/$mode in
 mindie/*) verb=(mindie "$mode") ;;
 native/run) verb=(run) ;;
 native/precision) verb=(predict) ;;
-native/performance) refuse "mode --performance is not part of this version without MindIE; --run and --precision are" ;;
+native/performance) verb=(bench sweep) ;;
 esac
 exec "$PYTHON" -m atb_pllava "${verb[@]}" "${options[@]}" "${extra[@]}"

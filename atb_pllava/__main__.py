@@ -19,6 +19,7 @@ VERBS = {
     "run": "answer questions about videos and images",
     "predict": "write an answer about every medium to predict_result.json, for the precision tests",
     "convert": "merge LoRA, quantise to W8A16",
+    "bench": "measure speed: a sweep over batch sizes, the machine's limits, parts",
     "mindie": "install, configure and examine the plugin for MindIE",
 }
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    if argv[:1] == ["bench"] and argv[1:] and argv[1].startswith("-") and argv[1] not in ("-h", "--help"):
+        argv = ["bench", "sweep", *argv[1:]]
     parser = argparse.ArgumentParser(prog="python -m atb_pllava", description="PLLaVA, the video language model.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, summary in VERBS.items():

@@ -1,4 +1,4 @@
-"""JSON files of results: checked before the work, written whole or not at all."""
+"""Files of results: checked before the work, written whole or not at all."""
 
 import json
 import os
@@ -17,17 +17,25 @@ def check_writable(path: str, option: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_bytes` of a text; names in it that are no Unicode become escapes, in JSON its own \\u."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a whole file or none: a reader never sees half of it, and a full disk leaves the old one.
 
     Raises ConfigError naming the file when it cannot be written.
     """
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
-    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     try:
-        # Names that are no Unicode become JSON's own \\u escapes.
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)

@@ -185,7 +185,6 @@ def test_the_script_keeps_the_users_environment(tmp_path: Path) -> None:
         (["--runn"], "unknown option --runn"),
         ([], "no mode given"),
         (["--run", *"abcdefg"], "surplus argument 'g'"),
-        (["--performance"], "not part of this version"),
         (["--run", "--engine", "cuda"], "it is auto, native or mindie"),
         (["--run", "--world_size"], "needs a number"),
     ],

@@ -67,9 +67,11 @@ ALLOWED: dict[str, set[str]] = {
     "answers": {"errors", "engine.request", "llm"},
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
+    "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "media", "model", "ops", "parallel"}
+    | {"random_weights", "tokenizer"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
-    | {"answers", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},
+    | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "transformers"}

@@ -9,8 +9,8 @@ from datetime import date
 import torch
 from torch import Tensor
 
-from atb_pllava.bench.predict import Machine
-from atb_pllava.bench.timing import median_seconds
+from atb_pllava.bench.roofline import Machine
+from atb_pllava.bench.timing import CPU, median_seconds
 
 _BUFFER = 512 * 2**20  # far beyond any cache
 _SIDE = 2048
@@ -32,13 +32,22 @@ class Limits:
 
     def rows(self) -> list[dict[str, object]]:
         """A line each, in units people read."""
-        first: dict[str, object] = {"limit": "read bandwidth", "measured": f"{self.bandwidth / 1e9:.1f} GB/s"}
-        peaks = ({"limit": f"{name} products", "measured": f"{x / 1e9:.0f} GFLOP/s"} for name, x in self.flops.items())
-        return [{**row, "threads": self.threads} for row in (first, *peaks)]
+        lines = {"read bandwidth": f"{self.bandwidth / 1e9:.1f} GB/s"}
+        lines.update({f"{name} products": f"{peak / 1e9:.0f} GFLOP/s" for name, peak in self.flops.items()})
+        return [{"limit": name, "measured": text, "threads": self.threads} for name, text in lines.items()]
 
 
-def measure(device: torch.device = torch.device("cpu"), rounds: int = 7) -> Limits:
-    """All limits, with the threads torch is set to; about 5 seconds."""
+def measure(device: torch.device = CPU, rounds: int = 5, threads: int | None = None) -> Limits:
+    """All limits, with the threads torch is set to unless others are named; a few seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return _measure(device, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(device: torch.device, rounds: int) -> Limits:
     is_cpu = device.type == "cpu"
     name = _cpu_name() if is_cpu else torch.cuda.get_device_name(device)
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
@@ -48,10 +57,11 @@ def measure(device: torch.device = torch.device("cpu"), rounds: int = 7) -> Limi
     return Limits(name, threads, read_bandwidth(device, rounds), flops, date.today().isoformat())
 
 
-def read_bandwidth(device: torch.device = torch.device("cpu"), rounds: int = 7) -> float:
+def read_bandwidth(device: torch.device = CPU, rounds: int = 7) -> float:
     """Bytes/s of the fastest way there is in torch to look at every byte of half a GiB once."""
     buffer = _buffer(device)
-    ways = [buffer.view(torch.int64).max, buffer.view(torch.float32).sum, buffer.view(torch.int32).max]
+    longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
+    ways: list[Callable[[], object]] = [lambda: longs.max(), lambda: floats.sum()]
     return _BUFFER / min(median_seconds(way, rounds, device) for way in ways)
 
 

@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 
+CPU = torch.device("cpu")
 Work = Callable[[], object]
 
 
@@ -15,7 +16,7 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(works: Sequence[Work], rounds: int, device: torch.device = torch.device("cpu")) -> list[list[float]]:
+def interleaved(works: Sequence[Work], rounds: int, device: torch.device = CPU) -> list[list[float]]:
     """Seconds of each work in each round, one after the other within a round, after a first round to warm up.
 
     Neighbours on a shared machine slow all of a round's works alike, so compare them round by round.
@@ -31,7 +32,7 @@ def interleaved(works: Sequence[Work], rounds: int, device: torch.device = torch
     return seconds
 
 
-def median_seconds(work: Work, rounds: int = 5, device: torch.device = torch.device("cpu")) -> float:
+def median_seconds(work: Work, rounds: int = 5, device: torch.device = CPU) -> float:
     return median(interleaved([work], rounds, device)[0])
 
 

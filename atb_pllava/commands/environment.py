@@ -27,3 +27,12 @@ def master_port() -> int | None:
     if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
         raise ConfigError(f"MASTER_PORT is {given!r}; it must be a port number from 1 to 65535")
     return int(given) if given else None
+
+
+def host_benchmark() -> str | None:
+    """Where MindIE's switches want its benchmark.csv; None when they are off."""
+    enabled = os.environ.get("ATB_LLM_BENCHMARK_ENABLE", "0").lower()
+    if enabled not in ("0", "1", "false", "true", ""):
+        raise ConfigError(f"ATB_LLM_BENCHMARK_ENABLE is {enabled!r}; it must be 0 or 1")
+    wanted = os.environ.get("ATB_LLM_BENCHMARK_FILEPATH") or os.path.join("benchmark_result", "benchmark.csv")
+    return wanted if enabled in ("1", "true") else None

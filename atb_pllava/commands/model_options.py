@@ -20,11 +20,13 @@ from atb_pllava.sampling import SAMPLERS
 from atb_pllava.workers import Workers
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs."""
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Which model, and where it runs; `required`: whether there must be a checkpoint."""
     parser.set_defaults(load_format="safetensors")
     group = parser.add_argument_group("model")
-    group.add_argument("--model_path", required=True, metavar="DIR", help="checkpoint directory, any published layout")
+    group.add_argument(
+        "--model_path", required=required, metavar="DIR", help="checkpoint directory, any published layout"
+    )
     group.add_argument("--weight_dir", metavar="DIR", help="directory with LoRA tensors on top of --model_path")
     group.add_argument(
         "--lora_alpha",

@@ -32,10 +32,10 @@ class Pllava(nn.Module):
     ) -> None:
         super().__init__()
         self.parallel = parallel or TensorParallel()
-        self.config, self.ops, self.dtype = config, ops, dtype
+        self.config, self.ops, self.dtype, self.int8 = config, ops, dtype, int8 or Int8Layers()
         self.vision = VisionTower(config.vision, config.vision_layers_used, ops, dtype)
         self.projector = Projector(config.vision.hidden_size, config.text.hidden_size, ops, dtype)
-        self.language = Llama(config.text, ops, dtype, self.parallel, int8 or Int8Layers())
+        self.language = Llama(config.text, ops, dtype, self.parallel, self.int8)
         self.requires_grad_(False)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:

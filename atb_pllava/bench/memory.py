@@ -1,0 +1,32 @@
+"""Peak memory of this process, counted from a moment on."""
+
+import resource
+import sys
+
+import torch
+
+_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count from now on; where the system cannot (no Linux, no permission) the peak stays that of the whole run."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes in use since `reset_peak`: of the device, or of this process where that is the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT

@@ -1,0 +1,340 @@
+"""The benchmarks: what they count, what they write, how they end. No time is judged."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import raw_config, write_checkpoint
+from PIL import Image
+from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
+
+from atb_pllava.__main__ import main
+from atb_pllava.bench import machine
+from atb_pllava.bench.costs import Cost, Costs
+from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS
+from atb_pllava.bench.machine import Limits
+from atb_pllava.bench.plot import COLORS, nice_scale, plot_sweep
+from atb_pllava.bench.roofline import Machine, largest_batch, predict
+from atb_pllava.bench.shapes import SHAPES, shape_config
+from atb_pllava.bench.sweep import COLUMNS
+from atb_pllava.bench.tables import markdown
+from atb_pllava.bench.timing import percentile
+from atb_pllava.config import PllavaConfig
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops import get_backend
+from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
+from atb_pllava.parallel import TensorParallel
+
+SMALL = PllavaConfig.from_json(raw_config())
+
+
+# What is counted
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("7b", 7.13e9 - 0.08e9), ("13b", 13.46e9 - 0.11e9), ("34b", 34.93e9 - 0.2e9)]
+)
+def test_weights_of_published_models(shape: str, parameters: float) -> None:
+    # Published counts, less LoRA and the CLIP layer nobody reads, to half a percent.
+    assert Costs(shape_config(shape)).weight_bytes / 2 == pytest.approx(parameters, rel=0.005)
+
+
+def test_weights_are_the_bytes_of_the_file(checkpoint: Path) -> None:
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert Costs(SMALL, element=4).weight_bytes == stored
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_ranks_add_up_to_the_model(int8: bool) -> None:
+    from atb_pllava.quant import Int8Layers
+    from atb_pllava.random_weights import random_int8
+
+    layers = random_int8(SMALL) if int8 else Int8Layers()
+    for rank in range(2):
+        parallel = TensorParallel(rank, 2)
+        with torch.device("meta"):
+            model = Pllava(SMALL, get_backend("cpu"), torch.bfloat16, parallel, layers)
+        held = sum(part.tensor.nbytes for part in model.checkpoint_parts().values())
+        assert Costs(SMALL, 2, int8, parallel).weight_bytes == held
+
+
+def test_decode_of_7b_by_hand() -> None:
+    costs = Costs(shape_config("7b"))
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064
+    cost = costs.decode([2304, 2304])
+    assert costs.kv_bytes_per_token == 512 * 1024
+    assert cost.flops == 2 * 2 * linear + 2 * 4 * 32 * 4096 * 2304
+    assert cost.bytes == 2 * (linear + 65 * 4096) + (2 * 2304 + 2) * 512 * 1024
+    assert (cost.sent, cost.messages) == (0, 0)
+
+
+def test_communication_of_7b_by_hand() -> None:
+    cost = Costs(shape_config("7b"), parallel=TensorParallel(0, 4)).decode([100, 200])
+    # A ring: each of 65 sums goes round twice but for one hop; then the float32 logits once.
+    assert cost.sent == 65 * 2 * 3 / 4 * 2 * 4096 * 2 + 3 / 4 * 2 * 32064 * 4
+    assert cost.messages == 66
+
+
+def test_int8_weights_by_hand() -> None:
+    costs, floats = Costs(shape_config("7b"), int8=True), Costs(shape_config("7b"))
+    rows = 3 * 4096 + 4096 + 2 * 11008 + 4096
+    fewer = 32 * (4 * 4096**2 + 3 * 4096 * 11008) - 32 * rows * 2 * 2
+    assert floats.decoder_weight_bytes - costs.decoder_weight_bytes == fewer
+    assert costs.decode([5]).flops == floats.decode([5]).flops
+
+
+def counted_flops(model: Pllava, run: Any) -> int:
+    """FLOPs by torch's own counter."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        run(model)
+    return int(counter.get_total_flops())
+
+
+def meta_model() -> Pllava:
+    with torch.device("meta"):
+        return Pllava(SMALL, get_backend("cpu"), torch.float32)
+
+
+def test_vision_flops_are_those_torch_counts() -> None:
+    counted = counted_flops(meta_model(), lambda model: model.encode_frames(torch.empty(3, 3, 56, 56, device="meta")))
+    assert counted == Costs(SMALL).vision(3).flops
+
+
+def test_prefill_flops_are_those_torch_counts() -> None:
+    lengths = [7, 12]
+    nothing = SequenceBatch((0,), (), torch.empty(0, 0, dtype=torch.int64))
+    prompts = SequenceBatch((0, 7, 19), (7, 12), torch.zeros(2, 1, dtype=torch.int64))
+    ids = torch.arange(19)
+    batch = ForwardBatch(ids, ids, ids, nothing, prompts, torch.tensor([6, 18]))
+
+    def run(model: Pllava) -> None:
+        cache = model.ops.new_kv_cache(2, 1, 128, 2, 16, torch.float32)
+        model.to_empty(device="cpu")(batch, cache)
+
+    # The counter knows no attention on a CPU, and where it does, it counts the masked half too.
+    causal, full = (
+        sum(4 * 2 * 64 * pairs(n) for n in lengths) for pairs in (lambda n: n * (n + 1) / 2, lambda n: n * n)
+    )
+    products = Costs(SMALL).prefill(lengths).flops - causal
+    assert counted_flops(meta_model(), run) in (products, products + full)
+
+
+# Bounds
+
+
+def test_roofline_by_hand() -> None:
+    machine = Machine("m", bandwidth=10.0, flops=100.0, memory=1000.0, link=5.0, hop=0.25)
+    assert machine.seconds(Cost(flops=1000, bytes=20)) == 10  # arithmetic
+    assert machine.seconds(Cost(flops=100, bytes=20)) == 2  # memory
+    # 15 bytes over the link, and one collective over 3 ranks: twice 2 hops.
+    assert machine.seconds(Cost(flops=100, bytes=20, sent=15, messages=1), size=3) == 2 + 3 + 1
+
+
+def test_prediction_of_7b_is_the_known_one() -> None:
+    # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s; W8A16 reads half the weights: 197.
+    machine = Machine("910B", 1.6e12, 313e12, 64e9)
+    for int8, speed in ((False, 109), (True, 197)):
+        found = predict(Costs(shape_config("7b"), int8=int8), machine, 1, 2364)
+        assert found.tokens_per_second == pytest.approx(speed, rel=0.03)
+    assert largest_batch(Costs(shape_config("34b")), machine, 2364) == 0
+    assert largest_batch(Costs(shape_config("7b")), machine, 2364) == int(
+        (0.9 * 64e9 - Costs(shape_config("7b")).weight_bytes) // (2364 * 2**19)
+    )
+
+
+def test_percentiles_are_values_that_were_seen() -> None:
+    values = [float(n) for n in range(1, 101)]
+    assert [percentile(values, p) for p in (50, 90, 99)] == [50, 90, 99]
+    assert percentile([3.0], 99) == percentile([3.0], 50) == 3.0
+    assert percentile([2.0, 1.0], 99) == 2.0
+
+
+def test_limits_of_this_machine() -> None:
+    found = machine.measure(rounds=1, threads=1)
+    assert {"float32", "bfloat16"} <= set(found.flops) and found.threads == 1
+    assert 1e8 < found.bandwidth < 1e13 and all(1e8 < peak < 1e15 for peak in found.flops.values())
+    assert markdown(found.rows()).count("\n") == 2 + len(found.flops)
+
+
+# The sweep
+
+
+@pytest.fixture
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits("test machine", 1, 1e9, {"float32": 1e9, "bfloat16": 2e9}, "2026-01-01")
+    monkeypatch.setattr("atb_pllava.commands.bench_sweep.measure", lambda *_: limits)
+
+
+def bench(*arguments: object) -> int:
+    try:
+        return main(["bench", *map(str, arguments)])
+    except SystemExit as stop:  # argparse
+        return int(stop.code or 0)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.usefixtures("quick_limits")
+def test_sweep_writes_what_was_asked_for(checkpoint, media, tmp_path, monkeypatch, capsys) -> None:
+    host = tmp_path / "made" / "benchmark.csv"
+    monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
+    monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", str(host))
+    table, llava, plot = tmp_path / "t.csv", tmp_path / "llava.csv", tmp_path / "p.png"
+    status = bench(
+        "--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--max_batch_size", 3,
+        "--max_output_length", 24, "--csv", table, "--host_csv", llava, "--plot", plot, "--block_size", 16)  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0 and out.count("\n") == 2 + 3
+    rows = rows_of(table)
+    assert tuple(rows[0]) == COLUMNS and [row["batch"] for row in rows] == ["1", "2", "3"]
+    costs = Costs(SMALL, element=4)
+    for batch, row in enumerate(rows, start=1):
+        prompt = int(row["prompt_tokens"])
+        assert (row["status"], row["frames"], row["visual_tokens"], row["output_tokens"]) == ("ok", "4", "8", "24")
+        assert (row["weight_dtype"], row["world_size"]) == ("float32", "1")
+        assert int(row["kv_blocks_used"]) == batch * -(-(prompt + 23) // 16)
+        assert float(row["prefill_GFLOP"]) == pytest.approx(costs.prefill([prompt]).flops / 1e9, abs=1e-3)
+        assert float(row["vision_GFLOP"]) == pytest.approx(costs.vision(4).flops / 1e9, abs=1e-3)
+        few, many = (costs.decode([prompt + n] * batch).bytes / 1e6 for n in (0, 24))
+        assert few - 1e-3 <= float(row["decode_step_MB"]) <= many + 1e-3
+        assert float(row["tpot_p50_ms"]) <= float(row["tpot_p90_ms"]) <= float(row["tpot_p99_ms"])
+        assert 0 < float(row["vision_encode_ms"]) + float(row["prefill_ms"]) < float(row["ttft_ms"]) * batch
+    check_host_tables(rows, rows_of(host), rows_of(llava))
+    with Image.open(plot) as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(2**20)}
+    assert set(COLORS) <= colors
+
+
+def check_host_tables(rows: list[dict[str, str]], host: list[dict[str, str]], llava: list[dict[str, str]]) -> None:
+    assert tuple(host[0]) == BENCHMARK_COLUMNS and tuple(llava[0]) == LLAVA_COLUMNS
+    for row, own, other in zip(rows, host, llava, strict=True):
+        assert own["batch_size"] == other["batch"] == row["batch"]
+        assert own["input_seq_len"] == other["embedding_len"] == row["prompt_tokens"]
+        assert own["output_seq_len"] == other["output_len"] == row["output_tokens"]
+        assert int(other["input_len"]) == int(row["prompt_tokens"]) - int(row["visual_tokens"])
+        assert other["first_token_time(ms)"] == row["ttft_ms"]
+        prefills, decodes = (
+            [float(s) for s in own[f"{name}_token_times"].split(",")] for name in ("prefill", "decode")
+        )
+        assert len(prefills) == int(own["prefill_count"])
+        assert float(own["e2e_time(ms)"]) == pytest.approx(1e3 * (sum(prefills) + sum(decodes)), abs=3)
+        assert float(own["prefill_average_time(ms)"]) == pytest.approx(1e3 * sum(prefills) / len(prefills), abs=0.2)
+        assert float(own["e2e_time(ms)"]) < float(other["ResponseTime(ms)"])
+        speed = 24 * int(row["batch"]) / float(other["ResponseTime(ms)"]) * 1e3
+        assert float(other["E2E Throughput Average(Tokens/s)"]) == pytest.approx(speed, rel=1e-3)
+
+
+@pytest.mark.usefixtures("quick_limits")
+def test_a_batch_that_does_not_fit_ends_the_sweep(checkpoint, media, tmp_path) -> None:
+    table, per_token = tmp_path / "t.csv", Costs(SMALL, element=4).kv_bytes_per_token
+    status = bench(
+        "sweep", "--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--quiet",
+        "--batches", "1,3,4", "--max_output_length", 4, "--csv", table, "--kv_cache_bytes", 2 * 128 * per_token,
+    )  # fmt: skip
+    assert status == 0
+    rows = rows_of(table)
+    assert [row["batch"] for row in rows] == ["1", "3"] and rows[0]["status"] == "ok"
+    assert rows[1]["status"] == "does not fit: 3 KV blocks are needed, 2 are there" and not rows[1]["ttft_ms"]
+
+
+@pytest.mark.usefixtures("quick_limits")
+def test_running_out_of_memory_ends_the_sweep(checkpoint, media, tmp_path, monkeypatch) -> None:
+    from atb_pllava.bench import sweep
+
+    real = sweep.run_round
+
+    def limited(llm: Any, requests: Any, params: Any) -> Any:
+        if len(requests) > 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return real(llm, requests, params)
+
+    monkeypatch.setattr(sweep, "run_round", limited)
+    options = ("--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--quiet")
+    assert bench(*options, "--batches", "1,2,3", "--max_output_length", 2, "--csv", tmp_path / "t.csv") == 0
+    assert [row["status"] for row in rows_of(tmp_path / "t.csv")][1:] == ["does not fit: out of memory"]
+
+
+@pytest.mark.usefixtures("quick_limits")
+def test_two_ranks_with_random_weights(tmp_path) -> None:
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps({**raw_config(vocab_size=2000), "image_token_index": 1999}))
+    status = bench(
+        "--shape", shape, "--w8a16", "--dtype", "bfloat16", "--backend", "cpu", "--quiet", "--world_size", 2,
+        "--batches", 2, "--max_output_length", 12, "--csv", tmp_path / "t.csv")  # fmt: skip
+    (row,) = rows_of(tmp_path / "t.csv")
+    assert status == 0 and (row["status"], row["weight_dtype"], row["world_size"]) == ("ok", "int8 (bfloat16)", "2")
+    sent = (2 * 2 + 1) * 2 * 64 * 4 + 2 * 2000 * 4 / 2  # all-reduces in float32, and half of the logits
+    assert float(row["decode_step_sent_MB"]) == pytest.approx(sent / 1e6, abs=1e-3)
+
+
+REFUSED = [
+    ([], "one model"),
+    (["--shape", "7b", "--model_path", "DIR"], "one model"),
+    (["--model_path", "DIR"], "needs --media"),
+    (["--model_path", "DIR", "--media", "DIR", "--w8a16"], "goes with --shape"),
+    (["--shape", "8b"], "neither one of 1b, 7b, 13b, 34b"),
+    (["--shape", "1b", "--media", "DIR"], "--media goes with --model_path"),
+    (["--shape", "1b", "--batches", "2,1"], "each larger than the one before"),
+    (["--shape", "1b", "--max_batch_size", "0"], "whole numbers from 1"),
+    (["--shape", "1b", "--max_output_length", "0"], "at least 1 token"),
+    (["--shape", "1b", "--csv", "/nowhere/t.csv"], "--csv '/nowhere/t.csv' cannot be written"),
+    (["limits", "--threads", "0"], "from 1 to 4096"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_refusals(arguments: list[str], message: str, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert bench(*("sweep", *arguments)[arguments[:1] == ["limits"] :]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_shape_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("atb_pllava.loading.free_memory", lambda _: 10**9)
+    assert bench("--shape", "1b", "--dtype", "bfloat16", "--backend", "cpu", "--csv", tmp_path / "t.csv") == 2
+    assert "random weights of this shape take 2.5 GB and 1.0 GB" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sweep_rows() -> Iterator[dict[str, Any]]:
+    return ({**dict.fromkeys(COLUMNS, float(n)), "batch": n, "status": "ok"} for n in (1, 2, 4))
+
+
+def test_plot_leaves_out_what_did_not_fit(sweep_rows, tmp_path) -> None:
+    rows = [*sweep_rows, {**dict.fromkeys(COLUMNS, ""), "batch": 5, "status": "does not fit"}]
+    plot_sweep(tmp_path / "a.png", rows, "title")
+    plot_sweep(tmp_path / "b.png", rows[:3], "title")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    plot_sweep(tmp_path / "c.png", rows[3:], "nothing fits")
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (1200, 480)
+
+
+@pytest.mark.parametrize(("highest", "step", "top"), [(6, 1, 6), (6.1, 2, 8), (0.04, 0.01, 0.04), (999, 200, 1000)])
+def test_scales(highest: float, step: float, top: float) -> None:
+    assert nice_scale(highest) == pytest.approx((step, top))
+
+
+def test_shapes_are_the_published_sizes() -> None:
+    sizes = {name: shape_config(name).text for name in SHAPES}
+    assert [t.num_key_value_heads for t in sizes.values()] == [16, 32, 40, 8]
+    assert {shape_config(name).num_video_tokens for name in SHAPES} == {2304}
+
+
+def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
+    directory = write_checkpoint(tmp_path / "m", raw_config())
+    (directory / "model.safetensors").unlink()
+    from atb_pllava import LLM, SamplingParams
+
+    with LLM(directory, load_format="random", dtype="float32", backend="cpu") as llm:
+        assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
