@@ -200,7 +200,7 @@ def test_the_script_says_which_engine_runs(checkpoint: Path, tmp_path: Path) -> 
     fake.write_text('#!/bin/sh\n[ "$1" = - ] && exit 0\necho "ARGS $*"\n')
     fake.chmod(0o755)
     arguments = "--model_path=W --media=M --world_size=1"
-    for mode, native in (("run", "run"), ("precision", "predict")):
+    for mode, native in (("run", "run"), ("precision", "predict"), ("performance", "bench sweep")):
         done = script(f"--{mode}", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
         assert done.stdout == f"ARGS -m atb_pllava {native} {arguments}\n" and "engine: native (no NPU" in done.stderr
         done = script(f"--{mode}", "--engine", "native", "W", "M", ATB_PLLAVA_PYTHON=str(fake))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from atb_pllava.__main__ import VERBS, main
+from atb_pllava.commands.bench import KINDS
 from atb_pllava.commands.mindie import ACTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,8 @@ def test_every_module_is_named() -> None:
 
 def test_options_exist(capsys) -> None:
     texts = []
-    for verb in [*([verb] for verb in VERBS), *(["mindie", action] for action in ACTIONS)]:
+    for verb in [*([verb] for verb in VERBS), *(["mindie", action] for action in ACTIONS),
+                 *(["bench", kind] for kind in KINDS)]:  # fmt: skip
         try:
             main([*verb, "--help"])
         except SystemExit:
