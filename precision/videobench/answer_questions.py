@@ -1,0 +1,157 @@
+"""Ask a model the questions of Video-Bench's sets: the Python side of run_pa_videobench.sh and its GPU twin.
+
+    python precision/videobench/answer_questions.py --model_path examples/tiny_pllava --dataset_name sampling_data \\
+        --Eval_QA_root egs/Video-Bench --Eval_Video_root egs/VideoBench --chat_conversation_output_folder Chat_results
+
+writes <set>_eval.json for each set: {id: {"video_id", "question", "output_sequence": [text], "time", "dataset"}}, time
+in seconds. A question that fails keeps its row, with an "error" and an empty text. Every answer is in
+<set>_eval.log.jsonl as soon as it is there: after a kill the same command goes on, and failed questions are asked
+again. <set>_eval.json.manifest.json says what the answers were made with; results of other settings are never
+overwritten.
+"""
+
+import argparse
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
+
+from atb_pllava.answers import AnswerLog, Row, answer_all, settings_digest
+from atb_pllava.commands.environment import started_by_torchrun
+from atb_pllava.commands.model_options import (
+    add_engine_options,
+    add_model_options,
+    add_prompt_options,
+    add_sampling_options,
+    load_model,
+    model_options,
+    sampling_params,
+)
+from atb_pllava.engine.request import RequestOutput, SamplingParams
+from atb_pllava.errors import ConfigError, VideoError
+from atb_pllava.json_file import write_json
+from atb_pllava.llm import LLM
+from atb_pllava.manifest import settings_of, write_manifest
+from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.workers import Workers, serve_rank
+from precision.videobench.command import run_command
+from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
+from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
+
+
+def answer_sets(arguments: argparse.Namespace) -> int:
+    """Ask the questions of every set named; the exit status, 2 when some failed."""
+    workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
+    if workers is not None and workers.parallel.rank > 0:
+        return serve_rank(workers, model_options(arguments))
+    names = arguments.dataset_name or find_sets(arguments.Eval_QA_root)
+    sets = {name: read_questions(arguments.Eval_QA_root, name) for name in names}
+    folder = arguments.chat_conversation_output_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}") from None
+    if arguments.answer_request is not None and arguments.prompt_format != "videobench":
+        raise ConfigError(f"--answer_request is part of --prompt_format videobench, not of {arguments.prompt_format}")
+    if arguments.conversation is None:
+        arguments.conversation = usual_conversation(arguments)
+    params = replace(sampling_params(arguments), stop=FORMATS[arguments.prompt_format].stop)
+    failed = 0
+    with load_model(arguments, workers) as llm:
+        for name, questions in sets.items():
+            failed += answer_set(llm, name, questions, params, arguments)
+    return 2 if failed else 0
+
+
+def usual_conversation(arguments: argparse.Namespace) -> str | None:
+    """The conversation of the prompt format that fits the checkpoint's vocabulary."""
+    chosen = FORMATS[arguments.prompt_format]
+    index = model_options(arguments).config().image_token_index
+    is_chatml = Tokenizer.from_dir(arguments.model_path, index).is_chatml
+    return chosen.chatml_conversation if is_chatml else chosen.conversation
+
+
+def answer_set(
+    llm: LLM, name: str, questions: list[Question], params: SamplingParams, arguments: argparse.Namespace
+) -> int:
+    """Ask one set's questions and write its three files; how many questions failed."""
+    target = arguments.chat_conversation_output_folder / f"{name}_eval.json"
+    prefix = FORMATS[arguments.prompt_format].answer_prefix
+    asked = {question.name: question for question in questions}
+    texts = {q.name: question_text(q, arguments.prompt_format, arguments.answer_request) for q in questions}
+    settings = {
+        **settings_of(llm, params),
+        "prompt_format": arguments.prompt_format,
+        "answer_request": arguments.answer_request,
+        "questions": hashlib.sha256(questions_file(arguments.Eval_QA_root, name).read_bytes()).hexdigest(),
+    }
+    check_replaceable(target, settings_digest(settings))
+
+    def request_of(key: str) -> dict[str, Any]:
+        video = arguments.Eval_Video_root / asked[key].vid_path
+        if not video.is_file():
+            raise VideoError(f"there is no video {video}: --Eval_Video_root is the folder that holds Eval_video")
+        return {"question": texts[key], "answer_prefix": prefix, "video": str(video)}
+
+    with AnswerLog(target.with_suffix(".log.jsonl"), settings) as log:
+        rows = answer_all(llm, list(asked), request_of, params, log, _kept, name)
+    write_manifest(target, llm, params, set=name, questions=len(rows), settings=settings_digest(settings),
+                   prompt_format=arguments.prompt_format, answer_request=arguments.answer_request)  # fmt: skip
+    write_json(target, {key: _result(asked[key], texts[key], row) for key, row in rows.items()})
+    failed = sum("error" in row for row in rows.values())
+    print(f"{name}: {len(rows) - failed} answered, {failed} failed: {target}", flush=True)
+    return failed
+
+
+def check_replaceable(target: Path, settings: str) -> None:
+    """Raise ConfigError when `target` holds results of other settings, which the run would overwrite."""
+    manifest = target.with_name(f"{target.name}.manifest.json")
+    if target.exists() and (not manifest.exists() or read_json(manifest).get("settings") != settings):
+        raise ConfigError(
+            f"{target} holds answers to other questions or of another model, dtype, world size or option"
+            f"{f' (see {manifest})' if manifest.exists() else ''}; name another --chat_conversation_output_folder"
+        )
+
+
+def _kept(_: str, answer: RequestOutput) -> Row:
+    return {"text": answer.text, "token_ids": answer.token_ids, "time": answer.metrics.latency}
+
+
+def _result(question: Question, text: str, row: Row) -> dict[str, Any]:
+    """A question's row in the form of Video-Bench's tools."""
+    answered = {"video_id": question.item.get("video_id"), "question": text}
+    if "error" in row:
+        return {**answered, "output_sequence": [""], "dataset": question.dataset, "error": row["error"]}
+    return {**answered, "output_sequence": [row["text"]], "time": row["time"], "dataset": question.dataset}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of MindIE's scripts, and those of `python -m atb_pllava run` for the model."""
+    parser = argparse.ArgumentParser(description="Answer the questions of Video-Bench.", allow_abbrev=False)
+    group = parser.add_argument_group("Video-Bench")
+    group.add_argument("--Eval_QA_root", type=Path, required=True, help="folder that holds Eval_QA with the questions")
+    group.add_argument("--Eval_Video_root", type=Path, required=True, help="folder that holds Eval_video")
+    group.add_argument(
+        "--dataset_name", action="append", metavar="SET", help="sampling_data or a set; repeatable (default: every set)"
+    )
+    group.add_argument(
+        "--chat_conversation_output_folder", type=Path, default=Path("Chat_results"), metavar="DIR",
+        help="where <set>_eval.json goes (default Chat_results)")  # fmt: skip
+    group.add_argument(
+        "--prompt_format", choices=tuple(FORMATS), default="mvbench",
+        help="mvbench (default): as PLLaVA's own evaluation; videobench: as Video-Bench's tools")  # fmt: skip
+    group.add_argument(
+        "--answer_request", metavar="TEXT",
+        help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})")  # fmt: skip
+    add_model_options(parser)
+    add_prompt_options(parser)
+    add_engine_options(parser)
+    add_sampling_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(parser(), answer_sets))

@@ -1,0 +1,227 @@
+"""Compare both sides' answers to Video-Bench questions with the right ones, and with each other.
+
+    python precision/videobench/precision_test.py --eval_npu_path NPU/sampling_data_eval.json \\
+        --eval_gpu_path GPU/sampling_data_eval.json --sampling_answer_path egs/Video-Bench/Eval_QA/sampling_answer.json
+
+prints both accuracies as MindIE's llava_video_precision_test.py does, then a table of the sets. Every question that a
+side was asked counts: a reply that names no option, an error, or no reply at all is not right, and each is counted.
+With --legacy the accuracies are that script's own, which drops such questions and knows no option F.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
+
+import numpy as np
+
+from atb_pllava.errors import ConfigError
+from atb_pllava.json_file import write_json
+from precision.videobench.command import run_command
+from precision.videobench.dataset import read_answers, read_json, some_of
+from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
+
+Key = tuple[str, str]  # set and id
+Answers = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one side said to one question."""
+
+    text: str
+    failed: bool
+
+    @property
+    def letter(self) -> str | None:
+        """The option it names, if it names one."""
+        return None if self.failed else read_letter(self.text)
+
+
+Sides = Mapping[str, Mapping[Key, Reply]]
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """A <set>_eval.json as it stands. Raises ConfigError for a file of another form."""
+    rows = read_json(path)
+    for name, row in rows.items():
+        said = row.get("output_sequence") if isinstance(row, dict) else None
+        if not (isinstance(said, str) or isinstance(said, list) and said and isinstance(said[0], str)):
+            raise ConfigError(f"{path}: {name!r} has no output_sequence with a text; this is no <set>_eval.json")
+    return rows
+
+
+def read_replies(path: Path, answers: Answers) -> dict[Key, Reply]:
+    """One side's replies by set and id."""
+    replies = {}
+    for name, row in read_results(path).items():
+        said = row["output_sequence"]
+        reply = Reply(said if isinstance(said, str) else said[0], "error" in row)
+        replies[row.get("dataset") or _set_of(name, path, answers), name] = reply
+    return replies
+
+
+def _set_of(name: str, path: Path, answers: Answers) -> str:
+    """The set of a question whose row does not say it: the file's, or the only one that has the id."""
+    of_file = path.name.removesuffix("_eval.json")
+    having = [dataset for dataset, items in answers.items() if name in items]
+    if of_file in answers or len(having) == 1:
+        return of_file if of_file in answers else having[0]
+    raise ConfigError(
+        f"{path}: question {name!r} has no dataset, and {len(having)} sets of the answers have its id; "
+        "call the file <set>_eval.json"
+    )
+
+
+def right_letters(answers: Answers, asked: set[Key]) -> tuple[dict[Key, str], list[str]]:
+    """The right option of each question asked, and what is wrong with the questions that have none."""
+    letters, strange = {}, []
+    for dataset, name in sorted(asked):
+        text = answers.get(dataset, {}).get(name)
+        letter = None if text is None else read_letter(text)
+        if letter:
+            letters[dataset, name] = letter
+        else:
+            strange.append(f"{dataset}/{name} has " + ("no right answer" if text is None else f"the answer {text!r}"))
+    return letters, strange
+
+
+def score(keys: Sequence[Key], right: Mapping[Key, str], sides: Sides) -> dict[str, Any]:
+    """Counts and shares for these questions."""
+    letters = {side: [replies[k].letter if k in replies else None for k in keys] for side, replies in sides.items()}
+    row: dict[str, Any] = {"questions": len(keys)}
+    for side, replies in sides.items():
+        hits = sum(letter == right[key] for letter, key in zip(letters[side], keys, strict=True))
+        there = [replies[key] for key in keys if key in replies]
+        row[side] = {
+            "right": hits,
+            "accuracy": hits / len(keys),
+            "interval": wilson_interval(hits, len(keys)),
+            "unreadable": sum(not reply.failed and reply.letter is None for reply in there),
+            "failed": sum(reply.failed for reply in there),
+            "not_asked": len(keys) - len(there),
+        }
+    row["agreement"] = sum(a is not None and a == b for a, b in zip(*letters.values(), strict=True)) / len(keys)
+    return row
+
+
+def compare(answers: Answers, sides: Sides, seed: int) -> dict[str, Any]:
+    """Everything that is printed and written. `sides` is {"gpu": ..., "npu": ...}."""
+    asked = set(sides["gpu"]) | set(sides["npu"])
+    right, strange = right_letters(answers, asked)
+    keys = [(dataset, name) for dataset, items in answers.items() for name in items if (dataset, name) in right]
+    if not keys:
+        raise ConfigError(f"no question of the results has a right answer: {some_of(strange) or 'they are empty'}")
+    datasets = list(dict.fromkeys(dataset for dataset, _ in keys))
+    hits = {
+        side: np.array([key in replies and replies[key].letter == right[key] for key in keys])
+        for side, replies in sides.items()
+    }
+    return {
+        "all": score(keys, right, sides),
+        "sets": {name: score([key for key in keys if key[0] == name], right, sides) for name in datasets},
+        "npu_minus_gpu": {**asdict(paired_difference(hits["npu"], hits["gpu"], seed)), "seed": seed},
+        "without_right_answer": strange,
+        "asked_on_no_side": sum((name, key) not in asked for name in datasets for key in answers[name]),
+        "differing": [_difference(key, right[key], sides) for key in keys if _differs(key, sides)],
+    }
+
+
+def _differs(key: Key, sides: Sides) -> bool:
+    return len({replies[key].letter if key in replies else None for replies in sides.values()}) > 1
+
+
+def _difference(key: Key, right: str, sides: Sides) -> dict[str, Any]:
+    said = {side: replies[key].text if key in replies else None for side, replies in sides.items()}
+    return {"dataset": key[0], "id": key[1], "right": right, **said}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The sets and all of them together, in Markdown."""
+    lines = [
+        "| set | questions | gpu | npu | same option | unreadable gpu / npu | failed | not asked |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in [*report["sets"].items(), ("all", report["all"])]:
+        gpu, npu = row["gpu"], row["npu"]
+        counts = " | ".join(f"{gpu[count]} / {npu[count]}" for count in ("unreadable", "failed", "not_asked"))
+        shares = f"{_share(gpu)} | {_share(npu)} | {100 * row['agreement']:.1f} %"
+        lines.append(f"| {name} | {row['questions']} | {shares} | {counts} |")
+    return "\n".join(lines)
+
+
+def _share(side: Mapping[str, Any]) -> str:
+    low, high = side["interval"]
+    return f"{100 * side['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def paired_line(paired: Mapping[str, Any]) -> str:
+    """The difference of the sides in words."""
+    return (
+        f"npu - gpu: {100 * paired['difference']:+.2f} points (95 % {100 * paired['low']:+.2f} to "
+        f"{100 * paired['high']:+.2f}); right on the npu alone {paired['only_first']}, on the gpu alone "
+        f"{paired['only_second']}, exact McNemar p {paired['p_value']:.3g}"
+    )
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """Print the comparison, and write it where --output_json says; the exit status."""
+    answers = read_answers(arguments.sampling_answer_path)
+    report = (legacy_report if arguments.legacy else full_report)(arguments, answers)
+    if arguments.output_json is not None:
+        write_json(arguments.output_json, report)
+    return 0
+
+
+def full_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+    """Print and return our comparison."""
+    sides = {"gpu": arguments.eval_gpu_path, "npu": arguments.eval_npu_path}
+    report = compare(answers, {side: read_replies(path, answers) for side, path in sides.items()}, arguments.seed or 0)
+    for side in sides:
+        print(f"{side} {report['all'][side]['accuracy']:.4f}")
+    print(f"\n{table(report)}\n\n{paired_line(report['npu_minus_gpu'])}")
+    strange = report["without_right_answer"]
+    if strange:
+        print(f"{len(strange)} questions do not count: {some_of(strange)}")
+    if report["asked_on_no_side"]:
+        print(f"{report['asked_on_no_side']} questions of these sets were asked on no side and do not count")
+    return report
+
+
+def legacy_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+    """Print and return the original's two numbers."""
+    if arguments.seed is not None:
+        raise ConfigError("--seed is of no use with --legacy, which has no intervals")
+    # The original takes the first item of output_sequence, whether that is a list or a text.
+    npu, gpu = (
+        {name: row["output_sequence"][0] if row["output_sequence"] else "" for name, row in read_results(path).items()}
+        for path in (arguments.eval_npu_path, arguments.eval_gpu_path)
+    )
+    npu_accuracy, gpu_accuracy, counted = accuracy_as_original(npu, gpu, answers)
+    if not counted:
+        raise ConfigError("no question has a reply on both sides that the original reads; it divides by zero here")
+    print(f"gpu {gpu_accuracy:.4f}\nnpu {npu_accuracy:.4f}")
+    return {"legacy": True, "gpu": gpu_accuracy, "npu": npu_accuracy, "questions": counted}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of MindIE's script, and ours."""
+    parser = argparse.ArgumentParser(description="Accuracy and agreement on Video-Bench.", allow_abbrev=False)
+    for name, text in (
+        ("eval_npu_path", "<set>_eval.json of run_pa_videobench.sh"),
+        ("eval_gpu_path", "<set>_eval.json of run_pa_videobench_gpu.sh"),
+        ("sampling_answer_path", "sampling_answer.json, or ANSWER.json for a whole set"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=text)
+    parser.add_argument("--legacy", action="store_true", help="score exactly as MindIE's script")
+    parser.add_argument("--seed", type=int, help="of the interval of the difference (default 0)")
+    parser.add_argument("--output_json", type=Path, metavar="FILE", help="also write everything here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(parser(), test))
