@@ -16,7 +16,7 @@ _ALONE = re.compile(rf"\W*([{LETTERS}])\W*", re.IGNORECASE)
 _FIRST = re.compile(rf"""[\s("'*\[]*([{LETTERS}]){_CLOSED}""")
 _NAMED = re.compile(
     r"\b(?:(?i:answer|option|choice)(?:\s+(?:is|would be))?|is)\s*:?\s*(?i:option\s+)?"
-    rf"""[("'*\[]*([{LETTERS}]){_CLOSED}"""
+    rf"""[("'*\[]*([{LETTERS}])(?:{_CLOSED}|(?=\s+or\b))"""
 )
 _LISTED = re.compile(rf"(?<![\w.])\(?([{LETTERS}])[.):](?!\w[.)])")
 
