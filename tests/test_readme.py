@@ -48,7 +48,8 @@ def test_options_exist(capsys) -> None:
             main([*verb, "--help"])
         except SystemExit:
             texts.append(capsys.readouterr().out)
-    texts += [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.py"))]
+    scripts = (*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.py"), *(ROOT / "precision").rglob("*.py"))
+    texts += [path.read_text(encoding="utf-8") for path in scripts]
     torchrun = {"--nproc_per_node"}
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", README)) - torchrun:
         assert any(option in text for text in texts), f"{option} is no option of anything"

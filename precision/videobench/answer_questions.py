@@ -97,7 +97,7 @@ def answer_set(
         return {"question": texts[key], "answer_prefix": prefix, "video": str(video)}
 
     with AnswerLog(target.with_suffix(".log.jsonl"), settings) as log:
-        rows = answer_all(llm, list(asked), request_of, params, log, _kept, name)
+        rows = answer_all(llm, list(asked), request_of, params, log, _kept, name, arguments.quiet)
     write_manifest(target, llm, params, set=name, questions=len(rows), settings=settings_digest(settings),
                    prompt_format=arguments.prompt_format, answer_request=arguments.answer_request)  # fmt: skip
     write_json(target, {key: _result(asked[key], texts[key], row) for key, row in rows.items()})
@@ -146,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--answer_request", metavar="TEXT",
         help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})")  # fmt: skip
+    group.add_argument("--quiet", action="store_true", help="only results, warnings and errors")
     add_model_options(parser)
     add_prompt_options(parser)
     add_engine_options(parser)
