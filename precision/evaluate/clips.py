@@ -1,0 +1,96 @@
+"""The frames of a question's video: files between two times, and folders of numbered JPEGs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atb_pllava.errors import VideoError
+from atb_pllava.inputs import VideoReader
+from atb_pllava.limits import MediaLimits, check_clip_bytes
+from atb_pllava.media import read_image, read_media
+from atb_pllava.sampling import sample_frame_indices
+from atb_pllava.video import Clip
+from precision.evaluate.questions import Question
+
+FOLDER_FPS = 3.0  # of TVQA's frames, PLLaVA tasks/eval/eval_utils.py `read_frame`
+_FRAME_NAME = re.compile(r"([0-9]{5})\.jpg")
+
+
+class ClipReader:
+    """Reads clips for `LLM.serve` and keeps the last one, as questions come grouped by their video."""
+
+    def __init__(self, reader: VideoReader) -> None:
+        self._reader = reader
+        self._key: object = None
+        self._found: Clip | VideoError = VideoError("nothing was read yet")
+
+    def clip(self, question: Question) -> Clip:
+        """The sampled frames of a question's video. Raises VideoError, again for each question about a broken one."""
+        key = (question.video, question.start, question.end)
+        if key != self._key:
+            self._key = key
+            try:
+                self._found = self._read(question)
+            except VideoError as error:
+                self._found = error
+        if isinstance(self._found, VideoError):
+            raise self._found
+        return self._found
+
+    def _read(self, question: Question) -> Clip:
+        reader, start, end = self._reader, question.start, question.end
+        read = read_frame_folder if Path(question.video).is_dir() else read_media
+        return read(
+            question.video, reader.num_frames, sampler=reader.sampler, start_seconds=start, end_seconds=end,
+            limits=reader.limits)  # fmt: skip
+
+
+def media_of(clip: Clip) -> dict[str, Any]:
+    """A clip as the media of a request: its distinct frames, and where each of them stands."""
+    numbers = list(dict.fromkeys(clip.frame_indices))
+    rows = [clip.frame_indices.index(number) for number in numbers]
+    return {"frames": clip.frames[rows], "frame_indices": [numbers.index(number) for number in clip.frame_indices]}
+
+
+def read_frame_folder(
+    folder: str,
+    num_frames: int,
+    *,
+    sampler: str = "eval",
+    start_seconds: float | None = None,
+    end_seconds: float | None = None,
+    limits: MediaLimits,
+) -> Clip:
+    """Frames of a folder with 00001.jpg, 00002.jpg, ... taken at 3 a second. Raises VideoError.
+
+    The numbers are those of the files: with bounds, round(3 * seconds), at least 1 and at most the last file's.
+    """
+    names = [match for match in map(_FRAME_NAME.fullmatch, _listing(folder)) if match]
+    if not names:
+        raise VideoError(f"{folder}: holds no frames 00001.jpg, 00002.jpg, ...")
+    wanted = _numbers(len(names), num_frames, sampler, start_seconds, end_seconds)
+    distinct = list(dict.fromkeys(wanted))
+    pictures = [read_image(str(Path(folder) / f"{number:05d}.jpg"), limits).frames for number in distinct]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise VideoError(f"{folder}: its frames differ in size")
+    check_clip_bytes(len(wanted), pictures[0].shape[2], pictures[0].shape[1], folder, limits)
+    frames = np.concatenate(pictures)[[distinct.index(number) for number in wanted]]
+    return Clip(frames, wanted, len(names), FOLDER_FPS, folder)
+
+
+def _listing(folder: str) -> list[str]:
+    try:
+        return [path.name for path in Path(folder).iterdir()]
+    except OSError as error:
+        raise VideoError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _numbers(count: int, wanted: int, sampler: str, start: float | None, end: float | None) -> list[int]:
+    if sampler != "eval":
+        indices = sample_frame_indices(count, wanted, sampler, fps=FOLDER_FPS, start_seconds=start, end_seconds=end)
+        return [index + 1 for index in indices]
+    # Frame 0 does not exist: a start of at least a third of a second begins at frame 1.
+    first = max(start or 0.0, 1 / FOLDER_FPS)
+    return sample_frame_indices(count + 1, wanted, "eval", fps=FOLDER_FPS, start_seconds=first, end_seconds=end)

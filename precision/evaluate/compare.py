@@ -1,0 +1,83 @@
+"""Several results of MVBench, or of a set in its layout, beside each other: accuracy and agreement with the first.
+
+Reads all_results.json of this package and of the original, so that a device can be held against a published run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from atb_pllava.errors import ConfigError
+from precision.evaluate.mvbench import chosen, is_right
+
+Results = list[dict[str, Any]]
+
+
+def read_results(path: Path) -> Results:
+    """`result_list` of a directory's all_results.json, or of such a file. Raises ConfigError for anything else."""
+    file = path / "all_results.json" if path.is_dir() else path
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["result_list"]
+        if rows and all(isinstance(row[key], str) for row in rows for key in ("pred", "gt", "question", "task_type")):
+            return list(rows)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{file} is no all_results.json of mvbench, with pred, gt, question and task_type in each row")
+
+
+def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """A row for each of the results. Raises ConfigError unless all answer the same questions in the same order."""
+    every = [read_results(path) for path in paths]
+    for path, rows in zip(paths, every, strict=True):
+        if [_asked(row) for row in rows] != [_asked(row) for row in every[0]]:
+            raise ConfigError(f"{path} and {paths[0]} are not about the same questions in the same order")
+    return [_row(str(path), rows, every[0]) for path, rows in zip(paths, every, strict=True)]
+
+
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's formula, in percent."""
+    z = 1.959964
+    share, spread = right / asked, z * z / asked
+    middle = share + spread / 2
+    width = z * sqrt(share * (1 - share) / asked + spread / (4 * asked))
+    return 100 * (middle - width) / (1 + spread), 100 * (middle + width) / (1 + spread)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Markdown."""
+    lines = ["| results | right | 95 % interval | same option as the first | no option |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["interval_percent"]
+        lines.append(
+            f"| {Path(row['results']).name} | {row['right_percent']:.1f} % | {low:.1f} to {high:.1f} % | "
+            f"{row['same_percent']:.1f} % ({row['same']} of {row['questions']}) | {row['unparseable']} |"
+        )
+    return lines
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["task_type"], row["question"], row["gt"]
+
+
+def _row(name: str, rows: Results, first: Results) -> dict[str, Any]:
+    right = sum("error" not in row and is_right(row["pred"], row["gt"]) for row in rows)
+    same = sum(_answer(row) == _answer(other) for row, other in zip(rows, first, strict=True))
+    return {
+        "results": name,
+        "questions": len(rows),
+        "right": right,
+        "right_percent": 100 * right / len(rows),
+        "interval_percent": interval(right, len(rows)),
+        "same": same,
+        "same_percent": 100 * same / len(rows),
+        "unparseable": sum("error" not in row and not chosen(row["pred"], row["question"]) for row in rows),
+    }
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """The option an answer names, or else its text."""
+    return chosen(row["pred"], row["question"]) or row["pred"]

@@ -1,0 +1,55 @@
+"""Asking a model all questions of a benchmark, those about one video one after the other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atb_pllava import LLM, RequestOutput, SamplingParams
+from atb_pllava.answers import AnswerLog, Row, answer_all
+from atb_pllava.errors import RequestError
+from precision.evaluate.clips import ClipReader, media_of
+from precision.evaluate.questions import Question
+
+
+def predict(
+    llm: LLM, questions: Sequence[Question], params: SamplingParams, log: AnswerLog, prefix: str | None, what: str
+) -> dict[str, Row]:
+    """Rows by the questions' names: {"pred": text after the answer's prefix, ...}, or {"error": why there is none}.
+
+    What the log has is not asked again. `prefix` is text that the answers start with (None: the conversation's own).
+    """
+    reader = ClipReader(llm.reader)
+    by_name = {question.name: question for question in questions}
+    frames: dict[str, list[int]] = {}
+
+    def request_of(name: str) -> Mapping[str, Any]:
+        question = by_name[name]
+        if question.problem is not None:
+            raise RequestError(question.problem)
+        clip = reader.clip(question)
+        frames[name] = list(clip.frame_indices)
+        return {"question": question.text, "answer_prefix": prefix, **media_of(clip)}
+
+    def row_of(name: str, answer: RequestOutput) -> Row:
+        return {
+            "pred": continuation(llm, answer),
+            "tokens": len(answer.token_ids),
+            "finish_reason": answer.finish_reason,
+            "frame_indices": frames.pop(name),
+        }
+
+    return answer_all(llm, grouped(questions), request_of, params, log, row_of, what)
+
+
+def grouped(questions: Sequence[Question]) -> list[str]:
+    """Names of the questions, those about one clip together, clips in the order of their first question."""
+    place: dict[object, int] = {}
+    for question in questions:
+        place.setdefault((question.video, question.start, question.end), len(place))
+    ordered = sorted(questions, key=lambda question: place[question.video, question.start, question.end])
+    return [question.name for question in ordered]
+
+
+def continuation(llm: LLM, answer: RequestOutput) -> str:
+    """The generated text with its leading blanks, which MVBench's rule sees; `answer.text` is without."""
+    before = llm.tokenizer.decode(answer.prompt_token_ids)
+    return llm.tokenizer.decode([*answer.prompt_token_ids, *answer.token_ids])[len(before) :].rstrip()

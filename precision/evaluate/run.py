@@ -1,0 +1,88 @@
+"""One benchmark from its data to its results."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from atb_pllava import LLM, SamplingParams
+from atb_pllava.answers import AnswerLog, settings_digest
+from atb_pllava.errors import ConfigError
+from atb_pllava.json_file import write_json
+from atb_pllava.manifest import settings_of, write_manifest
+from precision.evaluate import mvbench, recaption, vcgbench, videoqa
+from precision.evaluate.judge import Judge
+from precision.evaluate.judging import judge_results
+from precision.evaluate.predict import predict
+from precision.evaluate.questions import Question
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is asked: conversations of the Vicuna and the ChatML (34B) models, and the longest answer."""
+
+    module: ModuleType
+    conversation: str
+    conversation_chatml: str
+    max_tokens: int
+    prefix: str | None = None
+    judged: bool = False
+
+
+BENCHMARKS = {
+    "mvbench": Benchmark(mvbench, "eval_mvbench", "eval_mvbench_llavanext", 100, mvbench.ANSWER_PREFIX),
+    "videoqa": Benchmark(videoqa, "eval_videoqabench", "eval_videoqa_llavanext", 100, judged=True),
+    "vcgbench": Benchmark(vcgbench, "eval_vcgbench", "eval_vcg_llavanext", 100, judged=True),
+    "recaption": Benchmark(recaption, "eval_recaption", "eval_recaption_llavanext", 400),
+}
+
+
+def predictions(
+    llm: LLM, name: str, questions: Sequence[Question], params: SamplingParams, directory: Path, **more: Any
+) -> list[dict[str, Any]]:
+    """Answers to all questions in the original's form, in the order of the data; `more` goes to the manifest.
+
+    What `directory` has from an earlier run with the same model and settings is not asked again.
+    """
+    benchmark = BENCHMARKS[name]
+    settings = {**settings_of(llm, params), "prefix": benchmark.prefix}
+    _check_same(directory, settings)
+    write_manifest(directory, llm, params, benchmark=name, settings=settings_digest(settings), **more)
+    with AnswerLog(directory / "answers.jsonl", settings) as log:
+        rows = predict(llm, questions, params, log, benchmark.prefix, name)
+    result_list: list[dict[str, Any]] = benchmark.module.results(questions, rows)
+    return result_list
+
+
+def finish(
+    name: str, result_list: Sequence[dict[str, Any]], directory: Path, judge: Judge | None, at_once: int
+) -> dict[str, Any]:
+    """Score what can be scored, with the judge where there is one, write the results, and return the summary."""
+    module = BENCHMARKS[name].module
+    errors = sum("error" in result for result in result_list)
+    summary: dict[str, Any] = {"benchmark": name, "questions": len(result_list), "without_answer": errors}
+    if name == "mvbench":
+        summary |= mvbench.write_results(directory, result_list)
+    else:
+        write_json(directory / "inference_results.json", result_list)
+    if judge is not None:
+        summary |= judge_results(directory, result_list, module, judge, at_once)  # type: ignore[arg-type]
+    write_json(directory / "summary.json", summary)
+    return summary
+
+
+def _check_same(directory: Path, settings: dict[str, Any]) -> None:
+    """A directory has the results of one model and one way to ask it."""
+    path = directory / "manifest.json"
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = before["settings"] == settings_digest(settings)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is no manifest of this command; name another --output_dir") from None
+    if not same:
+        changed = [key for key, value in settings.items() if before.get(key) != value]
+        raise ConfigError(f"{directory} has results with another {', '.join(changed)}; name another --output_dir")

@@ -1,0 +1,100 @@
+"""The shapes benchmark as files: `json/<sub-task>.json`, `video/shapes/<seed>.mp4`, and `shapes.json` about the set.
+
+The same clips and seed give the same bytes on one version of PyAV.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atb_pllava.answers import Progress
+from atb_pllava.errors import ConfigError
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))  # scripts that import each other by bare name
+from render_shapes import Clip, make_clip, render, write_video  # noqa: E402
+from shape_questions import Question, questions  # noqa: E402
+
+# Sub-tasks by the kinds of questions in them; no name is one of MVBench's own.
+SUB_TASKS = {
+    "shapes_attribute": ("colour", "shape", "count"),
+    "shapes_direction": ("direction",),
+    "shapes_action": ("action", "colour_change"),
+    "shapes_order": ("order",),
+    "shapes_statement": ("yes_no",),
+}
+FIRST_SEED = 950_000
+# Training draws from 500000 on (clips that go through H.264), 800000 (checks) and 2000000 (drawn anew each step).
+HELD_OUT = range(900_000, 2_000_000)
+
+
+def write_shapes(output: Path, clips: int = 200, seed: int = FIRST_SEED) -> dict[str, int]:
+    """Write the set of `clips` clips from `seed` on; the number of questions of each sub-task.
+
+    A clip has at most one question in each sub-task. The directory is whole or absent; ConfigError when it exists with
+    something in it, cannot be written, or when a seed is not held out.
+    """
+    if clips < 1 or seed not in HELD_OUT or seed + clips > HELD_OUT.stop:
+        raise ConfigError(
+            f"{clips} clips from seed {seed}: at least 1 clip, seeds from {HELD_OUT.start} to {HELD_OUT.stop - 1}; "
+            "all others may have been in the tiny model's training"
+        )
+    entries: dict[str, list[dict[str, Any]]] = {name: [] for name in SUB_TASKS}
+    progress = Progress("clips", clips)
+    with _new_directory(output) as folder:
+        for number in range(seed, seed + clips):
+            clip = make_clip(number)
+            write_video(folder / "video" / "shapes" / f"{number}.mp4", render(clip), clip.fps, clip.crf)
+            for name, question in _chosen(clip):
+                entries[name].append(_entry(f"shapes/{number}.mp4", question))
+            progress.add()
+        for name, rows in entries.items():
+            _write(folder / "json" / f"{name}.json", rows)
+        counts = {name: len(rows) for name, rows in entries.items()}
+        _write(folder / "shapes.json", {"clips": clips, "first_seed": seed, "questions": counts})
+    progress.finish()
+    return counts
+
+
+def _chosen(clip: Clip) -> Iterator[tuple[str, Question]]:
+    """A question of each sub-task that the clip has questions for."""
+    rng = np.random.default_rng([clip.seed, 5])
+    every = questions(clip)
+    for name, kinds in SUB_TASKS.items():
+        fitting = [question for question in every if question.task in kinds]
+        if fitting:
+            yield name, fitting[int(rng.integers(len(fitting)))]
+
+
+def _entry(video: str, question: Question) -> dict[str, Any]:
+    """MVBench's form."""
+    options = list(question.options)
+    return {"video": video, "question": question.question, "candidates": options, "answer": options[question.correct]}
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _new_directory(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that takes its place in the end, and is removed when anything goes wrong."""
+    output = Path(os.path.realpath(output))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"{output} exists; name a new or empty directory")
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        (partial / "video" / "shapes").mkdir(parents=True)
+        (partial / "json").mkdir()
+        yield partial
+        partial.replace(output)
+    except OSError as error:
+        raise ConfigError(f"{output} could not be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
