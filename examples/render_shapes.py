@@ -311,12 +311,13 @@ def coverage(clip: Clip, indices: list[int], size: int) -> np.ndarray:
     return out[..., 0]
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: int, crf: int = 20) -> None:
+def write_video(path: str | Path, frames: np.ndarray, fps: int, crf: int = 20, x264_params: str = "") -> None:
     """Encode uint8 [count, height, width, 3] (even height and width) as H.264 in the container of the file name."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        options = {"crf": str(crf), "preset": "veryfast"} | ({"x264-params": x264_params} if x264_params else {})
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:

@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.conversation is None:
         chatml = Tokenizer.from_dir(arguments.model_path, model_options(arguments).config().image_token_index).is_chatml
         arguments.conversation = benchmark.conversation_chatml if chatml else benchmark.conversation
-    params = SamplingParams(max_tokens=arguments.max_output_length)
+    params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
     with load_model(arguments, workers) as llm:
         result_list = predictions(llm, arguments.verb, questions, params, arguments.output_dir, **more)
