@@ -112,8 +112,8 @@ class Judge:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
             connection.request("POST", f"{path}?{parts.query}" if parts.query else path, body, headers)
-            response = connection.getresponse()
-            content = response.read(LONGEST_REPLY)
+            with connection.getresponse() as response:
+                content = response.read(LONGEST_REPLY)
         except (OSError, http.client.HTTPException) as error:
             raise _Failure(f"{parts.netloc} does not answer: {error or type(error).__name__}") from None
         finally:
