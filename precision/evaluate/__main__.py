@@ -42,10 +42,11 @@ MOST_NAMED = 20  # errors that are printed; all are in the results
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process exit status."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    logging.getLogger("atb_pllava").setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     try:
         arguments = _parser().parse_args(argv)
+        logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+        level = logging.WARNING if arguments.quiet else logging.INFO
+        logging.getLogger("atb_pllava").setLevel(level if rank() == 0 else logging.ERROR)
         return int(arguments.command(arguments))
     except PllavaError as error:
         if rank() == 0:  # the others met the same error
@@ -79,9 +80,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
     with load_model(arguments, workers) as llm:
-        result_list = predictions(llm, arguments.verb, questions, params, arguments.output_dir, **more)
+        result_list = predictions(llm, arguments.verb, questions, params, arguments.output_dir, arguments.quiet, **more)
     at_once = arguments.judge_concurrency if benchmark.judged else 1
-    return _report(finish(arguments.verb, result_list, arguments.output_dir, judge, at_once), result_list, arguments)
+    summary = finish(arguments.verb, result_list, arguments.output_dir, judge, at_once, arguments.quiet)
+    return _report(summary, result_list, arguments)
 
 
 def judge(arguments: argparse.Namespace) -> int:
@@ -89,7 +91,9 @@ def judge(arguments: argparse.Namespace) -> int:
     asked = _judge(arguments)
     assert asked is not None
     result_list, benchmark = read_predictions(arguments.output_dir)
-    summary = judge_results(arguments.output_dir, result_list, benchmark, asked, arguments.judge_concurrency)
+    summary = judge_results(
+        arguments.output_dir, result_list, benchmark, asked, arguments.judge_concurrency, arguments.quiet
+    )
     summary |= {"questions": len(result_list), "without_answer": sum("error" in result for result in result_list)}
     return _report(summary, result_list, arguments)
 
@@ -172,6 +176,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("results", type=Path, nargs="+", metavar="DIR", help="directory with all_results.json")
     verb.add_argument("--output_json", metavar="FILE", help="also write the rows here")
     verb.set_defaults(command=compare_results)
+    for verb in verbs.choices.values():
+        verb.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
     return parser
 
 

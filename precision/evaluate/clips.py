@@ -1,6 +1,8 @@
 """The frames of a question's video: files between two times, and folders of numbered JPEGs."""
 
 import re
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +14,38 @@ from atb_pllava.limits import MediaLimits, check_clip_bytes
 from atb_pllava.media import read_image, read_media
 from atb_pllava.sampling import sample_frame_indices
 from atb_pllava.video import Clip
-from precision.evaluate.questions import Question
+from precision.evaluate.questions import ClipName, Question
 
 FOLDER_FPS = 3.0  # of TVQA's frames, PLLaVA tasks/eval/eval_utils.py `read_frame`
 _FRAME_NAME = re.compile(r"([0-9]{5})\.jpg")
 
 
 class ClipReader:
-    """Reads clips for `LLM.serve` and keeps the last one, as questions come grouped by their video."""
+    """Reads clips in a thread beside the model: the one that is asked for, and the next one in the order of questions.
 
-    def __init__(self, reader: VideoReader) -> None:
-        self._reader = reader
-        self._key: object = None
-        self._found: Clip | VideoError = VideoError("nothing was read yet")
+    A clip is read once for all questions that follow each other about it.
+    """
+
+    def __init__(self, reader: VideoReader, questions: Sequence[Question]) -> None:
+        order = list(dict.fromkeys(question.clip for question in questions if question.problem is None))
+        self._reader, self._following = reader, dict(zip(order, order[1:], strict=False))
+        self._thread = ThreadPoolExecutor(1, "read clips")
+        self._reading: dict[ClipName, Future[Clip]] = {}
 
     def clip(self, question: Question) -> Clip:
         """The sampled frames of a question's video. Raises VideoError, again for each question about a broken one."""
-        key = (question.video, question.start, question.end)
-        if key != self._key:
-            self._key = key
-            try:
-                self._found = self._read(question)
-            except VideoError as error:
-                self._found = error
-        if isinstance(self._found, VideoError):
-            raise self._found
-        return self._found
+        wanted = [question.clip, *filter(None, [self._following.get(question.clip)])]
+        self._reading = {name: self._reading.get(name) or self._thread.submit(self._read, *name) for name in wanted}
+        return self._reading[question.clip].result()
 
-    def _read(self, question: Question) -> Clip:
-        reader, start, end = self._reader, question.start, question.end
-        read = read_frame_folder if Path(question.video).is_dir() else read_media
+    def close(self) -> None:
+        """Read nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, video: str, start: float | None, end: float | None) -> Clip:
+        reader, read = self._reader, read_frame_folder if Path(video).is_dir() else read_media
         return read(
-            question.video, reader.num_frames, sampler=reader.sampler, start_seconds=start, end_seconds=end,
+            video, reader.num_frames, sampler=reader.sampler, start_seconds=start, end_seconds=end,
             limits=reader.limits)  # fmt: skip
 
 

@@ -140,7 +140,9 @@ def case_name(case: Case) -> str:
     return hashlib.sha256(json.dumps(case.messages()).encode()).hexdigest()[:24]
 
 
-def judge_all(cases: Mapping[str, Case], judge: Judge, log: AnswerLog, at_once: int) -> dict[str, Row]:
+def judge_all(
+    cases: Mapping[str, Case], judge: Judge, log: AnswerLog, at_once: int, quiet: bool = False
+) -> dict[str, Row]:
     """The verdict of each case, or {"error"}; `at_once` calls run at a time, and what the log has is not asked again.
 
     Raises BackendError when the endpoint has failed on 20 cases in a row, ConfigError when it refuses; verdicts so far
@@ -154,7 +156,7 @@ def judge_all(cases: Mapping[str, Case], judge: Judge, log: AnswerLog, at_once: 
     for item in waiting:
         todo.put(item)
     stop = threading.Event()
-    progress = Progress("judged", len(cases), len(cases) - len(waiting))
+    progress = Progress("judged", len(cases), len(cases) - len(waiting), quiet)
     failed_in_a_row = 0
     for _ in range(min(at_once, len(waiting))):
         # Daemons: an interrupted run does not wait for calls in flight.

@@ -29,7 +29,12 @@ class Judged(Protocol):
 
 
 def judge_results(
-    directory: Path, result_list: Sequence[Mapping[str, Any]], benchmark: Judged, judge: Judge, at_once: int
+    directory: Path,
+    result_list: Sequence[Mapping[str, Any]],
+    benchmark: Judged,
+    judge: Judge,
+    at_once: int,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Ask the judge about all results, write the graded files and judge.json; the summary.
 
@@ -38,7 +43,7 @@ def judge_results(
     asked = [benchmark.cases(result) for result in result_list]
     cases = {case_name(case): case for of_result in asked for case in of_result.values()}
     with AnswerLog(directory / "judgements.jsonl", judge.settings()) as log:
-        verdicts = judge_all(cases, judge, log, at_once)
+        verdicts = judge_all(cases, judge, log, at_once, quiet)
     by_result = [{key: verdicts[case_name(case)] for key, case in of_result.items()} for of_result in asked]
     versions = Counter(row["version"] for row in verdicts.values() if "error" not in row)
     failed = sum("error" in verdict for of_result in by_result for verdict in of_result.values())

@@ -7,17 +7,24 @@ from atb_pllava import LLM, RequestOutput, SamplingParams
 from atb_pllava.answers import AnswerLog, Row, answer_all
 from atb_pllava.errors import RequestError
 from precision.evaluate.clips import ClipReader, media_of
-from precision.evaluate.questions import Question
+from precision.evaluate.questions import ClipName, Question
 
 
 def predict(
-    llm: LLM, questions: Sequence[Question], params: SamplingParams, log: AnswerLog, prefix: str | None, what: str
+    llm: LLM,
+    questions: Sequence[Question],
+    params: SamplingParams,
+    log: AnswerLog,
+    prefix: str | None,
+    what: str,
+    quiet: bool = False,
 ) -> dict[str, Row]:
     """Rows by the questions' names: {"pred": text after the answer's prefix, ...}, or {"error": why there is none}.
 
     What the log has is not asked again. `prefix` is text that the answers start with (None: the conversation's own).
     """
-    reader = ClipReader(llm.reader)
+    ordered = grouped([question for question in questions if question.name not in log.answered])
+    reader = ClipReader(llm.reader, ordered)
     by_name = {question.name: question for question in questions}
     frames: dict[str, list[int]] = {}
 
@@ -37,16 +44,19 @@ def predict(
             "frame_indices": frames.pop(name),
         }
 
-    return answer_all(llm, grouped(questions), request_of, params, log, row_of, what)
+    names = [*log.answered.intersection(by_name), *(question.name for question in ordered)]
+    try:
+        return answer_all(llm, names, request_of, params, log, row_of, what, quiet)
+    finally:
+        reader.close()
 
 
-def grouped(questions: Sequence[Question]) -> list[str]:
-    """Names of the questions, those about one clip together, clips in the order of their first question."""
-    place: dict[object, int] = {}
+def grouped(questions: Sequence[Question]) -> list[Question]:
+    """The questions, those about one clip together, clips in the order of their first question."""
+    place: dict[ClipName, int] = {}
     for question in questions:
-        place.setdefault((question.video, question.start, question.end), len(place))
-    ordered = sorted(questions, key=lambda question: place[question.video, question.start, question.end])
-    return [question.name for question in ordered]
+        place.setdefault(question.clip, len(place))
+    return sorted(questions, key=lambda question: place[question.clip])
 
 
 def continuation(llm: LLM, answer: RequestOutput) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from atb_pllava.errors import ConfigError, RequestError
 
 SHUFFLE_SEED = 42  # of the original's test_ratio
+ClipName = tuple[str, float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,14 @@ class Question:
     rest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def clip(self) -> ClipName:
+        """What of which video is asked about: questions with the same one see the same frames."""
+        return self.video, self.start, self.end
+
+    @property
     def name(self) -> str:
         """Unique in a benchmark, and another one when the question is: answers are kept under it."""
-        asked = json.dumps([self.text, self.truth, self.video, self.start, self.end])
+        asked = json.dumps([self.text, self.truth, *self.clip])
         return f"{self.task}/{self.number}{self.part}/{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
 

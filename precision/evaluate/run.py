@@ -40,7 +40,13 @@ BENCHMARKS = {
 
 
 def predictions(
-    llm: LLM, name: str, questions: Sequence[Question], params: SamplingParams, directory: Path, **more: Any
+    llm: LLM,
+    name: str,
+    questions: Sequence[Question],
+    params: SamplingParams,
+    directory: Path,
+    quiet: bool = False,
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """Answers to all questions in the original's form, in the order of the data; `more` goes to the manifest.
 
@@ -51,13 +57,18 @@ def predictions(
     _check_same(directory, settings)
     write_manifest(directory, llm, params, benchmark=name, settings=settings_digest(settings), **more)
     with AnswerLog(directory / "answers.jsonl", settings) as log:
-        rows = predict(llm, questions, params, log, benchmark.prefix, name)
+        rows = predict(llm, questions, params, log, benchmark.prefix, name, quiet)
     result_list: list[dict[str, Any]] = benchmark.module.results(questions, rows)
     return result_list
 
 
 def finish(
-    name: str, result_list: Sequence[dict[str, Any]], directory: Path, judge: Judge | None, at_once: int
+    name: str,
+    result_list: Sequence[dict[str, Any]],
+    directory: Path,
+    judge: Judge | None,
+    at_once: int = 1,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Score what can be scored, with the judge where there is one, write the results, and return the summary."""
     module = BENCHMARKS[name].module
@@ -68,7 +79,7 @@ def finish(
     else:
         write_json(directory / "inference_results.json", result_list)
     if judge is not None:
-        summary |= judge_results(directory, result_list, module, judge, at_once)  # type: ignore[arg-type]
+        summary |= judge_results(directory, result_list, module, judge, at_once, quiet)  # type: ignore[arg-type]
     write_json(directory / "summary.json", summary)
     return summary
 
