@@ -311,7 +311,10 @@ def _write_rest(
     raw = read_json(upper / "config.json")
     generation = upper / "generation_config.json"
     extra = read_json(generation) if generation.is_file() else {}
-    _write_json(partial / "config.json", host_config(raw, extra, config, quantised=options.is_quantised))
+    made = host_config(raw, extra, config, quantised=options.is_quantised)
+    if not (partial / "tokenizer_config.json").exists() and (partial / "tokenizer.json").exists():
+        _write_json(partial / "tokenizer_config.json", host_tokenizer(read_json(partial / "tokenizer.json"), made))
+    _write_json(partial / "config.json", made)
 
 
 def _files_to_copy(src: Path, upper: Path) -> dict[str, Path]:
@@ -364,6 +367,16 @@ def host_config(
         **tokens,
     }
     return {**merged, "quantize": "w8a16"} if quantised else merged
+
+
+def host_tokenizer(definition: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json for a directory that has none: MindIE reads tokenizer.json only through transformers."""
+    added = {token["id"]: token["content"] for token in definition.get("added_tokens", [])}
+    eos = config["eos_token_id"]
+    first = eos[0] if isinstance(eos, list) else eos
+    ids = {"bos": config["bos_token_id"], "eos": first, "pad": config["pad_token_id"]}
+    special = {f"{name}_token": added[token] for name, token in ids.items() if token in added}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

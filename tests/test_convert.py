@@ -119,9 +119,12 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     names = {file.name for file in quantised.iterdir()}
     weights = "quant_model_weight_w8a16"
     assert names == {
-        "config.json", "tokenizer.json", "quant_model_description.json", f"{weights}.safetensors.index.json",
-        f"{weights}-00001-of-00001.safetensors",
+        "config.json", "tokenizer.json", "tokenizer_config.json", "quant_model_description.json",
+        f"{weights}.safetensors.index.json", f"{weights}-00001-of-00001.safetensors",
     }  # fmt: skip
+    tokenizer = json.loads((quantised / "tokenizer_config.json").read_text())  # the source has none
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("<s>", "</s>")
     content = tensors(quantised)
     index = json.loads((quantised / f"{weights}.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == content.keys()

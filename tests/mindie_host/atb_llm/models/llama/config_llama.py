@@ -1,0 +1,13 @@
+"""What the llama graph reads of a config."""
+
+from typing import Any
+
+from atb_llm.models.base.config import BaseConfig
+
+
+class LlamaConfig(BaseConfig):
+    def __init__(self, **raw: Any) -> None:
+        self.pe_type, self.num_key_value_heads = "ROPE", None
+        super().__init__(**raw)
+        assert self.model_type == "llama"
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
