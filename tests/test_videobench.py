@@ -200,6 +200,23 @@ def test_an_earlier_sample_is_kept(egs: Path) -> None:
     assert sampled(egs) == before
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x.mp4"), KeyboardInterrupt()])
+def test_a_copy_that_ends_early_leaves_the_old_sample(egs: Path, monkeypatch, error: BaseException) -> None:
+    assert sample(egs, "--nums", 4) == 0
+    before, questions = files(egs), sampled(egs)
+    copies: list[object] = []
+
+    def copy(source: Path, target: Path) -> None:
+        copies.append(shutil.copy(source, target))
+        if len(copies) == 3:
+            raise error
+
+    monkeypatch.setattr(shutil, "copy2", copy)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ConfigError):
+        sample(egs, "--nums", 12, "--overwrite")
+    assert len(copies) == 3 and files(egs) == before and sampled(egs) == questions
+
+
 # Prompts
 
 
