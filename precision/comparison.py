@@ -16,6 +16,7 @@ from torch import Tensor
 from atb_pllava import ConfigError
 from precision.recording import Recording
 
+NOISE = 1e-3  # a relative error that rounding to 16 bits makes in one layer
 NOT_COMPARABLE = ("prompt_token_ids", "prompt_tokens", "frame_indices")
 
 
@@ -159,13 +160,14 @@ class Total:
 
     @property
     def jump(self) -> tuple[str, float, float] | None:
-        """The stage at which the error rises most, with the error before it and there; None without hidden states."""
+        """The stage at which the error multiplies most, with the largest error before it and the error there; the first
+        one that is not finite, if any. Errors under NOISE count as NOISE. None without hidden states."""
         rises, before = [], 0.0
         for stage, error in self.stages.items():
             if not isfinite(error):
                 return stage, before, error
-            rises.append((error - before, stage, before, error))
-            before = error
+            rises.append((error / max(before, NOISE), stage, before, error))
+            before = max(before, error)
         return max(rises)[1:] if rises else None
 
 

@@ -85,10 +85,13 @@ def parity(arguments: argparse.Namespace) -> int:
 def compare_files(left: str, right: str) -> dict[str, Any]:
     """A side's entry of two files of `run --output_json`, which hold the same questions in any order."""
     ours, theirs = _rows_of(left), _rows_of(right)
-    if ours.keys() != theirs.keys():
-        only = [f"{file}: {media}, {prompt!r}" for file, rows, others in ((left, ours, theirs), (right, theirs, ours))
-                for media, prompt in rows.keys() - others.keys()]  # fmt: skip
-        raise ConfigError(f"{len(only)} questions are in one file only, the first is in {min(only)}")
+    if ours.keys() != theirs.keys():  # from another machine: the same files in another folder
+        ours, theirs = _by_name(ours), _by_name(theirs)
+    alone = [(left, *key) for key in ours.keys() - theirs.keys()] + [
+        (right, *key) for key in theirs.keys() - ours.keys()
+    ]
+    if alone:
+        raise ConfigError(f"{len(alone)} questions are in one of the files only: {min(map(str, alone))}")
     agreements, errors = [], []
     for key, row in ours.items():
         try:
@@ -110,6 +113,12 @@ def _rows_of(file: str) -> dict[tuple[str | None, str], dict[str, Any]]:
     if not good:
         raise ConfigError(f"{file} is no file of `python -m atb_pllava run --output_json`")
     return {(row["media"], row["prompt"]): row for row in rows}
+
+
+def _by_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
+    """The rows by file name instead of path, unless two files have one name."""
+    named = {(media and Path(media).name, prompt): row for (media, prompt), row in rows.items()}
+    return named if len(named) == len(rows) else dict(rows)
 
 
 # The second form
@@ -204,7 +213,8 @@ def parse_side(text: str, model_path: str | None) -> dict[str, Any]:
 def load_side(options: Mapping[str, Any]) -> Iterator[LLM]:
     """The model of a side, for one request at a time."""
     keys = {key: value for key, value in options.items() if key not in ("weights", "pooling")}
-    with LLM(options["weights"], max_batch_size=1, **keys) as llm:
+    # Without caches: what was computed for an earlier request would not pass by again.
+    with LLM(options["weights"], max_batch_size=1, video_cache_bytes=0, prefix_cache=False, **keys) as llm:
         if options.get("pooling") == "matrices":
             llm.model.ops = PoolingByMatrices(llm.model.ops)
         yield llm
@@ -261,9 +271,7 @@ def over_thresholds(side: Mapping[str, Any], limits: Any) -> list[str]:
     total: Total = side["total"]
     texts = [f"{side['side']}: {error}" for error in side["errors"]]
     if total.tokens and not total.top1 >= limits.min_top1:
-        texts.append(
-            f"{side['side']}: the same token is preferred at {total.top1:.4f}, --min_top1 is {limits.min_top1}"
-        )
+        texts.append(f"{side['side']}: {total.top1:.4f} is under --min_top1 {limits.min_top1:g}")
     for name, value in (("max_kl", total.kl), ("max_mean_error", total.mean_error), ("max_error", total.max_error)):
         if value is not None and not value <= getattr(limits, name):
             texts.append(f"{side['side']}: {value:.4g} is over --{name} {getattr(limits, name):g}")

@@ -1,8 +1,8 @@
 """What a model computes on its way to an answer: the logits of every token, and every layer's hidden states.
 
 Hidden states are kept at some rows, so that a request of a 7B model takes some 100 MB and not 2 GB: of the decoder
-every token whose position is a multiple of KEPT_EVERY, and all whose next token is wanted; of the vision tower
-ROWS_OF_A_FRAME evenly spread tokens of each frame. With several ranks, rank 0 has all of the decoder's states (they are
+every token whose position is a multiple of KEPT_EVERY, the first, middle and last of a step's video tokens, and all
+whose next token is wanted; of the vision tower ROWS_OF_A_FRAME evenly spread tokens of each frame. With several ranks, rank 0 has all of the decoder's states (they are
 whole after each all-reduce) and those of the frames that it encodes.
 
 A recording is one safetensors file, so that it can be made on one machine and compared on another.
@@ -104,6 +104,8 @@ class _Listener:
         batch = inputs[0]
         kept = batch.positions % KEPT_EVERY == 0
         kept[batch.logits_indices] = True
+        if batch.video_rows is not None:
+            kept[batch.video_rows[[0, len(batch.video_rows) // 2, -1]]] = True
         self._rows = kept.nonzero()[:, 0]
         self.positions.append(batch.positions[self._rows].cpu())
 

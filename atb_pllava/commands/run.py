@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from atb_pllava.commands.environment import rank, started_by_torchrun
@@ -17,7 +18,7 @@ from atb_pllava.commands.model_options import (
     sampling_params,
 )
 from atb_pllava.engine.request import RequestOutput, SamplingParams
-from atb_pllava.errors import PllavaError
+from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
@@ -42,6 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output_json", metavar="FILE", help="also write every answer with its tokens and timings")
+    group.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --output_json: the K best log-probabilities of each token too"
+    )
     group.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
 
 
@@ -55,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json")
     media = [None] if arguments.media is None else list_media(arguments.media)
-    params = sampling_params(arguments)
+    if arguments.logprobs is not None and (arguments.output_json is None or arguments.logprobs < 1):
+        raise ConfigError(f"--logprobs {arguments.logprobs} must be at least 1 and needs --output_json to write to")
+    params = replace(sampling_params(arguments), logprobs=arguments.logprobs)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
     with load_model(arguments, workers) as llm:
         return _ask(llm, [(item, prompt) for item in media for prompt in prompts], params, arguments.output_json)
@@ -107,6 +113,7 @@ def _row(item: str | None, prompt: str, answer: RequestOutput) -> dict[str, Any]
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "num_cached_tokens": answer.num_cached_tokens,
+        **({} if answer.logprobs is None else {"logprobs": answer.logprobs}),
         "timings": {name: round(value, 6) for name, value in vars(answer.metrics).items()},
     }
 
