@@ -139,7 +139,7 @@ class Progress:
         """One more is finished."""
         self.done += 1
         self.failed += failed
-        if time.monotonic() - self._said >= SECONDS_BETWEEN_PROGRESS:
+        if self.done < self.total and time.monotonic() - self._said >= SECONDS_BETWEEN_PROGRESS:
             self._said = time.monotonic()
             self._say(self.line(self._said - self._began))
 

@@ -2,8 +2,8 @@
 
 Hidden states are kept at some rows, so that a request of a 7B model takes some 100 MB and not 2 GB: of the decoder
 every token whose position is a multiple of KEPT_EVERY, the first, middle and last of a step's video tokens, and all
-whose next token is wanted; of the vision tower ROWS_OF_A_FRAME evenly spread tokens of each frame. With several ranks, rank 0 has all of the decoder's states (they are
-whole after each all-reduce) and those of the frames that it encodes.
+whose next token is wanted; of the vision tower ROWS_OF_A_FRAME evenly spread tokens of each frame. With several ranks,
+rank 0 has all of the decoder's states (they are whole after each all-reduce) and those of the frames that it encodes.
 
 A recording is one safetensors file, so that it can be made on one machine and compared on another.
 """
