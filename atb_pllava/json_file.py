@@ -16,19 +16,20 @@ def check_writable(path: str, option: str) -> None:
         raise ConfigError(f"{option} {path!r} cannot be written; name a file in an existing, writable directory")
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> None:
+def write_json(path: str | os.PathLike[str], value: object, mode: int | None = None) -> None:
     """`write_text` of a value as JSON."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", mode)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str, mode: int | None = None) -> None:
     """`write_bytes` of a text; names in it that are no Unicode become escapes, in JSON its own \\u."""
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), mode)
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None = None) -> None:
     """Write a whole file or none: a reader never sees half of it, and a full disk leaves the old one.
 
+    `mode` are its permissions (None: as the umask has them).
     Raises ConfigError naming the file when it cannot be written.
     """
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
@@ -37,6 +38,8 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         partial.replace(target)
     except OSError as error:

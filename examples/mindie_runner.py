@@ -17,6 +17,7 @@ What MindIE's `multimodal_runner.py`, `llava.py` and `run_pa.sh` do that this fi
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import math
@@ -38,7 +39,7 @@ from examples.server.request import MultiModalReqParams, request_from_multimodal
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError, PllavaError, RequestError
-from atb_pllava.json_file import write_json
+from atb_pllava.json_file import write_json, write_text
 from atb_pllava.media import list_media
 from atb_pllava.prompt import choose_conversation, render
 from atb_pllava.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -223,12 +224,11 @@ def _row(
 
 
 def _write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, PERFORMANCE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(file)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, PERFORMANCE_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(file, table.getvalue())
 
 
 def _job(runner: PllavaRunner, media: str, question: str, arguments: argparse.Namespace) -> Job:

@@ -1,17 +1,30 @@
-"""`python -m atb_pllava mindie install|uninstall|status|run|performance|precision`: PLLaVA in MindIE."""
+"""`python -m atb_pllava mindie install|uninstall|status|config|doctor|run|...`: PLLaVA in MindIE."""
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from atb_pllava.errors import ConfigError, PllavaError
+from atb_pllava.json_file import check_writable, write_json
+from atb_pllava.mindie.cards import list_cards
 from atb_pllava.mindie.contract import CONTRACT, check_contract
 from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import find_registrations, install, uninstall
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, site_directories
+from atb_pllava.mindie.service_config import (
+    GIB,
+    make_config,
+    plan_cache,
+    plan_lengths,
+    prefill_tokens,
+    working_bytes,
+)
+from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
+from atb_pllava.sampling import SAMPLERS
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -23,20 +36,63 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         summary = (function.__doc__ or "").splitlines()[0]
         action = actions.add_parser(name, help=summary, description=summary)
         action.set_defaults(function=function)
-        action.add_argument(
-            "--atb_llm",
-            metavar="DIR",
-            help="MindIE's model library (default: what this Python would import, or ATB_SPEED_HOME_PATH)",
-        )
-        action.add_argument(
-            "--site", metavar="DIR", help="site-packages directory for the import hook (default: this interpreter's)"
-        )
+        if name == "config":
+            _add_config(action)
+            continue
+        _add_places(action)
         if name == "install":
             _add_ways(action)
         if name == "status":
             action.add_argument("--model_path", metavar="DIR", help="also say whether MindIE can load this checkpoint")
         if name in RUNS:
             _add_run(action, name)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--atb_llm",
+        metavar="DIR",
+        help="MindIE's model library (default: what this Python would import, or ATB_SPEED_HOME_PATH)",
+    )
+    parser.add_argument(
+        "--site", metavar="DIR", help="site-packages directory for the import hook (default: this interpreter's)"
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_path", required=True, metavar="DIR", help="a directory of convert_quant_weights.sh")
+    parser.add_argument("--world_size", type=int, default=1, metavar="N", help="cards to use (default 1)")
+    parser.add_argument("--write", metavar="FILE", help="write there, readable as MindIE wants it (default: to stdout)")
+    group = parser.add_argument_group("requests")
+    group.add_argument("--max_videos", type=int, default=1, metavar="N", help="videos in one request (default 1)")
+    group.add_argument(
+        "--max_text_tokens", type=int, metavar="N", help="tokens of template, questions and history (default 512)"
+    )
+    group.add_argument("--max_output_length", type=int, metavar="N", help="most tokens of an answer (default 512)")
+    group.add_argument(
+        "--max_batch_size", type=int, metavar="N", help="requests at a time (default: what the cards hold, at most 200)"
+    )
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--card_memory", type=float, metavar="GIB", help="memory of a card (default: what npu-smi says of this one)"
+    )
+    group.add_argument(
+        "--memory_fraction",
+        type=float,
+        default=0.8,
+        metavar="F",
+        help="part of it for weights, activations and KV cache (default 0.8, as NPU_MEMORY_FRACTION)",
+    )
+    group = parser.add_argument_group("service")
+    group.add_argument("--model_name", default="pllava", metavar="NAME", help="what requests call it (default pllava)")
+    group.add_argument("--ip", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")
+    group.add_argument("--port", type=int, default=1025, help="and the two after it (default 1025, 1026, 1027)")
+    group.add_argument("--https", action="store_true", help="TLS, with certificates where MindIE's manual puts them")
+    group = parser.add_argument_group("frames and prompts, as in `run`")
+    group.add_argument("--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help=", ".join(CONVERSATIONS))
+    group.add_argument("--system", metavar="TEXT", help="system text instead of the conversation's own")
+    group.add_argument("--sampler", choices=SAMPLERS, help="which frames of a video are taken")
+    group.add_argument("--resize", choices=RESIZE_MODES, help="how frames become squares")
 
 
 def _add_ways(parser: argparse.ArgumentParser) -> None:
@@ -131,6 +187,62 @@ def _status(arguments: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def _config(arguments: argparse.Namespace) -> int:
+    """Print a config.json for MindIE Service, its limits computed from frames, pooling, model and card memory"""
+    from atb_pllava.mindie.weight_memory import weight_bytes  # the other actions need no torch, and may be without one
+
+    model = read_host_model(arguments.model_path, arguments.world_size)
+    if arguments.write is not None:
+        check_writable(arguments.write, "--write")
+    size, videos = arguments.world_size, arguments.max_videos
+    lengths = plan_lengths(model, videos, arguments.max_text_tokens, arguments.max_output_length)
+    if arguments.max_batch_size is not None and arguments.max_batch_size < 1:
+        raise ConfigError(f"--max_batch_size is {arguments.max_batch_size}; it must be at least 1")
+    usable = _usable_memory(arguments)
+    weights, working = weight_bytes(arguments.model_path, size), working_bytes(model, prefill_tokens(lengths), size)
+    cache = plan_cache(model, lengths, size, usable - weights - working, arguments.max_batch_size)
+    given = {name: getattr(arguments, name) for name in ("conversation", "system", "sampler", "resize")}
+    config = make_config(
+        arguments.model_path, arguments.model_name, lengths, cache, size, port=arguments.port, ip=arguments.ip,
+        https=arguments.https, options={name: value for name, value in given.items() if value is not None})  # fmt: skip
+    print(
+        f"requests: {videos} videos of {model.num_video_tokens} tokens and text, {lengths.input} tokens; "
+        f"{lengths.output} for the answer\n"
+        f"each card: {usable / GIB:.1f} GiB usable, {weights / GIB:.2f} for weights, {working / GIB:.2f} for "
+        f"activations, {cache.gib} for the KV cache: {cache.requests} requests of {cache.request_bytes / GIB:.2f} GiB",
+        file=sys.stderr,
+    )
+    if lengths.total > model.text.max_position_embeddings:
+        print(
+            f"warning: {lengths.total} tokens exceed the {model.text.max_position_embeddings} positions the model was "
+            "trained on; the quality beyond them is untested",
+            file=sys.stderr,
+        )
+    if not arguments.https and arguments.ip not in ("127.0.0.1", "::1", "localhost"):
+        print(f"warning: {arguments.ip} without --https: requests and answers travel in the open", file=sys.stderr)
+    if arguments.write is None:
+        print(json.dumps(config, ensure_ascii=False, indent=1))
+    else:
+        write_json(arguments.write, config, mode=0o640)
+        print(f"wrote {arguments.write}", file=sys.stderr)
+    return 0
+
+
+def _usable_memory(arguments: argparse.Namespace) -> float:
+    """Bytes of a card that weights, activations and KV cache may take together."""
+    if not 0 < arguments.memory_fraction <= 1:
+        raise ConfigError(f"--memory_fraction is {arguments.memory_fraction}; it must be above 0 and at most 1")
+    if arguments.card_memory is not None:
+        if not 0 < arguments.card_memory < 4096:
+            raise ConfigError(f"--card_memory is {arguments.card_memory}; it must be a number of GiB, such as 64")
+        return float(arguments.card_memory * arguments.memory_fraction * GIB)
+    cards = [card for card in list_cards() if card.memory_mib and card.free_mib is not None]
+    if not cards:
+        raise ConfigError("no NPU found: say what its memory is with --card_memory (910B: 32 or 64 GiB, 310P: 21)")
+    parts = [min((c.memory_mib or 0) * arguments.memory_fraction, c.free_mib or 0) for c in cards]
+    return float(min(parts)) * 2**20
+
+
 def _run(arguments: argparse.Namespace) -> int:
     """Ask MindIE about every video and print the answers"""
     atb_llm = _find(arguments)
@@ -188,4 +300,10 @@ def _find(arguments: argparse.Namespace) -> Path | None:
 
 
 RUNS = {"run": _run, "performance": _performance, "precision": _precision}
-ACTIONS = {"install": _install, "uninstall": _uninstall, "status": _status, **RUNS}
+ACTIONS = {
+    "install": _install,
+    "uninstall": _uninstall,
+    "status": _status,
+    "config": _config,
+    **RUNS,
+}
