@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.limits import MediaLimits
+from atb_pllava.prompt import CONVERSATIONS
 from precision.evaluate import mvbench, recaption, vcgbench, videoqa
 from precision.evaluate.__main__ import _parser, main
 from precision.evaluate.clips import media_of, read_frame_folder
@@ -142,6 +145,21 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert manifest["conversation"]["media_alone"] and f"Avg {board['Avg']:28.2f} %"[4:] in out
 
 
+def test_the_34b_models_conversation(capsys, options, checkpoint: Path, tmp_path: Path) -> None:
+    model = tmp_path / "chatml"
+    shutil.copytree(checkpoint, model)
+    tokenizer = read(model / "tokenizer.json")
+    for number, marker in ((301, "<|im_start|>"), (302, "<|im_end|>")):
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": number, "content": marker})
+    write(model / "tokenizer.json", tokenizer)
+    clip(tmp_path / "data" / "video" / "a.mp4")
+    write(tmp_path / "data" / "json" / "mine.json", [entry("a.mp4")])
+    arguments = ("--data", tmp_path / "data", "--output_dir", tmp_path / "out", "--model_path", model)
+    assert run(capsys, "mvbench", *options, *arguments)[0] == 0
+    conversation = read(tmp_path / "out" / "manifest.json")["conversation"]
+    assert conversation == asdict(CONVERSATIONS["eval_mvbench_llavanext"])
+
+
 def test_what_has_failed_is_tried_again_and_nothing_else(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     clip(data / "video" / "good.mp4")
@@ -197,6 +215,13 @@ def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
     assert summary["accuracy"] == {"T": 20.0, "Avg": 20.0} and summary["accuracy_of_answered"] == 25.0
     assert summary["unparseable"] == 2 and summary["right"] == 1
     assert read(tmp_path / "all_results.json")["acc_dict"] == {"T": [1, 5]}
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    for stem in ("my_task", "My_task"):
+        write(tmp_path / "json" / f"{stem}.json", [entry("a.mp4")])
+    with pytest.raises(ConfigError, match="My_task.json and my_task.json are both 'My Task'"):
+        mvbench.read(tmp_path)
 
 
 def test_compare(capsys, tmp_path: Path) -> None:

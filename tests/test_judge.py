@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from atb_pllava.answers import AnswerLog
+from atb_pllava.answers import AnswerLog, Progress
 from atb_pllava.errors import BackendError, ConfigError
 from precision.evaluate import vcgbench, videoqa
 from precision.evaluate.__main__ import main
@@ -73,7 +72,7 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 def judge(endpoint: Endpoint, **options: Any) -> Judge:
-    return Judge(endpoint.url, "judge", **{"backoff": 0.001, "attempts": 3, "timeout": 5.0, **options})
+    return Judge(endpoint.url, "judge", **{"backoff": 0.001, "attempts": 3, "timeout": 60.0, **options})
 
 
 def cases(count: int) -> dict[str, Case]:
@@ -130,7 +129,7 @@ def test_what_is_sent(endpoint: Endpoint, tmp_path: Path) -> None:
 
 
 def test_calls_run_together_up_to_the_limit(endpoint: Endpoint, tmp_path: Path) -> None:
-    together = threading.Barrier(3, timeout=10)  # nobody goes on before three are there
+    together = threading.Barrier(3, timeout=60)  # nobody goes on before three are there
 
     def answer(*_: object) -> Reply:
         together.wait()
@@ -226,11 +225,28 @@ def test_a_dead_endpoint_ends_the_run(endpoint: Endpoint, tmp_path: Path) -> Non
 
 def test_a_slow_endpoint_is_given_up(endpoint: Endpoint, tmp_path: Path) -> None:
     gate = threading.Event()
-    endpoint.answer = lambda *_: says("late") if gate.wait(5) else None
-    began = time.monotonic()
+    endpoint.answer = lambda *_: says("late") if gate.wait(60) else None
     (row,) = run(judge(endpoint, timeout=0.1, attempts=2), cases(1), tmp_path).values()
     gate.set()
-    assert "timed out (attempt 2)" in row["error"] and time.monotonic() - began < 5
+    assert "timed out (attempt 2)" in row["error"]
+
+
+def test_an_interrupt_keeps_the_verdicts(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(progress: Progress, failed: bool = False) -> None:
+        progress.done += 1
+        if progress.done == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(judge(endpoint), cases(30), tmp_path, at_once=2)
+    kept = (tmp_path / "judgements.jsonl").read_text().count("\n")
+    assert kept >= max(4, len(endpoint.calls) - 2)  # all but those in flight
+    endpoint.calls = []
+    run(judge(endpoint), cases(30), tmp_path)
+    assert (tmp_path / "judgements.jsonl").read_text().count("\n") == 30
+    assert 30 - kept <= len(endpoint.calls) <= 30 - kept + 2
 
 
 @pytest.mark.parametrize(

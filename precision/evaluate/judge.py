@@ -173,8 +173,18 @@ def judge_all(
                 raise BackendError(f"the judge failed {GIVE_UP_AFTER} times in a row, the last time: {row['error']}")
     finally:
         stop.set()
+        _keep_the_rest(done, log)
     progress.finish()
     return {name: log.rows[name] for name in cases}
+
+
+def _keep_the_rest(done: Any, log: AnswerLog) -> None:
+    """Verdicts that have arrived and were paid for, when the run ends early."""
+    while not done.empty():
+        name, row = done.get()
+        if not isinstance(row, PllavaError):
+            row.pop("reached", None)
+            log.add(name, row)
 
 
 def _work(judge: Judge, todo: Any, done: Any, stop: threading.Event) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atb_pllava.answers import Row
-from atb_pllava.errors import RequestError
+from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.json_file import write_json
 from precision.evaluate.questions import Question, read_questions, seconds, select, text
 
@@ -53,8 +53,13 @@ SUB_TASKS = {
 
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """All questions of DIR, MVBench's own sub-tasks first. Raises ConfigError when there is nothing to read."""
-    found = {sub_task(path.stem).name: path for path in _in_order((data / "json").glob("*.json"))}
-    questions = []
+    found: dict[str, Path] = {}
+    for path in _in_order((data / "json").glob("*.json")):
+        name = sub_task(path.stem).name
+        if name in found:
+            raise ConfigError(f"{found[name].name} and {path.name} are both {name!r}: rename one of them")
+        found[name] = path
+    questions: list[Question] = []
     for name in select(list(found), tasks, data / "json"):
         path = found[name]
 

@@ -69,7 +69,7 @@ def read_list(path: Path) -> list[Any]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; --data is the benchmark's own folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON: {error}") from None
     if not isinstance(entries, list):
         raise ConfigError(f"{path} holds a {type(entries).__name__}; it must be a list")
