@@ -337,7 +337,8 @@ def host_config(
 ) -> dict[str, Any]:
     """config.json for MindIE: model_type "pllava", and the language model's sizes on the top level, defaults included.
 
-    The host reads them there; with its own defaults for another model the KV cache would have the wrong size.
+    The host reads them there; with its own defaults for another model the KV cache would have the wrong size. It does
+    not run in float32, and rounds such weights itself when it loads them.
     """
     section, text = raw.get("text_config", {}), config.text
     sizes = {
@@ -359,7 +360,7 @@ def host_config(
     merged = {key: value for key, value in raw.items() if key not in ("quantize", "quantization_config")}
     merged |= {
         "model_type": "pllava",
-        "torch_dtype": config.dtype,
+        "torch_dtype": "float16" if config.dtype == "float32" else config.dtype,
         "num_frames": config.num_frames,
         "pooling_shape": list(config.pooling_shape),
         "text_config": {**section, **sizes},

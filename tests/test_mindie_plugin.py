@@ -118,6 +118,10 @@ def runner(host: Any, merged: Path) -> Any:
 def convert(source: Path, kind: str, **options: Any) -> Path:
     result = source.with_name("-".join([kind, *map(str, options.values())]))
     convert_checkpoint(source, result, ConvertOptions(kind, lora_alpha=None, **options))
+    file = result / "config.json"
+    raw = json.loads(file.read_text())
+    assert raw["torch_dtype"] == "float16"  # the real host knows no float32
+    file.write_text(json.dumps({**raw, "torch_dtype": DTYPE}))
     return result
 
 
@@ -503,9 +507,12 @@ def test_blocks() -> None:
     ours = [Segment(1, 40), Segment(2**60 - 1, 2**31)]
     ids = insert_blocks([1, IMAGE_ID, 5, IMAGE_ID], ours, IMAGE_ID, 6)
     assert len(ids) == 14 and ids.count(IMAGE_ID) == 4 and min(ids) >= -(2**63)
+    cut = np.array(ids, np.int64).astype(np.int32)  # as the host's sampler sees a prompt
+    assert [i for i, token in enumerate(cut) if token > 2**24] == [2, 3, 9, 10] and cut.min() == 0
     assert [(span.start, segment) for span, segment in find_blocks(ids, IMAGE_ID, 6)] == [(1, ours[0]), (8, ours[1])]
     assert find_blocks([IMAGE_ID, 3, IMAGE_ID, IMAGE_ID], IMAGE_ID, 6) == []  # words
-    for wrong in (ids[:-1], ids[2:], ids[:8] + ids[9:], [-1, *ids], ids[:3] + [7] + ids[4:], ids[:5] + ids[8:]):
+    others = ([-1, *ids], ids[:3] + [7] + ids[4:], [IMAGE_ID, -1, ids[3], 0, 0, IMAGE_ID])
+    for wrong in (ids[:-1], ids[2:], ids[:8] + ids[9:], ids[:5] + ids[8:], *others):
         with pytest.raises(RequestError, match="not part of a whole video"):
             find_blocks(wrong, IMAGE_ID, 6)
     with pytest.raises(ConfigError, match="at least 4"):

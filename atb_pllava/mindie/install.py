@@ -27,7 +27,7 @@ PTH = "atb_pllava_mindie.pth"
 
 # One line of a .pth file. It runs at every start of Python: no import, one comparison for each later import, and
 # whatever goes wrong is said once when MindIE's library is imported and never stops a program.
-WAITER = '''
+WAITER = """
 import sys
 class AtbPllava:
     def find_spec(name, path=None, target=None):
@@ -41,7 +41,7 @@ class AtbPllava:
             except Exception as error:
                 print("atb_pllava: the import hook failed, MindIE goes on without PLLaVA:", error, file=sys.stderr)
 sys.meta_path.insert(0, AtbPllava)
-'''
+"""
 
 
 @dataclass(frozen=True)

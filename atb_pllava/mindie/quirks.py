@@ -100,4 +100,9 @@ QUIRKS = (
         "there are two classes InferenceMode; with the one that is the default FlashLlama fails in its first forward",
         "modes that mean something are refused, and none is passed on",
         "plugin/pllava/flash_causal_pllava.py", "one class is left"),
+    Quirk(
+        18, "mindie_llm/text_generator/utils/batch_context.py; samplers/logits_handlers/pta_handlers.py",
+        "for a repetition penalty prompts are cut to int32 and their ids used as indices, which may not be negative",
+        "our negative ids become, when cut, positive ones beyond the vocabulary, which have a column of their own",
+        "media_ids.py", "the host leaves negative ids out"),
 )  # fmt: skip

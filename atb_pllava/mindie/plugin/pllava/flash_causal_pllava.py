@@ -104,6 +104,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
             ids = tokenizer.encode_pieces(render_turns(conversation, [Turn(text, media)]))
         return expand_placeholders(ids, self.pllava.image_token_index, media, self.pllava.num_video_tokens)
 
+    @torch.no_grad()  # the host's words would have a gradient
     def _embed(self, ids: Tensor, spans: Sequence[VideoSpan], videos: Sequence[PreparedVideo]) -> Tensor:
         """A new tensor [n, hidden]: words from the host's table, videos from our encoder, one after the other."""
         embeddings: Tensor = self.model.embed_tokens(ids.clamp(min=0))  # negative ids name segments
