@@ -31,7 +31,7 @@ from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestErr
 from atb_pllava.llm import LLM
 from atb_pllava.mindie import segments
 from atb_pllava.mindie.dialogue import from_inputs, from_messages
-from atb_pllava.mindie.host_checks import check_model_dir, check_world_size
+from atb_pllava.mindie.host_checks import check_head_size, check_model_dir, check_world_size
 from atb_pllava.mindie.media_ids import find_blocks, insert_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder, Truncation
 from atb_pllava.mindie.quirks import QUIRKS
@@ -299,6 +299,12 @@ def test_world_sizes() -> None:
     assert sizes(6, 2) == [1, 2, 6] and sizes(14, 2) == [1, 2]
 
 
+def test_head_sizes() -> None:
+    check_head_size(TextConfig(hidden_size=64, num_attention_heads=4, head_dim=16))
+    with pytest.raises(ConfigError, match="head_dim 32.*16 here"):
+        check_head_size(TextConfig(hidden_size=64, num_attention_heads=4, head_dim=32))
+
+
 def test_what_the_model_does_not_have_is_refused(host: Any, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = {"lora_modules": '{"a": "b"}'} if REAL else {"lora_adapter": {"a": "b"}}
     for option in (lora, {"inference_mode": SimpleNamespace(enable_prefill_pa=True)}):
@@ -543,6 +549,10 @@ def test_runner_equals_the_native_engine(native: LLM, served: Served, clips: lis
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"text": literal, "video": clips[:2]}, {"prompt": literal, "video": clips[:2]}),
         ({"text": "What?", "image": clips[2]}, {"question": "What?", "video": clips[2]}),
+        (
+            {"text": "USER: <video>\n? ASSISTANT:", "video": clips[0]},
+            {"prompt": "USER: <image>\n? ASSISTANT:", "video": clips[0]},
+        ),
         ({"text": "Hello"}, {"question": "Hello"}),
     ]
     for params, request in asked:

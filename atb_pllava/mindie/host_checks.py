@@ -42,6 +42,15 @@ def check_world_size(size: int, text: TextConfig) -> None:
         )
 
 
+def check_head_size(text: TextConfig) -> None:
+    """Raises ConfigError for a head size that the host, which divides, would not find (quirk 19)."""
+    if text.head_dim * text.num_attention_heads != text.hidden_size:
+        raise ConfigError(
+            f"text_config has head_dim {text.head_dim}; MindIE's llama knows only hidden_size / num_attention_heads, "
+            f"which is {text.hidden_size / text.num_attention_heads:g} here"
+        )
+
+
 def check_model_dir(model_dir: str | os.PathLike[str]) -> None:
     """Raises ConfigError where config.json is not one that the host gives to this plugin, as the published ones."""
     found = read_json(Path(model_dir) / "config.json").get("model_type")

@@ -105,4 +105,8 @@ QUIRKS = (
         "for a repetition penalty prompts are cut to int32 and their ids used as indices, which may not be negative",
         "our negative ids become, when cut, positive ones beyond the vocabulary, which have a column of their own",
         "media_ids.py", "the host leaves negative ids out"),
+    Quirk(
+        19, "atb_llm/models/base/flash_causal_lm.py: head_size",
+        "a llama's head size is hidden_size / num_attention_heads, whatever head_dim says",
+        "another head_dim is refused", "host_checks.py", "the host reads head_dim"),
 )  # fmt: skip

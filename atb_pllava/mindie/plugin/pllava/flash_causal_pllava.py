@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atb_pllava.errors import BackendError, RequestError
 from atb_pllava.inputs import PreparedVideo
-from atb_pllava.mindie.host_checks import check_features, check_layout, check_world_size
+from atb_pllava.mindie.host_checks import check_features, check_head_size, check_layout, check_world_size
 from atb_pllava.mindie.media_ids import find_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.segments import read_segment
@@ -19,6 +19,8 @@ from atb_pllava.mindie.video_encoder import VideoEncoder
 from atb_pllava.prompt import Turn, VideoSpan, expand_placeholders, render_turns
 from atb_pllava.tokenizer import IMAGE_TOKEN
 from atb_pllava.weights import open_checkpoint
+
+VIDEO_PLACEHOLDER = "<video>"  # in the host's example scripts
 
 
 class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
@@ -28,6 +30,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         """`weights` is the host's open Weights, `kwargs` what its ModelRunner passes on. Refuses before it loads."""
         try:
             check_world_size(weights.process_group.size(), config.pllava.text)
+            check_head_size(config.pllava.text)
             check_features(kwargs, weights.mapping)
             checkpoint = open_checkpoint(config.model_name_or_path)
             check_layout(checkpoint)
@@ -44,8 +47,9 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
     def prepare_prefill_token(self, multimodalinputs: Any, processor: Any) -> Tensor:
         """The PA runner's request to embeddings [n, hidden]. `processor` is the host's and not needed.
 
-        `text` is taken literally when it has `<image>`, once for each medium, and else put into the template; `video`
-        and `image` are paths or lists of them; `frames`, where there is one, is the number of frames of each.
+        `text` is taken literally when it has `<image>` (or the `<video>` of the host's own scripts), once for each
+        medium, and else put into the template; `video` and `image` are paths or lists of them; `frames`, where there
+        is one, is the number of frames of each.
         """
         media = [*_as_list(multimodalinputs.video), *_as_list(multimodalinputs.image)]
         ids, spans = self._runner_prompt(multimodalinputs.text, len(media))
@@ -98,6 +102,8 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
 
     def _runner_prompt(self, text: str, media: int) -> tuple[list[int], list[VideoSpan]]:
         tokenizer, conversation = self.prompts.tokenizer, self.prompts.conversation
+        if IMAGE_TOKEN not in text:
+            text = text.replace(VIDEO_PLACEHOLDER, IMAGE_TOKEN)
         if IMAGE_TOKEN in text:
             ids = tokenizer.encode(text)
         else:
