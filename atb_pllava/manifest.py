@@ -15,7 +15,18 @@ from atb_pllava.engine.request import SamplingParams
 from atb_pllava.json_file import write_json
 from atb_pllava.llm import LLM
 
-PACKAGES = ("torch", "torch-npu", "transformers", "numpy", "safetensors", "tokenizers", "av", "pillow")
+PACKAGES = (
+    "torch",
+    "torch-npu",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "av",
+    "pillow",
+    "open_clip_torch",
+    "torchvision",
+)
 
 
 def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any]:
@@ -47,6 +58,13 @@ def manifest_of(llm: LLM, params: SamplingParams | None = None, **more: Any) -> 
         **settings_of(llm, params),
         "model_path": os.path.abspath(llm.options.model_path),
         "weight_dir": llm.options.weight_dir and os.path.abspath(llm.options.weight_dir),
+        **surroundings(),
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, machine, date and command line of this process."""
+    return {
         "versions": {"atb_pllava": __version__, "python": platform.python_version(), **_versions()},
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

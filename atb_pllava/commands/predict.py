@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `predict`."""
     add_model_options(parser)
     group = parser.add_argument_group("input")
-    group.add_argument("--media", required=True, metavar="PATH", help="a video, an image, or a directory of them")
+    group.add_argument(
+        "--media", "--image_path", required=True, metavar="PATH", help="a video, an image, or a directory of them"
+    )
     group.add_argument(
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
     )

@@ -1,0 +1,323 @@
+"""How well do answers describe their images and videos? open_clip as the judge, as MindIE's precision tests have it.
+
+    python precision/clip_score.py --model_weights_path open_clip_pytorch_model.bin \\
+        --image_info predict_result.json gpu_coco_predict.json --dataset_path CLIPS
+
+A score is the cosine of the judge's text and image features; a video's is the mean over its sampled frames. The mean
+over all items is printed for each file, and for two files the mean of their difference item by item. Items whose file
+is missing or unreadable are named and counted, and take no part in the mean; the exit status is 2 then.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import sqrt
+from pathlib import Path
+from typing import Any, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
+from atb_pllava.answers import Progress
+from atb_pllava.json_file import check_writable, read_json, write_json
+from atb_pllava.manifest import surroundings
+from atb_pllava.media import read_media
+from atb_pllava.ops import get_backend
+from atb_pllava.sampling import SAMPLERS
+from precision.command import run_command
+
+# Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
+SAFE_TORCH = (2, 6)
+
+
+class Judge(Protocol):
+    """Features whose cosine is the score."""
+
+    def text(self, text: str) -> tuple[Tensor, bool]:
+        """Features [1, width] of a text, and whether its end was cut off."""
+        ...
+
+    def images(self, frames: np.ndarray) -> Tensor:
+        """Features [T, width] of RGB frames uint8 [T, height, width, 3]."""
+        ...
+
+
+class OpenClip:
+    """A model of open_clip with weights from a file. Nothing is downloaded."""
+
+    def __init__(self, model_name: str, weights: str, device: torch.device) -> None:
+        self.device, self._package = device, _import_open_clip()
+        name = self._register(model_name)
+        logging.disable(logging.WARNING)  # it would warn that weights are missing, which come below
+        try:
+            self.model, _, self.preprocess = self._package.create_model_and_transforms(name)
+        finally:
+            logging.disable(logging.NOTSET)
+        self.tokenizer = self._package.get_tokenizer(name)
+        try:
+            self.model.load_state_dict(read_judge_weights(weights), strict=True)
+        except RuntimeError as error:
+            raise WeightError(f"{weights} does not fit --model_name {model_name}: {str(error)[:500]}") from None
+        self.model.eval().to(device)
+
+    @torch.no_grad()
+    def text(self, text: str) -> tuple[Tensor, bool]:
+        ids = self.tokenizer([text])
+        cut = len(self.tokenizer.encode(text)) + 2 > ids.shape[1]  # two tokens mark start and end
+        return self.model.encode_text(ids.to(self.device)).float().cpu(), cut
+
+    @torch.no_grad()
+    def images(self, frames: np.ndarray) -> Tensor:
+        pixels = torch.stack([self.preprocess(Image.fromarray(frame)) for frame in frames])
+        return self.model.encode_image(pixels.to(self.device)).float().cpu()
+
+    def _register(self, model_name: str) -> str:
+        """The name of a built-in model, or of one described by a JSON file, that needs nothing from a hub."""
+        if model_name.endswith(".json"):
+            read_json(model_name)
+            self._package.add_model_config(Path(model_name))
+            model_name = Path(model_name).stem
+        built_in = not set("/:") & set(model_name)  # other names are addresses on a hub
+        config = self._package.get_model_config(model_name) if built_in else None
+        if config is None:
+            raise ConfigError(
+                f"--model_name is {model_name!r}; it must be a JSON file or one of open_clip's, for example ViT-H-14: "
+                "python -c 'import open_clip; print(open_clip.list_models())'"
+            )
+        if config["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name"}:
+            raise ConfigError(f"--model_name {model_name} takes its tokenizer from a hub; nothing is downloaded here")
+        return model_name
+
+
+def read_judge_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a pickle such as open_clip_pytorch_model.bin.
+
+    The pickle is read by PyTorch's loader for tensors alone, which executes nothing (`weights_only`).
+    Raises WeightError.
+    """
+    if not os.path.isfile(path):
+        raise WeightError(f"--model_weights_path {path} is no file; download the judge's weights, see the README")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
+            raise WeightError(f"{path} is a pickle, which torch {torch.__version__} does not read safely: use 2.6 or a "
+                              ".safetensors file")  # fmt: skip
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    except PllavaError:
+        raise
+    except Exception as error:  # unpickling damaged files raises nearly anything
+        raise WeightError(f"{path} cannot be read as weights: {str(error)[:300]}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the process exit status."""
+    return run_command(_parser(), clip_score, argv)
+
+
+def clip_score(arguments: argparse.Namespace) -> int:
+    """Score every file of answers, print the means, write what was asked for; the exit status."""
+    if arguments.output_json is not None:
+        check_writable(arguments.output_json, "--output_json")
+    files = {file: read_answers(file) for file in arguments.image_info}
+    media = MediaFolder(arguments.dataset_path)
+    judge = OpenClip(arguments.model_name, arguments.model_weights_path, choose_device(arguments.device))
+    results = [score_file(judge, file, answers, media, arguments) for file, answers in files.items()]
+    for result in results:
+        print("\n".join(report(result)))
+    pairs = paired(results)
+    if pairs:
+        print(pairs["text"])
+    if arguments.output_json is not None:
+        weights = arguments.model_weights_path
+        judged_by = {"model_name": arguments.model_name, "weights": weights, "sha256": _digest(weights)}
+        frames = {"num_frames": arguments.num_frames, "sampler": arguments.sampler}
+        made = {"judge": judged_by, **frames, **surroundings()}
+        write_json(arguments.output_json, {"results": results, "paired": pairs, **made})
+    for result in results:
+        for item in result["items"]:
+            if "error" in item:
+                print(f"error: {result['file']}: {item['error']}", file=sys.stderr)
+    return 2 if any(result["failed"] for result in results) else 0
+
+
+def read_answers(file: str) -> dict[str, str]:
+    """{media: text}. Raises ConfigError for a file that holds something else, or nothing."""
+    answers = read_json(file)
+    good = isinstance(answers, dict) and all(isinstance(text, str) for text in answers.values())
+    if not good or not answers:
+        raise ConfigError(f"--image_info {file} must hold {{media path: text}}, as `predict` writes it")
+    return dict(answers)
+
+
+def score_file(
+    judge: Judge, file: str, answers: Mapping[str, str], media: "MediaFolder", arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Every item's score or error, and their mean (None when there is no score)."""
+    items: list[dict[str, Any]] = []
+    progress = Progress(f"scores of {file}", len(answers))
+    for name, text in answers.items():
+        try:
+            path = media.find(name)
+            clip = read_media(path, arguments.num_frames, sampler=arguments.sampler)
+            frames = clip.frames[:1] if clip.total_frames == 1 else clip.frames  # an image is one frame, repeated
+            items.append({"media": name, "file": path, **score(judge, text, frames)})
+        except VideoError as error:
+            items.append({"media": name, "error": str(error)})
+        progress.add("error" in items[-1])
+    progress.finish()
+    scores = [item["score"] for item in items if "score" in item]
+    return {
+        "file": file,
+        "mean": sum(scores) / len(scores) if scores else None,
+        "scored": len(scores),
+        "failed": len(items) - len(scores),
+        "cut_off": sum(item.get("cut_off", False) for item in items),
+        "items": items,
+    }
+
+
+def score(judge: Judge, text: str, frames: np.ndarray) -> dict[str, Any]:
+    """Mean over the frames of the cosine of text and frame."""
+    words, cut_off = judge.text(text)
+    scores = torch.nn.functional.cosine_similarity(judge.images(frames), words)
+    return {"score": float(scores.mean()), "frames": len(frames), "cut_off": cut_off}
+
+
+class MediaFolder:
+    """Where the media of the answers are. `predict_result.json` names paths, other files names alone."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ConfigError(
+                f"--dataset_path {path} is no readable directory; name the one with the images and videos"
+            )
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for folder, _, files in os.walk(self.path):
+            for file in files:
+                found.setdefault(file, []).append(Path(folder) / file)
+        return found
+
+    def find(self, name: str) -> str:
+        """The file below the folder that has this path, or else this name and most of the folders before it.
+
+        Raises VideoError when there is none, or several that fit alike.
+        """
+        if not os.path.isabs(name) and (self.path / name).is_file():
+            return str(self.path / name)
+        candidates = self.by_name.get(Path(name).name, [])
+        best = max((_common_end(name, path) for path in candidates), default=0)
+        fitting = [path for path in candidates if _common_end(name, path) == best]
+        if len(fitting) != 1:
+            what = "is in several folders" if fitting else "is not there"
+            raise VideoError(f"{name} {what} below --dataset_path {self.path}")
+        return str(fitting[0])
+
+
+def _common_end(name: str, path: Path) -> int:
+    """How many parts at their ends two paths have in common."""
+    equal = [a == b for a, b in zip(reversed(Path(name).parts), reversed(path.parts), strict=False)]
+    return equal.index(False) if False in equal else len(equal)
+
+
+def report(result: Mapping[str, Any]) -> list[str]:
+    """One file's scores in words."""
+    lines = [f"{item['score']:.4f}  {item['media']}" for item in result["items"] if "score" in item]
+    mean = "no score" if result["mean"] is None else f"mean score {result['mean']:.4f}"
+    cut = f"; the judge read only the beginning of {result['cut_off']} long texts" if result["cut_off"] else ""
+    return [*lines, f"{result['file']}: {mean} of {result['scored']} items, {result['failed']} failed{cut}"]
+
+
+def paired(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """For two files: the mean difference of the scores of what both describe, with its 95 % interval."""
+    if len(results) != 2:
+        return None
+    first, second = ({item["file"]: item["score"] for item in result["items"] if "score" in item} for result in results)
+    differences = np.array([second[file] - first[file] for file in first.keys() & second.keys()])
+    if len(differences) < 2:
+        return None
+    mean, width = float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / sqrt(len(differences))
+    text = (
+        f"{results[1]['file']} minus {results[0]['file']}: {mean:+.4f} "
+        f"(95 % interval {mean - width:+.4f} to {mean + width:+.4f}, {len(differences)} items)"
+    )
+    return {"items": len(differences), "difference": mean, "interval": [mean - width, mean + width], "text": text}
+
+
+def choose_device(name: str) -> torch.device:
+    """cpu, cuda, npu, one of several by its number (cuda:1), or `auto`; a number alone is an NPU, as the host has it.
+
+    Raises BackendError for a device that is not here.
+    """
+    kind, _, number = (f"npu:{name}" if name.isdigit() else name).partition(":")
+    backends = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
+    if kind not in backends or (number and (kind in ("auto", "cpu") or not number.isdigit())):
+        raise ConfigError(f"--device is {name!r}; it must be auto, cpu, cuda, npu, or with a number: cuda:1, npu:0, 0")
+    device = get_backend(backends[kind], int(number or 0)).device
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", int(number)) if kind == "cuda" and number else device
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _import_open_clip() -> Any:
+    try:
+        import open_clip
+    except Exception as error:  # a torchvision that does not belong to this torch fails in its own ways
+        raise ConfigError(
+            f"open_clip cannot be imported ({error}): pip install 'atb_pllava[precision]', with the torchvision that "
+            f"belongs to torch {torch.__version__}"
+        ) from None
+    return open_clip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Scores of answers about images and videos, with open_clip as the judge.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model_weights_path", required=True, metavar="FILE", help="the judge's weights, .bin, .pt or .safetensors"
+    )
+    parser.add_argument(
+        "--image_info", required=True, nargs="+", metavar="FILE", help="{media path: text}; two files are compared too"
+    )
+    parser.add_argument("--dataset_path", required=True, metavar="DIR", help="where the images and videos are")
+    parser.add_argument(
+        "--model_name",
+        default="ViT-H-14",
+        metavar="NAME",
+        help="model of open_clip, or its JSON file (default ViT-H-14)",
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu; with a number: cuda:1, npu:0")
+    parser.add_argument("--num_frames", type=int, default=16, metavar="T", help="frames of a video (default 16)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="demo", help="which frames (default demo)")
+    parser.add_argument("--output_json", metavar="FILE", help="also write every score, the judge and the versions")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

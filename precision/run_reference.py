@@ -1,0 +1,46 @@
+"""The reference side of the precision tests: every medium answered by the plain float32 path of a CPU or a GPU.
+
+    python precision/run_reference.py --model_path WEIGHTS --image_path CLIPS
+
+writes gpu_coco_predict.json, {media path: text}, for precision/clip_score.py. It is `python -m atb_pllava predict` with
+dtype float32, one request at a time and no caches; the NPU's side is `run_pa.sh --precision`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
+
+import torch
+
+from atb_pllava.commands.predict import add_options, predict
+from atb_pllava.errors import ConfigError
+from precision.command import run_command
+
+DEFAULT_OUTPUT = "gpu_coco_predict.json"
+PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefix_cache": "off"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the process exit status."""
+    parser = argparse.ArgumentParser(description="Reference answers, in float32 on a CPU or a GPU.", allow_abbrev=False)
+    add_options(parser)
+    parser.set_defaults(output_json=DEFAULT_OUTPUT, **PLAIN)
+    return run_command(parser, run_reference, argv)
+
+
+def run_reference(arguments: argparse.Namespace) -> int:
+    """`predict`, unless options ask for something that is no reference."""
+    if arguments.backend not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--backend is {arguments.backend!r}; the reference runs on cpu or cuda")
+    if arguments.backend == "auto":
+        arguments.backend = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.dtype != "float32":
+        raise ConfigError(f"--dtype is {arguments.dtype!r}; the reference is float32")
+    return predict(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
