@@ -21,6 +21,7 @@ VERBS = {
     "convert": "merge LoRA, quantise to W8A16",
     "bench": "measure speed: a sweep over batch sizes, the machine's limits, parts",
     "mindie": "install, configure and examine the plugin for MindIE",
+    "doctor": "what this machine lacks, and what fixes it",
 }
 
 

@@ -30,12 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from atb_llm.utils.cpu_binding import NpuHbmInfo
-from atb_llm.utils.env import ENV
-from examples.multimodal_runner import MultimodalPARunner
-from examples.server.cache import CacheConfig, CacheManager
-from examples.server.generate import generate_req
-from examples.server.request import MultiModalReqParams, request_from_multimodalinputs
+
+try:
+    from atb_llm.utils.cpu_binding import NpuHbmInfo
+    from atb_llm.utils.env import ENV
+    from examples.multimodal_runner import MultimodalPARunner
+    from examples.server.cache import CacheConfig, CacheManager
+    from examples.server.generate import generate_req
+    from examples.server.request import MultiModalReqParams, request_from_multimodalinputs
+except ImportError as missing:
+    sys.exit(f"error: MindIE's modules cannot be imported ({missing}); source MindIE's set_env.sh. `doctor` says more")
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError, PllavaError, RequestError

@@ -4,6 +4,7 @@ The host is a stand-in with the signatures of the real one; ATB_LLM_HOME names a
 """
 
 import ast
+import json
 import os
 import shutil
 import stat
@@ -12,133 +13,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import raw_config
+from host_sources import HOST, RUNNER_SOURCES, write_host
 
 from atb_pllava.__main__ import main
+from atb_pllava.config import PllavaConfig
+from atb_pllava.convert import host_config
+from atb_pllava.errors import ConfigError
 from atb_pllava.mindie import install as installation
 from atb_pllava.mindie.contract import CONTRACT, RUNNER_CONTRACT, check_contract
+from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, find_examples
 
 REAL = os.environ.get("ATB_LLM_HOME")
 
-# The host in a few lines: what the plugin relies on, as MindIE-LLM's sources declare it.
-HOST = {
-    "__init__.py": "",
-    "conf/config.json": "{}",
-    "models/base/__init__.py": "",
-    "models/llava/__init__.py": "",
-    "models/llava/router_llava.py": "class LlavaRouter:\n    def __init__(self, *args):\n        self.args = args\n",
-    "models/llama/__init__.py": "",
-    "models/__init__.py": """
-import importlib, json, os
-from typing import Optional
-def safe_get_config_dict(path):
-    with open(os.path.join(path, "config.json")) as file:
-        return json.load(file)
-def get_model(model_name_or_path: str, is_flash_causal_lm: bool = True, load_tokenizer: bool = True,
-              max_position_embeddings: Optional[int] = None, revision=None, tokenizer_path=None,
-              trust_remote_code: bool = False, enable_atb_torch=False, enable_edge=False, llm_config_path=None,
-              models_dict=None, sub_model_path=""):
-    model_type = safe_get_config_dict(model_name_or_path)["model_type"].lower()
-    folder = os.path.dirname(os.path.abspath(__file__))
-    known = [n for n in os.listdir(folder) if os.path.isdir(os.path.join(folder, n)) and not n.startswith("_")]
-    if model_type not in known:
-        raise NotImplementedError(f"unsupported model type: {model_type}")
-    router = importlib.import_module(f"atb_llm.models.{model_type}.router_{model_type}")
-    return getattr(router, f"{model_type.capitalize()}Router")(model_name_or_path, is_flash_causal_lm, revision)
-""",
-    "models/base/router.py": """
-from dataclasses import dataclass
-@dataclass
-class BaseRouter:
-    model_name_or_path: str = ""
-    config_dict: dict = None
-    is_flash_causal_lm: bool = True
-    load_tokenizer: bool = True
-    max_position_embeddings: int = None
-    revision: str = None
-    tokenizer_path: str = None
-    trust_remote_code: bool = False
-    enable_atb_torch: bool = False
-    enable_edge: bool = False
-    llm_config: object = None
-    sub_model_path: str = ""
-    _config: object = None
-    @property
-    def config(self): ...
-    @property
-    def tokenizer(self): ...
-    @property
-    def input_builder(self): ...
-    @staticmethod
-    def check_config(config): ...
-    def tokenize(self, inputs, **kwargs): ...
-    def get_config(self): ...
-    def get_config_cls(self): ...
-    def get_model_cls(self): ...
-    def get_tokenizer(self): ...
-    def get_input_builder(self): ...
-    @property
-    def generation_config(self): ...
-    @property
-    def custom_chat_template(self): ...
-""",
-    "models/base/input_builder.py": """
-class InputBuilder:
-    def __init__(self, tokenizer, chat_template="", system_role_name="system", user_role_name="user", max_length=2048):
-        ...
-    @staticmethod
-    def generate_position_ids(input_ids): ...
-    def make_context(self, rank, conversation, add_generation_prompt=True, adapt_to_max_length=False, **kwargs): ...
-""",
-    "models/base/flash_causal_lm.py": """
-class FlashForCausalLM:
-    def __init__(self, config, weights, **kwargs):
-        self.ascend_weight = []
-        self.max_position_embeddings = config.max_position_embeddings
-    def forward(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots, input_lengths, max_seq_len,
-                lm_head_indices=None, reset=False, **kwargs): ...
-""",
-    "models/llama/flash_causal_llama.py": """
-class FlashLlamaForCausalLM:
-    def __init__(self, config, weights, lmhead_prefix="lm_head", model_prefix="model", **kwargs):
-        self.skip_word_embedding = False
-    def init_ascend_weight(self): ...
-    def prepare_inputs_for_ascend(self, input_ids, position_ids, is_prefill, kv_cache, block_tables, slots,
-                                  input_lengths, max_seq_len, lm_head_indices=None, **kwargs): ...
-""",
-    "utils/weights.py": """
-class Weights:
-    def __init__(self, model_name_or_path, device, dtype, process_group, quantize=None, is_gqa=False,
-                 extension=".safetensors", aliases=None, mapping=None, **kwargs):
-        self.device, self.dtype = device, dtype
-        self.mapping = mapping
-        self.process_group = process_group
-""",
-    "models/base/config.py": """
-class BaseConfig:
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs): ...
-""",
-    "models/llama/config_llama.py": "class LlamaConfig: ...",
-    "models/llama/modeling_llama.py": """
-class FlashLlamaModel:
-    def __init__(self, config, weights, model_prefix="model", **kwargs):
-        self.embed_tokens = None
-""",
-    "utils/shm_utils.py": "def release_shared_memory(file_path): ...",
-    "utils/configuration_utils.py": "class LLMConfig:\n    def get(self, key): ...",
-}
-
-
-
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
     """A stand-in of atb_llm in a directory of its own."""
-    for name, text in HOST.items():
-        file = tmp_path / "host" / "atb_llm" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return tmp_path / "host" / "atb_llm"
+    return write_host(tmp_path / "host")
 
 
 @pytest.fixture
@@ -391,3 +283,58 @@ def test_the_real_host_keeps_the_contract(tmp_path, capsys, site, package) -> No
         assert mindie(capsys, "status", "--atb_llm", copy, "--site", site)[0] == 0
     mindie(capsys, "uninstall", "--atb_llm", copy, "--site", site)
     assert tree(copy, site) == before
+
+
+def test_the_command_that_starts_mindies_runner(host, tmp_path, monkeypatch) -> None:
+    for name, text in RUNNER_SOURCES.items():
+        file = host.parent / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    work = tmp_path / "work"
+    work.mkdir(mode=0o755)
+    monkeypatch.chdir(work)
+    options = {"mode": "run", "model_path": str(work), "prompt": ['what "is" it?']}
+    given = {"PYTHONPATH": "/given", "TASK_QUEUE_ENABLE": "2", "ASCEND_RT_VISIBLE_DEVICES": "5,3"}
+    command, variables = runner_command(host, options, 1, given)
+    assert command[0] == sys.executable and command[1].endswith("examples/mindie_runner.py")
+    assert json.loads(command[-1]) == options
+    assert variables["TASK_QUEUE_ENABLE"] == "2" and variables["ASCEND_RT_VISIBLE_DEVICES"] == "5,3"
+    assert variables["ATB_LLM_BENCHMARK_ENABLE"] == "1"
+    assert variables["ATB_LLM_BENCHMARK_FILEPATH"] == str(work / "benchmark.csv")
+    assert variables["PYTHONPATH"].split(":") == ["/given", str(Path(__file__).parents[1]), str(host.parent)]
+    command, _ = runner_command(host, options, 2, {**given, "MASTER_PORT": "20031"})
+    assert command[1:3] == ["-m", "torch.distributed.run"] and command[command.index("--nproc_per_node") + 1] == "2"
+    assert command[command.index("--master_port") + 1] == "20031"
+    ports = {runner_command(host, options, 2, given)[0][8] for _ in range(3)}
+    assert all(1024 <= int(port) < 65536 for port in ports)
+    work.chmod(0o777)
+    with pytest.raises(ConfigError, match="mode 777, which MindIE refuses: chmod 775"):
+        runner_command(host, options, 1, given)
+    runner_command(host, options, 1, {**given, "MINDIE_CHECK_INPUTFILES_PERMISSION": "0"})
+    (host.parent / "examples" / "server" / "generate.py").write_text("def generate_req(): ...")
+    with pytest.raises(ConfigError, match="generate_req takes"):
+        runner_command(host, options, 1, given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--media", "m"], "not registered with MindIE"),
+        (["precision", "--media", "m", "--prompt", "a", "--prompt", "b"], "give one question"),
+        (["performance", "--media", "m", "--batch_sizes", "2", "0"], "--batch_sizes has 0"),
+        (["run", "--media", "m", "--max_batch_size", "0"], "--max_batch_size is 0"),
+        (["run", "--media", "m", "--num_frames", "0"], "num_frames is 0"),
+    ],
+)
+def test_runs_that_cannot_work_are_refused_before_they_start(
+    capsys, host, site, package, tmp_path, arguments, message
+) -> None:
+    places = ("--atb_llm", host, "--site", site)
+    if "registered" not in message:
+        mindie(capsys, "install", *places)
+    raw = raw_config()
+    model = weights(tmp_path / "w", "pllava")
+    config = host_config({**raw, "torch_dtype": "float16"}, {}, PllavaConfig.from_json(raw), quantised=False)
+    (model / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    status, _, err = mindie(capsys, *arguments, "--model_path", model, *places)
+    assert status == 2 and message in err

@@ -6,6 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from atb_pllava.commands.doctor import add_options as add_options_of_doctor
+from atb_pllava.commands.doctor import doctor
+from atb_pllava.commands.environment import master_port
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.mindie.cards import list_cards
@@ -38,6 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action.set_defaults(function=function)
         if name == "config":
             _add_config(action)
+            continue
+        if name == "doctor":
+            add_options_of_doctor(action)
+            action.set_defaults(engine="mindie")
             continue
         _add_places(action)
         if name == "install":
@@ -271,6 +278,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "max_output_length": arguments.max_output_length,
         **{name: getattr(arguments, name) for name in ("perf_file", "output_json") if hasattr(arguments, name)},
     }
+    master_port()  # refuses what is no port
     command, variables = runner_command(atb_llm, options, arguments.world_size, os.environ)
     sys.stdout.flush()
     os.execve(command[0], command, variables)
@@ -299,11 +307,17 @@ def _find(arguments: argparse.Namespace) -> Path | None:
     return find_atb_llm(arguments.atb_llm, os.environ.get("ATB_SPEED_HOME_PATH"))
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Say what this machine lacks to run PLLaVA in MindIE, as `doctor --engine mindie`"""
+    return doctor(arguments)
+
+
 RUNS = {"run": _run, "performance": _performance, "precision": _precision}
 ACTIONS = {
     "install": _install,
     "uninstall": _uninstall,
     "status": _status,
     "config": _config,
+    "doctor": _doctor,
     **RUNS,
 }

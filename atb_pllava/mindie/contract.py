@@ -77,9 +77,18 @@ RUNNER_CONTRACT: dict[str, tuple[str, ...]] = {
     "examples/multimodal_runner.py": (
         "def MultimodalPARunner.__init__(self, **kwargs)",
         "def MultimodalPARunner.init_processor(self)",
-        "def MultimodalPARunner.make_cache_manager(self)",
     ),
-    "examples/run_pa.py": (".PARunner.model", ".PARunner.tokenizer", ".PARunner.cache_manager", ".PARunner.max_memory"),
+    "examples/run_pa.py": (
+        ".PARunner.block_size",
+        ".PARunner.cache_manager",
+        ".PARunner.model",
+        ".PARunner.model_config",
+        ".PARunner.tokenizer",
+    ),
+    "examples/server/cache.py": (
+        "def CacheConfig.__init__(self, num_blocks, block_size)",
+        "def CacheManager.__init__(self, cache_config, model_config)",
+    ),
     "examples/server/request.py": (
         "class MultiModalReqParams(text, image, video, audio, max_out_length, block_size, req_idx, adapter_id, "
         "batch_size)",
@@ -87,7 +96,6 @@ RUNNER_CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "examples/server/generate.py": (
         "def generate_req(req_list, model, max_batch_size, max_prefill_tokens, cache_manager)",
-        "def decode_token(req_list, tokenizer, skip_special_tokens)",
     ),
 }
 

@@ -11,6 +11,7 @@ import atb_pllava
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie.contract import RUNNER_CONTRACT, check_contract
 from atb_pllava.mindie.locate import find_examples
+from atb_pllava.mindie.permissions import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
 
 RUNNER = Path(atb_pllava.__file__).resolve().parents[1] / "examples" / "mindie_runner.py"
 
@@ -38,11 +39,21 @@ def runner_command(
     problems = check_contract(home, RUNNER_CONTRACT)
     if problems:
         raise ConfigError("MindIE's runner differs from what is known here:\n  " + "\n  ".join(problems))
+    _check_places([Path.cwd(), Path(str(options["model_path"]))], variables)
     values = {**HOST_VARIABLES, **variables}
     values["ATB_LLM_BENCHMARK_FILEPATH"] = os.path.abspath(values["ATB_LLM_BENCHMARK_FILEPATH"])
     values["PYTHONPATH"] = _joined(variables.get("PYTHONPATH"), RUNNER.parents[1], atb_llm.parent, home)
     started = [] if world_size == 1 else _torchrun(world_size, variables.get("MASTER_PORT"))
     return [sys.executable, *started, str(RUNNER), "--options", json.dumps(options)], values
+
+
+def _check_places(places: Sequence[Path], variables: Mapping[str, str]) -> None:
+    """The host looks at the directory it is started in, too, and ends in a traceback."""
+    name, off = CHECKS_ARE_OFF
+    if variables.get(name) != off:
+        for place in places:
+            for what, remedy in permission_problems(place, LIBRARY_MODE):
+                raise ConfigError(f"{what}, which MindIE refuses: {remedy}, start elsewhere, or export {name}={off}")
 
 
 def _torchrun(world_size: int, port: str | None) -> Sequence[str]:
