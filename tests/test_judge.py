@@ -257,6 +257,16 @@ def test_urls_that_cannot_work(url: str) -> None:
         Judge(url, "judge")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"attempts": 0}, "attempts is 0"), ({"timeout": 0}, "timeout is 0"), ({"temperature": float("nan")}, "is nan"),
+     ({"model": ""}, "judge_model is empty"), ({"key": "a\nb"}, "characters that no HTTP header")],
+)  # fmt: skip
+def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Judge(**{"url": "http://localhost/v1", "model": "judge", **options})
+
+
 def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
     def row(i: int, task: str, **more: str) -> dict[str, Any]:
         return {"pred": f"p{i}", "gt": f"g{i}", "task_type": task, "question": "q", "video_path": "v", **more}
@@ -354,6 +364,7 @@ def test_the_command_from_videos_to_scores(
     assert main(["judge", str(tmp_path / "out"), *judging]) == 0 and len(endpoint.calls) == 1
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["Avg_Acc"] == pytest.approx(200 / 3)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["judge"]["failed"] == 0
     assert main([*command, *judging]) == 0 and len(endpoint.calls) == 1
     assert "videoqa 3/3" in capsys.readouterr().err
     assert not [path for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()]

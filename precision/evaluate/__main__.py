@@ -5,6 +5,7 @@ written), 130 interrupted.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -28,7 +29,8 @@ from atb_pllava.workers import Workers, serve_rank
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
-from precision.evaluate.judging import judge_results, read_predictions
+from precision.evaluate.judging import read_predictions
+from precision.evaluate.questions import Question
 from precision.evaluate.run import BENCHMARKS, finish, predictions
 
 HELP = {
@@ -42,16 +44,24 @@ MOST_NAMED = 20  # errors that are printed; all are in the results
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may not fit the terminal's encoding
     try:
         arguments = _parser().parse_args(argv)
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         level = logging.WARNING if arguments.quiet else logging.INFO
         logging.getLogger("atb_pllava").setLevel(level if rank() == 0 else logging.ERROR)
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
     except PllavaError as error:
         if rank() == 0:  # the others met the same error
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of stdout went away; what is buffered would fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
         return 130
@@ -63,26 +73,19 @@ def evaluate(arguments: argparse.Namespace) -> int:
     workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
     if workers is not None and workers.parallel.rank > 0:
         return serve_rank(workers, model_options(arguments))
-    judge = _judge(arguments) if benchmark.judged else None
-    if arguments.test_ratio is not None and not 0 < arguments.test_ratio < 2**31:
-        raise ConfigError(f"--test_ratio is {arguments.test_ratio}; a share up to 1, or a number of entries above")
-    questions = benchmark.module.read(arguments.data, arguments.task, arguments.test_ratio)
-    if not questions:
-        raise ConfigError(f"{arguments.data} has no questions")
-    if arguments.verb == "mvbench" and (absent := mvbench.missing_sub_tasks(arguments.data)):
-        print(f"{len(absent)} of MVBench's 20 sub-tasks are not there: {', '.join(absent)}", file=sys.stderr)
+    asked = _judge(arguments) if benchmark.judged else None
+    questions = _questions(arguments)
     _make_directory(arguments.output_dir)
     if arguments.max_output_length is None:
         arguments.max_output_length = benchmark.max_tokens
     if arguments.conversation is None:
-        chatml = Tokenizer.from_dir(arguments.model_path, model_options(arguments).config().image_token_index).is_chatml
-        arguments.conversation = benchmark.conversation_chatml if chatml else benchmark.conversation
+        arguments.conversation = _conversation(arguments)
     params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
     with load_model(arguments, workers) as llm:
         result_list = predictions(llm, arguments.verb, questions, params, arguments.output_dir, arguments.quiet, **more)
     at_once = arguments.judge_concurrency if benchmark.judged else 1
-    summary = finish(arguments.verb, result_list, arguments.output_dir, judge, at_once, arguments.quiet)
+    summary = finish(arguments.verb, result_list, arguments.output_dir, asked, at_once, arguments.quiet)
     return _report(summary, result_list, arguments)
 
 
@@ -90,12 +93,30 @@ def judge(arguments: argparse.Namespace) -> int:
     """Judge predictions that are there already; no model is loaded."""
     asked = _judge(arguments)
     assert asked is not None
-    result_list, benchmark = read_predictions(arguments.output_dir)
-    summary = judge_results(
-        arguments.output_dir, result_list, benchmark, asked, arguments.judge_concurrency, arguments.quiet
-    )
-    summary |= {"questions": len(result_list), "without_answer": sum("error" in result for result in result_list)}
+    result_list, name = read_predictions(arguments.output_dir)
+    summary = finish(name, result_list, arguments.output_dir, asked, arguments.judge_concurrency, arguments.quiet)
     return _report(summary, result_list, arguments)
+
+
+def _questions(arguments: argparse.Namespace) -> list[Question]:
+    """What the data asks, with a word about what MVBench lacks. Raises ConfigError when it asks nothing."""
+    if arguments.test_ratio is not None and not 0 < arguments.test_ratio < 2**31:
+        raise ConfigError(f"--test_ratio is {arguments.test_ratio}; a share up to 1, or a number of entries above")
+    questions: list[Question] = BENCHMARKS[arguments.verb].module.read(
+        arguments.data, arguments.task, arguments.test_ratio
+    )
+    if not questions:
+        raise ConfigError(f"{arguments.data} has no questions")
+    if arguments.verb == "mvbench" and (absent := mvbench.missing_sub_tasks(arguments.data)):
+        print(f"{len(absent)} of MVBench's 20 sub-tasks are not there: {', '.join(absent)}", file=sys.stderr)
+    return questions
+
+
+def _conversation(arguments: argparse.Namespace) -> str:
+    """The benchmark's conversation for this model: 34B speaks ChatML."""
+    benchmark, config = BENCHMARKS[arguments.verb], model_options(arguments).config()
+    chatml = Tokenizer.from_dir(arguments.model_path, config.image_token_index).is_chatml
+    return benchmark.conversation_chatml if chatml else benchmark.conversation
 
 
 def compare_results(arguments: argparse.Namespace) -> int:

@@ -59,6 +59,10 @@ class Judge:
             raise ConfigError("--judge_model is empty; name a model of the endpoint")
         if self.attempts < 1:
             raise ConfigError(f"--judge_attempts is {self.attempts}; it must be at least 1")
+        if not 0 < self.timeout < 86400:
+            raise ConfigError(f"--judge_timeout is {self.timeout}; it must be a number of seconds above 0")
+        if self.temperature is not None and not 0 <= self.temperature <= 100:
+            raise ConfigError(f"--judge_temperature is {self.temperature}; it must be a number from 0")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise ConfigError("the judge's key has characters that no HTTP header can have")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from atb_pllava.answers import AnswerLog, Row
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.evaluate import vcgbench, videoqa
+from precision.evaluate import vcgbench
 from precision.evaluate.judge import Judge, case_name, judge_all, prompts_of
 from precision.evaluate.judge_prompts import Case
 from precision.evaluate.questions import read_list
@@ -56,8 +56,8 @@ def judge_results(
     return {**summary, "judge": {key: record[key] for key in ("model", "versions", "cases", "failed")}}
 
 
-def read_predictions(directory: Path) -> tuple[list[dict[str, Any]], Judged]:
-    """inference_results.json, ours or the original's, and the benchmark it is of. Raises ConfigError."""
+def read_predictions(directory: Path) -> tuple[list[dict[str, Any]], str]:
+    """inference_results.json, ours or the original's, and the name of its benchmark. Raises ConfigError."""
     path = directory / "inference_results.json"
     rows = read_list(path)
     for number, row in enumerate(rows):
@@ -67,4 +67,4 @@ def read_predictions(directory: Path) -> tuple[list[dict[str, Any]], Judged]:
     tasks = {row["task_type"] for row in rows}
     if not rows or (tasks & set(vcgbench.SETS) and not tasks <= set(vcgbench.SETS)):
         raise ConfigError(f"{path}: has no questions of one benchmark, but {sorted(tasks)}")
-    return rows, vcgbench if tasks <= set(vcgbench.SETS) else videoqa
+    return rows, "vcgbench" if tasks <= set(vcgbench.SETS) else "videoqa"
