@@ -10,6 +10,7 @@ import pytest
 
 from atb_pllava.errors import ConfigError
 from precision.evaluate import mvbench
+from precision.evaluate.__main__ import main
 from precision.shapes import dataset
 from precision.shapes.dataset import FIRST_SEED, HELD_OUT, make_clip, write_shapes
 
@@ -56,6 +57,13 @@ def test_mvbench_reads_it_as_its_own_sub_tasks(shapes: Path) -> None:
     assert {question.task for question in questions} == {stem.replace("_", " ").title() for stem in dataset.SUB_TASKS}
     assert all(question.problem is None and Path(question.video).is_file() for question in questions)
     assert mvbench.missing_sub_tasks(shapes) == [] and not set(dataset.SUB_TASKS) & set(mvbench.SUB_TASKS)
+
+
+def test_the_trained_model_knows_the_answers(shapes: Path, tmp_path: Path) -> None:
+    arguments = ["--data", shapes, "--model_path", ROOT / "examples" / "tiny_pllava", "--output_dir", tmp_path]
+    assert main(["mvbench", *map(str, arguments), "--dtype", "float32", "--test_ratio", "4"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["questions"] >= 16 and summary["unparseable"] == 0 and summary["accuracy"]["Avg"] >= 80
 
 
 def test_no_seed_is_in_training() -> None:

@@ -59,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank() == 0:  # the others met the same error
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of stdout went away; what is buffered would fail once more at exit
+    except OSError as error:
+        # Nothing more can be written to stdout; what is buffered would fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
+            return 141
+        print(f"error: {error.filename or 'stdout'} could not be used: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
         return 130
