@@ -412,6 +412,8 @@ def test_the_readmes_commands_are_commands() -> None:
         (["videoqa", "--data", "DATA"], "the answers need a judge"),
         (["vcgbench", "--data", "DATA", "--no_judge", "--judge_model", "m"], "--no_judge and --judge_model are given"),
         (["videoqa", "--data", "DATA", "--judge_url", "ftp://x", "--judge_model", "m"], "--judge_url 'ftp://x'"),
+        (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_concurrency", "0"],
+         "--judge_concurrency is 0"),
         (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unrecognized arguments"),
         (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_key_env", "NO_SUCH"],
          "names NO_SUCH, which is not set"),

@@ -162,6 +162,8 @@ def _judge(arguments: argparse.Namespace) -> Judge | None:
         return None
     if len(given) < 2:
         raise ConfigError("the answers need a judge: give --judge_url and --judge_model, or --no_judge")
+    if arguments.judge_concurrency < 1:
+        raise ConfigError(f"--judge_concurrency is {arguments.judge_concurrency}; it must be at least 1")
     key = None
     if arguments.judge_key_env is not None:
         key = os.environ.get(arguments.judge_key_env)

@@ -152,8 +152,6 @@ def judge_all(
     Raises BackendError when the endpoint has failed on 20 cases in a row, ConfigError when it refuses; verdicts so far
     are in the log.
     """
-    if at_once < 1:
-        raise ConfigError(f"--judge_concurrency is {at_once}; it must be at least 1")
     todo: queue.SimpleQueue[tuple[str, Case]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[str, Row | PllavaError]] = queue.SimpleQueue()
     waiting = [(name, case) for name, case in cases.items() if name not in log.answered]

@@ -2,7 +2,7 @@
 
 Layout and result files follow PLLaVA's tasks/eval/vcgbench: DIR/Zero_Shot_QA/Benchmarking_QA/<set>.json and
 DIR/Videos/Benchmarking. An entry of consistency_qa is two questions with one answer; the original writes them down
-swapped behind its predictions, which is not repeated here.
+swapped behind its predictions, and counts its last verdict twice in Avg_Acc. Neither is repeated here.
 """
 
 from collections.abc import Mapping, Sequence
