@@ -102,6 +102,6 @@ def test_the_script(checkpoint: Path, media: Path, tmp_path: Path) -> None:
         ["bash", ROOT / "run_pa.sh", "--precision", checkpoint, media, "3", "2", "600", "2", "--", "--quiet"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
         env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable})  # fmt: skip
-    assert done.returncode == 0 and done.stdout == "" and done.stderr == ""
+    assert done.returncode == 0 and done.stdout == "" and not done.stderr.replace("engine: native (no NPU here)\n", "")
     assert len(json.loads((tmp_path / "predict_result.json").read_text())) == 3
     assert json.loads((tmp_path / "predict_result.json.manifest.json").read_text())["num_frames"] == 3
