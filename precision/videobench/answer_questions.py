@@ -37,7 +37,7 @@ from atb_pllava.llm import LLM
 from atb_pllava.manifest import settings_of, write_manifest
 from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.workers import Workers, serve_rank
-from precision.videobench.command import run_command
+from precision.command import run_command
 from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
 from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages nee
 from atb_pllava.answers import Progress
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.videobench.command import run_command
+from precision.command import run_command
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,

@@ -21,7 +21,7 @@ import numpy as np
 
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.videobench.command import run_command
+from precision.command import run_command
 from precision.videobench.dataset import read_answers, read_json, some_of
 from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
 

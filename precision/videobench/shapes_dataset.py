@@ -22,7 +22,7 @@ from shape_questions import Question, questions
 from atb_pllava.answers import Progress
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.videobench.command import run_command
+from precision.command import run_command
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),
