@@ -41,6 +41,7 @@ try:
 except ImportError as missing:
     sys.exit(f"error: MindIE's modules cannot be imported ({missing}); source MindIE's set_env.sh. `doctor` says more")
 
+from atb_pllava.bench.host_csv import LLAVA_COLUMNS
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError, PllavaError, RequestError
 from atb_pllava.json_file import write_json, write_text
@@ -49,10 +50,7 @@ from atb_pllava.prompt import choose_conversation, render
 from atb_pllava.tokenizer import IMAGE_TOKEN, Tokenizer
 
 BLOCK_SIZE = 128
-PERFORMANCE_COLUMNS = (
-    "batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
-    "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)", "media_and_vision_time(ms)",
-)  # fmt: skip
+PERFORMANCE_COLUMNS = (*LLAVA_COLUMNS, "media_and_vision_time(ms)")
 
 
 @dataclass
@@ -215,14 +213,17 @@ def measure(runner: PllavaRunner, jobs: Sequence[Job], batch_sizes: Sequence[int
 def _row(
     runner: PllavaRunner, batch: Sequence[Job], answers: Sequence[Answer], seconds: float, prepare_seconds: float
 ) -> dict[str, Any]:
-    """The host's columns, its times from the benchmark.csv that it wrote for this batch."""
+    """The host's columns, with its own times from the benchmark.csv it wrote for this batch.
+
+    The first token is there when all media of the batch are encoded and all prompts prefilled.
+    """
     with open(ENV.benchmark_filepath, newline="", encoding="utf-8") as stream:
         (host,) = csv.DictReader(stream)
-    tokens = sum(len(answer.token_ids) for answer in answers)
+    tokens, prepare = sum(len(answer.token_ids) for answer in answers), prepare_seconds * 1000
     values = (
         len(batch), len(runner.text.encode(batch[0].prompt)), len(answers[0].token_ids),
-        int(host["input_seq_len"]), float(host["prefill_time(ms)"]), float(host["decoder_token_time(ms)"]),
-        round(seconds * 1000, 2), round(tokens / seconds, 2), round(prepare_seconds * 1000, 2),
+        int(host["input_seq_len"]), round(prepare + float(host["prefill_time(ms)"]), 2),
+        float(host["decoder_token_time(ms)"]), round(seconds * 1000, 2), round(tokens / seconds, 2), round(prepare, 2),
     )  # fmt: skip
     return dict(zip(PERFORMANCE_COLUMNS, values, strict=True))
 

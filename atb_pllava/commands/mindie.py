@@ -129,7 +129,10 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
         metavar="N",
         help="longest prompt in tokens, video tokens included (default: the video tokens and 1024)",
     )
-    parser.add_argument("--max_output_length", type=int, default=200, metavar="N", help="most tokens of an answer")
+    output = 256 if mode == "performance" else 200
+    parser.add_argument(
+        "--max_output_length", type=int, default=output, metavar="N", help=f"most tokens of an answer (default {output})"
+    )
     parser.add_argument("--world_size", type=int, default=1, metavar="N", help="devices to split the model over")
     parser.add_argument("--trust_remote_code", action="store_true", help="accepted; no code of a checkpoint is run")
     if mode == "performance":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from atb_pllava.config import PllavaConfig, read_json
 from atb_pllava.errors import ConfigError
-from atb_pllava.mindie.host_checks import check_model_dir, check_world_size, convert_command
+from atb_pllava.mindie.host_checks import check_head_size, check_model_dir, check_world_size, convert_command
 
 HOST_DTYPES = ("float16", "bfloat16")
 # atb_llm/utils/file_utils.py::check_path_has_special_characters, on every path it opens.
@@ -30,6 +30,7 @@ def read_host_model(model_path: str | os.PathLike[str], world_size: int = 1) -> 
             f"{' and '.join(HOST_DTYPES)} (float16 only on 300I): save the float weights in one of them, convert again"
         )
     check_host_path(directory, "--model_path")
+    check_head_size(config.text)
     check_world_size(world_size, config.text)
     return config
 
