@@ -131,7 +131,7 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
     )
     output = 256 if mode == "performance" else 200
     parser.add_argument(
-        "--max_output_length", type=int, default=output, metavar="N", help=f"most tokens of an answer (default {output})"
+        "--max_output_length", type=int, default=output, metavar="N", help=f"most tokens of an answer ({output})"
     )
     parser.add_argument("--world_size", type=int, default=1, metavar="N", help="devices to split the model over")
     parser.add_argument("--trust_remote_code", action="store_true", help="accepted; no code of a checkpoint is run")
