@@ -133,8 +133,8 @@ def test_roofline_by_hand() -> None:
     machine = Machine("m", bandwidth=10.0, flops=100.0, memory=1000.0, link=5.0, hop=0.25)
     assert machine.seconds(Cost(flops=1000, bytes=20)) == 10  # arithmetic
     assert machine.seconds(Cost(flops=100, bytes=20)) == 2  # memory
-    # 15 bytes over the link, and one collective over 3 ranks: twice 2 hops.
-    assert machine.seconds(Cost(flops=100, bytes=20, sent=15, messages=1), size=3) == 2 + 3 + 1
+    # 15 bytes over the link, and two collectives of two hops each.
+    assert machine.seconds(Cost(flops=100, bytes=20, sent=15, messages=2)) == 2 + 3 + 1
 
 
 def test_prediction_of_7b_is_the_known_one() -> None:

@@ -26,9 +26,9 @@ class Limits:
     flops: dict[str, float]
     measured_on: str
 
-    def as_machine(self, dtype: torch.dtype) -> Machine:
-        """For predictions with weights of `dtype`; int8 weights are multiplied in that dtype too."""
-        return Machine(self.device, self.bandwidth, self.flops[str(dtype).removeprefix("torch.")])
+    def as_machine(self) -> Machine:
+        """For predictions with 16-bit weights; int8 ones are multiplied in 16 bits too."""
+        return Machine(self.device, self.bandwidth, max(self.flops.get(kind, 0.0) for kind in ("bfloat16", "float32")))
 
     def rows(self) -> list[dict[str, object]]:
         """A line each, in units people read."""

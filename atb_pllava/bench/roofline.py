@@ -3,7 +3,6 @@
 Nothing is measured here. A machine is a line of numbers, from its vendor or from `machine.measure`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atb_pllava.bench.costs import Cost, Costs
@@ -13,7 +12,7 @@ from atb_pllava.bench.costs import Cost, Costs
 class Machine:
     """One device: bytes/s of its memory, FLOP/s of 16-bit matrix products, bytes of memory.
 
-    `link` is bytes/s it can send to its neighbours, `hop` the seconds a collective waits for one of them.
+    `link` is bytes/s it can send to the others, all together; `hop` the seconds until one of them has a first byte.
     """
 
     name: str
@@ -23,15 +22,18 @@ class Machine:
     link: float = float("inf")
     hop: float = 0.0
 
-    def seconds(self, cost: Cost, size: int = 1) -> float:
-        """The roofline: memory and arithmetic overlap perfectly, the ranks' messages overlap with neither."""
-        waiting = cost.sent / self.link + cost.messages * 2 * (size - 1) * self.hop
+    def seconds(self, cost: Cost) -> float:
+        """The roofline: memory and arithmetic overlap perfectly, the ranks' messages overlap with neither.
+
+        Every rank reaches every other directly, so a collective waits for two hops: scatter and gather.
+        """
+        waiting = cost.sent / self.link + cost.messages * 2 * self.hop
         return max(cost.bytes / self.bandwidth, cost.flops / self.flops) + waiting
 
 
 # Vendors' figures, none measured here. 910B: 64 GB HBM (Atlas 800I A2), 280 to 376 TFLOP/s by grade, HCCS 392 GB/s in
 # both directions. 310P: one of the two chips of a 300I Duo (408 GB/s, 140 TFLOP/s, 96 GB a card), PCIe 4.0 x16 between
-# them. H200: NVLink 900 GB/s in both directions. Hops are the order of magnitude such links have.
+# them. H200: NVLink 900 GB/s in both directions. Hops are the order of magnitude of such links.
 MACHINES = (
     Machine("910B", 1.6e12, 313e12, 64e9, 196e9, 5e-6),
     Machine("310P", 204e9, 70e12, 48e9, 32e9, 15e-6),
@@ -62,12 +64,11 @@ class Prediction:
 
 def predict(costs: Costs, machine: Machine, batch: int, prompt: int, further: int = 0) -> Prediction:
     """Bounds for `batch` videos with prompts of `prompt` tokens, the step when `further` tokens have been generated."""
-    contexts: Sequence[int] = [prompt + further] * batch
-    size = costs.parallel.size
+    contexts = [prompt + further] * batch
     return Prediction(
-        vision=machine.seconds(costs.vision(costs.config.num_frames), size),
-        prefill=machine.seconds(costs.prefill([prompt]), size),
-        step=machine.seconds(costs.decode(contexts), size),
+        vision=machine.seconds(costs.vision(costs.config.num_frames)),
+        prefill=machine.seconds(costs.prefill([prompt])),
+        step=machine.seconds(costs.decode(contexts)),
         batch=batch,
         held=costs.weight_bytes + sum(contexts) * costs.kv_bytes_per_token,
     )

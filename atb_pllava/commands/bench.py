@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from atb_pllava.commands.bench_parts import add_limits, run_limits
+from atb_pllava.commands import bench_parts as parts
 from atb_pllava.commands.bench_sweep import add_sweep, run_sweep
 
 Add = Callable[[argparse.ArgumentParser], None]
@@ -11,7 +11,13 @@ Run = Callable[[argparse.Namespace], int]
 
 KINDS: dict[str, tuple[str, Add, Run]] = {
     "sweep": ("throughput and latency over batch size (what `bench` alone does)", add_sweep, run_sweep),
-    "limits": ("what this machine can read and multiply in a second", add_limits, run_limits),
+    "limits": ("what this machine can read and multiply in a second", parts.add_limits, parts.run_limits),
+    "compare": ("stage by stage against Hugging Face transformers", parts.add_compare, parts.run_compare),
+    "cache": ("first token of a second question about a video", parts.add_cache, parts.run_cache),
+    "overhead": ("what of a decode step is not the model", parts.add_overhead, parts.run_overhead),
+    "load": ("start-up: time and memory to load a checkpoint", parts.add_load, parts.run_load),
+    "video": ("a few frames of a long file against decoding all of it", parts.add_video, parts.run_video),
+    "scaling": ("what bytes, FLOPs and links allow on other devices", parts.add_scaling, parts.run_scaling),
 }
 
 

@@ -21,8 +21,16 @@ from atb_pllava.workers import Workers, serve_rank
 _WORDS = 54  # with the conversation's own tokens and 2304 from video, a prompt of about 2360
 
 
-def add_model_and_input(parser: argparse.ArgumentParser) -> None:
-    """A checkpoint with media, or a shape with made-up ones."""
+# What `load_model` asks for and a benchmark with prompts of its own does not offer.
+NO_PROMPT_OPTIONS: dict[str, Any] = {
+    "sampler": "demo", "resize": "clip", "conversation": None, "system": None, "video_caption": False,
+    "media_limit": [], "media": None,
+}  # fmt: skip
+
+
+def add_bench_model(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint or a shape, and its KV cache."""
+    parser.set_defaults(**NO_PROMPT_OPTIONS)
     add_model_options(parser, required=False)
     group = parser.add_argument_group("instead of a checkpoint")
     names = "|".join(SHAPES)
@@ -32,23 +40,28 @@ def add_model_and_input(parser: argparse.ArgumentParser) -> None:
         help="random weights of these sizes (FILE: a config.json), with made-up frames and prompt; nothing is read",
     )
     group.add_argument("--w8a16", action="store_true", help="with --shape: the decoder's linear layers in int8")
-    group = parser.add_argument_group("input")
-    group.add_argument("--media", metavar="PATH", help="a video, or a directory of them, taken in turns")
-    group.add_argument(
-        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
-    )
-    add_prompt_options(parser)
     group = parser.add_argument_group("engine")
     group.add_argument("--block_size", type=int, default=128, metavar="N", help="tokens in a KV block (default 128)")
     group.add_argument("--kv_cache_bytes", type=int, metavar="N", help="memory for the KV cache")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
 
 
-def check_input(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError unless there is one model, and media where it is a checkpoint."""
+def add_model_and_input(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint with media, or a shape with made-up ones."""
+    add_bench_model(parser)
+    group = parser.add_argument_group("input")
+    group.add_argument("--media", metavar="PATH", help="a video, or a directory of them, taken in turns")
+    group.add_argument(
+        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
+    )
+    add_prompt_options(parser)
+
+
+def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
+    """Raises ConfigError unless there is one model, and `media` where it is a checkpoint."""
     if (arguments.shape is None) == (arguments.model_path is None):
         raise ConfigError("a benchmark needs one model: --model_path DIR, or --shape for random weights")
-    if arguments.model_path is not None and arguments.media is None:
+    if media and arguments.model_path is not None and arguments.media is None:
         raise ConfigError("--model_path needs --media: the videos to ask about")
     if arguments.model_path is not None and arguments.w8a16:
         raise ConfigError("--w8a16 goes with --shape; a checkpoint has the weights it has (`convert` makes int8 ones)")
@@ -64,7 +77,7 @@ def open_model(arguments: argparse.Namespace, **engine: Any) -> Iterator[LLM | i
     `engine` has what is no option of the benchmark: batch size, lengths, caches.
     """
     settings: dict[str, Any] = {"max_input_length": None, "max_output_length": None, "video_cache_bytes": 0}
-    settings.update(prefix_cache="off", **engine)
+    settings.update({"prefix_cache": "off", **engine})
     with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
         if arguments.shape is not None:
             settings["model_path"] = str(write_shape(Path(directory), arguments.shape))

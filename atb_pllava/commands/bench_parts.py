@@ -1,34 +1,230 @@
-"""`bench limits` and the other benchmarks of single parts: their options, and what they print."""
+"""The benchmarks beside the sweep: their options, and what they print."""
 
 import argparse
+import csv
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
+from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
+from atb_pllava.bench.compare import compare
 from atb_pllava.bench.machine import measure
+from atb_pllava.bench.parts import loading, python_share, second_question
+from atb_pllava.bench.roofline import MACHINES, Machine
+from atb_pllava.bench.scaling import compare_with_sweep, scaling_rows
+from atb_pllava.bench.shapes import SHAPES, made_up_words, shape_config
 from atb_pllava.bench.tables import markdown
+from atb_pllava.commands.bench_model import (
+    NO_PROMPT_OPTIONS,
+    add_bench_model,
+    add_model_and_input,
+    check_input,
+    open_model,
+    request_maker,
+)
+from atb_pllava.commands.model_options import add_model_options, load_model
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.ops import BACKENDS, get_backend
+
+_NEEDED_ENGINE = {"max_batch_size": 1, "max_output_length": 64}
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="device to measure (default: as for `run`)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a CPU (default: one a core)")
-    add_json(parser)
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
+    _add_json(parser)
 
 
 def run_limits(arguments: argparse.Namespace) -> int:
     """Print the machine's limits as a table."""
     _check_json(arguments)
-    if arguments.threads is not None and not 1 <= arguments.threads <= 4096:
-        raise ConfigError(f"--threads is {arguments.threads}; it must be from 1 to 4096")
+    _check_number(arguments, "threads", 4096)
     limits = measure(get_backend(arguments.backend).device, threads=arguments.threads)
     print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}")
     _write_json(arguments, asdict(limits))
     return 0
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    add_bench_model(parser)
+    parser.add_argument("--batches", default="1,8", metavar="N,N,...", help="batch sizes of the decode steps (1,8)")
+    parser.add_argument("--text_tokens", type=int, default=60, metavar="N", help="prompt tokens beside video (60)")
+    _add_rounds(parser)
+    _add_json(parser)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Print a table of our stages and transformers'."""
+    _check_json(arguments)
+    _check_number(arguments, "rounds", 1000)
+    _check_number(arguments, "text_tokens", 10**6)
+    if arguments.model_path is not None:
+        raise ConfigError("bench compare gives both sides the same random weights: name a --shape, no --model_path")
+    if arguments.world_size not in (None, 1) or arguments.backend == "cuda":
+        raise ConfigError("bench compare runs in one process on a CPU: leave --world_size and --backend out")
+    arguments.shape = arguments.shape or "1b"
+    check_input(arguments)
+    batches = whole_numbers("--batches", arguments.batches)
+    arguments.backend = "cpu"
+    config = shape_config(arguments.shape).with_video(arguments.num_frames, arguments.pooling_shape)
+    length = config.num_video_tokens + arguments.text_tokens
+    with open_model(arguments, max_batch_size=max(batches), max_input_length=length, max_output_length=1) as llm:
+        assert not isinstance(llm, int)
+        said = compare(llm, arguments.text_tokens, batches, arguments.rounds, lambda text: _say(arguments, text))
+        _print(arguments, list(said))
+    return 0
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    add_model_and_input(parser)
+    _add_rounds(parser)
+    _add_json(parser)
+
+
+def run_cache(arguments: argparse.Namespace) -> int:
+    """Print how long a first and a second question about a video wait for their first token."""
+    _check_json(arguments)
+    _check_number(arguments, "rounds", 1000)
+    check_input(arguments)
+    with open_model(arguments, **_NEEDED_ENGINE, video_cache_bytes=2**30, prefix_cache="on") as llm:
+        if isinstance(llm, int):
+            return llm
+        _print(arguments, [second_question(llm, request_maker(arguments, llm), arguments.rounds)])
+    return 0
+
+
+def add_overhead(parser: argparse.ArgumentParser) -> None:
+    add_bench_model(parser)
+    parser.add_argument("--max_batch_size", type=int, default=8, metavar="N", help="requests that decode (default 8)")
+    parser.add_argument("--max_output_length", type=int, default=64, metavar="N", help="new tokens each (default 64)")
+    parser.add_argument("--text_tokens", type=int, default=2360, metavar="N", help="words in the prompt (default 2360)")
+    _add_json(parser)
+
+
+def run_overhead(arguments: argparse.Namespace) -> int:
+    """Print what of a decode step is not the model, with prompts of text alone: after prefill all tokens are alike."""
+    _check_json(arguments)
+    for name in ("max_batch_size", "max_output_length", "text_tokens"):
+        _check_number(arguments, name, 10**6)
+    check_input(arguments, media=False)
+    batch, new_tokens = arguments.max_batch_size, arguments.max_output_length
+    words = arguments.text_tokens
+    question = made_up_words(words) if arguments.shape else " ".join(["the"] * words)
+    length = 4 * words + 64  # a checkpoint's tokenizer may take several tokens for a word
+    with open_model(arguments, max_batch_size=batch, max_input_length=length, max_output_length=new_tokens) as llm:
+        if isinstance(llm, int):
+            return llm
+        _print(arguments, [python_share(llm, {"question": question}, batch, new_tokens)])
+    return 0
+
+
+def add_load(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.set_defaults(**NO_PROMPT_OPTIONS, block_size=128, kv_cache_bytes=None)
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
+    _add_json(parser)
+
+
+def run_load(arguments: argparse.Namespace) -> int:
+    """Print how long a checkpoint takes to load from the page cache, and the memory that needs."""
+    _check_json(arguments)
+    if arguments.world_size not in (None, 1):
+        raise ConfigError("bench load measures one process: leave --world_size out")
+    small = {"max_input_length": 1, "max_output_length": 1, "max_batch_size": 1, "video_cache_bytes": 0}
+    described = argparse.Namespace(**{**vars(arguments), **small, "prefix_cache": "off"})
+    _print(arguments, [loading(arguments.model_path, lambda: load_model(described))])
+    return 0
+
+
+def add_video(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="FILE", help="a video (default: 10 minutes of 720p, made here)")
+    parser.add_argument("--num_frames", type=int, default=16, metavar="T", help="frames to read (default 16)")
+    parser.add_argument("--keep", metavar="FILE", help="where to keep the clip that is made")
+    _add_rounds(parser)
+    _add_json(parser)
+
+
+def run_video(arguments: argparse.Namespace) -> int:
+    """Print how long reading a few frames takes, and decoding all of them."""
+    _check_json(arguments)
+    _check_number(arguments, "rounds", 1000)
+    if arguments.keep is not None:
+        if arguments.file is not None:
+            raise ConfigError("--keep is about the clip that is made when no FILE is given")
+        check_writable(arguments.keep, "--keep")
+    with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
+        path = arguments.file or arguments.keep or os.path.join(directory, "clip.mp4")
+        if arguments.file is None:
+            make_clip(path)
+        _print(arguments, [compare_decoding(path, arguments.num_frames, arguments.rounds)])
+    return 0
+
+
+def add_scaling(parser: argparse.ArgumentParser) -> None:
+    names = ",".join(machine.name for machine in MACHINES)
+    parser.add_argument("--shape", default="7b,13b,34b", metavar="NAME,...", help=f"of {', '.join(SHAPES)}, or files")
+    parser.add_argument("--device", default=names, metavar="NAME,...", help=f"of {names}, this (measured now)")
+    parser.add_argument("--world_size", default="1,2,4,8", metavar="N,N,...", help="tensor parallel sizes (1,2,4,8)")
+    parser.add_argument("--prompt_tokens", type=int, default=2364, metavar="N", help="length of a prompt (2364)")
+    parser.add_argument("--check", metavar="CSV", help="instead: a sweep's table, measured against its own bounds")
+    _add_json(parser)
+
+
+def run_scaling(arguments: argparse.Namespace) -> int:
+    """Print what bytes, FLOPs and links allow."""
+    _check_json(arguments)
+    _check_number(arguments, "prompt_tokens", 10**6)
+    if arguments.check is not None:
+        rows = compare_with_sweep(_read_sweep(arguments.check))
+    else:
+        sizes = whole_numbers("--world_size", arguments.world_size)
+        machines = [_machine(name) for name in arguments.device.split(",")]
+        rows = scaling_rows(arguments.shape.split(","), machines, sizes, arguments.prompt_tokens)
+    _print(arguments, rows)
+    return 0
+
+
+def _machine(name: str) -> Machine:
+    known = {machine.name: machine for machine in MACHINES}
+    if name == "this":
+        return measure(get_backend("auto").device).as_machine()
+    if name not in known:
+        raise ConfigError(f"--device {name!r}; it must be one of {', '.join(known)}, this")
+    return known[name]
+
+
+def _read_sweep(path: str) -> list[dict[str, str]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"--check {path!r} cannot be read: {error}") from None
+    if not rows or "decode_step_MB" not in rows[0]:
+        raise ConfigError(f"--check {path!r} is not the table of a sweep (`bench sweep --csv`)")
+    return rows
+
+
+def whole_numbers(option: str, given: str) -> list[int]:
+    """`1,8` as numbers. Raises ConfigError unless they are whole, from 1, and ascending."""
+    try:
+        numbers = [int(number) for number in given.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or numbers != sorted(set(numbers)):
+        raise ConfigError(f"{option} {given!r}: it takes whole numbers from 1, each larger than the one before")
+    return numbers
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians of so many rounds (default 3)")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
 
 
 def _check_json(arguments: argparse.Namespace) -> None:
@@ -36,6 +232,22 @@ def _check_json(arguments: argparse.Namespace) -> None:
         check_writable(arguments.json, "--json")
 
 
+def _check_number(arguments: argparse.Namespace, name: str, largest: int) -> None:
+    value = getattr(arguments, name)
+    if value is not None and not 1 <= value <= largest:
+        raise ConfigError(f"--{name} is {value}; it must be from 1 to {largest}")
+
+
 def _write_json(arguments: argparse.Namespace, value: object) -> None:
     if arguments.json is not None:
         write_json(arguments.json, value)
+
+
+def _print(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
+    print(markdown(rows, list(dict.fromkeys(name for row in rows for name in row))))
+    _write_json(arguments, rows)
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    if not arguments.quiet:
+        print(text, file=sys.stderr)

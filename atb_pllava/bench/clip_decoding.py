@@ -1,0 +1,98 @@
+"""Reading 16 frames of a long file by seeking, against decoding every frame of it."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import numpy as np
+
+from atb_pllava.bench.timing import interleaved, ratio
+from atb_pllava.errors import VideoError
+from atb_pllava.limits import MediaLimits
+from atb_pllava.media import read_media
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_REPORTS = 5.0
+_RATE, _ENCODED_SECONDS = 30, 20
+
+
+def compare_decoding(path: str, num_frames: int, rounds: int) -> dict[str, Any]:
+    """Seconds of both ways, every round one after the other, and whether their frames are equal.
+
+    Decoding every frame uses all of FFmpeg's threads and turns only the wanted frames into RGB: the fastest there is
+    without seeking. Raises VideoError for a file that cannot be read.
+    """
+    limits = MediaLimits(max_decode_seconds=3600)
+    clip = read_media(path, num_frames, limits=limits)
+    if clip.fps == 0:
+        raise VideoError(f"{path} is an image; there is nothing to seek in")
+    ours, theirs = interleaved(
+        [lambda: read_media(path, num_frames, limits=limits), lambda: _decode_all(path, set(clip.frame_indices))],
+        rounds,
+    )
+    every = _decode_all(path, set(clip.frame_indices))
+    same = all(np.array_equal(frame, every[i]) for frame, i in zip(clip.frames, clip.frame_indices, strict=True))
+    height, width = clip.frames.shape[1:3]
+    return {
+        "file": f"{clip.total_frames} frames, {width}x{height}, {clip.total_frames / clip.fps:.0f} s",
+        "seeking_s": sorted(ours)[len(ours) // 2],
+        "every_frame_s": sorted(theirs)[len(theirs) // 2],
+        "times_as_fast": ratio(ours, theirs),
+        "frames_equal": "yes" if same else "NO",
+    }
+
+
+def _decode_all(path: str, wanted: set[int]) -> dict[int, np.ndarray]:
+    frames = {}
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                frames[number] = frame.to_ndarray(format="rgb24")
+    return frames
+
+
+def make_clip(path: str | os.PathLike[str], seconds: int = 600, size: tuple[int, int] = (1280, 720)) -> None:
+    """An H.264 file in mp4, 30 frames a second, x264's default group of 250 frames; says on the log how far it is.
+
+    20 seconds are encoded and then repeated: a file that is as long to decode as any, made in a fraction of the time.
+    """
+    frames = _RATE * min(seconds, _ENCODED_SECONDS)
+    with av.open(os.fspath(path), "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=_RATE, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        packets = _encode(stream, frames, size)
+        times = [(packet.pts, packet.dts, packet.time_base) for packet in packets]
+        for number in range(-(-_RATE * seconds // frames)):
+            for packet, (shown, decoded, unit) in zip(packets, times, strict=True):
+                shift = round(number * frames / _RATE / unit)
+                packet.pts, packet.dts, packet.time_base = shown + shift, decoded + shift, unit
+                container.mux(packet)
+
+
+def _encode(stream: Any, total: int, size: tuple[int, int]) -> list[Any]:
+    packets, began = [], time.perf_counter()
+    reported = began
+    for number, picture in enumerate(_pictures(total, size)):
+        packets += stream.encode(av.VideoFrame.from_ndarray(picture, format="yuv420p"))
+        now = time.perf_counter()
+        if now - reported > _SECONDS_BETWEEN_REPORTS:
+            reported, left = now, (now - began) / (number + 1) * (total - number - 1)
+            logger.info("making a clip: frame %d of %d, %.0f s left", number + 1, total, left)
+    return [*packets, *stream.encode(None)]
+
+
+def _pictures(total: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Coloured blocks that drift, and cut to others every 5 seconds: planes Y, U, V [height * 3 / 2, width]."""
+    width, height = size
+    generator = np.random.default_rng(0)
+    for number in range(total):
+        if number % 150 == 0:
+            blocks = generator.integers(16, 236, (height * 3 // 2 // 20, width // 20), dtype=np.uint8)
+            base = blocks.repeat(20, 0).repeat(20, 1)
+        yield np.ascontiguousarray(np.roll(base, number % 150, axis=1))

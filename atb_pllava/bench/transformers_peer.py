@@ -1,0 +1,131 @@
+"""The same model in Hugging Face transformers, with the same random weights: what we are compared with.
+
+PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling. The only file
+that imports transformers, which is no requirement of this package.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atb_pllava.config import PllavaConfig
+from atb_pllava.errors import ConfigError
+from atb_pllava.parallel import Part
+from atb_pllava.quant import Int8Layers, Int8Weight
+from atb_pllava.random_weights import RandomWeights
+
+FILL = 0.01  # of every cached key and value where a context is made up
+
+
+class TransformersPeer:
+    """`int8` names the layers whose weights are our dequantised ones. Raises ConfigError without transformers."""
+
+    def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: Int8Layers) -> None:
+        try:
+            import transformers
+        except ImportError:
+            raise ConfigError("the comparison needs transformers: pip install transformers") from None
+        self.version: str = transformers.__version__
+        self._static_cache: Any = transformers.StaticCache
+        self.config, self.dtype = config, dtype
+        vision, text = config.vision, config.text
+        with torch.device("meta"):
+            self.tower: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vars(vision)))
+            self.llama: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(text)))
+            self.projector = nn.Sequential(
+                nn.Linear(vision.hidden_size, text.hidden_size),
+                nn.GELU(),
+                nn.Linear(text.hidden_size, text.hidden_size),
+            )
+        modules: tuple[Any, ...] = (self.tower, self.llama, self.projector)
+        for module in modules:
+            module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+        self._compute_buffers()
+        _fill(dict(self._destinations()), int8, dtype)
+
+    def _compute_buffers(self) -> None:
+        """Tables that are computed, not loaded; `to_empty` left them without values."""
+        text, rotary = self.config.text, self.llama.model.rotary_emb
+        exponents = torch.arange(0, text.head_dim, 2).float() / text.head_dim
+        rotary.inv_freq = rotary.original_inv_freq = 1.0 / text.rope_theta**exponents
+        for name, buffer in self.tower.named_buffers():
+            assert name.endswith("position_ids"), name
+            buffer.copy_(torch.arange(buffer.shape[-1])[None])
+
+    def _destinations(self) -> Iterator[tuple[str, Part]]:
+        """Parameters by their names in a plain LLaVA checkpoint."""
+        for name, parameter in self.tower.named_parameters():
+            yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", Part.whole(parameter)
+        for name, parameter in self.llama.named_parameters():
+            yield f"language_model.{name}", Part.whole(parameter)
+        for index, layer in ((0, "linear_1"), (2, "linear_2")):
+            for name, parameter in self.projector[index].named_parameters():
+                yield f"multi_modal_projector.{layer}.{name}", Part.whole(parameter)
+
+    def use_attention(self, name: str) -> None:
+        """ "sdpa" or "eager" from now on."""
+        self.tower.set_attn_implementation(name)
+        self.llama.set_attn_implementation(name)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [T, 3, size, size] to video tokens [t * h * w, hidden]."""
+        side, (t, h, w) = self.config.vision.grid, self.config.pooling_shape
+        hidden = self.tower(pixels.to(self.dtype), output_hidden_states=True).hidden_states
+        grid = self.projector(hidden[self.config.vision_feature_layer][:, 1:]).unflatten(1, (side, side))
+        pooled = F.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), (t, h, w))  # [hidden, t, h, w]
+        return pooled.flatten(1).T
+
+    def embed(self, token_ids: list[int], video: Tensor, start: int) -> Tensor:
+        """Embeddings [1, L, hidden] of a prompt in which the video tokens begin at `start`."""
+        x: Tensor = self.llama.get_input_embeddings()(torch.tensor([token_ids]))
+        x[0, start : start + len(video)] = video
+        return x
+
+    @torch.no_grad()
+    def prefill(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [1, L, hidden] to the logits of the last row, [vocabulary] float32, over a cache of their own."""
+        cache = self._static_cache(config=self.llama.config, max_cache_len=embeddings.shape[1] + 1)
+        out = self.llama(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[0, -1].float()
+        return logits
+
+    @torch.no_grad()
+    def context(self, batch: int, tokens: int) -> Any:
+        """A static cache of sequences that have `tokens` made-up tokens each."""
+        cache = self._static_cache(config=self.llama.config, max_cache_len=tokens + 1)
+        self.llama(torch.ones(batch, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys.fill_(FILL)
+            layer.values.fill_(FILL)
+        return cache
+
+    @torch.no_grad()
+    def decode(self, cache: Any, batch: int, tokens: int) -> Tensor:
+        """One token each behind `tokens` cached ones, logits [B, vocabulary]; the cache is as long afterwards."""
+        for layer in cache.layers:
+            if hasattr(layer, "cumulative_length"):  # versions that keep count; the others take it from the position
+                layer.cumulative_length.fill_(tokens)
+        position = torch.tensor([tokens])
+        ids = torch.ones(batch, 1, dtype=torch.int64)
+        out = self.llama(
+            ids, past_key_values=cache, use_cache=True, cache_position=position,
+            position_ids=position.expand(batch, 1))  # fmt: skip
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+@torch.no_grad()
+def _fill(destinations: dict[str, Part], int8: Int8Layers, dtype: torch.dtype) -> None:
+    """Our random weights under the same names; int8 ones as the float they mean."""
+    RandomWeights(sum(part.tensor.nbytes for part in destinations.values())).load_into(
+        {name: part for name, part in destinations.items() if name not in int8.names}
+    )
+    for name in sorted(int8.names):
+        room = Int8Weight.empty(len(destinations[name].tensor), destinations[name].shape[1], dtype)
+        parts = {name: room.values, f"{name}_scale": room.scale, f"{name}_offset": room.offset}
+        RandomWeights(room.values.nbytes).load_into({part: Part.whole(tensor) for part, tensor in parts.items()})
+        destinations[name].tensor.copy_(room.dequantise())
