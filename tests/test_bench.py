@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atb_pllava.__main__ import main
 from atb_pllava.bench import machine
+from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
 from atb_pllava.bench.costs import Cost, Costs
 from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS
 from atb_pllava.bench.machine import Limits
@@ -22,7 +23,7 @@ from atb_pllava.bench.plot import COLORS, nice_scale, plot_sweep
 from atb_pllava.bench.roofline import Machine, largest_batch, predict
 from atb_pllava.bench.shapes import SHAPES, shape_config
 from atb_pllava.bench.sweep import COLUMNS
-from atb_pllava.bench.tables import markdown
+from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
 from atb_pllava.config import PllavaConfig
 from atb_pllava.model.pllava import Pllava
@@ -289,13 +290,27 @@ REFUSED = [
     (["--shape", "1b", "--max_output_length", "0"], "at least 1 token"),
     (["--shape", "1b", "--csv", "/nowhere/t.csv"], "--csv '/nowhere/t.csv' cannot be written"),
     (["limits", "--threads", "0"], "from 1 to 4096"),
+    (["compare", "--model_path", "DIR"], "name a --shape"),
+    (["compare", "--world_size", "2"], "one process on a CPU"),
+    (["compare", "--shape", "1b", "--batches", "8,1"], "each larger than the one before"),
+    (["cache", "--model_path", "DIR"], "needs --media"),
+    (["overhead"], "one model"),
+    (["overhead", "--shape", "1b", "--text_tokens", "0"], "--text_tokens is 0"),
+    (["load", "--model_path", "DIR", "--world_size", "2"], "one process"),
+    (["video", "none.mp4"], "none.mp4"),
+    (["video", "none.mp4", "--keep", "kept.mp4"], "--keep is about the clip that is made"),
+    (["video", "--rounds", "0"], "--rounds is 0"),
+    (["scaling", "--device", "TPU"], "one of 910B, 310P, H200, this"),
+    (["scaling", "--world_size", "9"], "sizes 1 to 8 work"),
+    (["scaling", "--check", "none.csv"], "cannot be read"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
 def test_refusals(arguments: list[str], message: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    assert bench(*("sweep", *arguments)[arguments[:1] == ["limits"] :]) == 2
+    named = bool(arguments) and not arguments[0].startswith("-")
+    assert bench(*arguments if named else ["sweep", *arguments]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -338,3 +353,94 @@ def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
 
     with LLM(directory, load_format="random", dtype="float32", backend="cpu") as llm:
         assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+
+
+# The other benchmarks
+
+
+def table_of(text: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table."""
+    names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines())
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def small_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config.json that a made-up tokenizer fits."""
+    path = tmp_path_factory.mktemp("shape") / "config.json"
+    path.write_text(json.dumps({**raw_config(vocab_size=3000), "image_token_index": 2999}))
+    return path
+
+
+@pytest.mark.parametrize("weights", [(), ("--w8a16",)])
+def test_compare_is_about_the_same_model(weights, small_shape, tmp_path, capsys) -> None:
+    pytest.importorskip("transformers")
+    target = tmp_path / "c.json"
+    options = ("--shape", small_shape, *weights, "--dtype", "float32", "--rounds", 1, "--batches", "1,3", "--quiet")
+    assert bench("compare", *options, "--text_tokens", 150, "--json", target) == 0
+    rows = json.loads(target.read_text())
+    assert [row["stage"] for row in rows] == [row["stage"] for row in table_of(capsys.readouterr().out)]
+    assert [row["stage"].split(",")[0] for row in rows] == ["vision", "prefill", "decode", "decode"]
+    for row in rows:
+        assert float(row["largest_difference"].split()[0]) < 0.01, row  # percent: the same weights, the same inputs
+        assert row["ours_ms"] > 0 and row["transformers_ms"] > 0 and row["its_attention"] in ("sdpa", "eager")
+
+
+def test_a_second_question_finds_the_first_ones_work(checkpoint, media, capsys) -> None:
+    options = ("--model_path", checkpoint, "--media", media / "clip2.mp4", "--dtype", "float32", "--block_size", 4)
+    assert bench("cache", *options, "--rounds", 1, "--quiet", "--prompt", "what is this? " * 4) == 0
+    (row,) = table_of(capsys.readouterr().out)
+    assert 8 <= int(row["of_them_cached"]) < int(row["prompt_tokens"])
+
+
+def test_overhead_is_part_of_a_step(small_shape, tmp_path) -> None:
+    target = tmp_path / "o.json"
+    options = ("--shape", small_shape, "--dtype", "float32", "--backend", "cpu", "--quiet", "--json", target)
+    assert bench("overhead", *options, "--max_batch_size", 3, "--max_output_length", 9, "--text_tokens", 20) == 0
+    (row,) = json.loads(target.read_text())
+    assert row["batch"] == 3 and row["steps"] == 8
+    assert 0 < row["outside_the_model_p50_ms"] < row["step_p50_ms"]
+    assert 0 < float(row["share"].split()[0]) < 100
+
+
+def test_loading_counts_bytes(checkpoint, tmp_path) -> None:
+    target = tmp_path / "l.json"
+    assert bench("load", "--model_path", checkpoint, "--dtype", "float32", "--quiet", "--json", target) == 0
+    (row,) = json.loads(target.read_text())
+    assert row["files_GB"] == (checkpoint / "model.safetensors").stat().st_size / 1e9
+    assert row["weights_GB"] == Costs(SMALL, element=4).weight_bytes / 1e9
+    assert row["peak_memory_GB"] >= row["before_loading_GB"] > row["weights_GB"]
+
+
+def test_made_clips_hold_what_they_say(tmp_path) -> None:
+    path = tmp_path / "clip.mp4"
+    make_clip(path, seconds=41, size=(160, 128))  # two whole repetitions and one more
+    row = compare_decoding(str(path), 5, rounds=1)
+    assert row["file"] == "1800 frames, 160x128, 60 s" and row["frames_equal"] == "yes"
+
+
+def test_video_command(media, capsys) -> None:
+    assert bench("video", media / "clip2.mp4", "--rounds", 1, "--num_frames", 3) == 0
+    (row,) = table_of(capsys.readouterr().out)
+    assert row["file"] == "12 frames, 96x64, 2 s" and row["frames_equal"] == "yes"
+    assert bench("video", media / "red.png", "--rounds", 1) == 2
+    assert "is an image" in capsys.readouterr().err
+
+
+def test_scaling_table(capsys) -> None:
+    assert bench("scaling", "--shape", "7b,34b", "--device", "910B", "--world_size", "1,8") == 0
+    rows = table_of(capsys.readouterr().out)
+    assert [(row["model"], row["weights"], row["TP"]) for row in rows[:3]] == [
+        ("7b", "16 bits", "1"), ("7b", "16 bits", "8"), ("7b", "W8A16", "1")]  # fmt: skip
+    assert rows[0]["tokens_per_s"] == "110" and rows[4]["TTFT_ms"] == "does not fit" and rows[5]["TTFT_ms"].isdigit()
+
+
+def test_bounds_are_checked_against_a_sweep(tmp_path, capsys) -> None:
+    row = {**dict.fromkeys(COLUMNS, ""), "batch": 2, "weight_dtype": "bfloat16", "world_size": 1, "status": "ok"}
+    row |= {"read_bandwidth_GB_per_s": 10, "peak_GFLOP_per_s": 100, "vision_GFLOP": 50, "vision_encode_ms": 1000}
+    row |= {"prefill_GFLOP": 20, "prefill_ms": 250, "decode_step_MB": 100, "decode_step_GFLOP": 0.1, "tpot_p50_ms": 20}
+    (tmp_path / "t.csv").write_text(csv_text([row, {**row, "status": "does not fit"}], COLUMNS))
+    assert bench("scaling", "--check", tmp_path / "t.csv") == 0
+    (found,) = table_of(capsys.readouterr().out)
+    reached = {name: found[f"reached_{name}"] for name in ("vision_encode_ms", "prefill_ms", "tpot_p50_ms")}
+    assert reached == {"vision_encode_ms": "50 %", "prefill_ms": "80 %", "tpot_p50_ms": "50 %"}

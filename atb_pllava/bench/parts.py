@@ -11,6 +11,7 @@ import torch
 
 from atb_pllava.bench.memory import peak_bytes, reset_peak
 from atb_pllava.bench.rounds import run_round
+from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import percentile
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.llm import LLM
@@ -101,8 +102,7 @@ def loading(directory: str, load: Callable[[], LLM]) -> Row:
     began = time.perf_counter()
     with load() as llm:
         seconds = time.perf_counter() - began
-        model = llm.model
-        held = sum(part.tensor.nbytes for part in model.checkpoint_parts().values())
+        held = costs_of(llm).weight_bytes
     return {
         "files_GB": size / 1e9,
         "page_cache_GB_per_s": size / reading / 1e9,
