@@ -435,6 +435,12 @@ def test_scaling_table(capsys) -> None:
     assert rows[0]["tokens_per_s"] == "110" and rows[4]["TTFT_ms"] == "does not fit" and rows[5]["TTFT_ms"].isdigit()
 
 
+def test_the_table_in_the_text_is_the_real_one(capsys) -> None:
+    text = (Path(__file__).resolve().parents[1] / "examples" / "performance.md").read_text(encoding="utf-8")
+    assert bench("scaling") == 0
+    assert capsys.readouterr().out.strip() in text
+
+
 def test_bounds_are_checked_against_a_sweep(tmp_path, capsys) -> None:
     row = {**dict.fromkeys(COLUMNS, ""), "batch": 2, "weight_dtype": "bfloat16", "world_size": 1, "status": "ok"}
     row |= {"read_bandwidth_GB_per_s": 10, "peak_GFLOP_per_s": 100, "vision_GFLOP": 50, "vision_encode_ms": 1000}
