@@ -18,6 +18,7 @@ from torch import Tensor
 
 from atb_pllava.config import TextConfig
 from atb_pllava.errors import ConfigError
+from atb_pllava.hugging_face import transformers_package
 from atb_pllava.quant import Int8Weight
 
 _LAYER = "model.layers.0."
@@ -29,14 +30,15 @@ class MsModelSlim:
     def __init__(self, config: TextConfig, *, symmetric: bool, group_size: int) -> None:
         try:
             from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
-            from transformers import LlamaConfig, LlamaForCausalLM
+
+            transformers = transformers_package()
         except ImportError as error:
             raise ConfigError(
                 f"-quantizer msmodelslim cannot be used here ({error}); run `pip install msmodelslim transformers`, or "
                 "leave the option out: our own quantizer writes the same files"
             ) from None
-        self._model_class, self._calibrator, self.group_size = LlamaForCausalLM, Calibrator, group_size
-        self._model_config = LlamaConfig(
+        self._model_class, self._calibrator, self.group_size = transformers.LlamaForCausalLM, Calibrator, group_size
+        self._model_config = transformers.LlamaConfig(
             vocab_size=8,
             num_hidden_layers=1,
             hidden_size=config.hidden_size,

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"checkpoint", "config", "description", "parallel", "quant"},
     "shards": {"checkpoint"},
     "calibrate": {"checkpoint", "config", "inputs", "model", "ops", "prompt", "quant", "tokenizer", "weights"},
-    "msmodelslim_quantizer": {"config", "errors", "quant"},
+    "hugging_face": set(),
+    "msmodelslim_quantizer": {"config", "errors", "hugging_face", "quant"},
     "rounding": {"calibrate", "checkpoint", "msmodelslim_quantizer", "quant", "weights"},
     "convert": {
         "calibrate",
@@ -68,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "parallel", "quant", "tokenizer"}
-    | {"limits", "media", "random_weights"},
+    | {"hugging_face", "limits", "media", "random_weights"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},

@@ -1,7 +1,6 @@
 """The same model in Hugging Face transformers, with the same random weights: what we are compared with.
 
-PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling. The only file
-that imports transformers, which is no requirement of this package.
+PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling.
 """
 
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError
+from atb_pllava.hugging_face import transformers_package
 from atb_pllava.parallel import Part
 from atb_pllava.quant import Int8Layers, Int8Weight
 from atb_pllava.random_weights import RandomWeights
@@ -25,23 +25,22 @@ class TransformersPeer:
 
     def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: Int8Layers) -> None:
         try:
-            import transformers
+            transformers = transformers_package()
         except ImportError:
             raise ConfigError("the comparison needs transformers: pip install transformers") from None
         self.version: str = transformers.__version__
-        self._static_cache: Any = transformers.StaticCache
+        self._static_cache = transformers.StaticCache
         self.config, self.dtype = config, dtype
         vision, text = config.vision, config.text
         with torch.device("meta"):
-            self.tower: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vars(vision)))
-            self.llama: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(text)))
+            self.tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vars(vision)))
+            self.llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(text)))
             self.projector = nn.Sequential(
                 nn.Linear(vision.hidden_size, text.hidden_size),
                 nn.GELU(),
                 nn.Linear(text.hidden_size, text.hidden_size),
             )
-        modules: tuple[Any, ...] = (self.tower, self.llama, self.projector)
-        for module in modules:
+        for module in (self.tower, self.llama, self.projector):
             module.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
         self._compute_buffers()
         _fill(dict(self._destinations()), int8, dtype)
