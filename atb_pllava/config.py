@@ -18,6 +18,7 @@ from atb_pllava.errors import ConfigError
 MODEL_TYPES = ("llava", "pllava", "llava_next")
 LARGEST_WORLD = 8  # devices
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "int8")
 
 # PLLaVA's own defaults where config.json says nothing (tasks/eval/model_utils.py::load_pllava).
 DEFAULT_NUM_FRAMES = 16
@@ -247,6 +248,7 @@ class EngineConfig:
     `kv_cache_bytes` bounds the KV cache (None: room for `max_batch_size` requests, at most half the free memory).
     `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding. `video_cache_bytes` bounds
     the tokens of videos seen before that are kept (18 MiB each for 7B in bfloat16), and as much again their frames;
+    `kv_cache_dtype` "int8" keeps keys and values in 8 bits (on a CPU), "auto" in the model's dtype;
     with `prefix_cache` prompts that begin alike, up to the same video, share their keys and values.
     """
 
@@ -259,12 +261,14 @@ class EngineConfig:
     vision_batch: int = 8  # frames encoded at once: bounds the vision tower's memory
     video_cache_bytes: int = 2**30
     prefix_cache: bool = True
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name, largest in [("block_size", 4096), ("max_batch_size", 4096), ("prefill_chunk", 2**20),
                               ("vision_batch", 4096)]:  # fmt: skip
             _check_range(name, getattr(self, name), 1, largest)
         _check_range("video_cache_bytes", self.video_cache_bytes, 0, 2**62)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; it must be True or False")
         for name in ("max_input_length", "max_output_length", "kv_cache_bytes"):

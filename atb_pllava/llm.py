@@ -67,6 +67,9 @@ class LLM:
         video_caption: bool = False,
         limits: MediaLimits | None = None,
         load_format: str = "safetensors",
+        kernels: str = "auto",
+        compiler: str | None = None,
+        kernel_dir: str | None = None,
         world_size: int = 1,
         master_port: int | None = None,
         workers: Workers | None = None,
@@ -80,8 +83,8 @@ class LLM:
         engine_config = EngineConfig(**engine)
         check_choice("dtype", dtype, DTYPES)
         options = ModelOptions(
-            model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend, load_format
-        )
+            model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend, load_format,
+            kernels, compiler, kernel_dir)  # fmt: skip
         self.options, self.config = options, options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
@@ -106,11 +109,13 @@ class LLM:
         """Load the model on this rank and, with a size above 1, on all others, started here unless they are there."""
         parallel = workers.parallel if workers else TensorParallel(0, size)
         model, plan = plan_model(options, parallel)
+        if config.kv_cache_dtype == "int8" and model.ops.name != "cpu":
+            raise BackendError(f"kv_cache_dtype 'int8' works on the cpu backend only, not on {model.ops.name}")
         self.weights = plan
         self._finalizer: weakref.finalize[..., LLM] | None = None
         if parallel.size == 1:
             fill_model(model, plan)
-            runner = Runner(model, self._plan_blocks(model, config), config.block_size)
+            runner = Runner(model, self._plan_blocks(model, config), config.block_size, config.kv_cache_dtype)
             self._engine = Engine(Team(runner, parallel), config)
             return
         self._workers = workers = workers or Workers.start(size, options, port)
@@ -119,8 +124,8 @@ class LLM:
             fill_model(model, plan, workers.sign)
             workers.meet(model, plan.fingerprint() + options.described())
             blocks = self._plan_blocks(model, config)
-            send_cache_size(parallel, blocks, config.block_size)
-            runner = Runner(model, blocks, config.block_size)
+            send_cache_size(parallel, blocks, config.block_size, config.kv_cache_dtype)
+            runner = Runner(model, blocks, config.block_size, config.kv_cache_dtype)
         except BaseException:
             workers.kill()
             give_back_threads()
@@ -321,7 +326,8 @@ class LLM:
     def _plan_blocks(self, model: Pllava, config: EngineConfig) -> int:
         """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
         text, element = self.config.text, torch.empty(0, dtype=model.dtype).element_size()
-        per_token = 2 * text.num_hidden_layers * model.language.kv_heads * text.head_dim * element
+        per_head = text.head_dim + 4 if config.kv_cache_dtype == "int8" else text.head_dim * element  # 4: its scale
+        per_token = 2 * text.num_hidden_layers * model.language.kv_heads * per_head
         longest = max(text.max_position_embeddings, self.config.num_video_tokens + 1024)
         if config.max_input_length is not None:
             longest = config.max_input_length + (config.max_output_length or SamplingParams.max_tokens)

@@ -32,6 +32,9 @@ class ModelOptions:
     dtype: str = "auto"
     backend: str = "auto"
     load_format: str = "safetensors"
+    kernels: str = "auto"
+    compiler: str | None = None
+    kernel_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -50,7 +53,8 @@ class ModelOptions:
 
     def described(self) -> str:
         """All of it but the paths, for ranks to compare: the weights themselves are compared by content."""
-        return json.dumps({**asdict(self), "model_path": None, "weight_dir": None})
+        here = dict.fromkeys(("model_path", "weight_dir", "compiler", "kernel_dir"))
+        return json.dumps({**asdict(self), **here})
 
     def config(self) -> PllavaConfig:
         """The model's configuration; a directory with LoRA tensors on top brings its own config.json."""
@@ -62,7 +66,7 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     """The model without memory, and what to read into it; all that is wrong with a checkpoint's headers raises here."""
     config = options.config()
     check_world_size(parallel.size, config.text)
-    ops = get_backend(options.backend, parallel.rank)
+    ops = get_backend(options.backend, parallel.rank, options.kernels, options.compiler, options.kernel_dir)
     if parallel.size > 1 and ops.name == "cuda":
         raise BackendError(f"world_size {parallel.size} needs --backend cpu or ascend; cuda takes one device")
     dtype = choose_dtype(options.dtype, config.dtype, ops)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from atb_pllava.config import KV_CACHE_DTYPES
 from atb_pllava.engine.runner import Runner
 from atb_pllava.engine.team import follow
 from atb_pllava.errors import BackendError, ConfigError, PllavaError
@@ -218,13 +219,13 @@ def serve_rank(workers: Workers, options: ModelOptions) -> int:
             dist.destroy_process_group()  # its threads outlive the interpreter otherwise, and abort
 
 
-def send_cache_size(parallel: TensorParallel, blocks: int, block_size: int) -> None:
-    parallel.broadcast(torch.tensor([blocks, block_size]))
+def send_cache_size(parallel: TensorParallel, blocks: int, block_size: int, kv_cache_dtype: str) -> None:
+    parallel.broadcast(torch.tensor([blocks, block_size, KV_CACHE_DTYPES.index(kv_cache_dtype)]))
 
 
-def receive_cache_size(parallel: TensorParallel) -> tuple[int, int]:
-    blocks, block_size = parallel.broadcast(torch.empty(2, dtype=torch.int64)).tolist()
-    return blocks, block_size
+def receive_cache_size(parallel: TensorParallel) -> tuple[int, int, str]:
+    blocks, block_size, kind = parallel.broadcast(torch.empty(3, dtype=torch.int64)).tolist()
+    return blocks, block_size, KV_CACHE_DTYPES[kind]
 
 
 def share_threads(size: int) -> Callable[[], None]:

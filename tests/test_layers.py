@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"},
     "frame_cache": set(),
     "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"},
-    "workers": {"errors", "engine", "loading", "model", "ops", "parallel"},
+    "workers": {"errors", "config", "engine", "loading", "model", "ops", "parallel"},
     "llm": {
         "errors",
         "config",

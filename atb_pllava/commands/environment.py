@@ -21,6 +21,17 @@ def started_by_torchrun(world_size: int | None) -> bool:
     return started not in (None, "1") and "RANK" in os.environ
 
 
+def compiler() -> str | None:
+    """The C++ compiler the user wants the CPU kernels compiled with; None for any."""
+    return os.environ.get("CXX") or None
+
+
+def kernel_dir() -> str | None:
+    """Where compiled kernels are kept when the user keeps caches elsewhere than in ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    return os.path.join(caches, "atb_pllava") if os.path.isabs(caches) else None
+
+
 def master_port() -> int | None:
     """The port the user wants the ranks to meet at; None for any."""
     given = os.environ.get("MASTER_PORT", "")

@@ -6,14 +6,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from atb_pllava.commands.environment import master_port
-from atb_pllava.config import DTYPES, EngineConfig
+from atb_pllava.commands.environment import compiler, kernel_dir, master_port
+from atb_pllava.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.limits import MediaLimits
 from atb_pllava.llm import LLM
 from atb_pllava.loading import ModelOptions
-from atb_pllava.ops import BACKENDS
+from atb_pllava.ops import BACKENDS, KERNELS
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
@@ -22,7 +22,7 @@ from atb_pllava.workers import Workers
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which model, and where it runs; `required`: whether there must be a checkpoint."""
-    parser.set_defaults(load_format="safetensors")
+    parser.set_defaults(load_format="safetensors", compiler=compiler(), kernel_dir=kernel_dir())
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model_path", required=required, metavar="DIR", help="checkpoint directory, any published layout"
@@ -50,6 +50,13 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
     )
     group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: cuda where there is one, else cpu")
+    group.add_argument(
+        "--kernels",
+        choices=KERNELS,
+        default="auto",
+        help="on a CPU, native: ours, compiled once with $CXX or the compiler found; torch: plain torch, slow; "
+        "auto: native where there is a compiler",
+    )
     group.add_argument("--world_size", type=int, metavar="N", help="devices to split the model over (default 1)")
     group.add_argument(
         "--trust_remote_code",
@@ -108,6 +115,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="memory for the KV cache (default: what a full batch needs, at most half the free memory)",
     )
     group.add_argument(
+        "--kv_cache_dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="int8: half the memory and traffic of bfloat16 keys and values, slightly other numbers; CPU only",
+    )
+    group.add_argument(
         "--video_cache_bytes",
         type=int,
         default=EngineConfig.video_cache_bytes,
@@ -157,11 +170,15 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         video_caption=arguments.video_caption,
         limits=_limits(arguments.media_limit),
         load_format=arguments.load_format,
+        kernels=arguments.kernels,
+        compiler=arguments.compiler,
+        kernel_dir=arguments.kernel_dir,
         block_size=arguments.block_size,
         max_batch_size=arguments.max_batch_size,
         max_input_length=arguments.max_input_length,
         max_output_length=arguments.max_output_length,
         kv_cache_bytes=arguments.kv_cache_bytes,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         video_cache_bytes=arguments.video_cache_bytes,
         prefix_cache=arguments.prefix_cache == "on",
         world_size=1 if arguments.world_size is None else arguments.world_size,

@@ -14,11 +14,13 @@ from atb_pllava.ops.interface import CapturingBackend, ForwardBatch, LayerCache,
 class Runner:
     """Owns the model, its KV cache and the tokens of the videos that requests in work refer to by number."""
 
-    def __init__(self, model: Pllava, blocks: int, block_size: int) -> None:
+    def __init__(self, model: Pllava, blocks: int, block_size: int, kv_cache_dtype: str = "auto") -> None:
+        model.pack()
+        kv_dtype = torch.int8 if kv_cache_dtype == "int8" else model.dtype
         self.model, self.device, self.blocks = model, model.ops.device, blocks
         text = model.config.text
         self.cache: list[LayerCache] = model.ops.new_kv_cache(
-            text.num_hidden_layers, blocks, block_size, model.language.kv_heads, text.head_dim, model.dtype
+            text.num_hidden_layers, blocks, block_size, model.language.kv_heads, text.head_dim, kv_dtype
         )
         element = torch.empty(0, dtype=model.dtype).element_size()
         self.bytes_per_video = model.config.num_video_tokens * text.hidden_size * element

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.interface import Backend, PackingBackend, Weight
 from atb_pllava.parallel import Part
 from atb_pllava.quant import Int8Layers, Int8Weight, column_groups
 
@@ -26,6 +26,16 @@ class Int8Matrix(nn.Module):
     @property
     def weight(self) -> Int8Weight:
         return Int8Weight(self.values, self.scale, self.offset, self.group_size, self.lead)
+
+
+def pack_weights(module: nn.Module, ops: PackingBackend, *names: str) -> None:
+    """Put the backend's packed form in the place of float weights, which are freed."""
+    for name in names:
+        weight = getattr(module, name)
+        packed = ops.pack(weight)
+        if packed is not weight:
+            delattr(module, name)
+            setattr(module, name, packed)
 
 
 class FusedLinear(nn.Module):
@@ -51,15 +61,23 @@ class FusedLinear(nn.Module):
             else nn.Linear(mine.stop - mine.start, size, bias=False, dtype=dtype)
             for size, is_int8 in zip(sizes, kinds.values(), strict=False)
         )
+        self._packed: list[Weight] | None = None
 
     @property
     def weights(self) -> list[Tensor | Int8Weight]:
-        """The matrices [out, in] that are multiplied with the input, top to bottom."""
+        """The matrices [out, in] that are multiplied with the input, top to bottom; as they are loaded."""
+        assert self._packed is None, "packed weights are only multiplied"
         return [matrix.weight for matrix in self.matrices]  # type: ignore[misc]
+
+    def pack(self, ops: PackingBackend) -> None:
+        """Keep the backend's packed form of the weights instead of what was loaded."""
+        self._packed = [ops.pack(weight) for weight in self.weights]
+        self.matrices = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] to [N, rows of all layers]."""
-        outs = [self.ops.linear(x, weight) for weight in self.weights]
+        weights = self.weights if self._packed is None else self._packed
+        outs = [self.ops.linear(x, weight) for weight in weights]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def checkpoint_parts(self) -> dict[str, Part]:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import TextConfig
-from atb_pllava.model.linear import FusedLinear
-from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache
+from atb_pllava.model.linear import FusedLinear, pack_weights
+from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
 from atb_pllava.parallel import Part, TensorParallel
 from atb_pllava.quant import Int8Layers
 
@@ -65,10 +65,13 @@ class DecoderLayer(nn.Module):
             parts.append(ops.prefill_attention(query[chunk], keys[chunk], values[chunk], cache, batch.prefill))
         return torch.cat(parts).flatten(1)
 
+    @property
+    def linears(self) -> tuple[FusedLinear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
     def checkpoint_parts(self, prefix: str) -> dict[str, Part]:
         """Names of transformers' LlamaDecoderLayer, each with what this rank takes of it."""
-        linears = (self.qkv, self.out, self.gate_up, self.down)
-        parts = {name: part for linear in linears for name, part in linear.checkpoint_parts().items()}
+        parts = {name: part for linear in self.linears for name, part in linear.checkpoint_parts().items()}
         parts["input_layernorm.weight"] = Part.whole(self.attn_norm)
         parts["post_attention_layernorm.weight"] = Part.whole(self.mlp_norm)
         return {prefix + name: part for name, part in parts.items()}
@@ -109,6 +112,14 @@ class Llama(nn.Module):
         x = self.ops.rms_norm(x[batch.logits_indices], self.norm, self.config.rms_norm_eps)
         logits = self.ops.linear(x, self.lm_head).float()  # [L, this rank's words]
         return self.parallel.all_gather(logits.T, self.config.vocab_size).T
+
+    def pack(self, ops: PackingBackend) -> None:
+        """See `Pllava.pack`."""
+        pack_weights(self, ops, "lm_head")
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            for linear in layer.linears:
+                linear.pack(ops)
 
     def checkpoint_parts(self) -> dict[str, Part]:
         vocabulary = self.config.vocab_size

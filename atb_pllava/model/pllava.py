@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from atb_pllava.config import PllavaConfig
 from atb_pllava.model.llama import Llama
 from atb_pllava.model.projector import Projector
-from atb_pllava.model.vision import VisionTower
-from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache
+from atb_pllava.model.vision import VisionLayer, VisionTower
+from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
 from atb_pllava.parallel import Part, TensorParallel
 from atb_pllava.quant import Int8Layers
 
@@ -61,6 +61,18 @@ class Pllava(nn.Module):
             x[batch.video_rows] = batch.video_tokens.to(x.dtype)
         logits: Tensor = self.language(x, batch, cache)
         return logits
+
+    def pack(self) -> None:
+        """Bring the linear layers' weights into the form the backend multiplies fastest; nothing is loaded afterwards.
+
+        At most one weight is in memory twice at a time.
+        """
+        if isinstance(self.ops, PackingBackend):
+            for layer in self.vision.layers:
+                assert isinstance(layer, VisionLayer)
+                layer.pack(self.ops)
+            self.projector.pack(self.ops)
+            self.language.pack(self.ops)
 
     def checkpoint_parts(self) -> dict[str, Part]:
         """Every tensor a checkpoint must hold, by its plain LLaVA name, with what this rank takes and where it goes."""

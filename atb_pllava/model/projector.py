@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atb_pllava.ops.interface import Backend
+from atb_pllava.model.linear import pack_weights
+from atb_pllava.ops.interface import Backend, PackingBackend
 
 
 class Projector(nn.Module):
@@ -20,6 +21,11 @@ class Projector(nn.Module):
         """[T, patches, vision width] to [T, patches, text width]."""
         inner = F.gelu(self.ops.linear(patches, self.linear_1.weight, self.linear_1.bias))
         return self.ops.linear(inner, self.linear_2.weight, self.linear_2.bias)
+
+    def pack(self, ops: PackingBackend) -> None:
+        """See `Pllava.pack`."""
+        for linear in (self.linear_1, self.linear_2):
+            pack_weights(linear, ops, "weight")
 
     def checkpoint_views(self) -> dict[str, Tensor]:
         return {f"multi_modal_projector.{name}": parameter for name, parameter in self.named_parameters()}

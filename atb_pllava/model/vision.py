@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import VisionConfig
-from atb_pllava.ops.interface import Backend
+from atb_pllava.model.linear import pack_weights
+from atb_pllava.ops.interface import Backend, PackingBackend
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -36,8 +37,12 @@ class VisionLayer(nn.Module):
         normed = F.layer_norm(x, x.shape[-1:], self.norm2_weight, self.norm2_bias, config.layer_norm_eps)
         inner = ops.linear(normed, self.fc1_weight, self.fc1_bias)
         # CLIP's quick_gelu is x * sigmoid(1.702 x); with exact GELU most answers stay and all numbers are wrong.
-        inner = inner * torch.sigmoid(1.702 * inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
+        inner = ops.quick_gelu(inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
         return x + ops.linear(inner, self.fc2_weight, self.fc2_bias)
+
+    def pack(self, ops: PackingBackend) -> None:
+        """See `Pllava.pack`."""
+        pack_weights(self, ops, "qkv_weight", "out_weight", "fc1_weight", "fc2_weight")
 
     def checkpoint_views(self, prefix: str) -> dict[str, Tensor]:
         """Names of transformers' CLIPEncoderLayer, each with the part of a parameter it fills."""

@@ -8,19 +8,47 @@ import torch
 
 from atb_pllava.errors import BackendError
 from atb_pllava.ops.ascend import AscendBackend, import_torch_npu
+from atb_pllava.ops.build import BuildError, load_library
 from atb_pllava.ops.cpu import TorchBackend, has_native_bfloat16
 from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.native import NativeBackend
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "cpu", "cuda", "ascend")
+KERNELS = ("auto", "native", "torch")
 
 
-def get_backend(name: str, rank: int = 0) -> Backend:
+def get_backend(
+    name: str, rank: int = 0, kernels: str = "torch", compiler: str | None = None, kernel_dir: str | None = None
+) -> Backend:
     """The backend called `name`, on the device of this rank; "auto" takes Ascend, else CUDA, else the CPU, and logs it.
 
+    On a CPU `kernels` "native" compiles ours (see `ops.build` for compiler and kernel_dir), "torch" is the plain
+    reference, "auto" the first where it can be had and the second, with a warning, where not.
     Raises BackendError for a name that does not exist or cannot run here: there is no silent second choice.
     """
+    if kernels not in KERNELS:
+        raise BackendError(f"kernels is {kernels!r}; it must be one of {', '.join(KERNELS)}")
+    backend = _device_backend(name, rank)
+    if backend.name == "cpu":
+        return backend if kernels == "torch" else _with_kernels(backend, kernels, compiler, kernel_dir)
+    if kernels == "native":
+        raise BackendError(f"kernels 'native' are for the cpu backend, not for {backend.name}; leave the option out")
+    return backend
+
+
+def _with_kernels(plain: Backend, kernels: str, compiler: str | None, kernel_dir: str | None) -> Backend:
+    try:
+        return NativeBackend(load_library(compiler, kernel_dir))
+    except BuildError as error:
+        if kernels == "native":
+            raise BackendError(f"kernels 'native': {error}; install a C++ compiler, or use --kernels torch") from None
+        logger.warning("no CPU kernels: %s; plain torch is used, which is several times slower", error)
+        return plain
+
+
+def _device_backend(name: str, rank: int) -> Backend:
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
     if name == "ascend":

@@ -1,4 +1,4 @@
-"""The nine functions on an Ascend NPU, by torch_npu's and ATB's operators. The only file that imports torch_npu.
+"""The ten functions on an Ascend NPU, by torch_npu's and ATB's operators. The only file that imports torch_npu.
 
 For machines with CANN, NNAL (ATB) and torch_npu, without MindIE. What differs between chips is in `ops.ascend_chips`,
 the decoder's attention in `ops.ascend_attention`.
@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from atb_pllava.errors import BackendError, ConfigError
 from atb_pllava.ops.ascend_attention import FRACTAL_NZ, AtbAttention, FusedAttention, Latest, pad_rows
 from atb_pllava.ops.ascend_chips import Chip, chip_of
-from atb_pllava.ops.interface import LayerCache, SequenceBatch
+from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
 from atb_pllava.quant import Int8Weight
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class AscendBackend:
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
     ) -> list[LayerCache]:
         chip = self.chip
+        if dtype == torch.int8:
+            raise BackendError("kv_cache_dtype 'int8' works on the cpu backend only, not on ascend")
         self._check_cache(blocks, block_size, heads, head_dim)
 
         def room() -> Tensor:
@@ -92,7 +94,8 @@ class AscendBackend:
 
         return [(room(), room()) for _ in range(layers)]
 
-    def linear(self, x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        assert not isinstance(weight, PackedWeight), "this backend packs no weights"
         if not isinstance(weight, Int8Weight):
             return F.linear(x, weight, bias)
         groups = weight.scale.shape[1]
@@ -131,6 +134,9 @@ class AscendBackend:
             return out
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
         """Slots below 0 are skipped by the operator: the padded rows of a captured batch."""

@@ -1,14 +1,17 @@
-"""The nine functions in plain torch: the default backend, and the reference every other backend is compared with.
+"""The ten functions in plain torch: the default backend, and the reference every other backend is compared with.
 
-Cache layout: keys and values are [blocks, heads, block, dim], so that one head's block is contiguous.
+Cache layout: keys and values are [blocks, heads, block, dim], so that one head's block is contiguous. In 8 bits they
+are followed by the scales of both, float32 [blocks, heads, block].
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atb_pllava.ops.interface import LayerCache, SequenceBatch, pool_by_matrices
-from atb_pllava.quant import Int8Weight
+from atb_pllava.errors import BackendError
+from atb_pllava.ops.build import cpu_words
+from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight, pool_by_matrices
+from atb_pllava.quant import HIGHEST, Int8Weight
 
 # Rows up to which torch's int8 kernel beats a bfloat16 product with the weight made on the way, on an AVX-512 core:
 # it reads half the bytes, but multiplies with a quarter of the speed.
@@ -27,12 +30,15 @@ class TorchBackend:
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
     ) -> list[LayerCache]:
         shape = (blocks, heads, block_size, head_dim)
-        return [
-            (torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device))
-            for _ in range(layers)
-        ]
+        kinds: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, dtype)] * 2
+        if dtype == torch.int8:
+            if self.name != "cpu":
+                raise BackendError(f"kv_cache_dtype 'int8' works on the cpu backend only, not on {self.name}")
+            kinds += [(shape[:3], torch.float32)] * 2
+        return [tuple(torch.empty(s, dtype=d, device=self.device) for s, d in kinds) for _ in range(layers)]
 
-    def linear(self, x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        assert not isinstance(weight, PackedWeight), "this backend packs no weights"
         return _int8_linear(x, weight, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,11 +55,16 @@ class TorchBackend:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
         block_size = cache[0].shape[2]
         blocks, offsets = slots // block_size, slots % block_size
-        cache[0][blocks, :, offsets] = keys
-        cache[1][blocks, :, offsets] = values
+        for part, new in zip((0, 1), (keys, values), strict=True):
+            if len(cache) == 4:
+                new, cache[part + 2][blocks, :, offsets] = _quantise_heads(new)
+            cache[part][blocks, :, offsets] = new
 
     def prefill_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
@@ -62,13 +73,12 @@ class TorchBackend:
         for i, context in enumerate(batch.context_lens):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             length = rows.stop - rows.start
-            if context == length:
+            if context == length and len(cache) == 2:
                 out[rows] = _attend(query[rows], keys[rows], values[rows], cached=0)
             else:
-                table = batch.block_tables[i]
-                out[rows] = _attend(
-                    query[rows], _gather(cache[0], table, context), _gather(cache[1], table, context), context - length
-                )
+                # Of 8-bit keys the stored ones count, also for the chunk itself: answers do not depend on the chunks.
+                stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
+                out[rows] = _attend(query[rows], stored[0], stored[1], cached=context - length)
         return out
 
     def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
@@ -130,10 +140,22 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _gather(cache: Tensor, table: Tensor, context: int) -> Tensor:
-    """The first `context` tokens of a sequence, [context, K, D], from its blocks."""
-    block_size = cache.shape[2]
-    blocks = cache[table[: -(-context // block_size)]]  # [blocks, K, block, D]
+def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, K, D] in 8 bits and its scales [N, K], float32: a head's largest element becomes 127."""
+    scale = x.float().abs().amax(-1) / HIGHEST
+    scale = torch.where(scale == 0, 1.0, scale)
+    return (x.float() / scale[..., None]).round().to(torch.int8), scale
+
+
+def _stored(cache: LayerCache, part: int, blocks: Tensor) -> Tensor:
+    """Some blocks of keys (part 0) or values (1), [blocks, K, block, D]; those of an 8-bit cache in float32."""
+    stored = cache[part][blocks]
+    return stored if len(cache) == 2 else stored.float() * cache[part + 2][blocks][..., None]
+
+
+def _gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
+    """The first `context` keys (part 0) or values (1) of a sequence, [context, K, D], from its blocks."""
+    blocks = _stored(cache, part, table[: -(-context // cache[0].shape[2])])
     return blocks.transpose(1, 2).flatten(0, 1)[:context]
 
 
@@ -147,12 +169,12 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
     block_size, kv_heads = cache[0].shape[2], cache[0].shape[1]
     used = table[: -(-context // block_size)]
     grouped = query.float().reshape(kv_heads, heads // kv_heads, dim) * dim**-0.5  # [K, G, D]
-    scores: Tensor = grouped @ cache[0][used].float().transpose(2, 3)  # [blocks, K, G, block]
+    scores: Tensor = grouped @ _stored(cache, 0, used).float().transpose(2, 3)  # [blocks, K, G, block]
     position = torch.arange(len(used) * block_size, device=query.device).reshape(-1, 1, 1, block_size)
     scores = scores.masked_fill(position >= context, float("-inf"))
     log_sums = scores.logsumexp(dim=-1, keepdim=True)  # [blocks, K, G, 1]
     # The unused tail of the last block is uninitialised memory; 0 * NaN would be NaN.
-    values = cache[1][used].float().masked_fill(position.transpose(2, 3) >= context, 0.0)
+    values = _stored(cache, 1, used).float().masked_fill(position.transpose(2, 3) >= context, 0.0)
     parts = (scores - log_sums).exp() @ values  # [blocks, K, G, D]
     merged: Tensor = (parts * log_sums.softmax(dim=0)).sum(dim=0)
     return merged.reshape(heads, dim).to(query.dtype)
@@ -160,9 +182,4 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
 
 def has_native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; without that, float32 is faster."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            words = {word for line in file if line.startswith(("flags", "Features")) for word in line.split()}
-    except OSError:
-        return False
-    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return not cpu_words().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

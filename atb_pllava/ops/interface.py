@@ -1,4 +1,4 @@
-"""What a device has to provide: nine functions and a KV cache.
+"""What a device has to provide: ten functions and a KV cache.
 
 This is the whole difference between devices; everything above is written once. Letters: N packed tokens, B sequences,
 H query heads, K key/value heads, D head dimension, M block-table columns.
@@ -14,8 +14,18 @@ from torch import Tensor
 
 from atb_pllava.quant import Int8Weight
 
-LayerCache = tuple[Tensor, Tensor]
+LayerCache = tuple[Tensor, ...]
 """Keys and values of one decoder layer, in a layout that only its backend knows."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight of `shape` [out, in] in a form that only its backend knows."""
+
+    shape: tuple[int, int]
+
+
+Weight = Tensor | Int8Weight | PackedWeight
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class ForwardBatch:
 
 
 class Backend(Protocol):
-    """The nine functions. Inputs and results are in the model's dtype; sums, norms and softmax are in float32."""
+    """The ten functions. Inputs and results are in the model's dtype; sums, norms and softmax are in float32."""
 
     name: str
     device: torch.device
@@ -65,10 +75,13 @@ class Backend(Protocol):
     def new_kv_cache(
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
     ) -> list[LayerCache]:
-        """Uninitialised cache for `blocks` blocks in each layer."""
+        """Uninitialised cache for `blocks` blocks in each layer.
+
+        dtype int8: keys and values in 8 bits, with a float32 scale for each token and head; on a CPU only.
+        """
         ...
 
-    def linear(self, x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """x [..., in] times weight [out, in] transposed: [..., out], whichever way the weight is stored."""
         ...
 
@@ -82,6 +95,10 @@ class Backend(Protocol):
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """[N, 2 * width] with gate and up side by side: silu(gate) * up, [N, width]."""
+        ...
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        """CLIP's x * sigmoid(1.702 x), element by element."""
         ...
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
@@ -108,6 +125,15 @@ class Backend(Protocol):
 
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Adaptive average pooling of [T, h, w, C] to [t * h' * w', C] in frame-row-column order."""
+        ...
+
+
+@runtime_checkable
+class PackingBackend(Protocol):
+    """A backend that multiplies weights faster in a form of its own."""
+
+    def pack(self, weight: Weight) -> Weight:
+        """`weight` in that form, or itself. Done once, after loading; the original can be freed then."""
         ...
 
 

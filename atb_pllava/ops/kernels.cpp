@@ -1,0 +1,1152 @@
+// CPU kernels of atb_pllava: packed matrix products, attention over a paged cache, and the small functions between.
+//
+// Plain C interface, no torch headers: ops/native.py compiles this file in seconds for the machine at hand and calls it
+// with pointers. One source serves every CPU: vectors are GCC's generic ones, W floats wide, and where the compiler's
+// flags allow AVX-512 BF16, products of bfloat16 activations use its dot instruction (Dot below) instead of float32
+// multiply-adds (Fma). Sums are float32 everywhere.
+//
+// Words: a *panel* is PANEL rows of a weight (columns of the result) side by side; a *pair* is two neighbouring elements
+// along the dimension that is summed over; a *tile* is MR rows of the input times one panel, kept in registers.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include <pthread.h>
+#include <sys/mman.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define DOT
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------- vectors
+
+#if defined(__AVX512F__)
+constexpr int W = 16, MR = 12;
+#elif defined(__AVX2__)
+constexpr int W = 8, MR = 3;
+#else
+constexpr int W = 4, MR = 2;
+#endif
+constexpr int PANEL = 32;        // columns of a panel
+constexpr int NV = PANEL / W;    // vectors of a panel
+constexpr int AHEAD = 4096;      // bytes that are asked for before they are needed, into the second-level cache
+constexpr int STEP = 256;        // elements along the summed dimension that stay in the first-level cache
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef int16_t vs __attribute__((vector_size(W * 4)));    // 2 W words
+typedef int8_t vc __attribute__((vector_size(W * 2)));     // 2 W bytes
+typedef int8_t vq __attribute__((vector_size(W)));         // W bytes
+typedef uint16_t bf16;
+
+template <class V> INLINE V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+INLINE vf splat(float x) { return x - (vf){}; }
+INLINE vf even_half(vi pairs) { return (vf)(pairs << 16); }                  // bfloat16 at even places, as float32
+INLINE vf odd_half(vi pairs) { return (vf)(pairs & (int32_t)0xffff0000); }
+INLINE vf larger(vf a, vf b) { vi m = a > b; return (vf)(((vi)a & m) | ((vi)b & ~m)); }
+#if defined(__AVX512F__)
+INLINE float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float highest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+INLINE float sum(vf v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
+INLINE float highest(vf v) { float s = v[0]; for (int i = 1; i < W; i++) s = std::max(s, v[i]); return s; }
+#endif
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(int8_t x) { return x; }
+INLINE float to_float(bf16 x) { uint32_t bits = (uint32_t)x << 16; float f; std::memcpy(&f, &bits, 4); return f; }
+INLINE void from_float(float x, float& out) { out = x; }
+INLINE void from_float(float x, bf16& out) {
+    uint32_t bits; std::memcpy(&bits, &x, 4);
+    out = x != x ? 0x7fc0 : (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+template <class T> INLINE float rounded(float x) { T t; from_float(x, t); return to_float(t); }
+
+INLINE vf load_floats(const float* p) { return load<vf>(p); }
+INLINE vf load_floats(const bf16* p) {
+    typedef uint16_t vh __attribute__((vector_size(W * 2)));
+    return (vf)(__builtin_convertvector(load<vh>(p), vi) << 16);
+}
+INLINE vf load_floats(const int8_t* p) {
+#if defined(__AVX512F__)  // GCC makes many instructions of the generic form
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<vq>(p), vi), vf);
+#endif
+}
+INLINE void store_floats(vf v, float* p) { store(p, v); }
+INLINE void store_floats(vf v, bf16* p) {
+#if defined(__AVX512BF16__)
+    store(p, _mm512_cvtneps_pbh((__m512)v));
+#else
+    typedef uint16_t vh __attribute__((vector_size(W * 2)));
+    vi bits = (vi)v, nan = v != v;
+    vi nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    store(p, __builtin_convertvector((nearest & ~nan) | (0x7fc0 & nan), vh));
+#endif
+}
+template <class T> INLINE vf round_to(vf v) {
+    if (std::is_same<T, float>::value) return v;
+    T t[W]; store_floats(v, t); return load_floats(t);
+}
+
+// 2^x for x <= 0 (or any x below 127); relative error 2e-7. The polynomial is Cephes' exp2f on [-1/2, 1/2].
+INLINE vf power_of_two(vf x) {
+    const float MAGIC = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
+    vi low = x < -126.f;
+    x = (vf)(((vi)splat(-126.f) & low) | ((vi)x & ~low));
+    vf shifted = x + MAGIC, f = x - (shifted - MAGIC);
+    vf p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.f;
+    return (vf)((vi)p + ((vi)shifted << 23));
+}
+constexpr float LOG2E = 1.44269504088896341f;
+INLINE vf logistic(vf x) {  // 1 / (1 + e^-x), both branches with a power below 1
+    vf negative = (vf)((vi)x | (int32_t)0x80000000);
+    vf e = power_of_two(negative * LOG2E);
+    vi below = x < 0.f;
+    vf numerator = (vf)(((vi)e & below) | ((vi)splat(1.f) & ~below));
+    return numerator / (1.f + e);
+}
+
+// ---------------------------------------------------------------------------------------------------------- threads
+
+// Workers take numbered jobs from a counter, so one that wakes late (a busy neighbour, a slow virtual CPU) costs nothing
+// but its help. They look for new work for a moment before they sleep: a decode step has a hundred short calls.
+class Pool {
+  public:
+    template <class F> void run(int64_t count, int threads, F&& job) {
+        threads = (int)std::min<int64_t>(threads, count);
+        if (threads <= 1 || !turn.try_lock()) {  // another thread of the program is using the workers
+            for (int64_t i = 0; i < count; i++) job(i);
+            return;
+        }
+        while ((int)size < threads - 1) start();
+        call = [](void* f, int64_t i) { (*(typename std::remove_reference<F>::type*)f)(i); };
+        context = (void*)&job, total = count, tickets = threads - 1;
+        next = 0;
+        open = true;
+        generation++;
+        if (sleeping) { std::lock_guard<std::mutex> guard(lock); wake.notify_all(); }
+        work();
+        open = false;
+        for (int spins = 0; inside; spins++) spins < 4000 ? relax() : std::this_thread::yield();
+        turn.unlock();
+    }
+
+  private:
+    std::mutex turn, lock;
+    std::condition_variable wake;
+    std::atomic<int> sleeping{0}, inside{0}, tickets{0};
+    std::atomic<int64_t> next{0};
+    std::atomic<uint64_t> generation{0};
+    std::atomic<bool> open{false};
+    void (*call)(void*, int64_t) = nullptr;
+    void* context = nullptr;
+    int64_t total = 0;
+    int size = 0;
+
+    static void relax() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+    void work() { for (int64_t i; (i = next++) < total;) call(context, i); }
+    void start() { std::thread([this, seen = generation.load()] { live(seen); }).detach(); size++; }
+    void live(uint64_t seen) {
+        for (;;) {
+            auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(60);
+            for (int i = 1; generation == seen; i++) {
+                relax();
+                if (i % 64 == 0 && std::chrono::steady_clock::now() > until) {
+                    std::unique_lock<std::mutex> guard(lock);
+                    sleeping++;
+                    wake.wait(guard, [&] { return generation != seen; });
+                    sleeping--;
+                }
+            }
+            seen = generation;
+            inside++;  // before looking at `open`: run() closes first and looks at `inside` then
+            if (open && tickets-- > 0) work();
+            inside--;
+        }
+    }
+};
+
+Pool* pool() {
+    // Never destroyed: its threads may outlive static destructors. A forked child has none of them and starts anew.
+    static Pool* one = nullptr;
+    static std::once_flag once;
+    std::call_once(once, [] { one = new Pool; pthread_atfork(nullptr, nullptr, [] { one = new Pool; }); });
+    return one;
+}
+
+// Memory of a thread that is kept from call to call.
+struct Scratch {
+    char* data = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(data); }
+    template <class T> T* room(size_t count) {
+        size_t wanted = (count * sizeof(T) + 4095) / 4096 * 4096;
+        if (wanted > size) {
+            std::free(data);
+            size = wanted;
+            data = (char*)std::aligned_alloc(4096, size);
+            if (!data) std::abort();
+        }
+        return (T*)data;
+    }
+};
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ------------------------------------------------------------------------------------------------------------ tiles
+
+// Each kind of arithmetic says how its operands lie: A is the type of an input element (rows STEP elements apart), B
+// that of a panel that was made here. place() is where element `e` of pair `pair` of a column lies in a panel.
+
+struct Fma {
+    typedef float A;
+    typedef float B;
+};
+struct Dot {
+    typedef bf16 A;
+    typedef bf16 B;
+};
+#if defined(DOT)
+typedef Dot Fast;  // for bfloat16
+#else
+typedef Fma Fast;
+#endif
+template <class T> INLINE int64_t place(int64_t pair, int column, int e) {
+    return std::is_same<T, float>::value ? (pair * 2 + e) * PANEL + column : (pair * PANEL + column) * 2 + e;
+}
+
+// int8 weights lie in panels as their magnitude bits turned where they are negative; doing it twice undoes it.
+template <class T> INLINE T coded(T x) { return x ^ (x >> 7 & 0x7f); }
+INLINE void load_pair(const float* b, int v, vf& even, vf& odd) {
+    even = load<vf>(b + v * W), odd = load<vf>(b + PANEL + v * W);
+}
+INLINE void load_pair(const bf16* b, int v, vf& even, vf& odd) {
+    vi pairs = load<vi>(b + v * 2 * W);
+    even = even_half(pairs), odd = odd_half(pairs);
+}
+INLINE void load_pair(const int8_t* b, int v, vf& even, vf& odd) {
+    vi pairs = (vi)__builtin_convertvector(coded(load<vc>(b + v * 2 * W)), vs);
+    even = __builtin_convertvector(pairs << 16 >> 16, vf), odd = __builtin_convertvector(pairs >> 16, vf);
+}
+
+// acc[rows][NV] = input rows times a panel over `pairs` pairs.
+template <int R, class B> INLINE void tile(Fma, const float* a, const B* b, int64_t pairs, vf (&acc)[R][NV]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) acc[r][v] = (vf){};
+    for (int64_t p = 0; p < pairs; p++, b += 2 * PANEL, a += 2)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) {
+            vf even, odd;
+            load_pair(b, v, even, odd);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                acc[r][v] += even * splat(a[r * STEP]);
+                acc[r][v] += odd * splat(a[r * STEP + 1]);
+            }
+        }
+}
+
+#if defined(DOT)
+INLINE void load_dot(const bf16* b, __m512bh& low, __m512bh& high) {
+    low = (__m512bh)_mm512_loadu_si512(b), high = (__m512bh)_mm512_loadu_si512(b + PANEL);
+}
+// Eight bits to bfloat16 by table. A byte is stored with its magnitude bits turned when it is negative (see `coded`), so
+// that its low 7 bits m and its sign stand for +-(m + 1/2): the value and a half, always exact in bfloat16. The half is
+// taken off with the offset. The bytes of the halves come out in the order of LOW_HALF and its complement.
+struct Halves {
+    alignas(64) uint8_t high[128], low[128];
+    Halves() {
+        for (int m = 0; m < 128; m++) {
+            bf16 bits;
+            from_float(m + 0.5f, bits);
+            high[m] = bits >> 8, low[m] = bits & 255;
+        }
+    }
+};
+const Halves halves;
+INLINE void load_dot(const int8_t* b, __m512bh& low, __m512bh& high) {
+    const __m512i x = _mm512_loadu_si512(b), sign = _mm512_set1_epi8((char)0x80);
+    const __m512i* table = (const __m512i*)&halves;
+    __m512i upper = _mm512_permutex2var_epi8(table[0], x, table[1]), lower = _mm512_permutex2var_epi8(table[2], x, table[3]);
+    upper = _mm512_ternarylogic_epi64(upper, x, sign, 0xf8);  // upper | (x & sign)
+    low = (__m512bh)_mm512_unpacklo_epi8(lower, upper), high = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
+}
+INLINE void in_order(const bf16*, vf&, vf&) {}
+INLINE void in_order(const int8_t*, vf& low, vf& high) {  // each 128-bit lane has 4 columns of either half
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    __m512d a = (__m512d)low, b = (__m512d)high;
+    low = (vf)_mm512_permutex2var_pd(a, first, b), high = (vf)_mm512_permutex2var_pd(a, second, b);
+}
+template <int R, class B> INLINE void tile(Dot, const bf16* a, const B* b, int64_t pairs, vf (&out)[R][NV]) {
+    constexpr int U = R == 1 ? 4 : R <= 3 ? 2 : 1;  // sums in flight hide the instruction's latency
+    __m512 acc[U][R][2];
+#pragma GCC unroll 16
+    for (int u = 0; u < U; u++)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) acc[u][r][0] = acc[u][r][1] = _mm512_setzero_ps();
+    const uint32_t* pair_of = (const uint32_t*)a;
+    int64_t p = 0;
+    for (; p + U <= pairs; p += U)
+#pragma GCC unroll 16
+        for (int u = 0; u < U; u++) {
+            __m512bh low, high;
+            const B* place = b + (p + u) * 2 * PANEL;
+            if (R < MR)  // few rows: the weights come from memory, and the processor looks ahead too short for int8
+                for (size_t line = 0; line < 2 * PANEL * sizeof(B); line += 64)
+                    __builtin_prefetch((const char*)place + AHEAD + line, 0, 2);
+            load_dot(place, low, high);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                __m512bh x = (__m512bh)_mm512_set1_epi32(pair_of[r * (STEP / 2) + p + u]);
+                acc[u][r][0] = _mm512_dpbf16_ps(acc[u][r][0], x, low);
+                acc[u][r][1] = _mm512_dpbf16_ps(acc[u][r][1], x, high);
+            }
+        }
+    for (; p < pairs; p++) {
+        __m512bh low, high;
+        load_dot(b + p * 2 * PANEL, low, high);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) {
+            __m512bh x = (__m512bh)_mm512_set1_epi32(pair_of[r * (STEP / 2) + p]);
+            acc[0][r][0] = _mm512_dpbf16_ps(acc[0][r][0], x, low);
+            acc[0][r][1] = _mm512_dpbf16_ps(acc[0][r][1], x, high);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int h = 0; h < 2; h++) {
+            __m512 total = acc[0][r][h];
+#pragma GCC unroll 16
+            for (int u = 1; u < U; u++) total += acc[u][r][h];
+            out[r][h] = (vf)total;
+        }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) in_order(b, out[r][0], out[r][1]);
+}
+#endif
+
+// --------------------------------------------------------------------------------------------------------- products
+
+enum Kind : int64_t { FLOAT = 0, BFLOAT = 1, INT8 = 2 };
+
+}  // namespace
+
+extern "C" {
+
+// A weight [rows, columns] whose panels lie one behind the other: [panel][pair][PANEL][2], float32 as [pair][2][PANEL].
+// Columns are shifted by `lead` zeros, so that groups of `group` columns (0: one scale a row) start at multiples of
+// `group`, and filled to `width`. scale and offset are float32 [groups][rows filled to whole panels]; offset may be null.
+struct Matrix {
+    void* data;
+    const float* scale;
+    const float* offset;
+    int64_t rows, columns, lead, width, group, kind;
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Product {
+    const Matrix* w;
+    const void* x;       // [count, columns], rows x_stride elements apart
+    int64_t count, x_stride;
+    const void* bias;    // [rows] or null, like x and out of one type
+    void* out;           // [count, rows], rows out_stride elements apart
+    int64_t out_stride;
+    int threads;
+};
+
+// The step of the summed dimension between two applications of a scale.
+INLINE int64_t scale_step(const Matrix* w) { return w->group ? std::min<int64_t>(w->group, STEP) : STEP; }
+
+// c[rows][PANEL] (+)= scale * (acc - (offset + half) * sum of inputs)
+template <int R> INLINE void accumulate(
+    const vf (&acc)[R][NV], float* c, bool first, const float* scale, const float* offset, const float* sums,
+    float half) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; v++) {
+            vf part = acc[r][v];
+            if (sums) part -= (offset ? load<vf>(offset + v * W) + half : splat(half)) * splat(sums[r]);
+            if (scale) part *= load<vf>(scale + v * W);
+            float* place = c + r * PANEL + v * W;
+            store(place, first ? part : load<vf>(place) + part);
+        }
+}
+
+template <int R, class M, class B> __attribute__((noinline)) void tile_into(
+    const typename M::A* a, const B* b, int64_t pairs, float* c, bool first, const float* scale, const float* offset,
+    const float* sums) {
+    vf acc[R][NV];
+    tile<R>(M{}, a, b, pairs, acc);
+    accumulate<R>(acc, c, first, scale, offset, sums, std::is_same<M, Dot>::value ? 0.5f : 0.f);
+}
+
+template <class M, class B> INLINE void tile_rows(
+    int rows, const typename M::A* a, const B* b, int64_t pairs, float* c, bool first, const float* scale,
+    const float* offset, const float* sums) {
+#define CASE(R) case R: return tile_into<(R <= MR ? R : MR), M, B>(a, b, pairs, c, first, scale, offset, sums);
+    switch (rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) }
+#undef CASE
+}
+
+// A step of a panel of int8 as the arithmetic's own type, for many tiles.
+INLINE void widen(const int8_t* b, int64_t pairs, bf16* out) {
+#if defined(DOT)
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512bh low, high;
+        load_dot(b + p * 2 * PANEL, low, high);
+        vf first = (vf)low, second = (vf)high;
+        in_order(b, first, second);
+        store(out + p * 2 * PANEL, first), store(out + p * 2 * PANEL + PANEL, second);
+    }
+#endif
+}
+template <class B> INLINE void widen(const B* b, int64_t pairs, float* out) {
+    for (int64_t p = 0; p < pairs; p++)
+        for (int v = 0; v < NV; v++) {
+            vf even, odd;
+            load_pair(b + p * 2 * PANEL, v, even, odd);
+            store(out + p * 2 * PANEL + v * W, even), store(out + p * 2 * PANEL + PANEL + v * W, odd);
+        }
+}
+INLINE void widen(const bf16*, int64_t, bf16*) {}
+
+constexpr int64_t TILES_AT_ONCE = 20;    // rows of the input whose step stays in the second-level cache
+constexpr int64_t BLOCKS_AT_ONCE = 4;    // of so many tiles are put in order before they are multiplied
+constexpr int64_t PANELS_AT_ONCE = 8;
+
+template <class T> INLINE float total(const T* x, int64_t count) {
+    vf parts = {};
+    int64_t i = 0;
+    for (; i + W <= count; i += W) parts += load_floats(x + i);
+    float rest = sum(parts);
+    for (; i < count; i++) rest += to_float(x[i]);
+    return rest;
+}
+
+// Rows [first, first + rows) of x in tiles: [tile][step][MR][STEP], and the sum of each piece that has an own scale.
+template <class A, class X> void order_rows(
+    const Product& job, int64_t first, int64_t rows, A* a, float* sums, int64_t pieces) {
+    const Matrix* w = job.w;
+    int64_t steps = ceil_div(w->width, STEP), piece = scale_step(w);
+    pool()->run(ceil_div(rows, MR), rows * w->width > 65536 ? job.threads : 1, [&](int64_t t) {
+        for (int64_t r = 0; r < std::min<int64_t>(MR, rows - t * MR); r++) {
+            const X* x = (const X*)job.x + (first + t * MR + r) * job.x_stride;
+            for (int64_t s = 0; s < steps; s++) {
+                A* row = a + ((t * steps + s) * MR + r) * STEP;
+                int64_t from = std::max<int64_t>(s * STEP - w->lead, 0);
+                int64_t to = std::min<int64_t>((s + 1) * STEP - w->lead, w->columns);
+                int64_t start = from - (s * STEP - w->lead), n = to - from, end = std::min(STEP + 0l, w->width - s * STEP);
+                std::fill(row, row + start, A{});
+                if constexpr (std::is_same<A, X>::value) std::memcpy(row + start, x + from, n * sizeof(A));
+                else for (int64_t i = 0; i < n; i++) row[start + i] = to_float(x[from + i]);
+                std::fill(row + start + n, row + end, A{});
+                if (!sums) continue;
+                for (int64_t k = 0; k < end; k += piece) {
+                    sums[(t * pieces + (s * STEP + k) / piece) * MR + r] = total(row + k, std::min(piece, end - k));
+                }
+            }
+        }
+    });
+}
+
+template <class M, class B, class X> void multiply(const Product& job) {
+    typedef typename M::A A;
+    const Matrix* w = job.w;
+    const int64_t steps = ceil_div(w->width, STEP), piece = scale_step(w), pieces = ceil_div(w->width, piece);
+    const int64_t panels = ceil_div(w->rows, PANEL), padded = panels * PANEL;
+    const int64_t most = std::min<int64_t>(job.count, TILES_AT_ONCE * BLOCKS_AT_ONCE * MR);
+    static thread_local Scratch a_room, sum_room;
+    A* a = a_room.room<A>(ceil_div(most, MR) * steps * MR * STEP);
+    float* sums = w->offset || (w->kind == INT8 && std::is_same<M, Dot>::value) ? sum_room.room<float>(ceil_div(most, MR) * pieces * MR) : nullptr;
+    for (int64_t first = 0; first < job.count; first += most) {
+        const int64_t rows = std::min(most, job.count - first), tiles = ceil_div(rows, MR);
+        order_rows<A, X>(job, first, rows, a, sums, pieces);
+        const int64_t blocks = ceil_div(tiles, TILES_AT_ONCE);
+        const int64_t together = tiles > 1 ? PANELS_AT_ONCE : std::max<int64_t>(1, std::min<int64_t>(8, panels / (4 * job.threads)));
+        pool()->run(ceil_div(panels, together) * blocks, job.threads, [&](int64_t task) {
+            static thread_local Scratch c_room, b_room;
+            const int64_t first_panel = task / blocks * together, last_panel = std::min(panels, first_panel + together);
+            const int64_t first_tile = task % blocks * TILES_AT_ONCE, last_tile = std::min(tiles, first_tile + TILES_AT_ONCE);
+            const int64_t block_rows = (last_tile - first_tile) * MR;
+            float* c = c_room.room<float>((last_panel - first_panel) * block_rows * PANEL);
+            typename M::B* wide = b_room.room<typename M::B>(STEP * PANEL);
+            const bool widened = last_tile - first_tile > 1 && !std::is_same<B, typename M::B>::value;
+            for (int64_t s = 0; s < steps; s++)
+                for (int64_t panel = first_panel; panel < last_panel; panel++) {
+                    const int64_t length = std::min<int64_t>(STEP, w->width - s * STEP);
+                    const B* b = (const B*)w->data + (panel * w->width + s * STEP) * PANEL;
+                    if (widened) widen(b, length / 2, wide);
+                    for (int64_t t = first_tile; t < last_tile; t++) {
+                        const int count = (int)std::min<int64_t>(MR, rows - t * MR);
+                        const A* input = a + (t * steps + s) * MR * STEP;
+                        float* place = c + ((panel - first_panel) * block_rows + (t - first_tile) * MR) * PANEL;
+                        for (int64_t k = 0; k < length; k += piece) {
+                            const int64_t pairs = std::min(piece, length - k) / 2, number = (s * STEP + k) / piece;
+                            const int64_t at = (w->group ? (s * STEP + k) / w->group : 0) * padded + panel * PANEL;
+                            const float* scale = w->scale ? w->scale + at : nullptr;
+                            const float* offset = w->offset ? w->offset + at : nullptr;
+                            const float* total = sums ? sums + (t * pieces + number) * MR : nullptr;
+                            if (widened)
+                                tile_rows<M>(count, input + k, wide + k * PANEL, pairs, place, s + k == 0, scale, offset, total);
+                            else
+                                tile_rows<M>(count, input + k, b + k * PANEL, pairs, place, s + k == 0, scale, offset, total);
+                        }
+                    }
+                }
+            for (int64_t panel = first_panel; panel < last_panel; panel++)
+                for (int64_t r = first_tile * MR; r < std::min(rows, last_tile * MR); r++) {
+                    const float* from = c + ((panel - first_panel) * block_rows + r - first_tile * MR) * PANEL;
+                    X* to = (X*)job.out + (first + r) * job.out_stride + panel * PANEL;
+                    const X* bias = job.bias ? (const X*)job.bias + panel * PANEL : nullptr;
+                    const int64_t columns = std::min<int64_t>(PANEL, w->rows - panel * PANEL);
+                    if (columns == PANEL)
+                        for (int v = 0; v < NV; v++)
+                            store_floats(load<vf>(from + v * W) + (bias ? load_floats(bias + v * W) : (vf){}), to + v * W);
+                    else
+                        for (int64_t i = 0; i < columns; i++) from_float(from[i] + (bias ? to_float(bias[i]) : 0.f), to[i]);
+                }
+        });
+    }
+}
+
+template <class T> INLINE T stored(T x) { return x; }
+INLINE int8_t stored(int8_t x) { return coded(x); }
+
+template <class T> void pack(const Matrix* w, const T* from, int64_t stride, T* to, int threads) {
+    pool()->run(ceil_div(w->rows, PANEL), threads, [&](int64_t panel) {
+        T* out = to + panel * w->width * PANEL;
+        std::memset((void*)out, 0, w->width * PANEL * sizeof(T));
+        for (int column = 0; column < std::min<int64_t>(PANEL, w->rows - panel * PANEL); column++) {
+            const T* row = from + (panel * PANEL + column) * stride;
+            for (int64_t i = 0; i < w->columns; i++)
+                out[place<T>((i + w->lead) / 2, column, (i + w->lead) % 2)] = stored(row[i]);
+        }
+    });
+}
+
+template <class T> void unpack(const Matrix* w, const T* from, T* to, int64_t stride, int threads) {
+    pool()->run(ceil_div(w->rows, PANEL), threads, [&](int64_t panel) {
+        const T* in = from + panel * w->width * PANEL;
+        for (int column = 0; column < std::min<int64_t>(PANEL, w->rows - panel * PANEL); column++) {
+            T* row = to + (panel * PANEL + column) * stride;
+            for (int64_t i = 0; i < w->columns; i++)
+                row[i] = stored(in[place<T>((i + w->lead) / 2, column, (i + w->lead) % 2)]);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// kind: FLOAT or BFLOAT, of x, bias and out.
+void atb_linear(
+    const Matrix* w, const void* x, int64_t count, int64_t x_stride, const void* bias, void* out, int64_t out_stride,
+    int64_t kind, int threads) {
+    Product job{w, x, count, x_stride, bias, out, out_stride, threads};
+    if (kind == FLOAT) {
+        if (w->kind == FLOAT) multiply<Fma, float, float>(job);
+        else multiply<Fma, int8_t, float>(job);
+        return;
+    }
+    if (w->kind == BFLOAT) multiply<Fast, bf16, bf16>(job);
+    else multiply<Fast, int8_t, bf16>(job);
+}
+
+// Between a row-major weight and the packed one in w->data.
+void atb_pack(const Matrix* w, const void* from, int64_t stride, int threads) {
+    if (w->kind == FLOAT) pack(w, (const float*)from, stride, (float*)w->data, threads);
+    else if (w->kind == BFLOAT) pack(w, (const bf16*)from, stride, (bf16*)w->data, threads);
+    else pack(w, (const int8_t*)from, stride, (int8_t*)w->data, threads);
+}
+void atb_unpack(const Matrix* w, void* to, int64_t stride, int threads) {
+    if (w->kind == FLOAT) unpack(w, (const float*)w->data, (float*)to, stride, threads);
+    else if (w->kind == BFLOAT) unpack(w, (const bf16*)w->data, (bf16*)to, stride, threads);
+    else unpack(w, (const int8_t*)w->data, (int8_t*)to, stride, threads);
+}
+
+int64_t atb_panel() { return PANEL; }
+
+}  // extern "C"
+
+// -------------------------------------------------------------------------------------------------------- attention
+
+extern "C" {
+
+// One layer's keys and values [blocks, heads, block, dim]; int8 ones with a float32 scale [blocks, heads, block] each.
+struct Cache {
+    void* keys;
+    void* values;
+    float* key_scale;
+    float* value_scale;
+    int64_t heads, block, dim, kind;
+};
+
+}  // extern "C"
+
+namespace {
+
+// Where a sequence's tokens are, for one head.
+template <class T> struct Pages {
+    const T* start;
+    const float* scales;
+    const int64_t* table;
+    int64_t heads, block, dim, head;
+    int64_t slot(int64_t token) const { return (table[token / block] * heads + head) * block + token % block; }
+    const T* row(int64_t token) const { return start + slot(token) * dim; }
+    float scale(int64_t token) const { return scales ? scales[slot(token)] : 1.f; }
+};
+template <class T> struct Strided {
+    const T* start;
+    int64_t stride;
+    const T* row(int64_t token) const { return start + token * stride; }
+    float scale(int64_t) const { return 1.f; }
+};
+
+// Two vectors of a row. bfloat16 comes as its even and its odd elements: that takes no shuffle. `turn` brings a row into
+// this order, and back.
+INLINE void load_two(const float* p, vf& a, vf& b) { a = load<vf>(p), b = load<vf>(p + W); }
+INLINE void load_two(const bf16* p, vf& a, vf& b) { vi x = load<vi>(p); a = even_half(x), b = odd_half(x); }
+INLINE void load_two(const int8_t* p, vf& a, vf& b) { a = load_floats(p), b = load_floats(p + W); }
+template <class T> INLINE int64_t turned(int64_t i) {
+    return std::is_same<T, bf16>::value ? i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2 : i;
+}
+
+constexpr int64_t SPLIT = 512;  // tokens that one thread attends to; the splits of a sequence are merged at the end
+constexpr int RUN = 32;         // tokens between two corrections of the running maximum
+
+// One split for G query heads of one key head: its largest score, sum of exponentials and weighted values.
+template <int G, class T> void attend_split(
+    const Pages<T>& keys, const Pages<T>& values, int64_t from, int64_t to, int64_t context, const float* q,
+    int64_t width, float* most, float* total, float* out) {
+    const int64_t dim = keys.dim, whole = dim / (2 * W) * (2 * W), ahead = std::max<int64_t>(1, AHEAD / (dim * sizeof(T)));
+    alignas(64) T rest[2 * W] = {};
+    alignas(64) float p[G][RUN];
+    for (int g = 0; g < G; g++) most[g] = -std::numeric_limits<float>::infinity(), total[g] = 0;
+    std::fill(out, out + G * width, 0.f);
+    for (int64_t start = from; start < to;) {
+        const int n = (int)std::min<int64_t>({RUN, to - start, keys.block - start % keys.block});
+        for (int i = 0; i < n; i++) {
+            const T* row = keys.row(start) + i * dim;
+            if (start + i + ahead < context) {
+                const char *k = (const char*)keys.row(start + i + ahead), *v = (const char*)values.row(start + i + ahead);
+                for (size_t line = 0; line < dim * sizeof(T); line += 64) __builtin_prefetch(k + line, 0, 2), __builtin_prefetch(v + line, 0, 2);
+            }
+            vf acc[G][2] = {};
+            auto add = [&](const T* from, int64_t c) {
+                vf a, b;
+                load_two(from, a, b);
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++) acc[g][0] += a * load<vf>(q + g * width + c), acc[g][1] += b * load<vf>(q + g * width + c + W);
+            };
+            for (int64_t c = 0; c < whole; c += 2 * W) add(row + c, c);
+            if (whole < dim) std::memcpy(rest, row + whole, (dim - whole) * sizeof(T)), add(rest, whole);
+            for (int g = 0; g < G; g++) p[g][i] = sum(acc[g][0] + acc[g][1]) * (keys.scales ? keys.scale(start + i) : 1.f);
+        }
+        float correction[G];
+        for (int g = 0; g < G; g++) {
+            for (int i = n; i < RUN; i++) p[g][i] = -std::numeric_limits<float>::infinity();
+            vf high = load<vf>(p[g]);
+            for (int i = W; i < RUN; i += W) high = larger(load<vf>(p[g] + i), high);
+            const float top = std::max(most[g], highest(high));
+            vf sums = {};
+            for (int i = 0; i < RUN; i += W) {
+                vf e = power_of_two(load<vf>(p[g] + i) - top);
+                store(p[g] + i, e);
+                if (i < n) for (int k = n - i; k < W; k++) e[k] = 0;
+                if (i < n) sums += e;
+            }
+            correction[g] = std::exp2(most[g] - top);
+            total[g] = total[g] * correction[g] + sum(sums), most[g] = top;
+            if (values.scales) for (int i = 0; i < n; i++) p[g][i] *= values.scale(start + i);
+        }
+        const T* first = values.row(start);
+        for (int64_t c = 0; c < dim; c += 2 * W) {
+            vf acc[G][2];
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++)
+                acc[g][0] = load<vf>(out + g * width + c) * correction[g], acc[g][1] = load<vf>(out + g * width + c + W) * correction[g];
+            for (int i = 0; i < n; i++) {
+                const T* row = first + i * dim + c;
+                if (c == whole) std::memcpy(rest, row, (dim - whole) * sizeof(T)), row = rest;
+                vf a, b;
+                load_two(row, a, b);
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++) acc[g][0] += a * p[g][i], acc[g][1] += b * p[g][i];
+            }
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) store(out + g * width + c, acc[g][0]), store(out + g * width + c + W, acc[g][1]);
+        }
+        start += n;
+    }
+}
+
+struct Decode {
+    const Cache* cache;
+    const void* q;  // [sequences, heads, dim], sequences q_stride elements apart
+    void* out;      // [sequences, heads, dim]
+    const int64_t* tables;
+    const int64_t* contexts;
+    int64_t sequences, heads, q_stride, table_stride;
+    int threads;
+};
+
+template <class T, class X> void decode(const Decode& job) {
+    const Cache& c = *job.cache;
+    const int64_t dim = c.dim, width = ceil_div(dim, 2 * W) * 2 * W, group = job.heads / c.heads, each = width + 2;
+    std::vector<int64_t> first(job.sequences + 1, 0);  // number of a sequence's first split
+    for (int64_t s = 0; s < job.sequences; s++) first[s + 1] = first[s] + ceil_div(job.contexts[s], SPLIT);
+    static thread_local Scratch parts_room;
+    float* parts = parts_room.room<float>(first.back() * job.heads * each);  // [split][head]: maximum, total, values
+    const float scale = LOG2E / std::sqrt((float)dim);
+    pool()->run(first.back() * c.heads, job.threads, [&](int64_t task) {
+        const int64_t number = task / c.heads, head = task % c.heads;
+        const int64_t s = std::upper_bound(first.begin(), first.end(), number) - first.begin() - 1;
+        const int64_t from = (number - first[s]) * SPLIT, to = std::min(from + SPLIT, job.contexts[s]);
+        const int64_t* table = job.tables + s * job.table_stride;
+        const Pages<T> keys{(const T*)c.keys, c.key_scale, table, c.heads, c.block, dim, head};
+        const Pages<T> values{(const T*)c.values, c.value_scale, table, c.heads, c.block, dim, head};
+        static thread_local Scratch room;
+        float *q = room.room<float>(4 * 2 * width), *out = q + 4 * width;
+        for (int64_t g = 0; g < group;) {
+            const int count = (int)std::min<int64_t>(4, group - g);
+            const X* query = (const X*)job.q + s * job.q_stride + (head * group + g) * dim;
+            std::fill(q, q + count * width, 0.f);
+            for (int h = 0; h < count; h++)
+                for (int64_t i = 0; i < dim; i++) q[h * width + turned<T>(i)] = to_float(query[h * dim + i]) * scale;
+            float most[4], total[4];
+            switch (count) {
+            case 1: attend_split<1>(keys, values, from, to, job.contexts[s], q, width, most, total, out); break;
+            case 2: attend_split<2>(keys, values, from, to, job.contexts[s], q, width, most, total, out); break;
+            case 3: attend_split<3>(keys, values, from, to, job.contexts[s], q, width, most, total, out); break;
+            default: attend_split<4>(keys, values, from, to, job.contexts[s], q, width, most, total, out);
+            }
+            for (int h = 0; h < count; h++) {
+                float* part = parts + (number * job.heads + head * group + g + h) * each;
+                part[0] = most[h], part[1] = total[h];
+                std::memcpy(part + 2, out + h * width, width * sizeof(float));
+            }
+            g += count;
+        }
+    });
+    pool()->run(job.sequences, job.sequences * job.heads > 64 ? job.threads : 1, [&](int64_t s) {
+        for (int64_t head = 0; head < job.heads; head++) {
+            X* out = (X*)job.out + (s * job.heads + head) * dim;
+            const float* split = parts + (first[s] * job.heads + head) * each;
+            const int64_t count = first[s + 1] - first[s], stride = job.heads * each;
+            float top = split[0], total = 0;
+            for (int64_t i = 1; i < count; i++) top = std::max(top, split[i * stride]);
+            static thread_local Scratch room;
+            float* sums = room.room<float>(width);
+            std::fill(sums, sums + width, 0.f);
+            for (int64_t i = 0; i < count; i++) {
+                const float* part = split + i * stride;
+                const float weight = std::exp2(part[0] - top);
+                total += weight * part[1];
+                for (int64_t k = 0; k < width; k++) sums[k] += weight * part[2 + k];
+            }
+            for (int64_t i = 0; i < dim; i++) from_float(sums[turned<T>(i)] / total, out[i]);
+        }
+    });
+}
+
+// Attention of many queries, in blocks of STEP keys (flash attention): scores and weighted values are tile products.
+
+template <class B, class T, class Rows> void order_keys(const Rows& rows, int64_t panel, int64_t count, int64_t dim, B* out) {
+    const int64_t pairs = ceil_div(dim, 2);
+    std::fill(out, out + pairs * 2 * PANEL, B{});
+    for (int column = 0; column < std::min<int64_t>(PANEL, count - panel * PANEL); column++) {
+        const T* row = rows.row(panel * PANEL + column);
+        const float scale = rows.scale(panel * PANEL + column);
+        if constexpr (std::is_same<B, bf16>::value && std::is_same<T, bf16>::value)
+            for (int64_t i = 0; i < dim; i++) out[place<B>(i / 2, column, i % 2)] = row[i];
+        else
+            for (int64_t i = 0; i < dim; i++) from_float(to_float(row[i]) * scale, out[place<B>(i / 2, column, i % 2)]);
+    }
+}
+
+// Keys [block * STEP, ...) as the summed dimension: [panel of the head's elements][pair of keys][PANEL][2].
+template <class B, class T, class Rows> void order_values(const Rows& rows, int64_t block, int64_t count, int64_t dim, B* out) {
+    const int64_t panels = ceil_div(dim, PANEL), n = std::min<int64_t>(STEP, count - block * STEP), all = ceil_div(n, PANEL) * PANEL;
+    for (int64_t key = 0; key < all; key++) {
+        const T* row = key < n ? rows.row(block * STEP + key) : nullptr;
+        const float scale = row ? rows.scale(block * STEP + key) : 0.f;
+        for (int64_t panel = 0; panel < panels; panel++) {
+            B* to = out + panel * STEP * PANEL;
+            const int64_t columns = row ? std::min<int64_t>(PANEL, dim - panel * PANEL) : 0;
+            for (int64_t i = 0; i < columns; i++) {
+                B& place_of = to[place<B>(key / 2, (int)i, key % 2)];
+                if constexpr (std::is_same<B, bf16>::value && std::is_same<T, bf16>::value) place_of = row[panel * PANEL + i];
+                else from_float(to_float(row[panel * PANEL + i]) * scale, place_of);
+            }
+            for (int64_t i = columns; i < PANEL; i++) to[place<B>(key / 2, (int)i, key % 2)] = B{};
+        }
+    }
+}
+
+constexpr int64_t QUERY_TILES = 8;  // that share a block of keys while it is in the second-level cache
+
+// Room of one thread for QUERY_TILES tiles of queries.
+template <class M> struct Flash {
+    typedef typename M::A A;
+    typedef typename M::B B;
+    int64_t dim, panels;
+    A *q, *p;
+    float *scores, *out, *most, *total;
+
+    explicit Flash(int64_t dim) : dim(dim), panels(ceil_div(dim, PANEL)) {
+        static thread_local Scratch room;
+        const int64_t rows = QUERY_TILES * MR;
+        q = (A*)room.room<char>(((rows + MR) * STEP) * sizeof(A) + (MR * STEP + rows * panels * PANEL + 2 * rows) * sizeof(float));
+        p = q + rows * STEP;
+        scores = (float*)(p + MR * STEP), out = scores + MR * STEP, most = out + rows * panels * PANEL, total = most + rows;
+    }
+
+    // `rows` queries, of which the first sees `seen` keys and each further one `more` more, of `count` in all.
+    template <class X> void attend(
+        const X* query, int64_t stride, int64_t rows, int64_t seen, int64_t more, int64_t count, const B* keys,
+        const B* values, X* to, int64_t to_stride) {
+        const int64_t tiles = ceil_div(rows, MR), pairs = ceil_div(dim, 2), visible = std::min(count, seen + more * (rows - 1));
+        for (int64_t r = 0; r < tiles * MR; r++) {
+            std::fill(q + r * STEP, q + r * STEP + 2 * pairs, A{});
+            if (r < rows) for (int64_t i = 0; i < dim; i++) from_float(to_float(query[r * stride + i]), q[r * STEP + i]);
+            most[r] = -std::numeric_limits<float>::infinity(), total[r] = 0;
+        }
+        std::fill(out, out + tiles * MR * panels * PANEL, 0.f);
+        for (int64_t block = 0; block * STEP < visible; block++)
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t last = std::min(count, seen + more * (std::min(rows, (t + 1) * MR) - 1)) - block * STEP;
+                if (last <= 0) continue;
+                const int64_t n = std::min<int64_t>(STEP, last), used = ceil_div(n, PANEL);
+                for (int64_t panel = 0; panel < used; panel++) {
+                    vf acc[MR][NV];
+                    tile<MR>(M{}, q + t * MR * STEP, keys + (block * (STEP / PANEL) + panel) * pairs * 2 * PANEL, pairs, acc);
+#pragma GCC unroll 16
+                    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 16
+                        for (int v = 0; v < NV; v++) store(scores + r * STEP + panel * PANEL + v * W, acc[r][v]);
+                }
+                float correction[MR];
+                for (int r = 0; r < MR; r++) {
+                    const int64_t row = t * MR + r, sees = std::min(count, seen + more * row) - block * STEP;
+                    correction[r] = exponentials(r, std::max<int64_t>(0, std::min(n, sees)), used * PANEL, most[row], total[row]);
+                }
+                for (int64_t panel = 0; panel < panels; panel++) {
+                    vf acc[MR][NV];
+                    tile<MR>(M{}, p, values + (block * panels + panel) * STEP * PANEL, used * PANEL / 2, acc);
+#pragma GCC unroll 16
+                    for (int r = 0; r < MR; r++)
+#pragma GCC unroll 16
+                        for (int v = 0; v < NV; v++) {
+                            float* place = out + (t * MR + r) * panels * PANEL + panel * PANEL + v * W;
+                            store(place, load<vf>(place) * correction[r] + acc[r][v]);
+                        }
+                }
+            }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < dim; i++) from_float(out[r * panels * PANEL + i] / total[r], to[r * to_stride + i]);
+    }
+
+    // Row r of `scores`, of which n count, to exponentials in p; what the sums so far have to be multiplied with.
+    float exponentials(int r, int64_t n, int64_t all, float& top, float& sum_so_far) {
+        float* row = scores + r * STEP;
+        A* to = p + r * STEP;
+        if (n == 0) {
+            std::fill(to, to + all, A{});
+            return 1.f;
+        }
+        const float scale = LOG2E / std::sqrt((float)dim), lowest = -std::numeric_limits<float>::infinity();
+        for (int64_t i = n; i < all; i++) row[i] = lowest;
+        vf high = load<vf>(row);
+        for (int64_t i = W; i < all; i += W) high = larger(load<vf>(row + i), high);
+        const float before = top;
+        top = std::max(before, highest(high) * scale);
+        vf sums = {};
+        for (int64_t i = 0; i < all; i += W) {
+            vf e = power_of_two(load<vf>(row + i) * scale - top);
+            sums += e;
+            store_floats(e, to + i);
+        }
+        const float correction = std::exp2(before - top);
+        sum_so_far = sum_so_far * correction + sum(sums);
+        return correction;
+    }
+};
+
+struct Prefill {
+    const Cache* cache;
+    const void* q;  // [length, heads, dim], the last `length` tokens of `context`
+    void* out;
+    const int64_t* table;
+    int64_t heads, q_stride, out_stride, length, context;
+    int threads;
+};
+
+template <class M, class T, class X> void prefill(const Prefill& job) {
+    typedef typename M::B B;
+    const Cache& c = *job.cache;
+    const int64_t dim = c.dim, pairs = ceil_div(dim, 2), group = job.heads / c.heads;
+    const int64_t panels = ceil_div(job.context, PANEL), blocks = ceil_div(job.context, STEP), rows = QUERY_TILES * MR;
+    const int64_t key_size = panels * pairs * 2 * PANEL, value_size = blocks * ceil_div(dim, PANEL) * PANEL * STEP;
+    const int64_t together = std::min<int64_t>(c.heads, 4), parts = ceil_div(job.length, rows);
+    static thread_local Scratch room;
+    B* ordered = room.room<B>(together * (key_size + value_size));
+    for (int64_t first = 0; first < c.heads; first += together) {
+        const int64_t heads = std::min(together, c.heads - first);
+        pool()->run(heads * blocks, job.threads, [&](int64_t task) {
+            const int64_t block = task / heads, number = task % heads;
+            B *keys = ordered + number * (key_size + value_size), *values = keys + key_size;
+            const Pages<T> k{(const T*)c.keys, c.key_scale, job.table, c.heads, c.block, dim, first + number};
+            const Pages<T> v{(const T*)c.values, c.value_scale, job.table, c.heads, c.block, dim, first + number};
+            for (int64_t panel = block * (STEP / PANEL); panel < std::min(panels, (block + 1) * (STEP / PANEL)); panel++)
+                order_keys<B, T>(k, panel, job.context, dim, keys + panel * pairs * 2 * PANEL);
+            order_values<B, T>(v, block, job.context, dim, values + block * ceil_div(dim, PANEL) * PANEL * STEP);
+        });
+        pool()->run(heads * group * parts, job.threads, [&](int64_t task) {
+            const int64_t from = (parts - 1 - task / (heads * group)) * rows, head = task % (heads * group);  // longest first
+            const B* keys = ordered + head / group * (key_size + value_size);
+            const int64_t q_head = first * group + head, count = std::min(rows, job.length - from);
+            Flash<M>(dim).template attend<X>(
+                (const X*)job.q + from * job.q_stride + q_head * dim, job.q_stride, count,
+                job.context - job.length + from + 1, 1, job.context, keys, keys + key_size,
+                (X*)job.out + from * job.out_stride + q_head * dim, job.out_stride);
+        });
+    }
+}
+
+struct Encoder {
+    const void *q, *k, *v;  // [frames, tokens, heads, dim] with these strides; a head's elements lie together
+    void* out;              // the same, contiguous
+    int64_t frames, tokens, heads, dim, frame_stride, token_stride, head_stride;
+    int threads;
+};
+
+template <class M, class X> void encoder(const Encoder& job) {
+    typedef typename M::B B;
+    const int64_t dim = job.dim, pairs = ceil_div(dim, 2), panels = ceil_div(job.tokens, PANEL), blocks = ceil_div(job.tokens, STEP);
+    const int64_t key_size = panels * pairs * 2 * PANEL, block_size = ceil_div(dim, PANEL) * PANEL * STEP;
+    const int64_t rows = QUERY_TILES * MR, out_stride = job.heads * dim;
+    pool()->run(job.frames * job.heads, job.threads, [&](int64_t task) {
+        static thread_local Scratch room;
+        B *keys = room.room<B>(key_size + blocks * block_size), *values = keys + key_size;
+        const int64_t start = task / job.heads * job.frame_stride + task % job.heads * job.head_stride;
+        const Strided<X> k{(const X*)job.k + start, job.token_stride}, v{(const X*)job.v + start, job.token_stride};
+        for (int64_t panel = 0; panel < panels; panel++) order_keys<B, X>(k, panel, job.tokens, dim, keys + panel * pairs * 2 * PANEL);
+        for (int64_t block = 0; block < blocks; block++) order_values<B, X>(v, block, job.tokens, dim, values + block * block_size);
+        for (int64_t from = 0; from < job.tokens; from += rows)
+            Flash<M>(dim).template attend<X>(
+                (const X*)job.q + start + from * job.token_stride, job.token_stride, std::min(rows, job.tokens - from), job.tokens, 0,
+                job.tokens, keys, values, (X*)job.out + (task / job.heads * job.tokens + from) * out_stride + task % job.heads * dim, out_stride);
+    });
+}
+
+template <class T, class X> void write_head(const X* from, int64_t dim, T* to, float* scale) {
+    if constexpr (std::is_same<T, int8_t>::value) {
+        float most = 0;
+        for (int64_t i = 0; i < dim; i++) most = std::max(most, std::fabs(to_float(from[i])));
+        *scale = most > 0 ? most / 127 : 1.f;
+        for (int64_t i = 0; i < dim; i++) to[i] = (int8_t)std::nearbyint(to_float(from[i]) / *scale);
+    } else {
+        std::memcpy(to, from, dim * sizeof(T));
+    }
+}
+
+template <class T, class X> void write_kv(
+    const Cache& c, const X* keys, int64_t key_stride, const X* values, int64_t value_stride, const int64_t* slots,
+    int64_t count, int threads) {
+    pool()->run(ceil_div(count, 32), threads, [&](int64_t part) {
+        for (int64_t i = part * 32; i < std::min(count, part * 32 + 32); i++)
+            for (int64_t head = 0; head < c.heads; head++) {
+                const int64_t place = (slots[i] / c.block * c.heads + head) * c.block + slots[i] % c.block;
+                write_head(keys + i * key_stride + head * c.dim, c.dim, (T*)c.keys + place * c.dim, c.key_scale + place);
+                write_head(values + i * value_stride + head * c.dim, c.dim, (T*)c.values + place * c.dim, c.value_scale + place);
+            }
+    });
+}
+
+// -------------------------------------------------------------------------------------- the small functions between
+
+template <class X> void rms_norm(const X* x, const X* weight, float eps, X* out, int64_t rows, int64_t width, int threads) {
+    pool()->run(ceil_div(rows, 16), threads, [&](int64_t part) {
+        for (int64_t r = part * 16; r < std::min(rows, part * 16 + 16); r++) {
+            const X* from = x + r * width;
+            X* to = out + r * width;
+            vf squares = {};
+            int64_t i = 0;
+            for (; i + W <= width; i += W) { vf v = load_floats(from + i); squares += v * v; }
+            float total = sum(squares);
+            for (; i < width; i++) total += to_float(from[i]) * to_float(from[i]);
+            const float factor = 1 / std::sqrt(total / width + eps);
+            for (i = 0; i + W <= width; i += W)
+                store_floats(round_to<X>(load_floats(from + i) * factor) * load_floats(weight + i), to + i);
+            for (; i < width; i++) from_float(rounded<X>(to_float(from[i]) * factor) * to_float(weight[i]), to[i]);
+        }
+    });
+}
+
+template <class X> void rotary(
+    const X* x, int64_t stride, const float* cos, const float* sin, X* out, int64_t rows, int64_t heads, int64_t half, int threads) {
+    pool()->run(ceil_div(rows, 16), threads, [&](int64_t part) {
+        for (int64_t r = part * 16; r < std::min(rows, part * 16 + 16); r++)
+            for (int64_t h = 0; h < heads; h++) {
+                const X *first = x + r * stride + h * 2 * half, *second = first + half;
+                X* to = out + (r * heads + h) * 2 * half;
+                const float *c = cos + r * half, *s = sin + r * half;
+                int64_t i = 0;
+                for (; i + W <= half; i += W) {
+                    vf a = load_floats(first + i), b = load_floats(second + i), co = load<vf>(c + i), si = load<vf>(s + i);
+                    store_floats(a * co - b * si, to + i), store_floats(b * co + a * si, to + half + i);
+                }
+                for (; i < half; i++) {
+                    const float a = to_float(first[i]), b = to_float(second[i]);
+                    from_float(a * c[i] - b * s[i], to[i]), from_float(b * c[i] + a * s[i], to[half + i]);
+                }
+            }
+    });
+}
+
+// x * logistic(slope * x) * gate, gate 1 when there is none.
+template <class X> INLINE void sigmoid_product(const X* x, const X* gate, float slope, X* out, int64_t count) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        vf v = load_floats(x + i);
+        v *= logistic(v * slope);
+        store_floats(gate ? v * load_floats(gate + i) : v, out + i);
+    }
+    if (i == count) return;
+    X a[W] = {}, b[W] = {};
+    std::memcpy(a, x + i, (count - i) * sizeof(X));
+    if (gate) std::memcpy(b, gate + i, (count - i) * sizeof(X));
+    vf v = load_floats(a);
+    v *= logistic(v * slope);
+    store_floats(gate ? v * load_floats(b) : v, a);
+    std::memcpy(out + i, a, (count - i) * sizeof(X));
+}
+
+template <class X> void swiglu(const X* gate_up, X* out, int64_t rows, int64_t width, int threads) {
+    pool()->run(ceil_div(rows, 16), threads, [&](int64_t part) {
+        for (int64_t r = part * 16; r < std::min(rows, part * 16 + 16); r++)
+            sigmoid_product(gate_up + r * 2 * width, gate_up + r * 2 * width + width, 1.f, out + r * width, width);
+    });
+}
+
+template <class X> void quick_gelu(const X* x, X* out, int64_t count, int threads) {
+    constexpr int64_t PIECE = 32768;
+    pool()->run(ceil_div(count, PIECE), threads, [&](int64_t part) {
+        sigmoid_product<X>(x + part * PIECE, nullptr, 1.702f, out + part * PIECE, std::min(PIECE, count - part * PIECE));
+    });
+}
+
+}  // namespace
+
+#define BY_KIND(kind, CALL_FLOAT, CALL_BFLOAT) ((kind) == FLOAT ? CALL_FLOAT : CALL_BFLOAT)
+
+extern "C" {
+
+void atb_write_kv(
+    const Cache* c, const void* keys, int64_t key_stride, const void* values, int64_t value_stride, const int64_t* slots,
+    int64_t count, int64_t kind, int threads) {
+#define WRITE(T, X) write_kv<T, X>(*c, (const X*)keys, key_stride, (const X*)values, value_stride, slots, count, threads)
+    if (c->kind == INT8) BY_KIND(kind, (WRITE(int8_t, float)), (WRITE(int8_t, bf16)));
+    else BY_KIND(kind, (WRITE(float, float)), (WRITE(bf16, bf16)));
+#undef WRITE
+}
+
+void atb_decode(
+    const Cache* c, const void* q, int64_t q_stride, void* out, const int64_t* tables, int64_t table_stride,
+    const int64_t* contexts, int64_t sequences, int64_t heads, int64_t kind, int threads) {
+    const Decode job{c, q, out, tables, contexts, sequences, heads, q_stride, table_stride, threads};
+    if (c->kind == INT8) BY_KIND(kind, (decode<int8_t, float>(job)), (decode<int8_t, bf16>(job)));
+    else BY_KIND(kind, (decode<float, float>(job)), (decode<bf16, bf16>(job)));
+}
+
+void atb_prefill(
+    const Cache* c, const void* q, int64_t q_stride, void* out, int64_t out_stride, const int64_t* table, int64_t heads,
+    int64_t length, int64_t context, int64_t kind, int threads) {
+    const Prefill job{c, q, out, table, heads, q_stride, out_stride, length, context, threads};
+    if (c->kind == INT8) BY_KIND(kind, (prefill<Fma, int8_t, float>(job)), (prefill<Fast, int8_t, bf16>(job)));
+    else BY_KIND(kind, (prefill<Fma, float, float>(job)), (prefill<Fast, bf16, bf16>(job)));
+}
+
+void atb_encoder(
+    const void* q, const void* k, const void* v, void* out, int64_t frames, int64_t tokens, int64_t heads, int64_t dim,
+    int64_t frame_stride, int64_t token_stride, int64_t head_stride, int64_t kind, int threads) {
+    const Encoder job{q, k, v, out, frames, tokens, heads, dim, frame_stride, token_stride, head_stride, threads};
+    BY_KIND(kind, (encoder<Fma, float>(job)), (encoder<Fast, bf16>(job)));
+}
+
+void atb_rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, int64_t kind, int threads) {
+#define NORM(X) rms_norm((const X*)x, (const X*)weight, eps, (X*)out, rows, width, threads)
+    BY_KIND(kind, NORM(float), NORM(bf16));
+#undef NORM
+}
+
+void atb_rotary(
+    const void* x, int64_t stride, const float* cos, const float* sin, void* out, int64_t rows, int64_t heads, int64_t half,
+    int64_t kind, int threads) {
+#define ROTARY(X) rotary((const X*)x, stride, cos, sin, (X*)out, rows, heads, half, threads)
+    BY_KIND(kind, ROTARY(float), ROTARY(bf16));
+#undef ROTARY
+}
+
+void atb_swiglu(const void* x, void* out, int64_t rows, int64_t width, int64_t kind, int threads) {
+#define SWIGLU(X) swiglu((const X*)x, (X*)out, rows, width, threads)
+    BY_KIND(kind, SWIGLU(float), SWIGLU(bf16));
+#undef SWIGLU
+}
+
+void atb_quick_gelu(const void* x, void* out, int64_t count, int64_t kind, int threads) {
+#define GELU(X) quick_gelu((const X*)x, (X*)out, count, threads)
+    BY_KIND(kind, GELU(float), GELU(bf16));
+#undef GELU
+}
+
+// Large pages for memory that is read from end to end; it has no effect where the system has none.
+void atb_large_pages(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 2 << 20, first = ((uintptr_t)start + page - 1) / page * page, last = ((uintptr_t)start + bytes) / page * page;
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // extern "C"
