@@ -245,7 +245,7 @@ def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
 
 def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
     llm = load(checkpoint)
-    llm._engine.team.runner.model.language.lm_head.data[5] = float("nan")
+    llm._engine.team.runner.model.language.norm.data[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         llm.generate(prompts(1), PARAMS)
     assert not llm._engine.has_work

@@ -110,11 +110,10 @@ template <class T> INLINE vf round_to(vf v) {
     T t[W]; store_floats(v, t); return load_floats(t);
 }
 
-// 2^x for x <= 0 (or any x below 127); relative error 2e-7. The polynomial is Cephes' exp2f on [-1/2, 1/2].
+// 2^x for x below 127, 0 for x below -126; relative error 2e-7. The polynomial is Cephes' exp2f on [-1/2, 1/2].
 INLINE vf power_of_two(vf x) {
     const float MAGIC = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
-    vi low = x < -126.f;
-    x = (vf)(((vi)splat(-126.f) & low) | ((vi)x & ~low));
+    const vi vanished = x < -126.f;
     vf shifted = x + MAGIC, f = x - (shifted - MAGIC);
     vf p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -122,7 +121,7 @@ INLINE vf power_of_two(vf x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.f;
-    return (vf)((vi)p + ((vi)shifted << 23));
+    return (vf)(((vi)p + ((vi)shifted << 23)) & ~vanished);
 }
 constexpr float LOG2E = 1.44269504088896341f;
 INLINE vf logistic(vf x) {  // 1 / (1 + e^-x), both branches with a power below 1
@@ -693,8 +692,7 @@ template <int G, class T> void attend_split(
             for (int i = 0; i < RUN; i += W) {
                 vf e = power_of_two(load<vf>(p[g] + i) - top);
                 store(p[g] + i, e);
-                if (i < n) for (int k = n - i; k < W; k++) e[k] = 0;
-                if (i < n) sums += e;
+                sums += e;
             }
             correction[g] = std::exp2(most[g] - top);
             total[g] = total[g] * correction[g] + sum(sums), most[g] = top;
