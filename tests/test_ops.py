@@ -1,4 +1,4 @@
-"""The nine functions against torch and transformers."""
+"""The ten functions against torch and transformers."""
 
 import pytest
 import torch
