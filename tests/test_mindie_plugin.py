@@ -31,7 +31,7 @@ from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestErr
 from atb_pllava.llm import LLM
 from atb_pllava.mindie import segments
 from atb_pllava.mindie.dialogue import from_inputs, from_messages
-from atb_pllava.mindie.host_checks import check_head_size, check_model_dir, check_world_size
+from atb_pllava.mindie.host_checks import check_groups, check_head_size, check_model_dir, check_world_size
 from atb_pllava.mindie.media_ids import find_blocks, insert_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder, Truncation
 from atb_pllava.mindie.quirks import QUIRKS
@@ -305,6 +305,16 @@ def test_head_sizes() -> None:
         check_head_size(TextConfig(hidden_size=64, num_attention_heads=4, head_dim=32))
 
 
+def test_groups_over_cards() -> None:
+    text = TextConfig(hidden_size=4096, intermediate_size=11008)  # 64 and 172 groups of 64
+    for size in (1, 2, 4):
+        check_groups(size, text, 64)
+    check_groups(8, text, 0)
+    for size, columns in [(3, 4096), (8, 11008)]:
+        with pytest.raises(ConfigError, match=f"worldSize is {size}.* {columns} columns"):
+            check_groups(size, text, 64)
+
+
 def test_what_the_model_does_not_have_is_refused(host: Any, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = {"lora_modules": '{"a": "b"}'} if REAL else {"lora_adapter": {"a": "b"}}
     for option in (lora, {"inference_mode": SimpleNamespace(enable_prefill_pa=True)}):
@@ -553,6 +563,7 @@ def test_runner_equals_the_native_engine(native: LLM, served: Served, clips: lis
             {"text": "USER: <video>\n? ASSISTANT:", "video": clips[0]},
             {"prompt": "USER: <image>\n? ASSISTANT:", "video": clips[0]},
         ),
+        ({"text": None, "video": clips[0]}, {"question": "Describe this video.", "video": clips[0]}),
         ({"text": "Hello"}, {"question": "Hello"}),
     ]
     for params, request in asked:

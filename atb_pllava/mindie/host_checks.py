@@ -42,6 +42,20 @@ def check_world_size(size: int, text: TextConfig) -> None:
         )
 
 
+def check_groups(size: int, text: TextConfig, group_size: int) -> None:
+    """Raises ConfigError for 8-bit weights with a scale for each group, where the cards' columns cut through groups.
+
+    These are the columns of o_proj and down_proj (quirk 20).
+    """
+    for columns in (text.num_attention_heads * text.head_dim, text.intermediate_size):
+        if group_size and columns % (group_size * size):
+            raise ConfigError(
+                f"worldSize is {size}, and the weights have a scale for every {group_size} columns: {columns} columns "
+                "are no whole groups on each card, and MindIE would take wrong scales. Use another worldSize, or convert "
+                "without -group_size: one scale a row"
+            )
+
+
 def check_head_size(text: TextConfig) -> None:
     """Raises ConfigError for a head size that the host, which divides, would not find (quirk 19)."""
     if text.head_dim * text.num_attention_heads != text.hidden_size:

@@ -109,4 +109,8 @@ QUIRKS = (
         19, "atb_llm/models/base/flash_causal_lm.py: head_size",
         "a llama's head size is hidden_size / num_attention_heads, whatever head_dim says",
         "another head_dim is refused", "host_checks.py", "the host reads head_dim"),
+    Quirk(
+        20, "atb_llm/utils/weights.py: get_sharded",
+        "scales of column groups are dealt out by their own number, whatever the columns' share of a card is",
+        "shares that are no whole groups are refused", "host_checks.py", "the host is exact or refuses them itself"),
 )  # fmt: skip

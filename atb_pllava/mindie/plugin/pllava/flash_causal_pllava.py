@@ -11,7 +11,14 @@ from torch import Tensor
 
 from atb_pllava.errors import BackendError, RequestError
 from atb_pllava.inputs import PreparedVideo
-from atb_pllava.mindie.host_checks import check_features, check_head_size, check_layout, check_world_size
+from atb_pllava.mindie.dialogue import DEFAULT_QUESTION
+from atb_pllava.mindie.host_checks import (
+    check_features,
+    check_groups,
+    check_head_size,
+    check_layout,
+    check_world_size,
+)
 from atb_pllava.mindie.media_ids import find_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.segments import read_segment
@@ -34,6 +41,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
             check_features(kwargs, weights.mapping)
             checkpoint = open_checkpoint(config.model_name_or_path)
             check_layout(checkpoint)
+            check_groups(weights.process_group.size(), config.pllava.text, checkpoint.int8.group_size)
             encoder = VideoEncoder(config.pllava, checkpoint, weights.device, weights.dtype)
             prefixes = ("language_model.lm_head", "language_model.model")
             super().__init__(config.text_config, weights, *prefixes, **{**kwargs, "inference_mode": None})  # quirk 17
@@ -52,7 +60,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         is one, is the number of frames of each.
         """
         media = [*_as_list(multimodalinputs.video), *_as_list(multimodalinputs.image)]
-        ids, spans = self._runner_prompt(multimodalinputs.text, len(media))
+        ids, spans = self._runner_prompt(multimodalinputs.text or DEFAULT_QUESTION, len(media))
         frames = getattr(multimodalinputs, "frames", None) or self.pllava.num_frames
         videos = replace(self.prompts.reader, num_frames=frames).prepare(media) if media else []
         return self._embed(torch.tensor(ids, device=self.device), spans, videos)
