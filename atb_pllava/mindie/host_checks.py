@@ -51,8 +51,8 @@ def check_groups(size: int, text: TextConfig, group_size: int) -> None:
         if group_size and columns % (group_size * size):
             raise ConfigError(
                 f"worldSize is {size}, and the weights have a scale for every {group_size} columns: {columns} columns "
-                "are no whole groups on each card, and MindIE would take wrong scales. Use another worldSize, or convert "
-                "without -group_size: one scale a row"
+                "are no whole groups on each card, and MindIE would take wrong scales. Use another worldSize, or "
+                "convert without -group_size: one scale a row"
             )
 
 
