@@ -307,20 +307,18 @@ def test_frames_of_a_folder(tmp_path: Path) -> None:
 def videoqa_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("VideoQA")
 
-    def questions(folder: str, names: list[str], **odd: Any) -> None:
+    def questions(folder: str, names: list[str], odd: int | None = None) -> None:
         asked = [{"video_name": name, "question": f"What {i}?", "question_id": i // 2} for i, name in enumerate(names)]
         write(data / folder / "test_q.json", asked)
-        write(
-            data / folder / "test_a.json",
-            [{"answer": f"thing {i}", "question_id": i // 2, **odd} for i in range(len(names))],
-        )
+        answers = [{"answer": f"thing {i}", "question_id": 7 if i == odd else i // 2} for i in range(len(names))]
+        write(data / folder / "test_a.json", answers)
 
     questions("MSVD_Zero_Shot_QA", ["-4wsuPCjDBc_5_15", "-4wsuPCjDBc_5_15"])  # ids that repeat
     clip(data / "MSVD_Zero_Shot_QA" / "videos" / "-4wsuPCjDBc_5_15.avi")
     questions("ActivityNet", ["aa", "bb", "none"])
     clip(data / "ActivityNet" / "all_test" / "v_aa.mkv")
     clip(data / "ActivityNet" / "all_test" / "v_bb.mp4")
-    questions("TGIF_QA", ["tumblr"], question_id=7)
+    questions("TGIF_QA", ["tumblr", "tumblr"], odd=1)
     gif(data / "TGIF_QA" / "tgif_videos" / "tumblr.gif", 6)
     return data
 
@@ -330,10 +328,13 @@ def test_videoqa_without_a_judge(capsys, options, videoqa_data: Path, tmp_path: 
     status, out, err = run(capsys, *arguments)
     assert status == 2 and "v_none.{mp4,mkv,webm}" in err and "question_id 0 has the answer of 7" in err
     rows = read(tmp_path / "inference_results.json")
-    assert [row["task_type"] for row in rows] == ["MSVD_QA"] * 2 + ["ActivityNet"] * 3 + ["TGIF_QA"]
+    assert [row["task_type"] for row in rows] == ["MSVD_QA"] * 2 + ["ActivityNet"] * 3 + ["TGIF_QA"] * 2
     assert set(rows[0]) == {"pred", "gt", "task_type", "question", "video_path"} and rows[1]["gt"] == "thing 1"
     assert rows[2]["video_path"].endswith("all_test/v_aa.mkv") and rows[0]["question"] == "What 0?"
-    assert not (tmp_path / "all_results.json").exists() and "6 questions" in out
+    assert not (tmp_path / "all_results.json").exists() and "7 questions" in out
+    assert ["error" in row for row in rows] == [False, False, False, False, True, False, True]
+    # By hand: 6 frames, 4 wanted, 0 + 0.625 + round(1.25 i).
+    assert log_of(tmp_path)["TGIF_QA/0"]["frame_indices"] == [0, 1, 2, 4]
     assert read(tmp_path / "manifest.json")["conversation"]["answer_prefix"] == "\nAnswer: In the video,"
     status, _, _ = run(capsys, *arguments, "--task", "MSVD_QA")
     assert status == 0 and len(read(tmp_path / "inference_results.json")) == 2
