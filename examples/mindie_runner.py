@@ -103,11 +103,11 @@ class PllavaRunner(MultimodalPARunner):
             )
         return request
 
-    def prepare(self, batch_size: int) -> None:
-        """A cache for `batch_size` of the longest requests."""
-        blocks = math.ceil((self.max_input_length + self.max_output_length) / self.block_size) * batch_size
-        self.max_prefill_tokens = batch_size * (self.max_input_length + self.max_output_length)
-        self.cache_manager = None  # the old one's memory first
+    def make_cache(self) -> None:
+        """Room for the largest batch of the longest requests, once: the engine would keep an old cache beside a new."""
+        longest = self.max_input_length + self.max_output_length
+        blocks = math.ceil(longest / self.block_size) * self.max_batch_size
+        self.max_prefill_tokens = self.max_batch_size * longest
         self.cache_manager = CacheManager(CacheConfig(blocks, self.block_size), self.model_config)
 
     def warm_up(self, jobs: Sequence[Job]) -> None:
@@ -155,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model_path=arguments.model_path, max_batch_size=max(arguments.batch_sizes),
         max_input_length=arguments.max_input_length, max_output_length=arguments.max_output_length,
         max_prefill_tokens=-1, block_size=BLOCK_SIZE)  # fmt: skip
+    runner.make_cache()
     jobs = [_job(runner, item, question, arguments) for item in media for question in arguments.prompt]
     if arguments.mode == "performance":
         return measure(runner, jobs, arguments.batch_sizes, Path(arguments.perf_file))
@@ -163,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ask(runner: PllavaRunner, jobs: Sequence[Job], batch_size: int, output_json: str | None) -> int:
     """Print every answer; `output_json` gets them as the host writes them: media path to text, sorted by path."""
-    runner.prepare(batch_size)
     runner.warm_up(jobs[:1] * min(batch_size, len(jobs)))
     began, done = time.perf_counter(), []
     for first in range(0, len(jobs), batch_size):
@@ -172,12 +172,12 @@ def ask(runner: PllavaRunner, jobs: Sequence[Job], batch_size: int, output_json:
         done += answers
         for number, (job, answer) in enumerate(zip(batch, answers, strict=True), first + 1):
             say(f"[{number}/{len(jobs)}] {job.media}\n  question: {job.question}")
-            say(f"  error: {answer.error}" if answer.error else f"  answer:   {answer.text}")
-            say(f"  {len(answer.token_ids)} tokens")
-    seconds, tokens = time.perf_counter() - began, sum(len(answer.token_ids) for answer in done)
+            tokens = f"\n  {len(answer.token_ids)} tokens"
+            say(f"  error: {answer.error}" if answer.error else f"  answer:   {answer.text}{tokens}")
+    seconds, total = time.perf_counter() - began, sum(len(answer.token_ids) for answer in done)
     failed = sum(answer.error is not None for answer in done)
     missing = f", {failed} failed" if failed else ""
-    say(f"{len(done) - failed} answers{missing}, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s")
+    say(f"{len(done) - failed} answers{missing}, {total} tokens in {seconds:.1f} s: {total / seconds:.1f} tokens/s")
     if output_json is not None and ENV.rank == 0:
         pairs = zip(jobs, done, strict=True)
         write_json(output_json, dict(sorted((job.media, answer.text) for job, answer in pairs if not answer.error)))
@@ -192,7 +192,6 @@ def measure(runner: PllavaRunner, jobs: Sequence[Job], batch_sizes: Sequence[int
     for number, batch_size in enumerate(batch_sizes, 1):
         tell(f"batch size {batch_size}, {number} of {len(batch_sizes)}")
         batch = list(itertools.islice(itertools.cycle(jobs), batch_size))
-        runner.prepare(batch_size)
         runner.warm_up(batch)
         if ENV.rank == 0:
             Path(ENV.benchmark_filepath).unlink(missing_ok=True)

@@ -166,6 +166,12 @@ def _install(arguments: argparse.Namespace) -> int:
         )
     changes = install(atb_llm, arguments.way, site_directories(arguments.site)[0])
     print("\n".join(changes) or "nothing to change, the plugin is registered")
+    if any(line.startswith("wrote ") for line in changes) and arguments.site is None and sys.prefix != sys.base_prefix:
+        print(
+            f"note: {sys.prefix} is a virtual environment; MindIE's own processes read the hook only if they run in it "
+            "(--site names another directory)",
+            file=sys.stderr,
+        )
     return 0
 
 

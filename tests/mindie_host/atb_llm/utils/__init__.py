@@ -1,0 +1,1 @@
+"""What MindIE's example programs take from here."""
