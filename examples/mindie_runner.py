@@ -261,8 +261,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
     try:
         status = main()
+    except KeyboardInterrupt:
+        status = 130
     except PllavaError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

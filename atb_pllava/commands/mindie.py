@@ -287,6 +287,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "max_output_length": arguments.max_output_length,
         **{name: getattr(arguments, name) for name in ("perf_file", "output_json") if hasattr(arguments, name)},
     }
+    for name in ("perf_file", "output_json"):
+        if name in options:
+            check_writable(str(options[name]), f"--{name}")
     master_port()  # refuses what is no port
     command, variables = runner_command(atb_llm, options, arguments.world_size, os.environ)
     sys.stdout.flush()
