@@ -232,10 +232,13 @@ def test_a_broken_hook_stops_no_program(capsys, host, site, package, tmp_path) -
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_without_write_permission_the_hook_is_the_default(capsys, host, site, package) -> None:
     (host / "models").chmod(0o555)
-    status, out, _ = mindie(capsys, "install", "--atb_llm", host, "--site", site)
-    assert status == 0 and "import hook" in out
-    status, _, err = mindie(capsys, "install", "--atb_llm", host, "--site", site, "--link")
-    assert status == 2 and "cannot be written" in err and "--hook" in err
+    try:
+        default = mindie(capsys, "install", "--atb_llm", host, "--site", site)
+        link = mindie(capsys, "install", "--atb_llm", host, "--site", site, "--link")
+    finally:
+        (host / "models").chmod(0o755)
+    assert default[0] == 0 and "import hook" in default[1]
+    assert link[0] == 2 and "cannot be written" in link[2] and "--hook" in link[2]
 
 
 def test_atb_llm_is_found_without_importing_it(host, tmp_path) -> None:

@@ -59,7 +59,7 @@ def _print_lines(engine: str, checks: Iterable[Check]) -> int:
         word = f"{WORDS[check.good]:<4}"
         if colour:
             word = f"\033[{COLOURS[check.good]}m{word}\033[0m"
-        print(f"{word}  {check.name:<18} {check.found}")
+        print(f"{word}  {check.name:<18} {check.found}", flush=True)
         if check.good is False and check.remedy:
             print(f"      {'':<18} remedy: {check.remedy}", flush=True)
     print(f"{problems} problems" if problems else f"the {engine} engine can run here")

@@ -116,6 +116,8 @@ def _torch(setting: Setting) -> Check:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         return Check("import torch", False, f"takes more than {IMPORT_SECONDS} s", "look at what the driver waits for")
+    except OSError as error:
+        return Check("import torch", False, f"{sys.executable}: {error.strerror}", "install Python again")
     if done.returncode == 0:
         return Check("import torch", True, done.stdout.strip())
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
