@@ -212,6 +212,14 @@ def test_the_hook_is_silent_and_lazy_in_other_programs(capsys, host, site, packa
     assert done.stderr == "" and done.stdout == plain.stdout.replace(plain.stdout[-2], str(int(plain.stdout[-2]) + 1))
 
 
+def test_the_hook_tells_published_weights_from_llava(capsys, host, site, package, tmp_path) -> None:
+    mindie(capsys, "install", "--atb_llm", host, "--site", site, "--hook")
+    published = weights(tmp_path / "p", "llava")
+    (published / "config.json").write_text('{"model_type": "llava", "pooling_shape": [16, 12, 12]}')
+    done = python(site, host, ASK.format(path=str(published)))
+    assert f"convert_quant_weights.sh -src {published} " in done.stderr and "-type pllava_merged" in done.stderr
+
+
 def test_a_broken_hook_stops_no_program(capsys, host, site, package, tmp_path) -> None:
     mindie(capsys, "install", "--atb_llm", host, "--site", site, "--hook")
     llava = ASK.format(path=str(weights(tmp_path / "v", "llava")))

@@ -12,6 +12,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 MODEL_TYPE = "pllava"
+# Published PLLaVA says it is a "llava", and would fail somewhere in the host's LLaVA.
+NOT_CONVERTED = (
+    "{directory} is a PLLaVA checkpoint as it was published. Convert it, and start from the result: bash "
+    "convert_quant_weights.sh -src {directory} -dst {directory}-mindie -type pllava_merged (or pllava_w8a16)"
+)
 
 
 def find_spec(name: str, path: Sequence[str] | None, folder: str) -> ModuleSpec | None:
@@ -41,7 +46,11 @@ def register(models: Any, folder: str) -> None:
     @functools.wraps(original)
     def get_model(model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         function = original
-        if _model_type(models, model_name_or_path) == MODEL_TYPE:
+        config = _read_config(models, model_name_or_path)
+        kind = str(config.get("model_type")).lower()
+        if kind == "llava" and "pooling_shape" in config:
+            raise ValueError(NOT_CONVERTED.format(directory=model_name_or_path))
+        if kind == MODEL_TYPE:
             variables = {**original.__globals__, "__file__": os.path.join(folder, "__init__.py")}
             function = types.FunctionType(
                 original.__code__, variables, original.__name__, original.__defaults__, original.__closure__
@@ -51,8 +60,8 @@ def register(models: Any, folder: str) -> None:
     models.get_model = get_model
 
 
-def _model_type(models: Any, directory: str) -> str | None:
+def _read_config(models: Any, directory: str) -> dict[str, Any]:
     try:
-        return str(models.safe_get_config_dict(directory)["model_type"]).lower()
+        return dict(models.safe_get_config_dict(directory))
     except Exception:  # the host's own message about this directory is the one to see
-        return None
+        return {}

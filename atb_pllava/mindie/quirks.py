@@ -28,7 +28,8 @@ QUIRKS = (
     Quirk(
         2, "atb_llm/models/__init__.py: get_model",
         'model_type "llava", which published PLLaVA says, goes to LlavaRouter before any of our code is asked',
-        'the converter writes model_type "pllava"; every start of ours refuses other directories and names the command',
+        'the converter writes model_type "pllava"; our commands and the import hook refuse others, naming the command; '
+        "with the folder linked, and MindIE started by hand, the host's LLaVA fails on the names of the weights",
         "host_checks.py", "published checkpoints say pllava"),
     Quirk(
         3, "atb_llm/models/llama/flash_causal_llama.py: prepare_inputs_for_ascend",
