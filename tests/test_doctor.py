@@ -99,7 +99,7 @@ def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     monkeypatch.setattr(doctor, "_torch", lambda setting: Check("import torch", True, "2.6.0"))
     monkeypatch.setattr(doctor, "_shared_memory", lambda: Check("shared memory", True, "1024 MiB"))
     host = write_host(tmp_path / "host")
-    install.install(host, "link", tmp_path)
+    install.install(host, "link", [tmp_path])
     raw = {**raw_config(), "torch_dtype": "float16"}
     model = write_checkpoint(tmp_path / "small", raw)
     write_json(model / "config.json", host_config(raw, {}, PllavaConfig.from_json(raw), quantised=False), 0o640)

@@ -124,6 +124,29 @@ def test_the_last_way_asked_for_is_the_only_one(capsys, host, site, package) -> 
     assert not [name for name in os.listdir(host / "models") if name.startswith("_pllava")]
 
 
+def test_hooks_in_other_site_directories_are_found(capsys, host, site, package, tmp_path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    installation.install(host, "hook", [old])
+    assert installation.install(host, "hook", [site, old]) == []  # one hook is enough, wherever it is
+    changes = installation.install(host, "link", [site, old])
+    assert changes[0] == f"removed hook {old / installation.PTH}" and changes[1].startswith("linked ")
+    assert not list(site.iterdir()) and not list(old.iterdir())
+
+
+def test_a_copy_that_fails_leaves_what_was_there(host, site, package, monkeypatch) -> None:
+    installation.install(host, "link", [site])
+    before = tree(host, site)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(installation.shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space"):
+        installation.install(host, "copy", [site])
+    assert tree(host, site) == before
+
+
 def test_a_copy_needs_nothing_of_the_original(capsys, host, site, package, tmp_path) -> None:
     (package / "engine.py").write_text("ANSWER = 42\n")
     mindie(capsys, "install", "--atb_llm", host, "--site", site, "--copy")

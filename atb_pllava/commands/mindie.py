@@ -164,7 +164,7 @@ def _install(arguments: argparse.Namespace) -> int:
             "no atb_llm found: this Python does not import it and ATB_SPEED_HOME_PATH does not name it; source "
             "MindIE's set_env.sh, or name the directory with --atb_llm"
         )
-    changes = install(atb_llm, arguments.way, site_directories(arguments.site)[0])
+    changes = install(atb_llm, arguments.way, site_directories(arguments.site))
     print("\n".join(changes) or "nothing to change, the plugin is registered")
     if any(line.startswith("wrote ") for line in changes) and arguments.site is None and sys.prefix != sys.base_prefix:
         print(

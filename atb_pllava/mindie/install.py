@@ -8,7 +8,6 @@ atb_llm. Each is made whole or not at all, and only what is ours is ever replace
 import filecmp
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +57,11 @@ class Registration:
         return f"{self.way} {self.place}{target}{f': {self.problem}' if self.problem else ''}"
 
 
-def install(atb_llm: Path, way: str | None, site: Path) -> list[str]:
+def install(atb_llm: Path, way: str | None, sites: Sequence[Path]) -> list[str]:
     """Register the plugin in one of WAYS; the lines that say what was changed, none when it was registered that way.
 
-    None is a link, or a hook where `atb_llm` cannot be written. Other registrations of ours are taken out.
+    None is a link, or a hook where `atb_llm` cannot be written. A hook goes to the first of `sites`; registrations of
+    ours elsewhere, in `atb_llm` and in all of them, are taken out once the new one is made.
     ConfigError when the host's contract differs, or when something that is not ours is in the way.
     """
     if not (PLUGIN / "router_pllava.py").is_file():
@@ -74,21 +74,20 @@ def install(atb_llm: Path, way: str | None, site: Path) -> list[str]:
         )
     place = atb_llm / "models" / "pllava"
     chosen = way or ("link" if os.access(place.parent, os.W_OK) else "hook")
-    present = find_registrations(atb_llm, [site])
+    present = find_registrations(atb_llm, sites)
     if [(r.way, r.problem) for r in present] == [(chosen, None)]:
         return []
     if os.path.lexists(place) and not any(r.place == place for r in present):
         raise ConfigError(f"{place} exists and is not of atb_pllava; it stays as it is. Move it to install the plugin")
-    folder = site if chosen == "hook" else place.parent
+    folder = sites[0] if chosen == "hook" else place.parent
     if not os.access(folder, os.W_OK):
         other = "use --hook" if chosen != "hook" else "name a writable one with --site"
         raise ConfigError(f"{folder} cannot be written; {other}, or run this as the user it belongs to")
+    partial, final, change = _make(chosen, place, sites[0])
     for registration in present:
         _remove(registration)
-    changes = [f"removed {r.way} {r.place}" for r in present]
-    if chosen == "hook":
-        return [*changes, _make_hook(site)]
-    return [*changes, _make_link(place) if chosen == "link" else _make_copy(place)]
+    os.rename(partial, final)
+    return [*(f"removed {r.way} {r.place}" for r in present), change]
 
 
 def uninstall(atb_llm: Path | None, sites: Sequence[Path]) -> list[str]:
@@ -147,41 +146,36 @@ def _hook_line() -> str:
     return f"import sys; exec({source!r}, {{}})\n"
 
 
-def _make_link(place: Path) -> str:
-    partial = place.with_name(f"_pllava.{os.getpid()}")  # the host skips names that begin with an underscore
-    os.symlink(PLUGIN, partial)
-    os.replace(partial, place)
-    return f"linked {place} -> {PLUGIN}"
+def _make(way: str, place: Path, site: Path) -> tuple[Path, Path, str]:
+    """The registration under a name that nobody looks at, where it belongs, and what to say when it is there."""
+    # The host skips folders that begin with an underscore, Python reads files that end in .pth.
+    partial = (site if way == "hook" else place.parent) / f"_pllava.{os.getpid()}"
+    if way == "hook":
+        partial.write_text(_hook_line(), encoding="utf-8")
+        return partial, site / PTH, f"wrote {site / PTH}: an import hook for every Python that reads {site}"
+    if way == "link":
+        os.symlink(PLUGIN, partial)
+        return partial, place, f"linked {place} -> {PLUGIN}"
+    _copy_all(partial)
+    return partial, place, f"copied the plugin and the package atb_pllava to {place}"
 
 
-def _make_copy(place: Path) -> str:
-    partial = Path(tempfile.mkdtemp(prefix="_pllava.", dir=place.parent))
+def _copy_all(target: Path) -> None:
     skip = shutil.ignore_patterns("__pycache__", "*.pyc")
     try:
-        shutil.copytree(PLUGIN, partial, ignore=skip, dirs_exist_ok=True)
-        shutil.copytree(PACKAGE, partial / VENDORED / PACKAGE.name, ignore=skip)
-        (partial / MARK).write_text(f"a copy made by {PACKAGE.parent}; `mindie uninstall` removes it\n")
-        partial.chmod(0o755)  # mkdtemp's directories are private, and MindIE may run as another user
-        os.rename(partial, place)
+        shutil.copytree(PLUGIN, target, ignore=skip)
+        shutil.copytree(PACKAGE, target / VENDORED / PACKAGE.name, ignore=skip)
+        (target / MARK).write_text(f"a copy made by {PACKAGE.parent}; `mindie uninstall` removes it\n")
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         raise
-    return f"copied the plugin and the package atb_pllava to {place}"
-
-
-def _make_hook(site: Path) -> str:
-    file = site / PTH
-    partial = file.with_suffix(f".{os.getpid()}")  # not .pth: never read by half
-    partial.write_text(_hook_line(), encoding="utf-8")
-    os.replace(partial, file)
-    return f"wrote {file}: an import hook for every Python that reads {site}"
 
 
 def _remove(registration: Registration) -> None:
     place = registration.place
     try:
         if place.is_dir() and not place.is_symlink():
-            gone = place.with_name(f"_pllava.{os.getpid()}")  # out of the host's sight in one step
+            gone = place.with_name(f"_pllava.{os.getpid()}.old")  # out of the host's sight in one step
             place.rename(gone)
             shutil.rmtree(gone)
         else:
