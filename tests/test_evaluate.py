@@ -17,12 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import ConfigError, VideoError
+from atb_pllava.inputs import VideoReader
 from atb_pllava.limits import MediaLimits
 from atb_pllava.prompt import CONVERSATIONS
-from precision.evaluate import mvbench, recaption, vcgbench, videoqa
+from atb_pllava.video import Clip
+from precision.evaluate import clips, mvbench, recaption, vcgbench, videoqa
 from precision.evaluate.__main__ import _parser, main
-from precision.evaluate.clips import media_of, read_frame_folder
+from precision.evaluate.clips import ClipReader, media_of, read_frame_folder
 from precision.evaluate.compare import interval
 from precision.evaluate.predict import grouped
 from precision.evaluate.questions import Question, picked
@@ -280,6 +283,29 @@ def test_questions_about_one_clip_come_together() -> None:
 
 
 # Frames
+
+
+def test_a_clip_is_read_once_for_all_its_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def counted(video: str, *_: object, start_seconds: float | None, **__: object) -> Clip:
+        reads.append((video, start_seconds))
+        if video == "broken":
+            raise VideoError("broken: is no video")
+        return Clip(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 2, 3], 4, 8.0, video)
+
+    monkeypatch.setattr(clips, "read_media", counted)
+    asked = [("a", None), ("a", None), ("broken", None), ("broken", None), ("a", 1.0), ("b", None), ("b", None)]
+    questions = [Question("T", i, video=video, start=start) for i, (video, start) in enumerate(asked)]
+    reader = ClipReader(VideoReader(4, PreprocessorConfig()), questions)
+    for question in questions:
+        if question.video == "broken":
+            with pytest.raises(VideoError, match="is no video"):
+                reader.clip(question)
+        else:
+            assert reader.clip(question).source == question.video
+    reader.close()
+    assert reads == [("a", None), ("broken", None), ("a", 1.0), ("b", None)]
 
 
 def test_frames_of_a_folder(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def read_questions(
 def read_list(path: Path) -> list[Any]:
     """A JSON file that holds a list. Raises ConfigError naming the file when it is none."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -76,12 +76,12 @@ def read_list(path: Path) -> list[Any]:
     return entries
 
 
-def text(entry: Mapping[str, Any], key: str) -> str:
+def text(entry: Mapping[str, Any], key: str, may_be_empty: bool = False) -> str:
     """A field that must be text; a name may be a number. Raises RequestError."""
     value = entry.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (value or may_be_empty):
         raise RequestError(f"{key!r} is {value!r}; it must be a text")
     return value
 

@@ -43,7 +43,7 @@ def _maker(name: str, data: Path) -> Any:
     def make(number: int, entry: Mapping[str, Any]) -> list[Question]:
         video = find_video([data / "Videos" / "Benchmarking"], text(entry, "video_name"), ENDINGS)
         keys = {"": "Q"} if name != "consistency_qa" else {"a": "Q1", "b": "Q2"}
-        truth = text(entry, "A")
+        truth = text(entry, "A", True)
         return [Question(name, number, text(entry, key), truth, video, part=part) for part, key in keys.items()]
 
     return make

@@ -54,7 +54,7 @@ def _read_set(name: str, part: Set, data: Path, ratio: float | None) -> list[Que
         video = find_video(
             [folder / path for path in part.videos], part.prefix + text(entry, "video_name"), part.endings
         )
-        return [Question(name, number, text(entry, "question"), text(answer, "answer"), video)]
+        return [Question(name, number, text(entry, "question"), text(answer, "answer", True), video)]
 
     return read_questions(folder / "test_q.json", name, make, ratio)
 
