@@ -190,7 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m precision.evaluate", description="PLLaVA's benchmarks.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, summary in HELP.items():
-        verb = verbs.add_parser(name, help=summary, description=summary)
+        own = BENCHMARKS[name]
+        defaults = (
+            f"Defaults that differ from `run`: --sampler eval, --conversation {own.conversation} (34B: "
+            f"{own.conversation_chatml}), --max_output_length {own.max_tokens}. Answers are greedy."
+        )
+        verb = verbs.add_parser(name, help=summary, description=summary, epilog=defaults)
         _add_benchmark_options(verb, name)
         verb.set_defaults(command=evaluate)
     summary = "judge predictions that are there already"
