@@ -167,10 +167,12 @@ def test_limits_of_this_machine() -> None:
 # The sweep
 
 
+LIMITS = Limits("test machine", 1, 1e9, {"float32": 1e9, "bfloat16": 2e9}, "2026-01-01")
+
+
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = Limits("test machine", 1, 1e9, {"float32": 1e9, "bfloat16": 2e9}, "2026-01-01")
-    monkeypatch.setattr("atb_pllava.commands.bench_sweep.measure", lambda *_: limits)
+    monkeypatch.setattr("atb_pllava.commands.bench_sweep.measure", lambda *_: LIMITS)
 
 
 def bench(*arguments: object) -> int:
@@ -293,6 +295,7 @@ REFUSED = [
     (["compare", "--model_path", "DIR"], "name a --shape"),
     (["compare", "--world_size", "2"], "one process on a CPU"),
     (["compare", "--shape", "1b", "--batches", "8,1"], "each larger than the one before"),
+    (["compare", "--shape", "SMALL", "--gguf", "none.gguf"], "--gguf"),
     (["cache", "--model_path", "DIR"], "needs --media"),
     (["overhead"], "one model"),
     (["overhead", "--shape", "1b", "--text_tokens", "0"], "--text_tokens is 0"),
@@ -307,8 +310,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
-def test_refusals(arguments: list[str], message: str, tmp_path, monkeypatch, capsys) -> None:
+def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("atb_pllava.commands.bench_parts.measure", lambda: LIMITS)
+    arguments = [str(small_shape) if argument == "SMALL" else argument for argument in arguments]
     named = bool(arguments) and not arguments[0].startswith("-")
     assert bench(*arguments if named else ["sweep", *arguments]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -373,13 +378,16 @@ def small_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weights", [(), ("--w8a16",)])
-def test_compare_is_about_the_same_model(weights, small_shape, tmp_path, capsys) -> None:
+def test_compare_is_about_the_same_model(weights, small_shape, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("transformers")
+    monkeypatch.setattr("atb_pllava.commands.bench_parts.measure", lambda: LIMITS)
     target = tmp_path / "c.json"
     options = ("--shape", small_shape, *weights, "--dtype", "float32", "--rounds", 1, "--batches", "1,3", "--quiet")
     assert bench("compare", *options, "--text_tokens", 150, "--json", target) == 0
     rows = json.loads(target.read_text())
-    assert [row["stage"] for row in rows] == [row["stage"] for row in table_of(capsys.readouterr().out)]
+    assert [row["stage"] for row in rows] == [
+        row["stage"] for row in table_of(capsys.readouterr().out.split("\n\n")[-1])
+    ]
     assert [row["stage"].split(",")[0] for row in rows] == ["vision", "prefill", "decode", "decode"]
     for row in rows:
         assert float(row["largest_difference"].split()[0]) < 0.01, row  # percent: the same weights, the same inputs

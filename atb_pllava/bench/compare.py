@@ -1,12 +1,16 @@
 """Ours against transformers, stage by stage, in one process, one round of each after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from torch import Tensor
 
+from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
+from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.stages import Stages, random_pixels
+from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import Work, interleaved, ratio
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
 from atb_pllava.llm import LLM
@@ -17,34 +21,48 @@ _START = 5  # of the video in the prompt
 
 
 def compare(
-    llm: LLM, text_tokens: int, batches: Sequence[int], rounds: int, say: Callable[[str], None]
+    llm: LLM,
+    text_tokens: int,
+    batches: Sequence[int],
+    rounds: int,
+    machine: Machine,
+    llama_cpp: LlamaCppPeer | None,
+    say: Callable[[str], None],
 ) -> Iterator[Row]:
     """A row for each stage: medians in ms, how many times as long transformers takes, how far apart the results are.
 
     Its settings are those that were found fastest: attention by SDPA or eager, whichever is faster here, static cache.
+    llama.cpp takes part in prefill and in decoding at batch 1; its weights are its own.
     """
     say("building the transformers model with the same weights")
     peer = TransformersPeer(llm.config, llm.model.dtype, llm.model.int8)
-    stages, pixels = Stages(llm), random_pixels(llm)
+    stages, pixels, costs = Stages(llm), random_pixels(llm), costs_of(llm)
     length = llm.config.num_video_tokens
     prompt = [1000 + i % 1000 for i in range(length + text_tokens)]
+    tokens = len(prompt)
+
     say(f"vision tower, {len(pixels)} frames")
-    yield _row(
-        "vision, projector, pooling", lambda: stages.encode(pixels), _with(peer, lambda: peer.encode(pixels)), rounds
+    stage = _Stage("vision, projector, pooling", machine.seconds(costs.vision(len(pixels))), rounds)
+    yield stage.row(lambda: stages.encode(pixels), _with(peer, lambda: peer.encode(pixels)))
+
+    say(f"prefill of {tokens} tokens")
+    embeddings = peer.embed(prompt, stages.encode(pixels), _START)
+    stage = _Stage(f"prefill, {tokens} tokens", machine.seconds(costs.prefill([tokens])), rounds)
+    third = None if llama_cpp is None else lambda: llama_cpp.prefill(prompt)
+    yield stage.row(
+        lambda: stages.prefill(prompt, _START, length), _with(peer, lambda: peer.prefill(embeddings)), third
     )
-    video = stages.encode(pixels)
-    embeddings = peer.embed(prompt, video, _START)
-    say(f"prefill of {len(prompt)} tokens")
-    yield _row(
-        f"prefill, {len(prompt)} tokens", lambda: stages.prefill(prompt, _START, length),
-        _with(peer, lambda: peer.prefill(embeddings)), rounds)  # fmt: skip
+
     stages.fill_cache(FILL)
     for batch in batches:
         say(f"decode, batch {batch}")
-        cache = peer.context(batch, len(prompt))
-        yield _row(
-            f"decode, batch {batch}, context {len(prompt)}", _bind(stages.decode, batch, len(prompt)),
-            _with(peer, _bind(peer.decode, cache, batch, len(prompt))), 5 * rounds)  # fmt: skip
+        cache = peer.context(batch, tokens)
+        bound = machine.seconds(costs.decode([tokens + 1] * batch))
+        stage = _Stage(f"decode, batch {batch}, context {tokens}", bound, 5 * rounds)
+        third = llama_cpp.decode if llama_cpp is not None and batch == 1 else None
+        yield stage.row(
+            _bind(stages.decode, batch, tokens), _with(peer, _bind(peer.decode, cache, batch, tokens)), third
+        )
 
 
 def _bind(call: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
@@ -64,17 +82,35 @@ def _with(peer: TransformersPeer, work: Callable[[], Tensor]) -> dict[str, Calla
     return {name: under(name) for name in ("sdpa", "eager")}
 
 
-def _row(stage: str, ours: Callable[[], Tensor], theirs: Mapping[str, Callable[[], Tensor]], rounds: int) -> Row:
-    works: list[Work] = [ours, *theirs.values()]
-    own, *others = interleaved(works, rounds)
-    best = min(range(len(others)), key=lambda i: median(others[i]))
-    expected, found = theirs[list(theirs)[best]]().float(), ours().float().reshape(-1)
-    error = (found - expected.reshape(-1)).abs().max() / expected.abs().max()
-    return {
-        "stage": stage,
-        "ours_ms": median(own) * 1e3,
-        "transformers_ms": median(others[best]) * 1e3,
-        "its_attention": list(theirs)[best],
-        "times_as_fast": ratio(own, others[best]),
-        "largest_difference": f"{100 * float(error):.2g} %",
-    }
+@dataclass(frozen=True)
+class _Stage:
+    """What is compared, and the seconds the machine's limits allow it."""
+
+    name: str
+    bound: float
+    rounds: int
+
+    def row(
+        self, ours: Callable[[], Tensor], theirs: Mapping[str, Callable[[], Tensor]], third: Work | None = None
+    ) -> Row:
+        works: list[Work] = [ours, *theirs.values()]
+        own, *others = interleaved(works if third is None else [*works, third], self.rounds)
+        best = min(range(len(theirs)), key=lambda i: median(others[i]))
+        row = {
+            "stage": self.name,
+            "ours_ms": median(own) * 1e3,
+            "of_limit": f"{100 * self.bound / median(own):.0f} %",
+            "transformers_ms": median(others[best]) * 1e3,
+            "its_attention": list(theirs)[best],
+            "times_as_fast": ratio(own, others[best]),
+            "largest_difference": f"{100 * _difference(ours(), theirs[list(theirs)[best]]()):.2g} %",
+        }
+        if third is None:
+            return row
+        return {**row, "llama_cpp_ms": median(others[-1]) * 1e3, "times_as_llama_cpp": ratio(own, others[-1])}
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest, as a part of the largest value."""
+    found, expected = ours.float().flatten(), theirs.float().flatten()
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -11,6 +11,7 @@ from typing import Any
 
 from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
 from atb_pllava.bench.compare import compare
+from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import measure
 from atb_pllava.bench.parts import loading, python_share, second_question
 from atb_pllava.bench.roofline import MACHINES, Machine
@@ -53,6 +54,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_bench_model(parser)
     parser.add_argument("--batches", default="1,8", metavar="N,N,...", help="batch sizes of the decode steps (1,8)")
     parser.add_argument("--text_tokens", type=int, default=60, metavar="N", help="prompt tokens beside video (60)")
+    parser.add_argument("--gguf", metavar="FILE", help="also llama.cpp, with this file (examples/write_gguf.py)")
     _add_rounds(parser)
     _add_json(parser)
 
@@ -74,8 +76,14 @@ def run_compare(arguments: argparse.Namespace) -> int:
     length = config.num_video_tokens + arguments.text_tokens
     with open_model(arguments, max_batch_size=max(batches), max_input_length=length, max_output_length=1) as llm:
         assert not isinstance(llm, int)
-        said = compare(llm, arguments.text_tokens, batches, arguments.rounds, lambda text: _say(arguments, text))
-        _print(arguments, list(said))
+        _say(arguments, "measuring the limits of this machine")
+        limits, third = measure(), None
+        if arguments.gguf is not None:
+            third = LlamaCppPeer(arguments.gguf, config.text, length + 8, limits.threads)
+        machine, rounds = limits.as_machine(), arguments.rounds
+        rows = compare(llm, arguments.text_tokens, batches, rounds, machine, third, lambda text: _say(arguments, text))
+        print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}\n")
+        _print(arguments, list(rows))
     return 0
 
 
