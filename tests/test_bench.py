@@ -26,6 +26,7 @@ from atb_pllava.bench.sweep import COLUMNS
 from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
 from atb_pllava.config import PllavaConfig
+from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
@@ -80,6 +81,10 @@ def test_communication_of_7b_by_hand() -> None:
     # A ring: each of 65 sums goes round twice but for one hop; then the float32 logits once.
     assert cost.sent == 65 * 2 * 3 / 4 * 2 * 4096 * 2 + 3 / 4 * 2 * 32064 * 4
     assert cost.messages == 66
+
+
+def test_8_bit_keys_and_values_by_hand() -> None:
+    assert Costs(shape_config("7b"), int8_kv=True).kv_bytes_per_token == 2 * 32 * 32 * (128 + 4)
 
 
 def test_int8_weights_by_hand() -> None:
@@ -157,8 +162,13 @@ def test_percentiles_are_values_that_were_seen() -> None:
     assert percentile([2.0, 1.0], 99) == 2.0
 
 
-def test_limits_of_this_machine() -> None:
-    found = machine.measure(rounds=1, threads=1)
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_limits_of_this_machine(kernels: str) -> None:
+    try:
+        backend = get_backend("cpu", kernels=kernels)
+    except BackendError as error:
+        pytest.skip(str(error))
+    found = machine.measure(backend, rounds=1, threads=1)
     assert {"float32", "bfloat16"} <= set(found.flops) and found.threads == 1
     assert 1e8 < found.bandwidth < 1e13 and all(1e8 < peak < 1e15 for peak in found.flops.values())
     assert markdown(found.rows()).count("\n") == 2 + len(found.flops)
@@ -312,7 +322,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
 def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("atb_pllava.commands.bench_parts.measure", lambda: LIMITS)
+    monkeypatch.setattr("atb_pllava.commands.bench_parts.measure", lambda _: LIMITS)
     arguments = [str(small_shape) if argument == "SMALL" else argument for argument in arguments]
     named = bool(arguments) and not arguments[0].startswith("-")
     assert bench(*arguments if named else ["sweep", *arguments]) == 2
@@ -380,7 +390,7 @@ def small_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("weights", [(), ("--w8a16",)])
 def test_compare_is_about_the_same_model(weights, small_shape, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr("atb_pllava.commands.bench_parts.measure", lambda: LIMITS)
+    monkeypatch.setattr("atb_pllava.commands.bench_parts.measure", lambda _: LIMITS)
     target = tmp_path / "c.json"
     options = ("--shape", small_shape, *weights, "--dtype", "float32", "--rounds", 1, "--batches", "1,3", "--quiet")
     assert bench("compare", *options, "--text_tokens", 150, "--json", target) == 0

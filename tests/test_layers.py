@@ -68,8 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "answers": {"errors", "engine.request", "llm"},
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
-    "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "parallel", "quant", "tokenizer"}
-    | {"hugging_face", "limits", "media", "random_weights"},
+    "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
+    | {"hugging_face", "limits", "media", "random_weights", "tokenizer"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},

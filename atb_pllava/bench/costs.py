@@ -32,7 +32,8 @@ class Costs:
     """Costs of a model on one of its ranks.
 
     `element` is the bytes of a float of the model (2 for bfloat16), `int8` whether the decoder's linear layers are
-    W8A16, `reduced` the bytes of a number in an all-reduce (4 on a CPU, which sums in float32).
+    W8A16, `int8_kv` whether keys and values are in 8 bits, `reduced` the bytes of a number in an all-reduce (4 on a
+    CPU, which sums in float32).
     """
 
     config: PllavaConfig
@@ -40,6 +41,7 @@ class Costs:
     int8: bool = False
     parallel: TensorParallel = TensorParallel()
     reduced: int = 2
+    int8_kv: bool = False
 
     def vision(self, frames: int) -> Cost:
         """CLIP tower (the layers that are read) and projector on this rank's share of `frames`."""
@@ -91,7 +93,8 @@ class Costs:
     def kv_bytes_per_token(self) -> int:
         """Keys and values of all layers: 512 KiB for 7B in bfloat16 on one rank."""
         text = self.config.text
-        return 2 * text.num_hidden_layers * self._kv_heads * text.head_dim * self.element
+        per_head = text.head_dim + 4 if self.int8_kv else text.head_dim * self.element  # 4: a float32 scale
+        return 2 * text.num_hidden_layers * self._kv_heads * per_head
 
     @property
     def decoder_weight_bytes(self) -> int:

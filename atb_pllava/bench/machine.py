@@ -1,4 +1,7 @@
-"""The limits of this machine, measured: bytes/s that can be read, FLOP/s of matrix products."""
+"""The limits of this machine, measured: bytes/s that can be read, FLOP/s of multiply-adds.
+
+Each is the fastest of several ways: the compiled kernels' bare loops where they are there, and what torch has.
+"""
 
 import mmap
 import platform
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 
 from atb_pllava.bench.roofline import Machine
-from atb_pllava.bench.timing import CPU, median_seconds
+from atb_pllava.bench.timing import Work, median_seconds
+from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.native import NativeBackend
 
 _BUFFER = 512 * 2**20  # far beyond any cache
 _SIDE = 2048
@@ -18,7 +23,7 @@ _SIDE = 2048
 
 @dataclass(frozen=True)
 class Limits:
-    """Medians; `flops` by dtype, without those that this device multiplies with no kernel of its own."""
+    """Medians; `flops` by dtype, without those that torch has no product for on this device."""
 
     device: str
     threads: int
@@ -26,43 +31,47 @@ class Limits:
     flops: dict[str, float]
     measured_on: str
 
-    def as_machine(self) -> Machine:
-        """For predictions with 16-bit weights; int8 ones are multiplied in 16 bits too."""
-        return Machine(self.device, self.bandwidth, max(self.flops.get(kind, 0.0) for kind in ("bfloat16", "float32")))
+    def as_machine(self, dtype: torch.dtype = torch.bfloat16) -> Machine:
+        """For predictions with activations of `dtype`, which int8 weights are multiplied in too."""
+        peak = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
+        return Machine(self.device, self.bandwidth, peak)
 
     def rows(self) -> list[dict[str, object]]:
         """A line each, in units people read."""
         lines = {"read bandwidth": f"{self.bandwidth / 1e9:.1f} GB/s"}
-        lines.update({f"{name} products": f"{peak / 1e9:.0f} GFLOP/s" for name, peak in self.flops.items()})
+        lines.update({f"{name} multiply-adds": f"{peak / 1e9:.0f} GFLOP/s" for name, peak in self.flops.items()})
         return [{"limit": name, "measured": text, "threads": self.threads} for name, text in lines.items()]
 
 
-def measure(device: torch.device = CPU, rounds: int = 5, threads: int | None = None) -> Limits:
+def measure(backend: Backend, rounds: int = 5, threads: int | None = None) -> Limits:
     """All limits, with the threads torch is set to unless others are named; a few seconds."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        return _measure(device, rounds)
+        return _measure(backend, rounds)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(device: torch.device, rounds: int) -> Limits:
+def _measure(backend: Backend, rounds: int) -> Limits:
+    device = backend.device
     is_cpu = device.type == "cpu"
     name = _cpu_name() if is_cpu else torch.cuda.get_device_name(device)
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
-    peaks = {kind: _peak(kind, device, rounds) for kind in kinds}
+    peaks = {kind: _peak(kind, backend, rounds) for kind in kinds}
     flops = {kind: value for kind, value in peaks.items() if value}
     threads = torch.get_num_threads() if is_cpu else 1
-    return Limits(name, threads, read_bandwidth(device, rounds), flops, date.today().isoformat())
+    return Limits(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat())
 
 
-def read_bandwidth(device: torch.device = CPU, rounds: int = 7) -> float:
-    """Bytes/s of the fastest way there is in torch to look at every byte of half a GiB once."""
-    buffer = _buffer(device)
+def read_bandwidth(backend: Backend, rounds: int = 7) -> float:
+    """Bytes/s of the fastest way there is to look at every byte of half a GiB once."""
+    buffer = _buffer(backend.device)
     longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
-    ways: list[Callable[[], object]] = [lambda: longs.max(), lambda: floats.sum()]
-    return _BUFFER / min(median_seconds(way, rounds, device) for way in ways)
+    ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
+    if isinstance(backend, NativeBackend):
+        ways.append(lambda: backend.read(buffer))
+    return _BUFFER / min(median_seconds(way, rounds, backend.device) for way in ways)
 
 
 def _buffer(device: torch.device) -> Tensor:
@@ -74,11 +83,15 @@ def _buffer(device: torch.device) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
-def _peak(kind: str, device: torch.device, rounds: int) -> float:
-    """FLOP/s of the fastest way in torch to multiply two matrices; 0 where there is none."""
-    side = _SIDE if device.type == "cpu" else 4 * _SIDE
-    seconds = [median_seconds(product, rounds, device) for product in _products(kind, device, side)]
-    return 2 * side**3 / min(seconds) if seconds else 0.0
+def _peak(kind: str, backend: Backend, rounds: int) -> float:
+    """FLOP/s of the fastest way to multiply and add; 0 where there is none."""
+    side = _SIDE if backend.device.type == "cpu" else 4 * _SIDE
+    seconds = [median_seconds(product, rounds, backend.device) for product in _products(kind, backend.device, side)]
+    found = [2 * side**3 / min(seconds)] if seconds else [0.0]
+    if isinstance(backend, NativeBackend) and kind != "int8":
+        dtype: torch.dtype = getattr(torch, kind)
+        found.append(backend.multiply(dtype) / median_seconds(lambda: backend.multiply(dtype), rounds))
+    return max(found)
 
 
 def _products(kind: str, device: torch.device, side: int) -> Iterator[Callable[[], Tensor]]:

@@ -13,6 +13,7 @@ from atb_pllava.bench.shapes import SHAPES, made_up_words, write_shape
 from atb_pllava.commands.environment import started_by_torchrun
 from atb_pllava.commands.model_options import add_model_options, add_prompt_options, load_model, model_options
 from atb_pllava.commands.run import DEFAULT_PROMPT
+from atb_pllava.config import KV_CACHE_DTYPES
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
@@ -43,6 +44,7 @@ def add_bench_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--block_size", type=int, default=128, metavar="N", help="tokens in a KV block (default 128)")
     group.add_argument("--kv_cache_bytes", type=int, metavar="N", help="memory for the KV cache")
+    group.add_argument("--kv_cache_dtype", choices=KV_CACHE_DTYPES, default="auto", help="int8: on a CPU, half of it")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
 
 
@@ -77,7 +79,7 @@ def open_model(arguments: argparse.Namespace, **engine: Any) -> Iterator[LLM | i
     `engine` has what is no option of the benchmark: batch size, lengths, caches.
     """
     settings: dict[str, Any] = {"max_input_length": None, "max_output_length": None, "video_cache_bytes": 0}
-    settings.update({"prefix_cache": "off", "kv_cache_dtype": "auto", **engine})
+    settings.update({"prefix_cache": "off", **engine})
     with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
         if arguments.shape is not None:
             settings["model_path"] = str(write_shape(Path(directory), arguments.shape))

@@ -26,10 +26,12 @@ from atb_pllava.commands.bench_model import (
     open_model,
     request_maker,
 )
+from atb_pllava.commands.environment import compiler, kernel_dir
 from atb_pllava.commands.model_options import add_model_options, load_model
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.ops import BACKENDS, get_backend
+from atb_pllava.ops.interface import Backend
 
 _NEEDED_ENGINE = {"max_batch_size": 1, "max_output_length": 64}
 
@@ -44,7 +46,7 @@ def run_limits(arguments: argparse.Namespace) -> int:
     """Print the machine's limits as a table."""
     _check_json(arguments)
     _check_number(arguments, "threads", 4096)
-    limits = measure(get_backend(arguments.backend).device, threads=arguments.threads)
+    limits = measure(_backend(arguments.backend), threads=arguments.threads)
     print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}")
     _write_json(arguments, asdict(limits))
     return 0
@@ -77,10 +79,10 @@ def run_compare(arguments: argparse.Namespace) -> int:
     with open_model(arguments, max_batch_size=max(batches), max_input_length=length, max_output_length=1) as llm:
         assert not isinstance(llm, int)
         _say(arguments, "measuring the limits of this machine")
-        limits, third = measure(), None
+        limits, third = measure(llm.model.ops), None
         if arguments.gguf is not None:
             third = LlamaCppPeer(arguments.gguf, config.text, length + 8, limits.threads)
-        machine, rounds = limits.as_machine(), arguments.rounds
+        machine, rounds = limits.as_machine(llm.model.dtype), arguments.rounds
         rows = compare(llm, arguments.text_tokens, batches, rounds, machine, third, lambda text: _say(arguments, text))
         print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}\n")
         _print(arguments, list(rows))
@@ -132,7 +134,7 @@ def run_overhead(arguments: argparse.Namespace) -> int:
 
 def add_load(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
-    parser.set_defaults(**NO_PROMPT_OPTIONS, block_size=128, kv_cache_bytes=None)
+    parser.set_defaults(**NO_PROMPT_OPTIONS, block_size=128, kv_cache_bytes=None, kv_cache_dtype="auto")
     parser.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
     _add_json(parser)
 
@@ -196,10 +198,16 @@ def run_scaling(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _backend(name: str) -> Backend:
+    """The device to measure, with the compiled kernels where they can be had."""
+    kernels = "torch" if name == "cuda" else "auto"
+    return get_backend(name, kernels=kernels, compiler=compiler(), kernel_dir=kernel_dir())
+
+
 def _machine(name: str) -> Machine:
     known = {machine.name: machine for machine in MACHINES}
     if name == "this":
-        return measure(get_backend("auto").device).as_machine()
+        return measure(_backend("auto")).as_machine()
     if name not in known:
         raise ConfigError(f"--device {name!r}; it must be one of {', '.join(known)}, this")
     return known[name]

@@ -70,13 +70,12 @@ def _measure(
     llm: LLM, arguments: argparse.Namespace, batches: list[int], benchmark_csv: str | None, threads: int
 ) -> None:
     """Every file is written anew after each batch, so an interruption leaves the rows there are."""
-    device = llm.model.ops.device
     name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
     rows: list[dict[str, Any]] = []
     rounds = []
     make_request = request_maker(arguments, llm)
     for row, measured in sweep(
-        llm, make_request, batches, arguments.max_output_length, lambda: measure(device, 3, threads)
+        llm, make_request, batches, arguments.max_output_length, lambda: measure(llm.model.ops, 3, threads)
     ):
         rows.append(row)
         rounds += [measured] if measured is not None else []

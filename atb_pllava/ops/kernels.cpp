@@ -1079,6 +1079,61 @@ template <class X> void quick_gelu(const X* x, X* out, int64_t count, int thread
 
 #define BY_KIND(kind, CALL_FLOAT, CALL_BFLOAT) ((kind) == FLOAT ? CALL_FLOAT : CALL_BFLOAT)
 
+// ----------------------------------------------------------------------------------------------------------- limits
+
+// What this machine can do at best, for benchmarks to compare with. Results go to `out`, so nothing is left out.
+
+constexpr int64_t PIECE = 1 << 20;
+constexpr int CHAINS = 12;  // independent sums that hide a multiply-add's latency and stay in registers
+
+void read_all(const char* data, int64_t pieces, int32_t* out, int threads) {
+    pool()->run(pieces, threads, [&](int64_t piece) {
+        const char* from = data + piece * PIECE;
+        vi found[8] = {};
+        for (int64_t i = 0; i < PIECE; i += 8 * W * 4) {
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) found[j] |= load<vi>(from + i + j * W * 4);
+        }
+        for (int j = 1; j < 8; j++) found[0] |= found[j];
+        store(out + piece * W, found[0]);
+    });
+}
+template <class Step> void multiply_add(int64_t tasks, int64_t rounds, float* out, int threads, Step step) {
+    pool()->run(tasks, threads, [&](int64_t task) {
+        vf sums[CHAINS] = {};
+        for (int64_t i = 0; i < rounds; i++) {
+#pragma GCC unroll 16
+            for (int j = 0; j < CHAINS; j++) sums[j] = step(sums[j]);
+        }
+        for (int j = 1; j < CHAINS; j++) sums[0] += sums[j];
+        store(out + task * W, sums[0]);
+    });
+}
+
+extern "C" {
+
+// Reads pieces of 1 MiB; out has 64 bytes for each.
+void atb_read(const void* data, int64_t pieces, int32_t* out, int threads) { read_all((const char*)data, pieces, out, threads); }
+
+// rounds * 12 vector multiply-adds in each task; out has 64 bytes for each, the first two values are read. Returns the
+// FLOPs of a round in flops[0].
+void atb_multiply(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* flops, int threads) {
+    const vf a = splat(out[0]), b = splat(out[1]);
+    flops[0] = CHAINS * W * 2;
+#if defined(DOT)
+    if (kind == BFLOAT) {
+        flops[0] *= 2;
+        multiply_add(tasks, rounds, out, threads, [=](vf sum) {
+            return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
+        });
+        return;
+    }
+#endif
+    multiply_add(tasks, rounds, out, threads, [=](vf sum) { return sum * a + b; });
+}
+
+}  // extern "C"
+
 extern "C" {
 
 void atb_write_kv(

@@ -34,6 +34,8 @@ _SIGNATURES = {
     "atb_swiglu": [_pointer, _pointer, _whole, _whole, _whole, _int],
     "atb_quick_gelu": [_pointer, _pointer, _whole, _whole, _int],
     "atb_large_pages": [_pointer, _whole],
+    "atb_read": [_pointer, _whole, _pointer, _int],
+    "atb_multiply": [_whole, _whole, _whole, _pointer, _pointer, _int],
 }
 
 
@@ -201,6 +203,19 @@ class NativeBackend(TorchBackend):
             "atb_encoder", query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), *query.shape,
             *query.stride()[:3], _KINDS[query.dtype])  # fmt: skip
         return out
+
+    def read(self, data: Tensor) -> None:
+        """Look at every byte of some whole MiB once, and do nothing else: the limit of the memory."""
+        pieces = data.nbytes // 2**20
+        out = torch.empty(pieces, 16, dtype=torch.int32)
+        self._call("atb_read", data.data_ptr(), pieces, out.data_ptr())
+
+    def multiply(self, dtype: torch.dtype, rounds: int = 200_000) -> float:
+        """Multiply-adds of `dtype` on registers alone, the limit of the cores: how many FLOPs were done."""
+        tasks = 16 * torch.get_num_threads()
+        out, flops = torch.full((tasks, 16), 0.5), torch.zeros(1, dtype=torch.int64)
+        self._call("atb_multiply", tasks, rounds, _KINDS[dtype], out.data_ptr(), flops.data_ptr())
+        return float(tasks * rounds * flops.item())
 
     def _call(self, name: str, *arguments: object) -> None:
         function: Callable[..., None] = getattr(self._library, name)
