@@ -51,8 +51,13 @@ class TensorParallel:
         longest = len(self.share(units, 0))
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        whole = x.new_empty(self.size * longest, *x.shape[1:])
+        parts = whole.split(longest)
+        if x.device.type == "cpu":
+            dist.all_gather(list(parts), padded)
+        else:  # into one tensor: no copies behind the collective, and no padding of its parts, which cannot be captured
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+            gather(whole, padded)
         return torch.cat([part[: len(self.share(units, rank))] for rank, part in enumerate(parts)])
 
 

@@ -66,6 +66,7 @@ class _DecodeInputs:
     def __init__(self, size: int, columns: int, device: torch.device) -> None:
         self._host = torch.zeros(4 + columns, size, dtype=torch.int64)
         self._device = self._host.to(device)
+        self._ids, self._positions, self._slots, self._lens = self._device[:4]
         self._rows = torch.arange(size, device=device)
 
     def fill(self, step: StepInput) -> list[int]:
@@ -82,10 +83,7 @@ class _DecodeInputs:
 
     def batch(self, lens: Sequence[int]) -> ForwardBatch:
         """The inputs as a batch; `lens` are the host's lengths of this moment."""
-        size = self._host.shape[1]
-        ids, positions, slots, on_device = self._device[:4]
-        offsets = tuple(range(size + 1))
         tables = self._device[4:].T
+        decode = SequenceBatch(tuple(range(len(lens) + 1)), tuple(lens), tables, self._lens)
         nothing = SequenceBatch((0,), (), tables[:0])
-        decode = SequenceBatch(offsets, tuple(lens), tables, on_device)
-        return ForwardBatch(ids, positions, slots, decode, nothing, self._rows)
+        return ForwardBatch(self._ids, self._positions, self._slots, decode, nothing, self._rows)

@@ -69,6 +69,7 @@ class AscendBackend:
         """`name`, or for "auto" the checkpoint's dtype where the chip has it; BackendError for one it has not."""
         if name == "auto":
             name = stored if stored in self.chip.dtypes else self.chip.dtypes[0]
+            logger.info("dtype auto: %s on ascend", name)
         if name not in self.chip.dtypes:
             raise BackendError(
                 f"dtype {name}: Ascend {self.chip.name} computes attention in {' or '.join(self.chip.dtypes)}; "

@@ -9,8 +9,8 @@
 #include <string.h>
 
 enum { OK = 0, FAILED = 507000, NO_DEVICE = 107002 };
-enum { CAPTURE_BEGIN = 1, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, EVENT_RECORD,
-       EVENT_WAIT, EVENT_RESET, ALL_REDUCE, ALL_GATHER, BROADCAST };
+enum { CAPTURE_BEGIN = 1, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, ALL_REDUCE,
+       ALL_GATHER, BROADCAST };
 
 typedef long (*hook_t)(int what, void *first, void *second, long a, long b, long c);
 static hook_t hook;
@@ -90,9 +90,9 @@ int aclrtSynchronizeDeviceWithTimeout(int ms) { return aclrtSynchronizeDevice();
 int aclrtCreateEventWithFlag(void **e, unsigned flag) { return new_handle(e); }
 int aclrtCreateEventExWithFlag(void **e, unsigned flag) { return new_handle(e); }
 int aclrtDestroyEvent(void *e) { return status(); }
-int aclrtRecordEvent(void *e, void *s) { return hook ? tell(EVENT_RECORD, e, s, 0, 0, 0) : status(); }
-int aclrtStreamWaitEvent(void *s, void *e) { return hook ? tell(EVENT_WAIT, e, s, 0, 0, 0) : status(); }
-int aclrtResetEvent(void *e, void *s) { return hook ? tell(EVENT_RESET, e, s, 0, 0, 0) : status(); }
+int aclrtRecordEvent(void *e, void *s) { return status(); }
+int aclrtStreamWaitEvent(void *s, void *e) { return status(); }
+int aclrtResetEvent(void *e, void *s) { return status(); }
 int aclrtSynchronizeEvent(void *e) { return status(); }
 int aclrtQueryEventStatus(void *e, int *s) { *s = 1; return status(); }
 int aclrtQueryEventWaitStatus(void *e, int *s) { *s = 1; return status(); }
@@ -101,9 +101,10 @@ int aclQueryEventWaitStatus(void *e, int *s) { *s = 1; return status(); }
 
 int aclmdlRICaptureBegin(void *stream, int mode) {
     if (capturing) return FAILED;
-    capturing = stream;
     new_handle(&captured);
-    return tell(CAPTURE_BEGIN, stream, NULL, 0, 0, 0);
+    if (tell(CAPTURE_BEGIN, stream, NULL, 0, 0, 0)) return FAILED;
+    capturing = stream;
+    return OK;
 }
 int aclmdlRICaptureGetInfo(void *stream, int *state, void **model) {
     *state = capturing && stream == capturing;

@@ -2,14 +2,15 @@
 
 `start()` loads torch_npu and takes over every kernel it registers for the device: torch's own operators run as torch's
 CPU kernels, those of `kernels.py` as reference kernels, all others fail. Tensors on `npu:N` are host memory, so that a
-CPU tensor over the same bytes (`on_host`) is all a kernel needs. A captured operator does not run: it is recorded with
-addresses, runs at every replay, and its result before that is NaN. Nothing here knows atb_pllava.
+CPU tensor over the same bytes (`on_host`) is all a kernel needs. A captured operator is recorded with addresses and
+runs at every replay; its result in the capture becomes NaN. Nothing here knows atb_pllava.
 """
 
 import ctypes
 import os
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any
 
 LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "fmk_parser",
              "ascend_protobuf", "atb")  # fmt: skip
-(CAPTURE_BEGIN, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, EVENT_RECORD, EVENT_WAIT,
- EVENT_RESET, ALL_REDUCE, ALL_GATHER, BROADCAST) = range(1, 14)  # fmt: skip
+(CAPTURE_BEGIN, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, ALL_REDUCE, ALL_GATHER,
+ BROADCAST) = range(1, 11)  # fmt: skip
 _ND, _BASE_FORMATS = 2, (0, 2, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_long
@@ -33,13 +34,16 @@ def load_libraries(directory: Path, devices: int, soc: str) -> ctypes.CDLL:
     return loaded[0]
 
 
-def start(library: ctypes.CDLL) -> None:
+def start(library: ctypes.CDLL) -> "Machine":
     """Import torch_npu and give its device its operators."""
+    global machine
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     import torch
     import torch_npu
 
-    Machine(library, torch, torch_npu).take_over()
+    machine = Machine(library, torch, torch_npu)
+    machine.take_over()
+    return machine
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Recording:
 
 
 class Machine:
-    """The device of this process."""
+    """The device of this process. `ran` counts what has run: reference kernels by name, replays, collectives."""
 
     def __init__(self, library: ctypes.CDLL, torch: Any, torch_npu: Any) -> None:
         self.torch, self.torch_npu = torch, torch_npu
@@ -72,8 +76,8 @@ class Machine:
         self.groups: dict[int, list[Any]] = {}
         self.recording: Recording | None = None
         self.group: list[Any] | None = None
-        self.updating = False
-        self.signalled: set[int] = set()
+        self.updating, self.can_capture = False, True
+        self.ran: Counter[str] = Counter()
         self._hook = _HOOK(self._called)
         library.stand_in_set_hook(self._hook)
         self._libraries: list[Any] = []
@@ -90,6 +94,8 @@ class Machine:
 
     def _answer(self, what: int, first: int, second: int, a: int, b: int, c: int) -> None:
         if what == CAPTURE_BEGIN:
+            if not self.can_capture:
+                raise RuntimeError("this machine was told not to capture")
             self.recording = Recording()
         elif what == CAPTURE_END:
             assert self.recording is not None
@@ -97,6 +103,7 @@ class Machine:
                 self._spoil(address)  # a captured operator has not run
             self.recordings[first], self.recording = self.recording, None
         elif what == EXECUTE:
+            self.ran["replay"] += 1
             self._replay(self.recordings[first])
         elif what == GROUP_BEGIN:
             self.group = []
@@ -110,31 +117,13 @@ class Machine:
             self.group.clear()
         elif what == UPDATE_END:
             self.group, self.updating = None, False
-        elif what in (EVENT_RECORD, EVENT_WAIT, EVENT_RESET):
-            if self.recording is not None:
-                self.recording.tasks.append((what, first))
-            elif what == EVENT_RECORD:
-                self.signalled.add(first)
         else:
             self._collective(what, first, second, a, b, c)
 
     def _replay(self, recording: Recording) -> None:
         for task in recording.tasks:
-            if isinstance(task, list):
-                for operator in task:
-                    operator()
-            elif isinstance(task, tuple):
-                self._event(*task)
-            else:
-                task()
-
-    def _event(self, what: int, event: int) -> None:
-        if what == EVENT_RECORD:
-            self.signalled.add(event)
-        elif what == EVENT_RESET:
-            self.signalled.discard(event)
-        elif event not in self.signalled:
-            raise RuntimeError("a replay waits for an event that nobody records: its lengths were not updated")
+            for operator in task if isinstance(task, list) else [task]:
+                operator()
 
     def _collective(self, what: int, source: int, target: int, count: int, kind: int, extra: int) -> None:
         # HcclDataType, of which these travel.
@@ -144,6 +133,7 @@ class Machine:
         def run() -> None:
             import torch.distributed as dist
 
+            self.ran["collective"] += 1
             group = dist.distributed_c10d._get_default_group()
             gloo = group._get_backend(self.torch.device("cpu"))
             data = self._bytes_at(source, count * torch_dtype.itemsize).view(torch_dtype)
@@ -164,8 +154,7 @@ class Machine:
 
         if self.recording is not None:
             self.recording.tasks.append(run)
-        else:
-            run()
+        run()
 
     # Tensors.
 
@@ -202,17 +191,15 @@ class Machine:
         leaves, spec = tree.tree_flatten((args, kwargs))
         found = [self.address(x) if self._on_device(x) else x for x in leaves]
 
-        def run(clone: bool = False) -> Any:
+        def run() -> Any:
             hosts = [self.on_host(x) if isinstance(x, Address) else x for x in found]
-            if clone:
-                hosts = [_clone(x) if isinstance(f, Address) else x for x, f in zip(hosts, found, strict=True)]
             host_args, host_kwargs = tree.tree_unflatten(hosts, spec)
             return hosts, kernel(*host_args, **host_kwargs)
 
         if self.updating:  # the operator's inputs are not there yet; it writes into what it is given
-            self.group.append(lambda: run())
+            self.group.append(run)
             return tuple(kwargs["out"])
-        hosts, result = run(clone=self.recording is not None)
+        hosts, result = run()  # in a capture too, for shapes and refusals: it follows a step with the same inputs
         outs, out_spec = tree.tree_flatten(result)
         devices, places = [], []
         for out in outs:
@@ -293,6 +280,8 @@ class Machine:
             kernel = self._refuse_in_capture(kernel)
         if kernel.__name__ == "copy_":
             return self._copy
+        if kernel.__name__ == "_to_copy":
+            return self._to_copy
         return lambda *args, **kwargs: self.call(kernel, args, kwargs)
 
     def _copy(self, target: Any, source: Any, non_blocking: bool = False) -> Any:
@@ -305,6 +294,19 @@ class Machine:
             return target
         return self.call(_copy_kernel, (target, source), {})
 
+    def _to_copy(
+        self, source: Any, *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any
+    ) -> Any:
+        """Another type or another device: a new tensor and a copy."""
+        dtype, device = dtype or source.dtype, source.device if device is None else device
+        if memory_format in (None, self.torch.preserve_format) and _is_dense(source):
+            target = self.torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=device)
+        else:
+            target = self.torch.empty(source.shape, dtype=dtype, device=device)
+        if self.recording is not None:
+            self.recording.outputs.append(self.address(target))
+        return self._copy(target, source)
+
     def _refuse_in_capture(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if self.recording is not None:
@@ -315,21 +317,28 @@ class Machine:
         return refuse
 
     def _reference_kernel(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: self.call(kernel, args, kwargs)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.ran[kernel.__name__] += 1
+            return kernel(*args, **kwargs)
+
+        return lambda *args, **kwargs: self.call(counted, args, kwargs)
+
+
+machine: Machine | None = None
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether the elements fill their memory without gaps, in any order of axes."""
+    wanted = 1
+    for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != wanted:
+            return False
+        wanted *= size
+    return True
 
 
 def _copy_kernel(target: Any, source: Any) -> Any:
     return target.copy_(source)
-
-
-def _clone(host: Any) -> Any:
-    """A copy with the same strides and the same knowledge of its place."""
-    copy = host.clone()
-    if copy.stride() != host.stride():
-        copy = host.new_empty_strided(host.shape, host.stride())
-        copy.copy_(host)
-    copy.device_format = host.device_format
-    return copy
 
 
 def _overload(torch: Any, space: str, name: str) -> Any:

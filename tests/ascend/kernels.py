@@ -226,9 +226,10 @@ class Rules:
         scores = scores if mask is None else scores + mask
         return self.torch.einsum("hlc,chd->lhd", scores.softmax(-1), values)
 
-    def causal(self, length: int, context: int) -> Any:
-        """0 and -inf [length, context], aligned at the last query and key."""
-        hidden = self.torch.ones(length, context).triu(context - length + 1).bool()
+    def causal(self, length: int, context: int, cached: int | None = None) -> Any:
+        """0 and -inf [length, context]: aligned at the last query and key, or behind `cached` keys."""
+        cached = context - length if cached is None else cached
+        hidden = self.torch.ones(length, context).triu(cached + 1).bool()
         return self.torch.zeros(length, context).masked_fill(hidden, float("-inf"))
 
     # 910B: fused attention.
@@ -280,7 +281,8 @@ class Rules:
             contexts = list(actual_seq_lengths_kv or [key.shape[1]] * batch)
         lengths = [length] * batch if length == 1 else list(actual_seq_lengths or [length] * batch)
         need(len(lengths) == batch == len(contexts) and max(lengths) <= length, f"lengths {lengths}, {contexts}")
-        causal = self._check_mask(atten_mask, sparse_mode, length)
+        self._check_mask(atten_mask, sparse_mode, length)
+        cached = {2: 0, 3: None}.get(sparse_mode)  # left-up and right-down causal
         for b, (rows, context) in enumerate(zip(lengths, contexts, strict=True)):
             if context == 0:
                 continue
@@ -289,7 +291,7 @@ class Rules:
             else:
                 keys, values = key[b, :context], value[b, :context]
             keys, values = (x.float().reshape(context, kv_heads, dim) for x in (keys, values))
-            mask = self.causal(rows, context) if causal else None
+            mask = self.causal(rows, context, cached) if sparse_mode and length > 1 else None
             attended = self.attend(query[b, :rows].reshape(rows, heads, dim), keys, values, scale, mask)
             out[b, :rows] = attended.reshape(rows, width).to(torch.float32).to(query.dtype)
 
@@ -312,23 +314,18 @@ class Rules:
         need(all(0 <= b < len(cache) for b in blocks), f"block numbers {blocks} of {len(cache)}")
         return cache[blocks].flatten(0, 1)[:context]
 
-    def _check_mask(self, mask: Any, sparse_mode: int, length: int) -> bool:
-        """Whether the attention is causal."""
+    def _check_mask(self, mask: Any, sparse_mode: int, length: int) -> None:
         torch = self.torch
-        if length == 1:
-            need(mask is None, "with one row the operator decodes; a mask there is not modelled")
-            return False
-        need(sparse_mode in (0, 3), f"sparse_mode {sparse_mode} is not modelled")
-        if sparse_mode == 0:
-            need(mask is None, "sparse_mode 0 with a mask is not modelled")
-            return False
-        need(mask is not None, "sparse_mode 3 needs a mask")
+        if length == 1 or sparse_mode == 0:
+            need(mask is None, "a mask is modelled for sparse_mode 2 and 3 and more than one row")
+            return
+        need(sparse_mode in (2, 3), f"sparse_mode {sparse_mode} is not modelled")
+        need(mask is not None, f"sparse_mode {sparse_mode} needs a mask")
         self.on_device("atten_mask", mask)
         need(mask.dtype in (torch.bool, torch.int8, torch.uint8), f"atten_mask must be bool or int8, got {mask.dtype}")
         need(mask.shape[-2:] == (2048, 2048) and mask.is_contiguous(), f"atten_mask {tuple(mask.shape)}")
         hidden = torch.ones(2048, 2048).triu(1).bool()
         need(torch.equal(mask.bool(), hidden), "1 hides, and hides everything above the diagonal")
-        return True
 
     # ATB.
 

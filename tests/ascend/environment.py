@@ -1,0 +1,70 @@
+"""Where the job finds torch_npu and its stand-in libraries: made once, in .venv-ascend, beside the main environment.
+
+Prints the directory: torch_npu (without its dependencies: torch is the one this Python has) and lib/. Where that cannot
+be had (another torch, no wheel, no network, no C compiler) it says why on stderr and ends with status 77.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+VERSION = "2.13.0"
+SKIPPED = 77
+
+
+def skip(reason: str) -> None:
+    print(f"tests/ascend skipped: {reason}", file=sys.stderr)
+    sys.exit(SKIPPED)
+
+
+def check_platform() -> None:
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        skip(f"torch-npu has no wheel for {sys.platform} on {platform.machine()}")
+    torch = importlib.metadata.version("torch").split("+")[0]
+    if torch != VERSION:
+        skip(f"torch-npu {VERSION} goes with torch {VERSION}; this Python has {torch}")
+
+
+def install(target: Path) -> None:
+    """torch_npu as a directory of its own; nothing is installed into this Python."""
+    wanted = [f"torch-npu=={VERSION}"] + ([] if importlib.util.find_spec("yaml") else ["pyyaml"])
+    print(f"installing {' '.join(wanted)} into {target} (once)", file=sys.stderr)
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as partial:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary", ":all:", "--target", f"{partial}/packages", *wanted]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            skip(f"torch-npu=={VERSION} cannot be installed: {reason}")
+        Path(partial, "packages").rename(target)
+
+
+def main() -> None:
+    check_platform()
+    import build
+
+    if build.compiler() is None:
+        skip("no C compiler (cc, gcc, clang, $CC or the ziglang package) to build the stand-in for CANN's libraries")
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}-{platform.machine()}"
+    target = HERE.parents[1] / ".venv-ascend" / f"torch_npu-{VERSION}-{tag}"
+    if not target.is_dir():
+        install(target)
+    sources = b"".join((HERE / name).read_bytes() for name in ("cann.c", "build.py"))
+    made, wanted = target / "lib" / "made-from", hashlib.sha256(sources).hexdigest()
+    if not made.is_file() or made.read_text() != wanted:
+        shutil.rmtree(target / "lib", ignore_errors=True)
+        build.build(target / "torch_npu", target / "lib")
+        made.write_text(wanted)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

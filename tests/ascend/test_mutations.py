@@ -1,0 +1,109 @@
+"""The job can fail: each of these changes one thing in the backend, and a run that checks the answers turns red."""
+
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+if "STAND_IN_LIBRARIES" not in os.environ:
+    pytest.skip("tests/ascend/run.sh runs these, with torch_npu", allow_module_level=True)
+
+from test_on_npu import IS_310P, MACHINE, answers, check_equal, models  # noqa: F401
+
+import atb_pllava.ops
+from atb_pllava.engine import decode_graphs, runner
+from atb_pllava.ops import ascend, ascend_attention
+
+B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
+
+# name, chips, module, the code, what it becomes
+MUTATIONS = [
+    ("the offset's sign is kept", ALL, ascend, "else -weight.offset", "else weight.offset"),
+    ("the weight is not transposed", ALL, ascend, "flat, values.t(), scale", "flat, values, scale"),
+    ("slots are int64", ALL, ascend, "slots.int()", "slots"),
+    ("block tables are int64", ALL, ascend, "batch.block_tables.int().contiguous()", "batch.block_tables.contiguous()"),
+    ("a capture reuses what was made before it", ALL, ascend, "self._forget()  # what", "# what"),
+    ("pooling by torch's operator", ALL, ascend, "pooled = _pool_axis(pooled, axis, size)",
+     "pooled = F.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0)"),
+    ("padded rows have slot 0", ALL, decode_graphs, "self._host[2] = -1", "self._host[2] = 0"),
+    ("a query's scale is left out", B, ascend_attention, "scale=dim**-0.5, block_size", "block_size"),
+    ("a keyword of another operator", B, ascend_attention, "num_key_value_heads=cache", "num_kv_heads=cache"),
+    ("a mask aligned at the first key", B, ascend_attention, '"sparse_mode": 3', '"sparse_mode": 2'),
+    ("a mask that hides the diagonal", B, ascend_attention, "dtype=torch.int8).triu(1)", "dtype=torch.int8).triu(0)"),
+    ("keys that are not contiguous", B, ascend_attention, "flatten(1)[None].contiguous()", "flatten(1)[None]"),
+    ("the layout of another tensor", B, ascend_attention, 'input_layout="BSH"', 'input_layout="BSND"'),
+    ("lengths are not updated before a replay", B, ascend, "        if self._has_host_lengths:", "        if False:"),
+    ("old lengths at a replay", B, ascend, "list(context_lens)}", "[1] * len(context_lens)}"),
+    ("sine and cosine change places", B, ascend, "for a in (cos, sin)]", "for a in (sin, cos)]"),
+    ("context lengths stay on the host", P, ascend, "dtype=torch.int32).to(self.device)", "dtype=torch.int32)"),
+    ("query lengths on the device", P, ascend_attention, "torch.tensor(lengths, dtype=torch.int32)",
+     "torch.tensor(lengths, dtype=torch.int32).to(query.device)"),
+    ("a cache in base format", P, ascend, "acl_format=FRACTAL_NZ)", "acl_format=2)"),
+    ("a mask in base format", P, ascend_attention, "self._npu.npu_format_cast(fractals, FRACTAL_NZ)", "fractals"),
+    ("a wrong keyword", P, ascend_attention, "scale_value=query", "scale=query"),
+    ("rows are not padded", P, ascend_attention, "more = -len(query) % multiple", "more = 0"),
+    ("padding joins the last sequence", P, ascend_attention, "[*lengths, more] if more",
+     "[*lengths[:-1], lengths[-1] + more] if more"),
+    ("another scale", P, ascend_attention, "scale_value=query.shape[2] ** -0.5", "scale_value=query.shape[2] ** -1"),
+    ("gate and up change places", P, ascend, "gate, up = gate_up", "up, gate = gate_up"),
+]  # fmt: skip
+HERE = [m for m in MUTATIONS if ("310P" if IS_310P else "910B") in m[1]]
+
+
+def fresh(module: ModuleType, old: str = "", new: str = "") -> ModuleType:
+    """The module once more, with a change in its source."""
+    source = Path(module.__file__ or "").read_text()
+    assert old in source, f"{old!r} is not in {module.__name__}"
+    spec = importlib.util.spec_from_loader(module.__name__, loader=None)
+    assert spec is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = made  # dataclasses look their module up
+    exec(compile(source.replace(old, new), module.__name__, "exec"), made.__dict__)
+    return made
+
+
+@pytest.fixture
+def expected(models: dict[str, Path], cache: dict[str, Any] = {}) -> list[Any]:  # noqa: B006, F811 - kept for all tests
+    if not cache:
+        cache["answers"] = answers(models["asymmetric"], "cpu", "float16")
+    return cache["answers"]
+
+
+def run(path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Answers of the backend as it is now; a capture that fails is a failure here."""
+    MACHINE.ran.clear()
+    with caplog.at_level(logging.WARNING):
+        got = answers(path, "ascend", "float16")
+    assert "decoding without graphs" not in caplog.text and MACHINE.ran["replay"] > 2
+    check_equal(got, expected, "float16")
+
+
+def mutate(module: ModuleType, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for changed in (ascend_attention, ascend, decode_graphs):
+        monkeypatch.setitem(sys.modules, changed.__name__, changed)  # undone afterwards
+    if module is decode_graphs:
+        monkeypatch.setattr(runner, "DecodeGraphs", fresh(decode_graphs, old, new).DecodeGraphs)
+        return
+    if module is ascend_attention:
+        fresh(ascend_attention, old, new)
+        old = new = ""
+    monkeypatch.setattr(atb_pllava.ops, "AscendBackend", fresh(ascend, old, new).AscendBackend)
+
+
+@pytest.mark.parametrize("module", [ascend, ascend_attention, decode_graphs], ids=lambda m: m.__name__)
+def test_unchanged_is_green(models, module, expected, monkeypatch, caplog) -> None:  # noqa: F811
+    mutate(module, "", "", monkeypatch)
+    run(models["asymmetric"], expected, caplog)
+
+
+@pytest.mark.parametrize(("name", "chips", "module", "old", "new"), HERE, ids=[m[0] for m in HERE])
+def test_turns_red(models, name, chips, module, old, new, expected, monkeypatch, caplog) -> None:  # noqa: F811
+    mutate(module, old, new, monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, TypeError)) as failure:
+        run(models["asymmetric"], expected, caplog)
+    print(f"{name}: {str(failure.value).splitlines()[0][:150]}")
