@@ -109,6 +109,8 @@ class Llama(nn.Module):
         cos, sin = rotary_tables(batch.positions, self.config.head_dim, self.config.rope_theta)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, cos, sin, layer_cache, batch)
+        if len(batch.logits_indices) == 0:  # devices refuse operators and collectives on nothing
+            return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         x = self.ops.rms_norm(x[batch.logits_indices], self.norm, self.config.rms_norm_eps)
         logits = self.ops.linear(x, self.lm_head).float()  # [L, this rank's words]
         return self.parallel.all_gather(logits.T, self.config.vocab_size).T

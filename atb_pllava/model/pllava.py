@@ -41,7 +41,10 @@ class Pllava(nn.Module):
     def encode_frames(self, pixels: Tensor) -> Tensor:
         """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden]; each rank does some frames."""
         side, mine = self.config.vision.grid, self.parallel.share(len(pixels))
-        features: Tensor = self.projector(self.vision(pixels[mine.start : mine.stop]))  # [share, grid * grid, hidden]
+        if mine:
+            features: Tensor = self.projector(self.vision(pixels[mine.start : mine.stop]))  # [share, patches, hidden]
+        else:  # more ranks than frames; devices refuse operators on nothing
+            features = torch.empty(0, side * side, self.config.text.hidden_size, dtype=self.dtype, device=pixels.device)
         return self.parallel.all_gather(features.reshape(len(mine), side, side, features.shape[-1]), len(pixels))
 
     def pool_frames(self, grid: Tensor, frame_of: Sequence[int]) -> Tensor:

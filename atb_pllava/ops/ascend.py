@@ -9,7 +9,8 @@ reference kernels that refuse what the documents refuse. Only an NPU can settle:
 - graph capture with several ranks, whose all-reduces are captured too, and capture on 310P at all;
 - that paged attention of 310P accepts the padded rows of a captured batch (they read one token of block 0);
 - whether 310P's _npu_flash_attention_unpad wants rows in multiples of 16 as its masked sibling does (they are padded);
-- float32 pooling of unusual shapes on 310P (means over slices, no matrix product).
+- whether the fused operator insists on a cache of as many blocks as its sequences list, when they share some;
+- how soon the others end when a rank dies within a collective (HCCL waits for HCCL_EXEC_TIMEOUT).
 """
 
 import importlib.util
@@ -225,7 +226,10 @@ class AscendBackend:
             )
         if blocks * block_size * heads * head_dim > _MAX_ELEMENTS:
             most = _MAX_ELEMENTS // (heads * head_dim)
-            raise ConfigError(f"the KV cache has room for {blocks * block_size} tokens; the operators address {most}")
+            raise ConfigError(
+                f"the KV cache has room for {blocks * block_size} tokens, but the operators address {most}: lower "
+                "--kv_cache_bytes or --max_batch_size"
+            )
 
 
 class CapturedStep:

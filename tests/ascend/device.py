@@ -129,6 +129,7 @@ class Machine:
         # HcclDataType, of which these travel.
         kinds = {2: "int32", 3: "float16", 4: "float32", 5: "int64", 7: "uint8", 11: "bfloat16"}
         torch_dtype = getattr(self.torch, kinds[kind])
+        assert count > 0, "a collective of nothing"
 
         def run() -> None:
             import torch.distributed as dist

@@ -39,7 +39,7 @@ def install(target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as partial:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary", ":all:", "--target", f"{partial}/packages", *wanted]  # fmt: skip
+                   "--only-binary", ":all:", "--retries", "1", "--target", f"{partial}/packages", *wanted]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]

@@ -99,6 +99,7 @@ class Rules:
         allowed = {torch.float16, torch.float32} if self.is_310p else {*self.half, torch.float32}
         self.on_device("npu_rms_norm: input and gamma", input, gamma)
         self.kinds("npu_rms_norm", allowed, input, gamma)
+        need(input.numel() > 0, "npu_rms_norm of nothing")
         need(gamma.shape == input.shape[-1:], f"gamma is {tuple(gamma.shape)} for {tuple(input.shape)}")
         need(input.shape[-1] * input.element_size() >= 32, "the last axis must have 32 bytes")
         wide = input.float()
@@ -333,6 +334,7 @@ class Rules:
         """The head dimension."""
         self.on_device("query and out", query, out)
         self.kinds("query and out", self.half, query, out)
+        need(len(query) > 0, "attention of nothing")
         need(query.dim() == 3 and query.shape[1] == num_heads, f"query {tuple(query.shape)} of {num_heads} heads")
         need(out.shape == query.shape and out.is_contiguous(), "out must be contiguous and like the query")
         need(num_kv_heads > 0 and num_heads % num_kv_heads == 0, f"{num_heads} heads, {num_kv_heads} KV heads")

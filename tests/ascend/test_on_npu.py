@@ -35,7 +35,7 @@ REQUESTS = [
     {"prompt": "USER:<image> what is it? ASSISTANT:", "frames": FRAMES},
     {"prompt": "USER: hello ASSISTANT:"},
     {"prompt": LONG},
-    {"prompt": "USER:<image> or <image>? ASSISTANT:", "frames": [FRAMES, FRAMES[::-1].copy()]},
+    {"prompt": "USER:<image> or <image>? ASSISTANT:", "frames": [FRAMES, FRAMES[:1]]},  # one frame for two ranks
     {"prompt": LONG + " again"},  # the first block is in the cache
 ]
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=-1)
@@ -48,8 +48,8 @@ WEIGHTS = {
     "asymmetric": ConvertOptions("pllava_w8a16", symmetric=False),
     "grouped": ConvertOptions("pllava_w8a16", symmetric=False, group_size=64),
 }
-# Weights whose answers hold no near tie: the second best token is always 0.06 or more behind, in log-probability.
-SEEDS = {"gqa": 5, "wide": 3, "symmetric": 15, "asymmetric": 10, "grouped": 11}
+# Weights whose answers hold no near tie: the second best token is always 0.05 or more behind, in log-probability.
+SEEDS = {"gqa": 5, "wide": 3, "symmetric": 18, "asymmetric": 10, "grouped": 18}
 
 
 def calm(path: Path) -> Path:
