@@ -82,7 +82,7 @@ def backend_of(chip: str) -> ascend.AscendBackend:
     """The backend of a chip without its device: what computes with torch alone works on the CPU."""
     backend = ascend.AscendBackend.__new__(ascend.AscendBackend)
     backend.chip = next(c for c in CHIPS if c.name == chip)
-    backend.device = torch.device("cpu")
+    backend.device, backend._widened = torch.device("cpu"), False
     return backend
 
 
@@ -111,7 +111,9 @@ def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns:
     generator = torch.Generator().manual_seed(1)
     whole = quantise(torch.randn(48, 192, generator=generator) + 0.3, group_size=group_size, symmetric=symmetric)
     weight: Int8Weight = whole.columns(columns)
-    values, scale, offset = ascend._operands(weight)
+    packed = backend_of("910B").pack(weight)
+    values, scale, offset = packed.values, packed.scale, packed.offset
+    assert packed.shape == weight.shape and (packed.group_size, packed.lead) == (group_size, weight.lead)
     if group_size:
         assert scale.shape == (-(-values.shape[1] // group_size), 48)
         spread = [None if x is None else x.t().repeat_interleave(group_size, 1) for x in (scale, offset)]
@@ -122,6 +124,14 @@ def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns:
     wide = values.float() + (0 if spread[1] is None else spread[1][:, : values.shape[1]])
     got = (wide * spread[0][:, : values.shape[1]])[:, weight.lead if group_size else 0 :]
     assert_close(got, weight.dequantise())
+
+
+def test_groups_become_float_where_the_operator_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    weight = quantise(torch.randn(48, 192), group_size=64, symmetric=False)
+    backend = backend_of("310P")
+    assert_close(backend.pack(weight), weight.dequantise())
+    backend.pack(weight)
+    assert caplog.text.count("convert without -group_size") == 1
 
 
 @pytest.mark.parametrize(

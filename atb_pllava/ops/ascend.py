@@ -17,13 +17,13 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from atb_pllava.errors import BackendError, ConfigError
 from atb_pllava.ops.ascend_attention import FRACTAL_NZ, AtbAttention, FusedAttention, Latest, pad_rows
@@ -35,6 +35,17 @@ logger = logging.getLogger(__name__)
 
 _MAX_ELEMENTS = 2**31 - 1  # of one layer's keys: the fused operator counts them in 32 bits
 _MAX_BLOCK_ELEMENTS = 128 * 128  # block size * head dimension of ATB's paged attention
+
+
+@dataclass(frozen=True)
+class Int8Operands(PackedWeight):
+    """For npu_weight_quant_batchmatmul: values int8 [out, lead + in], scale and offset [out] or [groups, out]."""
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor | None  # None: all are 0, which saves work
+    group_size: int = 0
+    lead: int = 0
 
 
 class AscendBackend:
@@ -61,7 +72,7 @@ class AscendBackend:
         self._npu.npu.config.allow_internal_format = self.chip.nz_cache
         attention = FusedAttention if self.chip.fused_attention else AtbAttention
         self._attention = attention(self._npu, self.device)
-        self._int8: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._widened = False
         self._pool: Any = None
         self._slots, self._tables, self._lens, self._angles = Latest(), Latest(), Latest(), Latest()
         logger.info("NPU %d: %s, Ascend %s", rank, self._npu.npu.get_device_name(rank), self.chip.name)
@@ -96,23 +107,33 @@ class AscendBackend:
 
         return [(room(), room()) for _ in range(layers)]
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        assert not isinstance(weight, PackedWeight), "this backend packs no weights"
+    def pack(self, weight: Weight) -> Weight:
+        """An int8 weight as its operator takes it; all else stays. Where the chip has no int8 groups: as float."""
         if not isinstance(weight, Int8Weight):
+            return weight
+        if weight.scale.shape[1] > 1 and not self.chip.int8_groups:
+            if not self._widened:
+                logger.warning(
+                    "Ascend %s multiplies int8 with one scale a row: grouped weights are held in %s, at twice the size; "
+                    "convert without -group_size to avoid that", self.chip.name, str(weight.scale.dtype)[6:],
+                )  # fmt: skip
+            self._widened = True
+            return weight.dequantise()
+        return _operands(weight)
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        if isinstance(weight, Int8Weight):
+            weight = self.pack(weight)
+        if isinstance(weight, Tensor):
             return F.linear(x, weight, bias)
-        groups = weight.scale.shape[1]
-        if groups > 1 and not self.chip.int8_groups:
-            return F.linear(x, weight.dequantise(x.dtype), bias)
-        if weight.values not in self._int8:
-            self._int8[weight.values] = _operands(weight)
-        values, scale, offset = self._int8[weight.values]
+        assert isinstance(weight, Int8Operands), "packed by another backend"
         flat = x.reshape(-1, x.shape[-1])
-        if flat.shape[1] < values.shape[1]:
+        if weight.lead:
             flat = F.pad(flat, (weight.lead, 0))
         if bias is not None and x.dtype == torch.bfloat16:
             bias = bias.float()  # the operator's rule
         out: Tensor = self._npu.npu_weight_quant_batchmatmul(
-            flat, values.t(), scale, offset, bias=bias, antiquant_group_size=weight.group_size if groups > 1 else 0
+            flat, weight.values.t(), weight.scale, weight.offset, bias=bias, antiquant_group_size=weight.group_size
         )
         return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
 
@@ -280,19 +301,20 @@ def import_torch_npu() -> Any:
     return torch_npu
 
 
-def _operands(weight: Int8Weight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the W8A16 operator takes: values [out, in], scale and offset [out] or [groups, out], None for zeros.
+def _operands(weight: Int8Weight) -> Int8Operands:
+    """Files store (q - offset) * scale, the operator computes (q + offset) * scale: the sign turns here, only here.
 
-    Files store (q - offset) * scale, the operator computes (q + offset) * scale: the sign turns here and nowhere else.
     Columns that are missing at the left of the first group become zeros, which meet zeros in the input.
     """
+    shape, values = (weight.shape[0], weight.shape[1]), weight.values
     scale, offset = weight.scale, None if weight.is_symmetric else -weight.offset
     if scale.shape[1] == 1:
-        return weight.values, scale[:, 0].contiguous(), None if offset is None else offset[:, 0].contiguous()
-    values = weight.values
+        by_row = None if offset is None else offset[:, 0].contiguous()
+        return Int8Operands(shape, values, scale[:, 0].contiguous(), by_row)
     if weight.lead:
         values = torch.cat((values.new_zeros(len(values), weight.lead), values), dim=1)
-    return values, scale.t().contiguous(), None if offset is None else offset.t().contiguous()
+    by_group = None if offset is None else offset.t().contiguous()
+    return Int8Operands(shape, values, scale.t().contiguous(), by_group, weight.group_size, weight.lead)
 
 
 def _pool_axis(x: Tensor, axis: int, size: int) -> Tensor:

@@ -24,7 +24,7 @@ B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
 # name, chips, module, the code, what it becomes
 MUTATIONS = [
     ("the offset's sign is kept", ALL, ascend, "else -weight.offset", "else weight.offset"),
-    ("the weight is not transposed", ALL, ascend, "flat, values.t(), scale", "flat, values, scale"),
+    ("the weight is not transposed", ALL, ascend, "weight.values.t()", "weight.values"),
     ("slots are int64", ALL, ascend, "slots.int()", "slots"),
     ("block tables are int64", ALL, ascend, "batch.block_tables.int().contiguous()", "batch.block_tables.contiguous()"),
     ("a capture reuses what was made before it", ALL, ascend, "self._forget()  # what", "# what"),
