@@ -114,7 +114,7 @@ class AscendBackend:
         if weight.scale.shape[1] > 1 and not self.chip.int8_groups:
             if not self._widened:
                 logger.warning(
-                    "Ascend %s multiplies int8 with one scale a row: grouped weights are held in %s, at twice the size; "
+                    "Ascend %s multiplies int8 with one scale a row: grouped weights are held in %s, twice the size; "
                     "convert without -group_size to avoid that", self.chip.name, str(weight.scale.dtype)[6:],
                 )  # fmt: skip
             self._widened = True
