@@ -14,6 +14,7 @@ What MindIE's `multimodal_runner.py`, `llava.py` and `run_pa.sh` do that this fi
  8. an old predict_result.json merged into the new: here written whole, with this run's answers;
  9. a fixed MASTER_PORT, visible devices overwritten: see the command that starts this file.
 """
+# ruff: noqa: E402
 
 import argparse
 import csv
@@ -22,12 +23,15 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt while torch is imported would be a page of traceback
 
 import torch
 
@@ -39,7 +43,8 @@ try:
     from examples.server.generate import generate_req
     from examples.server.request import MultiModalReqParams, request_from_multimodalinputs
 except ImportError as missing:
-    sys.exit(f"error: MindIE's modules cannot be imported ({missing}); source MindIE's set_env.sh. `doctor` says more")
+    print(f"error: MindIE's modules cannot be imported ({missing}); source its set_env.sh, see doctor", file=sys.stderr)
+    sys.exit(2)
 
 from atb_pllava.bench.host_csv import LLAVA_COLUMNS
 from atb_pllava.config import PllavaConfig
@@ -264,8 +269,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
     try:
         status = main()
-    except KeyboardInterrupt:
-        status = 130
     except PllavaError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,11 @@ def test_a_prompt_that_is_too_long_and_a_folder_without_media(host, model, media
     assert "0 answers, 3 failed" in done.stdout and "Traceback" not in done.stderr
     done = run(host, work, mode="run", model_path=str(model), media=str(work))
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "holds no image or video" in done.stderr
+
+
+def test_without_mindie_there_is_one_message() -> None:
+    runner = Path(__file__).resolve().parents[1] / "examples" / "mindie_runner.py"
+    command = [sys.executable, "-I", str(runner), "--options", "{}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: MindIE's modules cannot be imported")
+    assert "Traceback" not in done.stderr
