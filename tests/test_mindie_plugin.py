@@ -497,26 +497,31 @@ def test_a_request_that_fails_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before = set(os.listdir(segments.SHARED_MEMORY))
+    def random_key(limit: int) -> int:
+        made.append(randbelow(limit))
+        return made[-1]
+
+    made: list[int] = []
+    randbelow, reserve, written = segments.secrets.randbelow, os.posix_fallocate, segments.write_segment
+    monkeypatch.setattr(segments.secrets, "randbelow", random_key)
     asked = router(merged)
     with pytest.raises(VideoError):
         asked.tokenize([{"video": clips[0]}, {"video": "/nowhere.mp4"}, {"text": "Q"}], shm_name_save_path=names)
     with pytest.raises(BackendError, match="cannot be written"):
         asked.tokenize([{"video": clips[0]}], shm_name_save_path=names.parent / "no" / "file")
-    written = segments.write_segment
     monkeypatch.setattr(segments.os, "posix_fallocate", full)
     with pytest.raises(BackendError, match="--shm-size"):
         asked.tokenize([{"video": clips[0]}], shm_name_save_path=names)
-    monkeypatch.undo()
 
     def second_fails(video: Any, file: Any) -> Segment:
-        monkeypatch.setattr(segments.os, "posix_fallocate", full if names.exists() else os.posix_fallocate)
+        monkeypatch.setattr(segments.os, "posix_fallocate", full if names.exists() else reserve)
         return written(video, file)
 
     monkeypatch.setattr("atb_pllava.mindie.prompt_builder.write_segment", second_fails)
     with pytest.raises(BackendError):
         asked.tokenize([{"video": clips[0]}, {"video": clips[1]}], shm_name_save_path=names)
-    assert names.exists() and set(os.listdir(segments.SHARED_MEMORY)) == before
+    assert names.exists() and len(made) == 4
+    assert not any((segments.SHARED_MEMORY / Segment(1 + key, 0).name).exists() for key in made)
 
 
 def test_blocks() -> None:
@@ -605,6 +610,10 @@ def test_a_decode_may_come_first(host: Any, merged: Path, native: LLM) -> None:
     served.decode([1], [1])
     ids = prompts_of(served.runner).token_ids(from_inputs([{"text": "Hello"}]))
     compare(served, [ids], [expected(native, {"question": "Hello"})])
+
+
+def test_the_plain_inference_mode_is_either_of_the_hosts_two(host: Any, merged: Path) -> None:
+    Served(load(host, merged, inference_mode=0)).prefill([[1, 2, 3]])
 
 
 def test_the_first_forward_encodes_a_video(host: Any, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

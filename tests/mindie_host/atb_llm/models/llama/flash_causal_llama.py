@@ -22,7 +22,7 @@ class WordTable(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(F.pad(weight, (0, 0, 0, 1)), requires_grad=False)
+        self.weight = nn.Parameter(F.pad(weight, (0, 0, 0, 1)))  # with a gradient, as the host's
 
     def forward(self, ids: Tensor) -> Tensor:
         last = len(self.weight) - 1
@@ -72,7 +72,7 @@ class FlashLlamaForCausalLM(nn.Module):
             ids = input_ids
         if is_prefill and self.prefill_skips_words:
             assert embeddings.shape == (len(position_ids), self.config.hidden_size), tuple(embeddings.shape)
-            assert embeddings.dtype == self.dtype and embeddings.is_contiguous()
+            assert embeddings.dtype == self.dtype and embeddings.is_contiguous() and not embeddings.requires_grad
             x = embeddings
         else:
             assert ids.dim() == 1 and ids.dtype == torch.int64, f"Gather of {ids.dtype} {tuple(ids.shape)}"
