@@ -249,7 +249,8 @@ class EngineConfig:
     `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding. `video_cache_bytes` bounds
     the tokens of videos seen before that are kept (18 MiB each for 7B in bfloat16), and as much again their frames;
     `kv_cache_dtype` "int8" keeps keys and values in 8 bits (on a CPU), "auto" in the model's dtype;
-    with `prefix_cache` prompts that begin alike, up to the same video, share their keys and values.
+    with `prefix_cache` prompts that begin alike, up to the same video, share their keys and values. `decode_graphs`
+    lets a backend that can record a decode step launch it as one.
     """
 
     block_size: int = 128
@@ -262,6 +263,7 @@ class EngineConfig:
     video_cache_bytes: int = 2**30
     prefix_cache: bool = True
     kv_cache_dtype: str = "auto"
+    decode_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name, largest in [("block_size", 4096), ("max_batch_size", 4096), ("prefill_chunk", 2**20),
@@ -269,8 +271,9 @@ class EngineConfig:
             _check_range(name, getattr(self, name), 1, largest)
         _check_range("video_cache_bytes", self.video_cache_bytes, 0, 2**62)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        if not isinstance(self.prefix_cache, bool):
-            raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; it must be True or False")
+        for name in ("prefix_cache", "decode_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         for name in ("max_input_length", "max_output_length", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 1, 2**62)

@@ -30,7 +30,7 @@ from atb_pllava.ops import free_memory
 from atb_pllava.parallel import TensorParallel
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.workers import Workers, send_cache_size, share_threads
+from atb_pllava.workers import Workers, send_runner_options, share_threads
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ class LLM:
         self._finalizer: weakref.finalize[..., LLM] | None = None
         if parallel.size == 1:
             fill_model(model, plan)
-            runner = Runner(model, self._plan_blocks(model, config), config.block_size, config.kv_cache_dtype)
+            blocks = self._plan_blocks(model, config)
+            runner = Runner(model, blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
             self._engine = Engine(Team(runner, parallel), config)
             return
         self._workers = workers = workers or Workers.start(size, options, port)
@@ -124,8 +125,9 @@ class LLM:
             fill_model(model, plan, workers.sign)
             workers.meet(model, plan.fingerprint() + options.described())
             blocks = self._plan_blocks(model, config)
-            send_cache_size(parallel, blocks, config.block_size, config.kv_cache_dtype)
-            runner = Runner(model, blocks, config.block_size, config.kv_cache_dtype)
+            choices = blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs
+            send_runner_options(parallel, *choices)
+            runner = Runner(model, *choices)
         except BaseException:
             workers.kill()
             give_back_threads()

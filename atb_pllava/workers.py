@@ -210,7 +210,7 @@ def serve_rank(workers: Workers, options: ModelOptions) -> int:
         except (PllavaError, MemoryError, RuntimeError) as error:
             workers.fail(str(error) or type(error).__name__)
             return 2
-        follow(Runner(model, *receive_cache_size(workers.parallel)), workers.parallel)
+        follow(Runner(model, *receive_runner_options(workers.parallel)), workers.parallel)
         return 0
     except RuntimeError:
         return LOST  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
@@ -219,13 +219,17 @@ def serve_rank(workers: Workers, options: ModelOptions) -> int:
             dist.destroy_process_group()  # its threads outlive the interpreter otherwise, and abort
 
 
-def send_cache_size(parallel: TensorParallel, blocks: int, block_size: int, kv_cache_dtype: str) -> None:
-    parallel.broadcast(torch.tensor([blocks, block_size, KV_CACHE_DTYPES.index(kv_cache_dtype)]))
+def send_runner_options(
+    parallel: TensorParallel, blocks: int, block_size: int, kv_cache_dtype: str, decode_graphs: bool
+) -> None:
+    numbers = [blocks, block_size, KV_CACHE_DTYPES.index(kv_cache_dtype), int(decode_graphs)]
+    parallel.broadcast(torch.tensor(numbers))
 
 
-def receive_cache_size(parallel: TensorParallel) -> tuple[int, int, str]:
-    blocks, block_size, kind = parallel.broadcast(torch.empty(3, dtype=torch.int64)).tolist()
-    return blocks, block_size, KV_CACHE_DTYPES[kind]
+def receive_runner_options(parallel: TensorParallel) -> tuple[int, int, str, bool]:
+    """What `Runner` takes behind the model, from rank 0."""
+    blocks, block_size, kind, graphs = parallel.broadcast(torch.empty(4, dtype=torch.int64)).tolist()
+    return blocks, block_size, KV_CACHE_DTYPES[kind], bool(graphs)
 
 
 def share_threads(size: int) -> Callable[[], None]:

@@ -41,9 +41,11 @@ from precision.recording import Recording, record
 KEYS: dict[str, type] = {
     "weights": str, "weight_dir": str, "lora_alpha": float, "backend": str, "dtype": str, "world_size": int,
     "num_frames": int, "pooling_shape": str, "sampler": str, "resize": str, "conversation": str, "block_size": int,
-    "vision_batch": int, "pooling": str, "recording": str,
+    "vision_batch": int, "kv_cache_dtype": str, "pooling": str, "recording": str,
 }  # fmt: skip
 POOLINGS = ("means", "matrices")
+# What is cached or recorded as a whole would not pass by layer by layer.
+WATCHED = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}
 COLUMNS = ("same token preferred", "max / mean logit error", "KL")
 THRESHOLDS = {
     "min_top1": (0.98, "least share of tokens at which both sides prefer the same"),
@@ -213,8 +215,7 @@ def parse_side(text: str, model_path: str | None) -> dict[str, Any]:
 def load_side(options: Mapping[str, Any]) -> Iterator[LLM]:
     """The model of a side, for one request at a time."""
     keys = {key: value for key, value in options.items() if key not in ("weights", "pooling")}
-    # Without caches: what was computed for an earlier request would not pass by again.
-    with LLM(options["weights"], max_batch_size=1, video_cache_bytes=0, prefix_cache=False, **keys) as llm:
+    with LLM(options["weights"], max_batch_size=1, **WATCHED, **keys) as llm:
         if options.get("pooling") == "matrices":
             llm.model.ops = PoolingByMatrices(llm.model.ops)
         yield llm

@@ -37,8 +37,9 @@ def run_reference(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--backend is {arguments.backend!r}; the reference runs on cpu or cuda")
     if arguments.backend == "auto":
         arguments.backend = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.dtype != "float32":
-        raise ConfigError(f"--dtype is {arguments.dtype!r}; the reference is float32")
+    for name, only in (("dtype", "float32"), ("kv_cache_dtype", "auto")):
+        if getattr(arguments, name) != only:
+            raise ConfigError(f"--{name} is {getattr(arguments, name)!r}; the reference is {only}")
     return predict(arguments)
 
 

@@ -79,7 +79,7 @@ def open_model(arguments: argparse.Namespace, **engine: Any) -> Iterator[LLM | i
     `engine` has what is no option of the benchmark: batch size, lengths, caches.
     """
     settings: dict[str, Any] = {"max_input_length": None, "max_output_length": None, "video_cache_bytes": 0}
-    settings.update({"prefix_cache": "off", **engine})
+    settings.update({"prefix_cache": "off", "decode_graphs": "on", **engine})
     with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
         if arguments.shape is not None:
             settings["model_path"] = str(write_shape(Path(directory), arguments.shape))

@@ -145,7 +145,7 @@ def run_load(arguments: argparse.Namespace) -> int:
     if arguments.world_size not in (None, 1):
         raise ConfigError("bench load measures one process: leave --world_size out")
     small = {"max_input_length": 1, "max_output_length": 1, "max_batch_size": 1, "video_cache_bytes": 0}
-    described = argparse.Namespace(**{**vars(arguments), **small, "prefix_cache": "off"})
+    described = argparse.Namespace(**{**vars(arguments), **small, "prefix_cache": "off", "decode_graphs": "on"})
     _print(arguments, [loading(arguments.model_path, lambda: load_model(described))])
     return 0
 

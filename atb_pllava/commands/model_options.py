@@ -133,6 +133,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         default="on",
         help="whether prompts that begin alike, video included, share keys and values (default on)",
     )
+    group.add_argument(
+        "--decode_graphs",
+        choices=("on", "off"),
+        default="on",
+        help="whether a device that can record a decode step launches it as one (default on; NPUs can)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +187,7 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         kv_cache_dtype=arguments.kv_cache_dtype,
         video_cache_bytes=arguments.video_cache_bytes,
         prefix_cache=arguments.prefix_cache == "on",
+        decode_graphs=arguments.decode_graphs == "on",
         world_size=1 if arguments.world_size is None else arguments.world_size,
         master_port=master_port(),
         workers=workers,

@@ -14,7 +14,9 @@ from atb_pllava.ops.interface import CapturingBackend, ForwardBatch, LayerCache,
 class Runner:
     """Owns the model, its KV cache and the tokens of the videos that requests in work refer to by number."""
 
-    def __init__(self, model: Pllava, blocks: int, block_size: int, kv_cache_dtype: str = "auto") -> None:
+    def __init__(
+        self, model: Pllava, blocks: int, block_size: int, kv_cache_dtype: str = "auto", decode_graphs: bool = True
+    ) -> None:
         model.pack()
         kv_dtype = torch.int8 if kv_cache_dtype == "int8" else model.dtype
         self.model, self.device, self.blocks = model, model.ops.device, blocks
@@ -25,7 +27,7 @@ class Runner:
         element = torch.empty(0, dtype=model.dtype).element_size()
         self.bytes_per_video = model.config.num_video_tokens * text.hidden_size * element
         self._graphs: DecodeGraphs | None = None
-        if isinstance(model.ops, CapturingBackend):
+        if decode_graphs and isinstance(model.ops, CapturingBackend):
             columns = min(blocks, -(-text.max_position_embeddings // block_size))
             self._graphs = DecodeGraphs(model, model.ops, self.cache, columns)
         self._features: dict[int, list[Tensor]] = {}
