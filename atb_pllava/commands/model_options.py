@@ -49,7 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         default="auto",
         help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
     )
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: cuda where there is one, else cpu")
+    group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: an NPU or a GPU, else the cpu")
     group.add_argument(
         "--kernels",
         choices=KERNELS,

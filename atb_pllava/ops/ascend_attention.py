@@ -1,7 +1,8 @@
 """Attention of the decoder on Ascend: the operators of 910B, those of 310P, and the masks both want.
 
 Called by `ops.ascend`, which hands over torch_npu. Every length is a Python number or a CPU tensor, except where an
-operator's kernel reads it on the device. Letters as in `ops.interface`.
+operator's kernel reads it on the device. Letters as in `ops.interface`; `tables` [B, M] and `lens` [B] are a batch's
+block tables and context lengths as int32 on the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from atb_pllava.ops.interface import LayerCache, SequenceBatch
 
 FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
+FRACTAL = 16  # side of a fractal; the rows of unpaged attention on 310P come in multiples of it
 MASK_SIZE = 2048  # side of every compressed causal mask, whatever the lengths
 MASKED = -10000.0  # what paged attention with a compressed mask adds to scores that do not count
 
@@ -112,7 +114,7 @@ class AtbAttention:
 
     def _without_prefix(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
         rows = len(query)
-        query, keys, values, padded = pad_rows(query, keys, values, lengths, 16)
+        query, keys, values, padded = pad_rows(query, keys, values, lengths, FRACTAL)
         out = torch.empty_like(query)
         shared = {
             "query": query, "key": keys, "value": values, "seq_len": torch.tensor(padded, dtype=torch.int32),
@@ -158,8 +160,8 @@ class AtbAttention:
     def _nz(self, mask: Tensor) -> Tensor:
         """A mask [rows, S] as fractals [1, S / 16, rows, 16] on the device, rows and S rounded up to 16."""
         rows, columns = mask.shape
-        mask = torch.nn.functional.pad(mask, (0, -columns % 16, 0, -rows % 16))
-        fractals = mask.unflatten(1, (-1, 16)).transpose(0, 1)[None].contiguous().to(self._device)
+        mask = torch.nn.functional.pad(mask, (0, -columns % FRACTAL, 0, -rows % FRACTAL))
+        fractals = mask.unflatten(1, (-1, FRACTAL)).transpose(0, 1)[None].contiguous().to(self._device)
         cast: Tensor = self._npu.npu_format_cast(fractals, FRACTAL_NZ)
         return cast
 

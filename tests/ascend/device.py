@@ -274,16 +274,22 @@ class Machine:
             return operator(*args, **kwargs)
 
         kernel.__name__ = operator._schema.name.split("::")[1]
-        guard = self._guards.get(kernel.__name__)
-        if guard is not None:
-            return lambda *args, **kwargs: guard(*args, **kwargs) or self.call(kernel, args, kwargs)
+        special = {"copy_": self._copy, "_to_copy": self._to_copy}
+        if kernel.__name__ in special:
+            return special[kernel.__name__]
         if kernel.__name__ == "_local_scalar_dense":
             kernel = self._refuse_in_capture(kernel)
-        if kernel.__name__ == "copy_":
-            return self._copy
-        if kernel.__name__ == "_to_copy":
-            return self._to_copy
-        return lambda *args, **kwargs: self.call(kernel, args, kwargs)
+        guard = self._guards.get(kernel.__name__)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if guard is not None:
+                guard(*args, **kwargs)
+            for x in self.torch.utils._pytree.tree_leaves((args, kwargs)):
+                if isinstance(x, self.torch.Tensor) and x.dim() > 0 and not self._on_device(x):
+                    raise RuntimeError(f"{kernel.__name__}: all tensors must be on one device, got one on {x.device}")
+            return self.call(kernel, args, kwargs)
+
+        return checked
 
     def _copy(self, target: Any, source: Any, non_blocking: bool = False) -> Any:
         """copy_ between any two devices."""
