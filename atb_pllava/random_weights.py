@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _NUMBERS = 4_194_301
 _ELEMENTS_PER_BLOCK = 2**22  # of a tensor whose columns are split, which is made whole, some rows at a time
 _SEED = 1
+_NOT_WORTH_A_WORD = 0.5  # seconds
 _INT8_SPREAD = 40.0  # three standard deviations are within 8 bits
 _LINEAR = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -45,7 +47,7 @@ class RandomWeights:
     def load_into(self, destinations: Mapping[str, Part], each: Callable[[], None] | None = None) -> None:
         """Fill every tensor by its name, any dtype and device; `each` is called after every tensor."""
         began = time.perf_counter()
-        numbers = torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(_SEED))
+        numbers = _random_numbers()
         scaled: dict[tuple[torch.dtype, float], Tensor] = {}
         for name, part in destinations.items():
             mean, spread = _mean_and_spread(name, destinations)
@@ -56,11 +58,17 @@ class RandomWeights:
             if each is not None:
                 each()
         seconds = time.perf_counter() - began
-        logger.info("random weights: %.2f GB made in %.1f s", self.bytes_total / 1e9, seconds)
+        if seconds > _NOT_WORTH_A_WORD:
+            logger.info("random weights: %.2f GB made in %.1f s", self.bytes_total / 1e9, seconds)
 
     def fingerprint(self) -> str:
         """What ranks compare; `load_into` has no other input."""
         return f"random weights, seed {_SEED}"
+
+
+@lru_cache(maxsize=1)
+def _random_numbers() -> Tensor:
+    return torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(_SEED))
 
 
 def random_int8(config: PllavaConfig) -> Int8Layers:

@@ -306,6 +306,7 @@ REFUSED = [
     (["compare", "--world_size", "2"], "one process on a CPU"),
     (["compare", "--shape", "1b", "--batches", "8,1"], "each larger than the one before"),
     (["compare", "--shape", "SMALL", "--gguf", "none.gguf"], "--gguf"),
+    (["compare", "--stages", "encode"], "names out of vision, prefill, decode"),
     (["cache", "--model_path", "DIR"], "needs --media"),
     (["overhead"], "one model"),
     (["overhead", "--shape", "1b", "--text_tokens", "0"], "--text_tokens is 0"),

@@ -17,11 +17,13 @@ from atb_pllava.llm import LLM
 
 Row = dict[str, Any]
 
+STAGES = ("vision", "prefill", "decode")
 _START = 5  # of the video in the prompt
 
 
 def compare(
     llm: LLM,
+    wanted: Sequence[str],
     text_tokens: int,
     batches: Sequence[int],
     rounds: int,
@@ -29,10 +31,11 @@ def compare(
     llama_cpp: LlamaCppPeer | None,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
-    """A row for each stage: medians in ms, how many times as long transformers takes, how far apart the results are.
+    """A row for each stage that is wanted (of STAGES).
 
-    Its settings are those that were found fastest: attention by SDPA or eager, whichever is faster here, static cache.
-    llama.cpp takes part in prefill and in decoding at batch 1; its weights are its own.
+    Medians in ms, how many times as long transformers takes, how far apart the results are. Its settings
+    are those that were found fastest: attention by SDPA or eager, whichever is faster here, static cache. llama.cpp
+    takes part in prefill and in decoding at batch 1; its weights are its own.
     """
     say("building the transformers model with the same weights")
     peer = TransformersPeer(llm.config, llm.model.dtype, llm.model.int8)
@@ -41,19 +44,25 @@ def compare(
     prompt = [1000 + i % 1000 for i in range(length + text_tokens)]
     tokens = len(prompt)
 
-    say(f"vision tower, {len(pixels)} frames")
-    stage = _Stage("vision, projector, pooling", machine.seconds(costs.vision(len(pixels))), rounds)
-    yield stage.row(lambda: stages.encode(pixels), _with(peer, lambda: peer.encode(pixels)))
+    if "vision" in wanted:
+        say(f"vision tower, {len(pixels)} frames")
+        stage = _Stage("vision, projector, pooling", machine.seconds(costs.vision(len(pixels))), rounds)
+        yield stage.row(lambda: stages.encode(pixels), _with(peer, lambda: peer.encode(pixels)))
 
-    say(f"prefill of {tokens} tokens")
-    embeddings = peer.embed(prompt, stages.encode(pixels), _START)
-    stage = _Stage(f"prefill, {tokens} tokens", machine.seconds(costs.prefill([tokens])), rounds)
-    third = None if llama_cpp is None else lambda: llama_cpp.prefill(prompt)
-    yield stage.row(
-        lambda: stages.prefill(prompt, _START, length), _with(peer, lambda: peer.prefill(embeddings)), third
-    )
+    if "prefill" in wanted:
+        say(f"prefill of {tokens} tokens")
+        embeddings = peer.embed(prompt, stages.encode(pixels), _START)
+        stage = _Stage(f"prefill, {tokens} tokens", machine.seconds(costs.prefill([tokens])), rounds)
+        third = None if llama_cpp is None else lambda: llama_cpp.prefill(prompt)
+        yield stage.row(
+            lambda: stages.prefill(prompt, _START, length), _with(peer, lambda: peer.prefill(embeddings)), third
+        )
 
+    if "decode" not in wanted:
+        return
     stages.fill_cache(FILL)
+    if llama_cpp is not None:
+        llama_cpp.prefill(prompt)
     for batch in batches:
         say(f"decode, batch {batch}")
         cache = peer.context(batch, tokens)

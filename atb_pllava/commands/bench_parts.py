@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
-from atb_pllava.bench.compare import compare
+from atb_pllava.bench.compare import STAGES, compare
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import measure
 from atb_pllava.bench.parts import loading, python_share, second_question
@@ -54,6 +54,7 @@ def run_limits(arguments: argparse.Namespace) -> int:
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     add_bench_model(parser)
+    parser.add_argument("--stages", default=",".join(STAGES), metavar="NAME,...", help=f"of {', '.join(STAGES)} (all)")
     parser.add_argument("--batches", default="1,8", metavar="N,N,...", help="batch sizes of the decode steps (1,8)")
     parser.add_argument("--text_tokens", type=int, default=60, metavar="N", help="prompt tokens beside video (60)")
     parser.add_argument("--gguf", metavar="FILE", help="also llama.cpp, with this file (examples/write_gguf.py)")
@@ -72,7 +73,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
         raise ConfigError("bench compare runs in one process on a CPU: leave --world_size and --backend out")
     arguments.shape = arguments.shape or "1b"
     check_input(arguments)
-    batches = whole_numbers("--batches", arguments.batches)
+    batches, wanted = whole_numbers("--batches", arguments.batches), arguments.stages.split(",")
+    if not set(wanted) <= set(STAGES):
+        raise ConfigError(f"--stages {arguments.stages!r}; it takes names out of {', '.join(STAGES)}")
     arguments.backend = "cpu"
     config = shape_config(arguments.shape).with_video(arguments.num_frames, arguments.pooling_shape)
     length = config.num_video_tokens + arguments.text_tokens
@@ -83,7 +86,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
         if arguments.gguf is not None:
             third = LlamaCppPeer(arguments.gguf, config.text, length + 8, limits.threads)
         machine, rounds = limits.as_machine(llm.model.dtype), arguments.rounds
-        rows = compare(llm, arguments.text_tokens, batches, rounds, machine, third, lambda text: _say(arguments, text))
+        rows = compare(
+            llm, wanted, arguments.text_tokens, batches, rounds, machine, third, lambda text: _say(arguments, text)
+        )
         print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}\n")
         _print(arguments, list(rows))
     return 0
