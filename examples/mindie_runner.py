@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner.make_cache()
     jobs = [_job(runner, item, question, arguments) for item in media for question in arguments.prompt]
     if arguments.mode == "performance":
-        return measure(runner, jobs, arguments.batch_sizes, Path(arguments.perf_file))
+        return measure(runner, jobs, arguments.batch_sizes, Path(arguments.csv))
     return ask(runner, jobs, arguments.batch_sizes[0], arguments.output_json if arguments.mode == "precision" else None)
 
 

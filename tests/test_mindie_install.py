@@ -358,7 +358,7 @@ def test_the_command_that_starts_mindies_runner(host, tmp_path, monkeypatch) -> 
         (["performance", "--media", "m", "--batch_sizes", "2", "0"], "--batch_sizes has 0"),
         (["run", "--media", "m", "--max_batch_size", "0"], "--max_batch_size is 0"),
         (["run", "--media", "m", "--num_frames", "0"], "num_frames is 0"),
-        (["performance", "--media", "m", "--perf_file", "/nowhere/t.csv"], "--perf_file '/nowhere/t.csv' cannot be"),
+        (["performance", "--media", "m", "--csv", "/nowhere/t.csv"], "--csv '/nowhere/t.csv' cannot be"),
     ],
 )
 def test_runs_that_cannot_work_are_refused_before_they_start(

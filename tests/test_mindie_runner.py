@@ -99,7 +99,7 @@ def test_the_table_has_a_row_for_each_batch_size(host, model, media, tmp_path) -
     work.mkdir()
     (work / "benchmark.csv").write_text("of,an,earlier\nrun,1,2\n")
     done = run(host, work, mode="performance", model_path=str(model), media=str(media), batch_sizes=[1, 4],
-               perf_file="table.csv")  # fmt: skip
+               csv="table.csv")  # fmt: skip
     assert done.returncode == 0, done.stderr
     with open(work / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))

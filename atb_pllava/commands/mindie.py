@@ -143,7 +143,7 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
             metavar="N",
             help="a row each (default: 1 to 10, or to --max_batch_size where that is given)",
         )
-        parser.add_argument("--perf_file", default="pllava_performance.csv", metavar="FILE", help="the table to write")
+        parser.add_argument("--csv", default="pllava_performance.csv", metavar="FILE", help="the table to write")
     if mode == "precision":
         parser.add_argument("--output_json", default="predict_result.json", metavar="FILE", help="the answers to write")
 
@@ -285,9 +285,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "batch_sizes": _batch_sizes(arguments),
         "max_input_length": longest,
         "max_output_length": arguments.max_output_length,
-        **{name: getattr(arguments, name) for name in ("perf_file", "output_json") if hasattr(arguments, name)},
+        **{name: getattr(arguments, name) for name in ("csv", "output_json") if hasattr(arguments, name)},
     }
-    for name in ("perf_file", "output_json"):
+    for name in ("csv", "output_json"):
         if name in options:
             check_writable(str(options[name]), f"--{name}")
     master_port()  # refuses what is no port
