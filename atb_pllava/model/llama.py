@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
         """[N, hidden] to [N, H * D]: decoding rows read the cache, prompt chunks their own keys and cached prefix."""
         ops = self.ops
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)
         query, keys, values = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, keys = ops.rotary(query, cos, sin), ops.rotary(keys, cos, sin)
         ops.write_kv(keys, values, cache, batch.slots)
@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
         if len(batch.prefill):
             chunk = slice(decoding, None)
             parts.append(ops.prefill_attention(query[chunk], keys[chunk], values[chunk], cache, batch.prefill))
-        return torch.cat(parts).flatten(1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
     @property
     def linears(self) -> tuple[FusedLinear, ...]:

@@ -663,13 +663,16 @@ template <int G, class T> void attend_split(
     alignas(64) float p[G][RUN];
     for (int g = 0; g < G; g++) most[g] = -std::numeric_limits<float>::infinity(), total[g] = 0;
     std::fill(out, out + G * width, 0.f);
+    int64_t next = from + ahead, inside = next % keys.block, slot = next < context ? keys.slot(next) : 0;
     for (int64_t start = from; start < to;) {
         const int n = (int)std::min<int64_t>({RUN, to - start, keys.block - start % keys.block});
         for (int i = 0; i < n; i++) {
             const T* row = keys.row(start) + i * dim;
-            if (start + i + ahead < context) {
-                const char *k = (const char*)keys.row(start + i + ahead), *v = (const char*)values.row(start + i + ahead);
+            if (next < context) {  // ask for the rows that come `ahead` tokens later
+                const char *k = (const char*)(keys.start + slot * dim), *v = (const char*)(values.start + slot * dim);
                 for (size_t line = 0; line < dim * sizeof(T); line += 64) __builtin_prefetch(k + line, 0, 2), __builtin_prefetch(v + line, 0, 2);
+                next++, slot++;
+                if (++inside == keys.block && next < context) inside = 0, slot = keys.slot(next);
             }
             vf acc[G][2] = {};
             auto add = [&](const T* from, int64_t c) {
