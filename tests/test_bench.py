@@ -469,3 +469,19 @@ def test_bounds_are_checked_against_a_sweep(tmp_path, capsys) -> None:
     (found,) = table_of(capsys.readouterr().out)
     reached = {name: found[f"reached_{name}"] for name in ("vision_encode_ms", "prefill_ms", "tpot_p50_ms")}
     assert reached == {"vision_encode_ms": "50 %", "prefill_ms": "80 %", "tpot_p50_ms": "50 %"}
+
+
+def test_a_written_checkpoint_holds_the_same_random_weights(small_shape, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
+    import write_checkpoint
+
+    from atb_pllava import LLM, SamplingParams
+
+    monkeypatch.setattr(write_checkpoint, "SHARD_BYTES", 2e5)
+    write_checkpoint.write(tmp_path / "m", str(small_shape))
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 2
+    answers = []
+    for load_format in ("safetensors", "random"):
+        with LLM(tmp_path / "m", load_format=load_format, dtype="bfloat16", backend="cpu") as llm:
+            answers.append(llm.chat(None, "word700", SamplingParams(max_tokens=4, ignore_eos=True, logprobs=3)))
+    assert answers[0].token_ids == answers[1].token_ids and answers[0].logprobs == answers[1].logprobs

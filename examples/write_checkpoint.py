@@ -1,0 +1,69 @@
+"""A checkpoint directory with random weights of a shape: to measure loading (`python -m atb_pllava bench load`).
+
+    python examples/write_checkpoint.py 7b DIR
+
+Shards of at most 4 GB, one in memory at a time. The values mean nothing.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from atb_pllava.bench.shapes import shape_config, write_shape  # noqa: E402
+from atb_pllava.model.pllava import Pllava  # noqa: E402
+from atb_pllava.ops import get_backend  # noqa: E402
+from atb_pllava.parallel import Part  # noqa: E402
+from atb_pllava.random_weights import RandomWeights  # noqa: E402
+
+SHARD_BYTES = 4e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a checkpoint with random bfloat16 weights.")
+    parser.add_argument("shape", help="1b, 7b, 13b, 34b or a config.json")
+    parser.add_argument("directory", type=Path, help="directory to make")
+    arguments = parser.parse_args()
+    write(arguments.directory, arguments.shape)
+
+
+def write(directory: Path, shape: str) -> None:
+    directory.mkdir(parents=True)
+    write_shape(directory, shape)
+    with torch.device("meta"):
+        model = Pllava(shape_config(shape), get_backend("cpu"), torch.bfloat16)
+    shards = plan_shards({name: part.shape for name, part in model.checkpoint_parts().items()})
+    weight_map = {}
+    for number, shapes in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in shapes.items()}
+        weights = RandomWeights(sum(tensor.nbytes for tensor in tensors.values()))
+        weights.load_into({name: Part.whole(tensor) for name, tensor in tensors.items()})
+        save_file(tensors, directory / file)
+        weight_map.update(dict.fromkeys(tensors, file))
+        print(f"{file}, {weights.bytes_total / 1e9:.1f} GB", file=sys.stderr)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def plan_shards(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    """Names and shapes of each shard, in order."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        if used + size > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            used = 0
+        shards[-1][name] = shape
+        used += size
+    return shards
+
+
+if __name__ == "__main__":
+    main()
