@@ -187,7 +187,7 @@ def test_logprobs_rows(checkpoint) -> None:
             assert row.dtype == "float32" and row.shape == (304,)
             assert float(torch.from_numpy(row).exp().sum()) == pytest.approx(1.0, abs=1e-4)
             assert list(entry)[0] == token == row.argmax() and len(entry) == 2
-            assert entry[token] == pytest.approx(float(row[token]), abs=1e-5)
+            assert entry[token] == pytest.approx(float(row[token]), abs=1e-4)
     assert llm.generate(prompts(1), SamplingParams(max_tokens=1))[0].logprobs is None
 
 
