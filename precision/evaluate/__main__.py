@@ -5,8 +5,6 @@ written), 130 interrupted.
 """
 
 import argparse
-import io
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava import SamplingParams
-from atb_pllava.commands.environment import rank, started_by_torchrun
+from atb_pllava.commands.environment import started_by_torchrun
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -22,10 +20,11 @@ from atb_pllava.commands.model_options import (
     load_model,
     model_options,
 )
-from atb_pllava.errors import ConfigError, PllavaError
+from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.workers import Workers, serve_rank
+from precision.command import run_command
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
@@ -44,31 +43,8 @@ MOST_NAMED = 20  # errors that are printed; all are in the results
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names may not fit the terminal's encoding
-    try:
-        arguments = _parser().parse_args(argv)
-        logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-        level = logging.WARNING if arguments.quiet else logging.INFO
-        logging.getLogger("atb_pllava").setLevel(level if rank() == 0 else logging.ERROR)
-        status = int(arguments.command(arguments))
-        sys.stdout.flush()
-        return status
-    except PllavaError as error:
-        if rank() == 0:  # the others met the same error
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # Nothing more can be written to stdout; what is buffered would fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
-            return 141
-        print(f"error: {error.filename or 'stdout'} could not be used: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what was answered is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    interrupted = "interrupted; what was answered is kept, the same command goes on from there"
+    return run_command(_parser(), lambda arguments: int(arguments.command(arguments)), argv, interrupted)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

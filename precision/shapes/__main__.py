@@ -2,29 +2,27 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from atb_pllava.errors import PllavaError
+from precision.command import run_command
 from precision.shapes.dataset import FIRST_SEED, write_shapes
 
 
-def main() -> int:
-    """The exit status: 0, 2 for an error of the user's, 130 when interrupted."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the process exit status."""
     parser = argparse.ArgumentParser(prog="python -m precision.shapes", description="Write the shapes benchmark.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument("--clips", type=int, default=200, metavar="N", help="number of clips (default 200)")
     parser.add_argument(
         "--seed", type=int, default=FIRST_SEED, metavar="N", help=f"seed of the first clip (default {FIRST_SEED})"
     )
-    arguments = parser.parse_args()
-    try:
-        counts = write_shapes(arguments.output, arguments.clips, arguments.seed)
-    except PllavaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(parser, write, argv)
+
+
+def write(arguments: argparse.Namespace) -> int:
+    """Write the set and say what is in it; the exit status."""
+    counts = write_shapes(arguments.output, arguments.clips, arguments.seed)
     for name, count in counts.items():
         print(f"{name:20} {count:4} questions")
     print(f"{arguments.clips} clips, {sum(counts.values())} questions in {arguments.output}")
