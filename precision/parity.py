@@ -108,13 +108,27 @@ def compare_files(left: str, right: str) -> dict[str, Any]:
 
 def _rows_of(file: str) -> dict[tuple[str | None, str], dict[str, Any]]:
     rows = read_json(file)
-    wanted = {"media", "prompt", "token_ids", "prompt_token_ids", "frame_indices"}
-    good = isinstance(rows, list) and all(
-        isinstance(row, dict) and (wanted <= row.keys() or {"media", "prompt", "error"} <= row.keys()) for row in rows
-    )
-    if not good:
-        raise ConfigError(f"{file} is no file of `python -m atb_pllava run --output_json`")
-    return {(row["media"], row["prompt"]): row for row in rows}
+    if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
+        raise ConfigError(f"{file} is no file of `python -m atb_pllava run --output_json` with answers in it")
+    by_question = {(row["media"], row["prompt"]): row for row in rows}
+    if len(by_question) < len(rows):
+        raise ConfigError(f"{file} has a question about one medium more than once; ask it once")
+    return by_question
+
+
+def _is_row(row: Any) -> bool:
+    """An answer or an error as `run` writes it."""
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or "media" not in row:
+        return False
+    if not isinstance(row["media"], str | None):
+        return False
+    if "error" in row:
+        return True
+    lists = all(isinstance(row.get(name), list) for name in ("token_ids", "prompt_token_ids", "frame_indices"))
+    steps = row.get("logprobs", [])
+    named = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+    numbers = named and all(isinstance(value, int | float) for step in steps for value in step.values())
+    return lists and bool(row["token_ids"]) and numbers
 
 
 def _by_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
@@ -133,12 +147,19 @@ def compare_sides(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if any("recording" in side for side in rights):
         raise ConfigError("--right takes no recording: the right side runs here, with the left side's tokens")
     with _directory(arguments.record, left.get("recording")) as folder:
-        if "recording" in left:
-            errors = read_json(folder / "index.json")["errors"]
-        else:
-            errors = run_left(left, arguments, folder)
+        errors = recorded_errors(folder) if "recording" in left else run_left(left, arguments, folder)
         for text, options in zip(arguments.right, rights, strict=True):
             yield run_right(text, options, folder, arguments.media, errors)
+
+
+def recorded_errors(folder: Path) -> list[str]:
+    """The errors of the requests that failed when a recording was made. Raises ConfigError when it is none."""
+    index = read_json(folder / "index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("errors"), list):
+        raise ConfigError(f"{folder / 'index.json'} is not of a recording that --record made")
+    if not index["errors"] and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{folder} holds no recorded answers; copy the whole directory that --record made")
+    return [str(error) for error in index["errors"]]
 
 
 def run_left(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> list[str]:
@@ -339,6 +360,8 @@ def _check_form(arguments: argparse.Namespace) -> None:
         raise ConfigError("nothing to compare: name two files of `run --output_json`, or --right, or --record")
     if arguments.record and "recording=" in arguments.left:
         raise ConfigError("--record is for a left side that runs; this one is a recording already")
+    if arguments.prompt and "recording=" in arguments.left:
+        raise ConfigError("--prompt is for a left side that runs; a recording has its questions")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -323,6 +323,7 @@ def test_bad_sides_are_refused(capsys, weights, media, side: str, message: str) 
         (["none.json", "none.json"], "none.json cannot be read"),
         (["--right", "dtype=float32"], "has no weights"),
         (["--left", "recording=/nowhere", "--model_path", "x", "--right", "dtype=float32"], "/nowhere/index.json"),
+        (["--left", "recording=x", "--right", "dtype=float32", "--prompt", "a"], "--prompt is for a left side"),
         (["--right", "dtype=float32", "--plot", "/nowhere/x.png"], "--plot '/nowhere/x.png' cannot be written"),
     ],
 )
@@ -331,11 +332,27 @@ def test_bad_options_are_refused(capsys, arguments: list[str], message: str) -> 
     assert status == 2 and message in err and out == ""
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '[{"media": "a"}]', "x"])
+ROW = {"media": "a", "prompt": "q", "token_ids": [1], "prompt_token_ids": [1], "frame_indices": [0]}
+NO_FILES_OF_RUN = (
+    *([1], {}, [], [{"media": "a"}], [ROW, ROW]),
+    *([{**ROW, key: value}] for key, value in (
+        ("media", ["a"]), ("token_ids", 3), ("token_ids", []), ("logprobs", [4]), ("logprobs", [{"1": "x"}]))),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["x", *map(json.dumps, NO_FILES_OF_RUN)])
 def test_a_file_of_something_else_is_refused(capsys, tmp_path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
-    status, _, err = parity(capsys, tmp_path / "x.json", tmp_path / "x.json")
-    assert status == 2 and "x.json" in err
+    status, out, err = parity(capsys, tmp_path / "x.json", tmp_path / "x.json")
+    assert status == 2 and "x.json" in err and not out
+
+
+@pytest.mark.parametrize("index", ["[]", '{"errors": 1}', '{"errors": []}'])
+def test_a_recording_of_nothing_is_refused(capsys, weights, tmp_path, index: str) -> None:
+    (tmp_path / "index.json").write_text(index)
+    left = f"recording={tmp_path}"
+    status, out, err = parity(capsys, "--model_path", weights, "--left", left, "--right", "dtype=float32")
+    assert status == 2 and f"error: {tmp_path}" in err and not out
 
 
 def test_the_plot_shows_the_jump(tmp_path: Path) -> None:
