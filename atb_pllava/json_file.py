@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None =
             os.fsync(file.fileno())
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{os.fspath(path)} could not be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):  # it took its place, or could not even be made
+            partial.unlink()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -10,7 +10,6 @@ A recording is one safetensors file, so that it can be made on one machine and c
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from atb_pllava import LLM, ConfigError, RequestOutput, SamplingParams
+from atb_pllava.json_file import write_bytes
 from atb_pllava.model.pllava import Pllava
 
 KEPT_EVERY = 37  # has no factor with block sizes, frame grids and pooled rows
@@ -57,13 +57,7 @@ class Recording:
         facts = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor | dict)}
         tensors = {"positions": self.positions, "logits": self.logits, **self.states}
         order = list(self.states)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, {"recording": json.dumps({**facts, "stages": order})})
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ConfigError(f"{path} could not be written: {error.strerror or error}") from None
+        write_bytes(path, save(tensors, {"recording": json.dumps({**facts, "stages": order})}))
 
     @classmethod
     def load(cls, path: Path) -> "Recording":

@@ -48,11 +48,20 @@ def test_lora_scale_is_alpha_over_rank() -> None:
     assert settings_of(LLM(TINY, lora_alpha=6))["lora_scale"] == 6 / rank
 
 
-def test_a_manifest_is_whole_or_absent(tmp_path: Path) -> None:
+def test_a_manifest_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "old.json", {"a": "\u00e9\udc80"})
     assert json.loads((tmp_path / "old.json").read_text()) == {"a": "\u00e9\udc80"}
     with pytest.raises(TypeError):
         write_json(tmp_path / "old.json", {"a": sys})
     with pytest.raises(ConfigError, match="missing"):
         write_json(tmp_path / "missing" / "x.json", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+    with pytest.raises(ConfigError, match="Not a directory"):
+        write_json(tmp_path / "old.json" / "x.json", {})
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "old.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"] and (tmp_path / "old.json").stat().st_size > 2
