@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def clip_score(arguments: argparse.Namespace) -> int:
     """Score every file of answers, print the means, write what was asked for; the exit status."""
+    if arguments.num_frames < 1:
+        raise ConfigError(f"--num_frames is {arguments.num_frames}; it must be at least 1")
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json")
     files = {file: read_answers(file) for file in arguments.image_info}

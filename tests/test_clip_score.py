@@ -138,6 +138,7 @@ def test_a_file_of_something_else_is_refused(capsys, folder: Path, tmp_path: Pat
 def test_user_errors(capsys, monkeypatch, folder: Path, tmp_path: Path) -> None:
     answers = write(tmp_path / "x.json", {"red.png": "red"})
     for more, message in (({"device": "tpu"}, "--device is 'tpu'"), ({"dataset_path": "/nowhere"}, "/nowhere"),
+                          ({"num_frames": 0}, "--num_frames is 0"),
                           ({"output_json": "/nowhere/x"}, "'/nowhere/x' cannot be written")):  # fmt: skip
         status, _, err = score(capsys, folder, answers, **more)
         assert status == 2 and message in err

@@ -371,3 +371,7 @@ def test_the_command_from_videos_to_scores(
     assert not [path for path in (tmp_path / "out").iterdir() if b"secret" in path.read_bytes()]
     assert main(["judge", str(tmp_path), *judging]) == 2
     assert "inference_results.json cannot be read" in capsys.readouterr().err
+    row = {"pred": "p", "gt": "g", "question": "q", "task_type": "consistency_qa", "pred1": "r"}
+    (tmp_path / "inference_results.json").write_text(json.dumps([row]))
+    assert main(["judge", str(tmp_path), *judging]) == 2
+    assert "entry 0: has no pred, gt, question, task_type, pred1, question1 as text" in capsys.readouterr().err

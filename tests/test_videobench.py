@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,19 @@ def test_names_change_only_where_they_must(egs: Path) -> None:
     questions, right = sampled(egs)
     assert {"17", "v_x_4"} <= set(questions) and right["MOT"]["v_x_4"] == {"answer": "F"}
     assert questions["v_x_4"]["vid_path"] == "Eval_video/sampling_data/MOT16-02.mp4"
+
+
+def test_a_miniature_that_ends_early_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text("")
+
+    def interrupt(*_: object) -> None:
+        assert (tmp_path / "VideoBench" / "Eval_video" / "Appearance").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("precision.videobench.shapes_dataset.write_video", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(tmp_path, clips=1)
+    assert files(tmp_path) == {"mine"}
 
 
 def test_the_seed_decides(egs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,6 +384,7 @@ def test_intervals() -> None:
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
+        (8, 10, 0.4902, 0.9433),  # of the textbooks
     ]:
         assert wilson_interval(right, asked) == pytest.approx((low, high), abs=5e-5)
     assert wilson_interval(0, 0) == (0.0, 1.0)
@@ -390,7 +404,7 @@ def test_paired_difference() -> None:
     assert (same.low, same.high, same.p_value) == (0.0, 0.0, 1.0)
 
 
-def write_side(path: Path, rows: dict[str, tuple[str, str | None]], failed: Sequence[str] = ()) -> Path:
+def write_side(path: Path, rows: Mapping[str, tuple[str, Any]], failed: Sequence[str] = ()) -> Path:
     """A <set>_eval.json with {id: (reply, dataset)}."""
     values = {
         name: {"video_id": 1, "question": "?", "output_sequence": [reply], **({"dataset": dataset} if dataset else {}),
@@ -458,6 +472,8 @@ def test_comparisons_that_cannot_be_made(tmp_path: Path, made: Path) -> None:
         compare(empty, empty, answers)
     with pytest.raises(ConfigError, match="output_sequence"):
         compare(answers, side, answers)
+    with pytest.raises(ConfigError, match=r"dataset \['Count'\]"):
+        compare(write_side(tmp_path / "list.json", {"0": ("A", ["Count"])}), side, answers)
 
 
 # The commands

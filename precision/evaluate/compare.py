@@ -5,12 +5,12 @@ Reads all_results.json of this package and of the original, so that a device can
 
 import json
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
 from precision.evaluate.mvbench import chosen, is_right
+from precision.videobench.scoring import wilson_interval
 
 Results = list[dict[str, Any]]
 
@@ -38,15 +38,6 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [_row(str(path), rows, every[0]) for path, rows in zip(paths, every, strict=True)]
 
 
-def interval(right: int, asked: int) -> tuple[float, float]:
-    """95 % interval of a share by Wilson's formula, in percent."""
-    z = 1.959964
-    share, spread = right / asked, z * z / asked
-    middle = share + spread / 2
-    width = z * sqrt(share * (1 - share) / asked + spread / (4 * asked))
-    return 100 * (middle - width) / (1 + spread), 100 * (middle + width) / (1 + spread)
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Markdown."""
     lines = ["| results | right | 95 % interval | same option as the first | no option |", "|---|---|---|---|---|"]
@@ -71,7 +62,7 @@ def _row(name: str, rows: Results, first: Results) -> dict[str, Any]:
         "questions": len(rows),
         "right": right,
         "right_percent": 100 * right / len(rows),
-        "interval_percent": interval(right, len(rows)),
+        "interval_percent": [100 * bound for bound in wilson_interval(right, len(rows))],
         "same": same,
         "same_percent": 100 * same / len(rows),
         "unparseable": sum("error" not in row and not chosen(row["pred"], row["question"]) for row in rows),

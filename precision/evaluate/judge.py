@@ -126,7 +126,7 @@ class Judge:
             raise self._status(response.status, response.getheader("Retry-After") or "", content)
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Failure("the judge's answer is no JSON", reached=True) from None
 
     def _status(self, status: int, retry_after: str, content: bytes) -> Exception:

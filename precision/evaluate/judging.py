@@ -61,7 +61,9 @@ def read_predictions(directory: Path) -> tuple[list[dict[str, Any]], str]:
     path = directory / "inference_results.json"
     rows = read_list(path)
     for number, row in enumerate(rows):
-        keys = ("pred", "gt", "question", "task_type")
+        keys = ["pred", "gt", "question", "task_type"]
+        if isinstance(row, dict) and {"pred1", "question1"} & row.keys():
+            keys += ["pred1", "question1"]
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
             raise ConfigError(f"{path}, entry {number}: has no {', '.join(keys)} as text, so nothing can be judged")
     tasks = {row["task_type"] for row in rows}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.errors import ConfigError, RequestError
+from atb_pllava.json_file import read_json
 
 SHUFFLE_SEED = 42  # of the original's test_ratio
 ClipName = tuple[str, float | None, float | None]
@@ -65,12 +66,7 @@ def read_questions(
 
 def read_list(path: Path) -> list[Any]:
     """A JSON file that holds a list. Raises ConfigError naming the file when it is none."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON: {error}") from None
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise ConfigError(f"{path} holds a {type(entries).__name__}; it must be a list")
     return entries

@@ -45,6 +45,7 @@ def results(questions: Sequence[Question], rows: Mapping[str, Row]) -> list[dict
     for question in questions:
         row = rows[question.name]
         result = {"pred": str(row.get("pred", "")).strip(), "task_type": question.task}
-        result |= {"video_path": question.video, "query": question.text, **question.rest}
+        result |= {"video_path": question.video, "query": question.text}
+        result |= {key: value for key, value in question.rest.items() if key not in (*result, "error")}
         out.append(result | ({"error": row["error"]} if "error" in row else {}))
     return out

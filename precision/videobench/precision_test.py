@@ -52,6 +52,8 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
         said = row.get("output_sequence") if isinstance(row, dict) else None
         if not (isinstance(said, str) or isinstance(said, list) and said and isinstance(said[0], str)):
             raise ConfigError(f"{path}: {name!r} has no output_sequence with a text; this is no <set>_eval.json")
+        if not isinstance(row.get("dataset"), str | None):
+            raise ConfigError(f"{path}: {name!r} has dataset {row['dataset']!r}; it must be the name of a set")
     return rows
 
 

@@ -7,6 +7,7 @@ As in Video-Bench, ids and names of videos repeat across sets. The clips' seeds 
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator
 from itertools import count, islice
@@ -69,6 +70,15 @@ def write_dataset(out: Path, clips: int, seed: int = FIRST_SEED) -> int:
         raise ConfigError(f"--clips is {clips}; it must be at least 1")
     if (out / "Video-Bench").exists() or (out / "VideoBench").exists():
         raise ConfigError(f"{out} holds a Video-Bench already; name a new folder")
+    try:
+        return _write_sets(out, clips, seed)
+    except BaseException:  # an interrupt too: what is half written would be in the way of the next run
+        for name in ("Video-Bench", "VideoBench"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        raise
+
+
+def _write_sets(out: Path, clips: int, seed: int) -> int:
     (out / "Video-Bench" / "Eval_QA").mkdir(parents=True)
     progress = Progress("clips", clips * len(SETS))
     answers = {
@@ -76,6 +86,7 @@ def write_dataset(out: Path, clips: int, seed: int = FIRST_SEED) -> int:
         for number, (name, tasks) in enumerate(SETS.items())
     }
     write_json(out / "Video-Bench" / "ANSWER.json", answers)
+    progress.finish()
     return sum(map(len, answers.values()))
 
 
