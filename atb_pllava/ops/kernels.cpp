@@ -18,6 +18,7 @@
 #include <cstring>
 #include <limits>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -51,6 +52,7 @@ constexpr int STEP = 256;        // elements along the summed dimension that sta
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef int16_t vs __attribute__((vector_size(W * 4)));    // 2 W words
 typedef int8_t vc __attribute__((vector_size(W * 2)));     // 2 W bytes
 typedef int8_t vq __attribute__((vector_size(W)));         // W bytes
@@ -121,7 +123,7 @@ INLINE vf power_of_two(vf x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.f;
-    return (vf)(((vi)p + ((vi)shifted << 23)) & ~vanished);
+    return (vf)(((vu)p + ((vu)shifted << 23)) & (vu)~vanished);
 }
 constexpr float LOG2E = 1.44269504088896341f;
 INLINE vf logistic(vf x) {  // 1 / (1 + e^-x), both branches with a power below 1
@@ -144,7 +146,7 @@ class Pool {
             for (int64_t i = 0; i < count; i++) job(i);
             return;
         }
-        while ((int)size < threads - 1) start();
+        while (size < threads - 1 && start()) {}
         call = [](void* f, int64_t i) { (*(typename std::remove_reference<F>::type*)f)(i); };
         context = (void*)&job, total = count, tickets = threads - 1;
         next = 0;
@@ -177,7 +179,15 @@ class Pool {
 #endif
     }
     void work() { for (int64_t i; (i = next++) < total;) call(context, i); }
-    void start() { std::thread([this, seen = generation.load()] { live(seen); }).detach(); size++; }
+    bool start() {  // false where the system grants no more threads: those that there are do the work
+        try {
+            std::thread([this, seen = generation.load()] { live(seen); }).detach();
+        } catch (const std::system_error&) {
+            return false;
+        }
+        size++;
+        return true;
+    }
     void live(uint64_t seen) {
         for (;;) {
             auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(60);
@@ -984,9 +994,15 @@ template <class M, class X> void encoder(const Encoder& job) {
 template <class T, class X> void write_head(const X* from, int64_t dim, T* to, float* scale) {
     if constexpr (std::is_same<T, int8_t>::value) {
         float most = 0;
-        for (int64_t i = 0; i < dim; i++) most = std::max(most, std::fabs(to_float(from[i])));
-        *scale = most > 0 ? most / 127 : 1.f;
-        for (int64_t i = 0; i < dim; i++) to[i] = (int8_t)std::nearbyint(to_float(from[i]) / *scale);
+        for (int64_t i = 0; i < dim; i++) {
+            const float size = std::fabs(to_float(from[i]));
+            if (!(size <= most) && most == most) most = size;  // NaN stays
+        }
+        const float step = most / 127;  // 0 for what is tiny too
+        *scale = step == 0 ? 1.f : step;
+        // What is not finite shows in the scale; it has no 8 bits.
+        const bool finite = most <= std::numeric_limits<float>::max();
+        for (int64_t i = 0; i < dim; i++) to[i] = finite ? (int8_t)std::nearbyint(to_float(from[i]) / *scale) : 0;
     } else {
         std::memcpy(to, from, dim * sizeof(T));
     }
