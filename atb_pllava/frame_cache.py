@@ -60,8 +60,8 @@ def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | N
 def _identity(item: object) -> object:
     if isinstance(item, bytes):
         return hashlib.sha256(item).digest()
-    if isinstance(item, np.ndarray):
-        return item.shape, str(item.dtype), hashlib.sha256(np.ascontiguousarray(item).data).digest()
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8:  # all others are refused when they are read
+        return item.shape, hashlib.sha256(np.ascontiguousarray(item).data).digest()
     if not isinstance(item, str | os.PathLike):
         return None
     try:

@@ -356,6 +356,7 @@ def test_media_keys(tmp_path: Path) -> None:
     assert media_key([one], None) != media_key([one.reshape(2, 4, 3, 3)], None)
     assert media_key([one[::-1]], None) == media_key([one], None)
     assert media_key([3], None) is None
+    assert media_key([np.zeros(2, "datetime64[s]")], None) is None, "refused by the reader, with its own words"
 
 
 def test_media_are_read_beside_the_model(checkpoint, media: Path) -> None:

@@ -205,6 +205,20 @@ def test_8_bits_of_keys_are_half_a_step_off_at_most() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_8_bits_show_what_is_not_finite_and_hold_what_is_tiny(fast: NativeBackend, dtype: torch.dtype) -> None:
+    keys = random(4, 1, 8).to(dtype)
+    keys[0, 0, 3], keys[1, 0, 7], keys[2, 0, :] = float("nan"), -float("inf"), 0
+    keys[2, 0, 5] = 1e-44 if dtype == torch.float32 else 9.2e-41  # a 127th of it is no number above 0, or hardly one
+    (cache,) = fast.new_kv_cache(1, 1, 4, 1, 8, torch.int8)
+    fast.write_kv(keys, keys, cache, torch.arange(4))
+    found = stored(cache, 0, torch.arange(4), 4)
+    assert found[:, 0].isfinite().all(dim=1).tolist() == [False, False, True, True]
+    assert float((found[2] - keys[2]).abs().max()) < 1e-40
+    batch = SequenceBatch((0, 1), (4,), torch.tensor([[0]]))
+    assert not bool(fast.decode_attention(keys[3:], cache, batch).isfinite().any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 64), (77, 3, 80), (577, 1, 64), (33, 2, 17)])
 def test_encoder_attention(fast: NativeBackend, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
     query, keys, values = random(2, tokens, 3, heads, dim).to(dtype).unbind(2)
@@ -364,6 +378,50 @@ def test_a_broken_compiler(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         backend = get_backend("cpu", kernels="auto", compiler=compiler, kernel_dir=str(tmp_path / "kernels"))
         assert type(backend) is TorchBackend and reason in caplog.text and "plain torch is used" in caplog.text
     assert not list((tmp_path / "kernels").glob("*.so")) and not list((tmp_path / "kernels").glob("*.partial"))
+
+
+def test_a_compiler_that_is_no_command() -> None:
+    with pytest.raises(BackendError, match="compiler \"c.. 'x\" is no command: No closing quotation"):
+        get_backend("cpu", kernels="native", compiler="c++ 'x")
+
+
+def test_files_that_cannot_be_locked(imitation: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(build.fcntl, "flock", refuse)
+    backend = get_backend("cpu", kernels="auto", compiler=imitation, kernel_dir=str(tmp_path / "kernels"))
+    assert type(backend) is TorchBackend and "No locks available; plain torch is used" in caplog.text
+
+
+def test_a_user_without_a_home(
+    imitation: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    build.load_library(imitation)
+    assert "kept (Could not determine home directory.); they are compiled anew by every start" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_no_more_threads_are_granted(compiled: None) -> None:
+    program = (
+        "import ctypes, os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"  # a thread's stack is larger
+        "library, count = ctypes.CDLL(sys.argv[1]), 2**18\n"
+        "x, out = (ctypes.c_float * count)(*[1.0] * count), (ctypes.c_float * count)()\n"
+        "library.atb_quick_gelu(x, out, ctypes.c_int64(count), ctypes.c_int64(0), 4)\n"
+        "print(len(os.listdir('/proc/self/task')), {round(value, 4) for value in out})\n"
+    )
+    command = [sys.executable, "-c", program, build.load_library()._name]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -s 8388608 && exec "$@"', "sh", *command], capture_output=True, text=True)  # fmt: skip
+    if "ulimit" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.stdout == "1 {0.8458}\n", done.stderr
 
 
 def test_no_compiler_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

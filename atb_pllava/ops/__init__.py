@@ -41,7 +41,7 @@ def get_backend(
 def _with_kernels(plain: Backend, kernels: str, compiler: str | None, kernel_dir: str | None) -> Backend:
     try:
         return NativeBackend(load_library(compiler, kernel_dir))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         if kernels == "native":
             raise BackendError(f"kernels 'native': {error}; install a C++ compiler, or use --kernels torch") from None
         logger.warning("no CPU kernels: %s; plain torch is used, which is several times slower", error)

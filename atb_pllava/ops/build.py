@@ -40,7 +40,11 @@ class BuildError(Exception):
 
 
 def default_directory() -> Path:
-    return Path.home() / ".cache" / "atb_pllava"
+    """In the home directory; OSError for a user without one."""
+    try:
+        return Path.home() / ".cache" / "atb_pllava"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def best_level() -> str:
@@ -65,7 +69,7 @@ def load_library(
 
     compiler is a command, possibly with options (None: the first of COMPILERS on the PATH); directory is where
     libraries are kept (None: `default_directory()`); one that cannot be used is replaced by a temporary one.
-    Raises BuildError.
+    Raises BuildError, and OSError where files cannot be made or locked.
     """
     command = _find_compiler(compiler)
     flags = [*COMMON_FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[level or best_level()])]
@@ -86,7 +90,10 @@ def load_library(
 
 def _find_compiler(given: str | None) -> list[str]:
     """The compiler as a command line, its first word a full path."""
-    words = shlex.split(given) if given else []
+    try:
+        words = shlex.split(given) if given else []
+    except ValueError as error:
+        raise BuildError(f"compiler {given!r} is no command: {error}") from None
     names = words[:1] or list(COMPILERS)
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
