@@ -297,6 +297,7 @@ REFUSED = [
     (["--model_path", "DIR", "--media", "DIR", "--w8a16"], "goes with --shape"),
     (["--shape", "8b"], "neither one of 1b, 7b, 13b, 34b"),
     (["--shape", "1b", "--media", "DIR"], "--media goes with --model_path"),
+    (["--shape", "1b", "--prompt", "what?"], "--prompt goes with --model_path"),
     (["--shape", "1b", "--batches", "2,1"], "each larger than the one before"),
     (["--shape", "1b", "--max_batch_size", "0"], "whole numbers from 1"),
     (["--shape", "1b", "--max_output_length", "0"], "at least 1 token"),

@@ -53,9 +53,7 @@ def add_model_and_input(parser: argparse.ArgumentParser) -> None:
     add_bench_model(parser)
     group = parser.add_argument_group("input")
     group.add_argument("--media", metavar="PATH", help="a video, or a directory of them, taken in turns")
-    group.add_argument(
-        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
-    )
+    group.add_argument("--prompt", metavar="TEXT", help=f"question about --media (default {DEFAULT_PROMPT!r})")
     add_prompt_options(parser)
 
 
@@ -67,9 +65,9 @@ def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
         raise ConfigError("--model_path needs --media: the videos to ask about")
     if arguments.model_path is not None and arguments.w8a16:
         raise ConfigError("--w8a16 goes with --shape; a checkpoint has the weights it has (`convert` makes int8 ones)")
-    for name in ("media", "weight_dir"):
-        if arguments.shape is not None and getattr(arguments, name) is not None:
-            raise ConfigError(f"--{name} goes with --model_path; --shape makes its own weights and frames")
+    for name in ("media", "prompt", "weight_dir"):
+        if arguments.shape is not None and getattr(arguments, name, None) is not None:
+            raise ConfigError(f"--{name} goes with --model_path; --shape makes its own weights, frames and prompts")
 
 
 @contextmanager
@@ -97,7 +95,8 @@ def request_maker(arguments: argparse.Namespace, llm: LLM) -> Callable[[int], Ma
     """Request number i: the media in turns, or noise of the vision tower's size with a prompt of usual length."""
     if arguments.shape is None:
         media = list_media(arguments.media)
-        return lambda number: {"question": arguments.prompt, "video": media[number % len(media)]}
+        question = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
+        return lambda number: {"question": question, "video": media[number % len(media)]}
     side, frames = llm.config.vision.image_size, llm.config.num_frames
 
     def made_up(number: int) -> Mapping[str, Any]:

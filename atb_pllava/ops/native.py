@@ -113,7 +113,8 @@ class NativeBackend(TorchBackend):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Panels):
             return super().linear(x, weight, bias)
-        assert x.dtype == weight.dtype and x.shape[-1] == weight.shape[1] and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
+        assert x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
+        assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
         self._call(
