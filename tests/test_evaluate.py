@@ -241,6 +241,10 @@ def test_compare(capsys, tmp_path: Path) -> None:
     assert status == 2 and "not about the same questions" in err
     status, _, err = run(capsys, "compare", tmp_path)
     assert status == 2 and "all_results.json cannot be read" in err
+    for content in ("[]", '{"result_list": 1}', '{"result_list": [1]}', '{"result_list": [{"pred": "A"}]}'):
+        (tmp_path / "all_results.json").write_text(content)
+        status, _, err = run(capsys, "compare", tmp_path)
+        assert status == 2 and "is no all_results.json of mvbench" in err
 
 
 def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 Reads all_results.json of this package and of the original, so that a device can be held against a published run.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
+from atb_pllava.json_file import read_json
 from precision.evaluate.mvbench import chosen, is_right
 from precision.videobench.scoring import wilson_interval
 
@@ -18,15 +18,16 @@ Results = list[dict[str, Any]]
 def read_results(path: Path) -> Results:
     """`result_list` of a directory's all_results.json, or of such a file. Raises ConfigError for anything else."""
     file = path / "all_results.json" if path.is_dir() else path
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["result_list"]
-        if rows and all(isinstance(row[key], str) for row in rows for key in ("pred", "gt", "question", "task_type")):
-            return list(rows)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        pass
+    results = read_json(file)
+    rows = results.get("result_list") if isinstance(results, dict) else None
+    if isinstance(rows, list) and rows and all(map(_is_result, rows)):
+        return rows
     raise ConfigError(f"{file} is no all_results.json of mvbench, with pred, gt, question and task_type in each row")
+
+
+def _is_result(row: Any) -> bool:
+    keys = ("pred", "gt", "question", "task_type")
+    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
