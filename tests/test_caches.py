@@ -228,12 +228,12 @@ def test_a_prompt_behind_its_video_needs_no_tokens_of_it(checkpoint, cold) -> No
 
 def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
     llm = load(checkpoint)
-    head = llm._engine.team.runner.model.language.lm_head.data
-    good = head[5].clone()
-    head[5] = float("nan")
+    norm = llm._engine.team.runner.model.language.norm.data
+    good = norm[5].clone()
+    norm[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         llm.generate(ask(0), PARAMS)
-    head[5] = good
+    norm[5] = good
     out = llm.generate(ask(0), PARAMS)[0]
     assert out.num_cached_tokens == 0
     assert_same(out, cold(ask(0)))

@@ -182,10 +182,11 @@ def test_a_rank_that_hangs_at_the_start_is_given_up(model: Path, monkeypatch: py
 
     monkeypatch.setattr(workers, "SECONDS_WITHOUT_SIGN", 2.0)
     start = subprocess.Popen
+    sleep = [sys.executable, "-c", "import time; time.sleep(99)"]
     monkeypatch.setattr(
         subprocess,
         "Popen",
-        lambda command, **more: start([sys.executable, "-c", "import time; time.sleep(99)"], **more),
+        lambda command, *given, **more: start(sleep if "import follower" in str(command) else command, *given, **more),
     )
     began = time.monotonic()
     with pytest.raises(BackendError, match="rank 1 has not moved for 2 s"):
