@@ -47,6 +47,7 @@ POOLINGS = ("means", "matrices")
 # What is cached or recorded as a whole would not pass by layer by layer.
 WATCHED = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}
 COLUMNS = ("same token preferred", "max / mean logit error", "KL")
+DEFAULT_LEFT, DEFAULT_TOKENS = "dtype=float32", 32
 THRESHOLDS = {
     "min_top1": (0.98, "least share of tokens at which both sides prefer the same"),
     "max_kl": (0.02, "largest mean KL(left || right), nats a token"),
@@ -66,6 +67,8 @@ def parity(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) is not None:
             check_writable(getattr(arguments, option), f"--{option}")
     _check_form(arguments)
+    arguments.left = arguments.left or DEFAULT_LEFT
+    arguments.max_tokens = DEFAULT_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     sides = [compare_files(*arguments.files)] if arguments.files else list(compare_sides(arguments))
     if not sides:  # --record alone
         return 0
@@ -174,7 +177,7 @@ def run_left(options: dict[str, Any], arguments: argparse.Namespace, folder: Pat
             try:
                 record(llm, item, prompt, arguments.max_tokens).save(folder / f"{number:05}.safetensors")
             except PllavaError as error:
-                errors.append(f"{item}: {error}")
+                errors.append(f"{item or 'text'}: {error}")
             progress.add(len(errors) > before)
         write_json(folder / "index.json", {"errors": errors, **manifest_of(llm)})
     progress.finish()
@@ -196,7 +199,7 @@ def run_right(
                 right = record(llm, _here(left.media, media), left.prompt, 0, left.token_ids)
                 agreements.append(compare_recordings(left, right))
             except PllavaError as error:
-                errors.append(f"{left.media}: {error}")
+                errors.append(f"{left.media or 'text'}: {error}")
             progress.add(len(errors) > before)
         manifest = manifest_of(llm)
     progress.finish()
@@ -349,8 +352,8 @@ def _directory(kept: str | None, recording: str | None) -> Iterator[Path]:
 
 def _check_form(arguments: argparse.Namespace) -> None:
     """Raises ConfigError for options that do not go together."""
-    sides = [f"--{name}" for name in ("right", "record", "media", "model_path", "prompt", "plot")
-             if getattr(arguments, name)]  # fmt: skip
+    names = ("left", "right", "record", "media", "model_path", "prompt", "max_tokens", "plot")
+    sides = [f"--{name}" for name in names if getattr(arguments, name) not in (None, [])]
     if arguments.files and (len(arguments.files) != 2 or sides):
         raise ConfigError(
             f"given are {len(arguments.files)} files{' and ' if sides else ''}{', '.join(sides)}; compare two files, "
@@ -358,10 +361,13 @@ def _check_form(arguments: argparse.Namespace) -> None:
         )
     if not arguments.files and not arguments.right and not arguments.record:
         raise ConfigError("nothing to compare: name two files of `run --output_json`, or --right, or --record")
-    if arguments.record and "recording=" in arguments.left:
+    if not arguments.files and not arguments.right and (arguments.plot or arguments.output_json):
+        raise ConfigError("--plot and --output_json are for a comparison; --record alone compares nothing")
+    recorded = "recording=" in (arguments.left or "")
+    if recorded and arguments.record:
         raise ConfigError("--record is for a left side that runs; this one is a recording already")
-    if arguments.prompt and "recording=" in arguments.left:
-        raise ConfigError("--prompt is for a left side that runs; a recording has its questions")
+    if recorded and (arguments.prompt or arguments.max_tokens is not None):
+        raise ConfigError("--prompt and --max_tokens are for a left side that runs; a recording has its answers")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -370,12 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="two files of `run --output_json`")
     parser.add_argument("--model_path", metavar="DIR", help="checkpoint of sides that do not name their weights")
-    parser.add_argument(
-        "--left",
-        default="dtype=float32",
-        metavar="KEY=VALUE,...",
-        help=f"default dtype=float32; keys: {', '.join(KEYS)}",
-    )
+    parser.add_argument("--left", metavar="KEY=VALUE,...", help=f"default {DEFAULT_LEFT}; keys: {', '.join(KEYS)}")
     parser.add_argument(
         "--right", action="append", default=[], metavar="KEY=VALUE,...", help="a side to compare with it; repeatable"
     )
@@ -385,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help=f"question, repeatable (default {DEFAULT_PROMPT!r})"
     )
-    parser.add_argument("--max_tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
+    parser.add_argument("--max_tokens", type=int, metavar="N", help=f"longest answer (default {DEFAULT_TOKENS})")
     parser.add_argument("--record", metavar="DIR", help="keep the left side's states for --left recording=DIR")
     parser.add_argument("--output_json", metavar="FILE", help="also write every number")
     parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer into this PNG file")

@@ -323,7 +323,10 @@ def test_bad_sides_are_refused(capsys, weights, media, side: str, message: str) 
         (["none.json", "none.json"], "none.json cannot be read"),
         (["--right", "dtype=float32"], "has no weights"),
         (["--left", "recording=/nowhere", "--model_path", "x", "--right", "dtype=float32"], "/nowhere/index.json"),
-        (["--left", "recording=x", "--right", "dtype=float32", "--prompt", "a"], "--prompt is for a left side"),
+        (["a.json", "b.json", "--left", "dtype=float32", "--max_tokens", "3"], "2 files and --left, --max_tokens"),
+        (["--left", "recording=x", "--right", "dtype=float32", "--prompt", "a"], "are for a left side that runs"),
+        (["--left", "recording=x", "--right", "dtype=float32", "--max_tokens", "3"], "are for a left side that runs"),
+        (["--record", "rec", "--plot", "x.png"], "--record alone compares nothing"),
         (["--right", "dtype=float32", "--plot", "/nowhere/x.png"], "--plot '/nowhere/x.png' cannot be written"),
     ],
 )
