@@ -230,6 +230,21 @@ def test_a_copy_that_ends_early_leaves_the_old_sample(egs: Path, monkeypatch, er
     assert len(copies) == 3 and files(egs) == before and sampled(egs) == questions
 
 
+def test_an_end_between_the_renames_leaves_the_old_sample(egs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample(egs, "--nums", 4) == 0
+    before, rename = files(egs), Path.rename
+
+    def interrupt(source: Path, target: Path) -> Path:
+        if source.name == "new":
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sample(egs, "--nums", 12, "--overwrite")
+    assert files(egs) == before
+
+
 # Prompts
 
 

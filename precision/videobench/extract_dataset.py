@@ -141,6 +141,8 @@ def _place_videos(videos: Mapping[Path, str], target: Path, place: Callable[[Pat
             target.rename(aside / "old")
         (aside / "new").rename(target)
     finally:
+        if (aside / "old").exists() and not target.exists():  # it ended between the two renames
+            (aside / "old").rename(target)
         shutil.rmtree(aside)
 
 
