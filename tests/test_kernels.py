@@ -380,6 +380,15 @@ def test_a_broken_compiler(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert not list((tmp_path / "kernels").glob("*.so")) and not list((tmp_path / "kernels").glob("*.partial"))
 
 
+def test_a_compiler_older_than_the_cpu(imitation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "best_level", lambda: "avx512bf16")
+    old = tmp_path / "old"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1 ;; esac\nexec {imitation} "$@"\n')
+    old.chmod(0o755)
+    build.load_library(str(old), tmp_path / "kernels")
+    assert runs(tmp_path) == 1 and len(list((tmp_path / "kernels").glob("*.so"))) == 1
+
+
 def test_a_compiler_that_is_no_command() -> None:
     with pytest.raises(BackendError, match="compiler \"c.. 'x\" is no command: No closing quotation"):
         get_backend("cpu", kernels="native", compiler="c++ 'x")

@@ -39,6 +39,10 @@ class BuildError(Exception):
     """Why there is no library; the caller decides whether that is an error."""
 
 
+class CompilerError(BuildError):
+    """The compiler ended with an error."""
+
+
 def default_directory() -> Path:
     """In the home directory; OSError for a user without one."""
     try:
@@ -68,11 +72,21 @@ def load_library(
     """The kernels, compiled now unless a former run did.
 
     compiler is a command, possibly with options (None: the first of COMPILERS on the PATH); directory is where
-    libraries are kept (None: `default_directory()`); one that cannot be used is replaced by a temporary one.
+    libraries are kept (None: `default_directory()`); one that cannot be used is replaced by a temporary one; level is
+    one of LEVELS (None: the best of this CPU that the compiler can make).
     Raises BuildError, and OSError where files cannot be made or locked.
     """
+    if level is None:
+        names = list(LEVELS)
+        *better, last = names[names.index(best_level()) :]
+        for name in better:
+            try:
+                return load_library(compiler, directory, name)
+            except CompilerError as error:  # perhaps older than the CPU
+                logger.info("no CPU kernels for %s: %s", name, error)
+        return load_library(compiler, directory, last)
     command = _find_compiler(compiler)
-    flags = [*COMMON_FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[level or best_level()])]
+    flags = [*COMMON_FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[level])]
     name = _library_name(command, flags)
     try:
         folder = _private_directory(Path(directory) if directory is not None else default_directory())
@@ -154,7 +168,7 @@ def _run(command: Sequence[str], what: str) -> "subprocess.CompletedProcess[str]
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         shown = next((line for line in lines if "error" in line), lines[-1])
-        raise BuildError(f"{command[0]} {what} with status {done.returncode}: {shown}")
+        raise CompilerError(f"{command[0]} {what} with status {done.returncode}: {shown}")
     return done
 
 
