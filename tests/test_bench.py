@@ -470,6 +470,10 @@ def test_bounds_are_checked_against_a_sweep(tmp_path, capsys) -> None:
     (found,) = table_of(capsys.readouterr().out)
     reached = {name: found[f"reached_{name}"] for name in ("vision_encode_ms", "prefill_ms", "tpot_p50_ms")}
     assert reached == {"vision_encode_ms": "50 %", "prefill_ms": "80 %", "tpot_p50_ms": "50 %"}
+    for wrong, message in (({"status": "does not fit"}, "no batch that was"), ({"prefill_ms": ""}, "prefill_ms")):
+        (tmp_path / "t.csv").write_text(csv_text([{**row, **wrong}], COLUMNS))
+        assert bench("scaling", "--check", tmp_path / "t.csv") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_written_checkpoint_holds_the_same_random_weights(small_shape, tmp_path, monkeypatch) -> None:

@@ -194,7 +194,7 @@ def run_scaling(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     _check_number(arguments, "prompt_tokens", 10**6)
     if arguments.check is not None:
-        rows = compare_with_sweep(_read_sweep(arguments.check))
+        rows = _against_bounds(arguments.check)
     else:
         sizes = whole_numbers("--world_size", arguments.world_size)
         machines = [_machine(name) for name in arguments.device.split(",")]
@@ -218,13 +218,24 @@ def _machine(name: str) -> Machine:
     return known[name]
 
 
+def _against_bounds(path: str) -> list[dict[str, Any]]:
+    table = _read_sweep(path)
+    try:
+        rows = compare_with_sweep(table)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"--check {path!r} is not a whole table of a sweep: {error!r}") from None
+    if not rows:
+        raise ConfigError(f"--check {path!r} has no batch that was measured; the first one says {table[0]['status']!r}")
+    return rows
+
+
 def _read_sweep(path: str) -> list[dict[str, str]]:
     try:
         with open(path, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--check {path!r} cannot be read: {error}") from None
-    if not rows or "decode_step_MB" not in rows[0]:
+    if not rows or not {"decode_step_MB", "status"} <= rows[0].keys():
         raise ConfigError(f"--check {path!r} is not the table of a sweep (`bench sweep --csv`)")
     return rows
 
