@@ -54,7 +54,8 @@ class TensorParallel:
         whole = x.new_empty(self.size * longest, *x.shape[1:])
         parts = whole.split(longest)
         if x.device.type == "cpu":
-            dist.all_gather(list(parts), padded)
+            # As bytes: the gloo of torch 2.1 knows no bfloat16.
+            dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8))
         else:  # into one tensor: no copies behind the collective, and no padding of its parts, which cannot be captured
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
             gather(whole, padded)
