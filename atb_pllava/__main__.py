@@ -1,19 +1,14 @@
 """The command line: `python -m atb_pllava run|predict|convert ...`. Each verb has a file in `commands`.
 
-Answers go to stdout, everything else to stderr. Exit status: 0 done, 2 an error of the user's (one message, no
-traceback), 130 interrupted.
+Answers go to stdout, everything else to stderr. For the exit status see `commands.ending`.
 """
 
 import argparse
-import io
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from atb_pllava.commands.environment import rank
-from atb_pllava.errors import PllavaError
+from atb_pllava.commands.ending import run_command
 
 VERBS = {
     "run": "answer questions about videos and images",
@@ -27,31 +22,12 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
-    try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
-        logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-        level = logging.WARNING if arguments.quiet else logging.INFO
-        logging.getLogger("atb_pllava").setLevel(level if rank() == 0 else logging.ERROR)
-        status = int(arguments.command(arguments))
-        sys.stdout.flush()
-        return status
-    except PllavaError as error:
-        if rank() == 0:  # the others met the same error
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        # Nothing more can be written there; what is buffered would fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
-            return 141
-        print(f"error: the answers could not be written to stdout: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    given = sys.argv[1:] if argv is None else argv
+    return run_command(
+        lambda: _parse(given),
+        lambda arguments: int(arguments.command(arguments)),
+        no_stdout="the answers could not be written to stdout",
+    )
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
 from atb_pllava.answers import Progress
+from atb_pllava.commands.ending import run_command
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import surroundings
 from atb_pllava.media import read_media
 from atb_pllava.ops import get_backend
 from atb_pllava.sampling import SAMPLERS
-from precision.command import run_command
 
 # Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
@@ -125,7 +125,7 @@ def read_judge_weights(path: str) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the process exit status."""
-    return run_command(_parser(), clip_score, argv)
+    return run_command(lambda: _parser().parse_args(argv), clip_score)
 
 
 def clip_score(arguments: argparse.Namespace) -> int:

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from atb_pllava import LLM, ConfigError, PllavaError
 from atb_pllava.answers import Progress
+from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import manifest_of
 from atb_pllava.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
-from precision.command import run_command
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record
@@ -58,7 +58,7 @@ THRESHOLDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the process exit status."""
-    return run_command(_parser(), parity, argv)
+    return run_command(lambda: _parser().parse_args(argv), parity)
 
 
 def parity(arguments: argparse.Namespace) -> int:

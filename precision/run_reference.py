@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages nee
 
 import torch
 
+from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.predict import add_options, predict
 from atb_pllava.errors import ConfigError
-from precision.command import run_command
 
 DEFAULT_OUTPUT = "gpu_coco_predict.json"
 PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefix_cache": "off"}
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Reference answers, in float32 on a CPU or a GPU.", allow_abbrev=False)
     add_options(parser)
     parser.set_defaults(output_json=DEFAULT_OUTPUT, **PLAIN)
-    return run_command(parser, run_reference, argv)
+    return run_command(lambda: parser.parse_args(argv), run_reference)
 
 
 def run_reference(arguments: argparse.Namespace) -> int:

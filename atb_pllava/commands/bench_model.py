@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.bench.shapes import SHAPES, made_up_words, write_shape
-from atb_pllava.commands.environment import started_by_torchrun
-from atb_pllava.commands.model_options import add_model_options, add_prompt_options, load_model, model_options
+from atb_pllava.commands.model_options import add_model_options, add_prompt_options, join_torchrun, load_model
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.config import KV_CACHE_DTYPES
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
-from atb_pllava.workers import Workers, serve_rank
 
 _WORDS = 54  # with the conversation's own tokens and 2304 from video, a prompt of about 2360
 
@@ -83,9 +81,9 @@ def open_model(arguments: argparse.Namespace, **engine: Any) -> Iterator[LLM | i
             settings["model_path"] = str(write_shape(Path(directory), arguments.shape))
             settings["load_format"] = "random_w8a16" if arguments.w8a16 else "random"
         described = argparse.Namespace(**{**vars(arguments), **settings})
-        workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
-        if workers is not None and workers.parallel.rank > 0:
-            yield serve_rank(workers, model_options(described))
+        workers = join_torchrun(described)
+        if isinstance(workers, int):
+            yield workers
             return
         with load_model(described, workers) as llm:
             yield llm

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from atb_pllava.commands.environment import compiler, kernel_dir, master_port
+from atb_pllava.commands.environment import compiler, kernel_dir, master_port, started_by_torchrun
 from atb_pllava.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
@@ -17,7 +17,7 @@ from atb_pllava.ops import BACKENDS, KERNELS
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
-from atb_pllava.workers import Workers
+from atb_pllava.workers import Workers, serve_rank
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -156,6 +156,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def model_options(arguments: argparse.Namespace) -> ModelOptions:
     """What every rank has to know."""
     return ModelOptions(**{name: getattr(arguments, name) for name in ModelOptions.__dataclass_fields__})
+
+
+def join_torchrun(arguments: argparse.Namespace) -> Workers | int | None:
+    """The link to the ranks torchrun started, None without it; on all but rank 0 the exit status, after their work."""
+    if not started_by_torchrun(arguments.world_size):
+        return None
+    workers = Workers.among_torchrun()
+    return workers if workers.parallel.rank == 0 else serve_rank(workers, model_options(arguments))
 
 
 def load_model(arguments: argparse.Namespace, workers: Workers | None = None) -> LLM:

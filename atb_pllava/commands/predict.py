@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atb_pllava.answers import AnswerLog, Row, answer_all
-from atb_pllava.commands.environment import rank, started_by_torchrun
+from atb_pllava.commands.environment import rank
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    join_torchrun,
     load_model,
-    model_options,
     sampling_params,
 )
 from atb_pllava.commands.run import DEFAULT_PROMPT
@@ -28,7 +28,6 @@ from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.llm import LLM
 from atb_pllava.manifest import settings_of, write_manifest
 from atb_pllava.media import list_media
-from atb_pllava.workers import Workers, serve_rank
 
 DEFAULT_OUTPUT = "predict_result.json"
 
@@ -60,9 +59,9 @@ def predict(arguments: argparse.Namespace) -> int:
     """Write an answer about every medium to --output_json."""
     if arguments.trust_remote_code and rank() == 0:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
-    workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
-    if workers is not None and workers.parallel.rank > 0:
-        return serve_rank(workers, model_options(arguments))
+    workers = join_torchrun(arguments)
+    if isinstance(workers, int):
+        return workers
     check_writable(arguments.output_json, "--output_json")
     existing_answers(arguments.output_json)
     media, params = list_media(arguments.media), sampling_params(arguments)

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from atb_pllava.commands.environment import rank, started_by_torchrun
+from atb_pllava.commands.environment import rank
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    join_torchrun,
     load_model,
-    model_options,
     sampling_params,
 )
 from atb_pllava.engine.request import RequestOutput, SamplingParams
@@ -22,7 +22,6 @@ from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
-from atb_pllava.workers import Workers, serve_rank
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -53,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask every prompt about every medium and print the answers in order."""
     if arguments.trust_remote_code and rank() == 0:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
-    workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
-    if workers is not None and workers.parallel.rank > 0:
-        return serve_rank(workers, model_options(arguments))
+    workers = join_torchrun(arguments)
+    if isinstance(workers, int):
+        return workers
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json")
     media = [None] if arguments.media is None else list_media(arguments.media)

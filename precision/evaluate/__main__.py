@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava import SamplingParams
-from atb_pllava.commands.environment import started_by_torchrun
+from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
+    join_torchrun,
     load_model,
     model_options,
 )
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.workers import Workers, serve_rank
-from precision.command import run_command
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
@@ -44,15 +43,17 @@ MOST_NAMED = 20  # errors that are printed; all are in the results
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process exit status."""
     interrupted = "interrupted; what was answered is kept, the same command goes on from there"
-    return run_command(_parser(), lambda arguments: int(arguments.command(arguments)), argv, interrupted)
+    return run_command(
+        lambda: _parser().parse_args(argv), lambda arguments: int(arguments.command(arguments)), interrupted
+    )
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Ask all questions of a benchmark and write its results."""
     benchmark = BENCHMARKS[arguments.verb]
-    workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
-    if workers is not None and workers.parallel.rank > 0:
-        return serve_rank(workers, model_options(arguments))
+    workers = join_torchrun(arguments)
+    if isinstance(workers, int):
+        return workers
     asked = _judge(arguments) if benchmark.judged else None
     questions = _questions(arguments)
     _make_directory(arguments.output_dir)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from precision.command import run_command
+from atb_pllava.commands.ending import run_command
 from precision.shapes.dataset import FIRST_SEED, write_shapes
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=FIRST_SEED, metavar="N", help=f"seed of the first clip (default {FIRST_SEED})"
     )
-    return run_command(parser, write, argv)
+    return run_command(lambda: parser.parse_args(argv), write)
 
 
 def write(arguments: argparse.Namespace) -> int:

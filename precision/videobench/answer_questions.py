@@ -20,12 +20,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
 from atb_pllava.answers import AnswerLog, Row, answer_all, settings_digest
-from atb_pllava.commands.environment import started_by_torchrun
+from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
+    join_torchrun,
     load_model,
     model_options,
     sampling_params,
@@ -36,17 +37,15 @@ from atb_pllava.json_file import write_json
 from atb_pllava.llm import LLM
 from atb_pllava.manifest import settings_of, write_manifest
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.workers import Workers, serve_rank
-from precision.command import run_command
 from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
 from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
 
 
 def answer_sets(arguments: argparse.Namespace) -> int:
     """Ask the questions of every set named; the exit status, 2 when some failed."""
-    workers = Workers.among_torchrun() if started_by_torchrun(arguments.world_size) else None
-    if workers is not None and workers.parallel.rank > 0:
-        return serve_rank(workers, model_options(arguments))
+    workers = join_torchrun(arguments)
+    if isinstance(workers, int):
+        return workers
     names = arguments.dataset_name or find_sets(arguments.Eval_QA_root)
     sets = {name: read_questions(arguments.Eval_QA_root, name) for name in names}
     folder = arguments.chat_conversation_output_folder
@@ -155,4 +154,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(parser(), answer_sets))
+    sys.exit(run_command(parser().parse_args, answer_sets))

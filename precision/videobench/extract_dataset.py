@@ -25,9 +25,9 @@ from typing import Any, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
 from atb_pllava.answers import Progress
+from atb_pllava.commands.ending import run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.command import run_command
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,
@@ -179,4 +179,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(parser(), extract))
+    sys.exit(run_command(parser().parse_args, extract))

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages nee
 
 import numpy as np
 
+from atb_pllava.commands.ending import run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.command import run_command
 from precision.videobench.dataset import read_answers, read_json, some_of
 from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
 
@@ -226,4 +226,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(parser(), test))
+    sys.exit(run_command(parser().parse_args, test))

@@ -21,9 +21,9 @@ from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
 from atb_pllava.answers import Progress
+from atb_pllava.commands.ending import run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from precision.command import run_command
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),
@@ -110,4 +110,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(parser(), make))
+    sys.exit(run_command(parser().parse_args, make))

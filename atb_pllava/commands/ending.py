@@ -1,28 +1,31 @@
-"""How the commands of this folder end: one message and status 2 for an error of the user's, 130 for Ctrl-C."""
+"""How every command ends: status 0 done, 2 an error of the user's (one message, no traceback), 130 for Ctrl-C."""
 
 import argparse
 import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from atb_pllava.commands.environment import rank
 from atb_pllava.errors import PllavaError
 
 
 def run_command(
-    parser: argparse.ArgumentParser,
+    parse: Callable[[], argparse.Namespace],
     work: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None = None,
     interrupted: str = "interrupted",
+    no_stdout: str = "stdout could not be used",
 ) -> int:
-    """Parse the command line and do the work; the process exit status. `interrupted` is said on Ctrl-C."""
+    """Parse the command line and do the work; the process exit status.
+
+    `interrupted` is said on Ctrl-C, `no_stdout`, with the reason, when stdout takes no more.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names may not fit the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parse()
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
         level = logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO
         logging.getLogger("atb_pllava").setLevel(level if rank() == 0 else logging.ERROR)
@@ -38,7 +41,8 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
             return 141
-        print(f"error: {error.filename or 'stdout'} could not be used: {error.strerror}", file=sys.stderr)
+        what = no_stdout if error.filename is None else f"{error.filename} could not be used"
+        print(f"error: {what}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
