@@ -27,33 +27,15 @@ Environment:
 EOF
 }
 
-refuse() {
-    echo "error: $1" >&2
-    usage >&2
-    exit 2
-}
-
-positional=() extra=()
-while [ $# -gt 0 ]; do
-    case $1 in
-    -h | --help) usage; exit 0 ;;
-    --) shift; extra=("$@"); break ;;
-    -*) refuse "unknown option $1; options of answer_questions.py follow after --" ;;
-    *) positional+=("$1") ;;
-    esac
-    shift
-done
+# shellcheck source=script.sh
+. "$root/precision/videobench/script.sh"
+read_arguments "$@"
 [ ${#positional[@]} -ge 4 ] || refuse "${#positional[@]} of the arguments WEIGHT_PATH VIDEO_PATH EVAL_QA_ROOT OUTPUT_FOLDER given"
 [ ${#positional[@]} -le 7 ] || refuse "surplus argument '${positional[7]}'"
 video_path=${positional[1]%/}
 [ -d "$video_path" ] || refuse "VIDEO_PATH $video_path is no folder"
 video_path=$(cd "$video_path" && pwd)
 
-# shellcheck source=../../atb_pllava/find_python.sh
-. "$root/atb_pllava/find_python.sh"
-find_python "$root/requirements_pllava.txt"
-# A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 options=(
     "--model_path=${positional[0]}" "--dataset_name=${video_path##*/}"
     "--Eval_Video_root=$(dirname "$(dirname "$video_path")")" "--Eval_QA_root=${positional[2]}"
@@ -65,4 +47,4 @@ if [ -z "${RANK:-}" ]; then # torchrun has decided otherwise
     IFS=, read -r -a devices <<<"${ASCEND_RT_VISIBLE_DEVICES:-0}"
     options+=("--world_size=${#devices[@]}")
 fi
-exec "$PYTHON" "$root/precision/videobench/answer_questions.py" "${options[@]}" "${extra[@]}"
+answer_questions "${options[@]}"

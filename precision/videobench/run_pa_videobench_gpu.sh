@@ -26,31 +26,13 @@ Environment:
 EOF
 }
 
-refuse() {
-    echo "error: $1" >&2
-    usage >&2
-    exit 2
-}
-
-positional=() extra=()
-while [ $# -gt 0 ]; do
-    case $1 in
-    -h | --help) usage; exit 0 ;;
-    --) shift; extra=("$@"); break ;;
-    -*) refuse "unknown option $1; options of answer_questions.py follow after --" ;;
-    *) positional+=("$1") ;;
-    esac
-    shift
-done
+# shellcheck source=script.sh
+. "$root/precision/videobench/script.sh"
+read_arguments "$@"
 [ ${#positional[@]} -eq 5 ] ||
     refuse "${#positional[@]} arguments given, not the 5 DATASET_NAME EVAL_QA_ROOT EVAL_VIDEO_ROOT WEIGHT_PATH OUTPUT_FOLDER"
 
-# shellcheck source=../../atb_pllava/find_python.sh
-. "$root/atb_pllava/find_python.sh"
-find_python "$root/requirements_pllava.txt"
-# A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES:-0}"
-exec "$PYTHON" "$root/precision/videobench/answer_questions.py" --dtype=float32 "--world_size=${#devices[@]}" \
+answer_questions --dtype=float32 "--world_size=${#devices[@]}" \
     "--dataset_name=${positional[0]}" "--Eval_QA_root=${positional[1]}" "--Eval_Video_root=${positional[2]}" \
-    "--model_path=${positional[3]}" "--chat_conversation_output_folder=${positional[4]}" "${extra[@]}"
+    "--model_path=${positional[3]}" "--chat_conversation_output_folder=${positional[4]}"

@@ -1,0 +1,31 @@
+# What the two scripts of this folder share; sourced by them, with `root` and `usage` defined.
+
+refuse() {
+    echo "error: $1" >&2
+    usage >&2
+    exit 2
+}
+
+# Sets `positional` and, what follows --, `extra`.
+read_arguments() {
+    positional=() extra=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+        -h | --help) usage; exit 0 ;;
+        --) shift; extra=("$@"); break ;;
+        -*) refuse "unknown option $1; options of answer_questions.py follow after --" ;;
+        *) positional+=("$1") ;;
+        esac
+        shift
+    done
+}
+
+# Replaces the script by answer_questions.py with these options, and `extra`.
+answer_questions() {
+    # shellcheck source=../../atb_pllava/find_python.sh
+    . "$root/atb_pllava/find_python.sh"
+    find_python "$root/requirements_pllava.txt"
+    # A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    exec "$PYTHON" "$root/precision/videobench/answer_questions.py" "$@" "${extra[@]}"
+}
