@@ -262,6 +262,12 @@ def test_small_functions(fast: NativeBackend, dtype: torch.dtype, rows: int, wid
 # The whole model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_limit_of_multiply_adds_leaves_none_out(fast: NativeBackend, dtype: torch.dtype) -> None:
+    # The method compares the sums themselves; FLOPs are those of whole vectors, two an element.
+    assert fast.multiply(dtype, rounds=50) == 5 * fast.multiply(dtype, rounds=10)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> None:
     try:

@@ -1119,7 +1119,8 @@ void read_all(const char* data, int64_t pieces, int32_t* out, int threads) {
 }
 template <class Step> void multiply_add(int64_t tasks, int64_t rounds, float* out, int threads, Step step) {
     pool()->run(tasks, threads, [&](int64_t task) {
-        vf sums[CHAINS] = {};
+        vf sums[CHAINS];  // they start apart: of equal ones a compiler keeps but one
+        for (int j = 0; j < CHAINS; j++) sums[j] = splat(j);
         for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 16
             for (int j = 0; j < CHAINS; j++) sums[j] = step(sums[j]);
@@ -1134,17 +1135,16 @@ extern "C" {
 // Reads pieces of 1 MiB; out has 64 bytes for each.
 void atb_read(const void* data, int64_t pieces, int32_t* out, int threads) { read_all((const char*)data, pieces, out, threads); }
 
-// rounds * 12 vector multiply-adds in each task; out has 64 bytes for each, the first two values are read. Returns the
-// FLOPs of a round in flops[0].
-void atb_multiply(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* flops, int threads) {
+// rounds * 12 vector multiply-adds in each task; out has 64 bytes for each, for the sum of the twelve results; its first
+// two values are read as the factors. Returns the FLOPs of a round and the floats of a vector in `counts`.
+void atb_multiply(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* counts, int threads) {
     const vf a = splat(out[0]), b = splat(out[1]);
-    flops[0] = CHAINS * W * 2;
+    counts[0] = CHAINS * W * 2, counts[1] = W;
 #if defined(DOT)
     if (kind == BFLOAT) {
-        flops[0] *= 2;
-        multiply_add(tasks, rounds, out, threads, [=](vf sum) {
-            return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(__m512)a, (__m512bh)(__m512)b);
-        });
+        counts[0] *= 2;
+        const __m512bh pair = (__m512bh)((vi)a | (vi)a >> 16), other = (__m512bh)((vi)b | (vi)b >> 16);  // both bfloat16
+        multiply_add(tasks, rounds, out, threads, [=](vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, pair, other); });
         return;
     }
 #endif

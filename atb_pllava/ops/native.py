@@ -214,9 +214,13 @@ class NativeBackend(TorchBackend):
     def multiply(self, dtype: torch.dtype, rounds: int = 200_000) -> float:
         """Multiply-adds of `dtype` on registers alone, the limit of the cores: how many FLOPs were done."""
         tasks = 16 * torch.get_num_threads()
-        out, flops = torch.full((tasks, 16), 0.5), torch.zeros(1, dtype=torch.int64)
-        self._call("atb_multiply", tasks, rounds, _KINDS[dtype], out.data_ptr(), flops.data_ptr())
-        return float(tasks * rounds * flops.item())
+        out, counts = torch.ones(tasks, 16), torch.zeros(2, dtype=torch.int64)
+        self._call("atb_multiply", tasks, rounds, _KINDS[dtype], out.data_ptr(), counts.data_ptr())
+        flops, lanes = counts.tolist()
+        # Twelve sums start at 0 to 11 and grow by 1 with each multiply-add. Less: a compiler left some out.
+        expected = sum(range(12)) + flops // (2 * lanes) * rounds
+        assert out.flatten()[: tasks * lanes].eq(expected).all(), (out[0, 0].item(), expected)
+        return float(tasks * rounds * flops)
 
     def _call(self, name: str, *arguments: object) -> None:
         function: Callable[..., None] = getattr(self._library, name)
