@@ -561,14 +561,29 @@ template <class M, class B, class X> void multiply(const Product& job) {
 template <class T> INLINE T stored(T x) { return x; }
 INLINE int8_t stored(int8_t x) { return coded(x); }
 
-template <class T> void pack(const Matrix* w, const T* from, int64_t stride, T* to, int threads) {
+// Elements [begin, begin + count) of a row, zeros where it has none.
+template <class T> INLINE void part_of_row(const Matrix* w, const T* row, int64_t begin, int64_t count, T* out) {
+    const int64_t from = std::clamp<int64_t>(begin, 0, w->columns), to = std::clamp<int64_t>(begin + count, from, w->columns);
+    std::fill(out, out + (from - begin), T{});
+    for (int64_t i = from; i < to; i++) out[i - begin] = stored(row[i]);
+    std::fill(out + (to - begin), out + count, T{});
+}
+
+// A panel is PANEL rows of units, which are pairs or single floats, transposed; a block of them at a time lies in the
+// first-level cache.
+template <class T, class Unit> void pack(const Matrix* w, const T* from, int64_t stride, T* to, int threads) {
+    constexpr int64_t EACH = sizeof(Unit) / sizeof(T), BLOCK = 64 * EACH;
     pool()->run(ceil_div(w->rows, PANEL), threads, [&](int64_t panel) {
-        T* out = to + panel * w->width * PANEL;
-        std::memset((void*)out, 0, w->width * PANEL * sizeof(T));
-        for (int column = 0; column < std::min<int64_t>(PANEL, w->rows - panel * PANEL); column++) {
-            const T* row = from + (panel * PANEL + column) * stride;
-            for (int64_t i = 0; i < w->columns; i++)
-                out[place<T>((i + w->lead) / 2, column, (i + w->lead) % 2)] = stored(row[i]);
+        alignas(64) T rows[PANEL][BLOCK] = {};
+        const int64_t used = std::min<int64_t>(PANEL, w->rows - panel * PANEL);
+        for (int64_t first = 0; first < w->width; first += BLOCK) {
+            const int64_t count = std::min(BLOCK, w->width - first);
+            T* out = to + (panel * w->width + first) * PANEL;
+            for (int64_t r = 0; r < used; r++)
+                part_of_row(w, from + (panel * PANEL + r) * stride, first - w->lead, count, rows[r]);
+            for (int64_t i = 0; i < count; i += EACH)
+#pragma GCC unroll 32
+                for (int r = 0; r < PANEL; r++) store(out + i * PANEL + r * EACH, load<Unit>(rows[r] + i));
         }
     });
 }
@@ -604,9 +619,9 @@ void atb_linear(
 
 // Between a row-major weight and the packed one in w->data.
 void atb_pack(const Matrix* w, const void* from, int64_t stride, int threads) {
-    if (w->kind == FLOAT) pack(w, (const float*)from, stride, (float*)w->data, threads);
-    else if (w->kind == BFLOAT) pack(w, (const bf16*)from, stride, (bf16*)w->data, threads);
-    else pack(w, (const int8_t*)from, stride, (int8_t*)w->data, threads);
+    if (w->kind == FLOAT) pack<float, float>(w, (const float*)from, stride, (float*)w->data, threads);
+    else if (w->kind == BFLOAT) pack<bf16, uint32_t>(w, (const bf16*)from, stride, (bf16*)w->data, threads);
+    else pack<int8_t, uint16_t>(w, (const int8_t*)from, stride, (int8_t*)w->data, threads);
 }
 void atb_unpack(const Matrix* w, void* to, int64_t stride, int threads) {
     if (w->kind == FLOAT) unpack(w, (const float*)w->data, (float*)to, stride, threads);
