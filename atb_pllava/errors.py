@@ -27,3 +27,7 @@ class RequestError(PllavaError):
 
 class BackendError(PllavaError):
     """A device backend that was asked for and is not available here."""
+
+
+class OutOfMemoryError(BackendError, MemoryError):
+    """Memory that a backend needed for a computation and could not have."""

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.errors import BackendError, ConfigError
+from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
 from atb_pllava.model.linear import FusedLinear
 from atb_pllava.ops import build, get_backend
 from atb_pllava.ops.cpu import TorchBackend
@@ -419,6 +420,79 @@ def test_a_user_without_a_home(
     monkeypatch.setattr(Path, "home", homeless)
     build.load_library(imitation)
     assert "kept (Could not determine home directory.); they are compiled anew by every start" in caplog.text
+
+
+HUGE = 2**44  # of anything: more bytes than a process has addresses
+
+
+def huge_linear(fast: NativeBackend) -> None:
+    packed = fast.pack(random(32, 64))
+    assert isinstance(packed, Panels)
+    packed.matrix.width = HUGE
+    fast.linear(random(1, 64), packed)
+
+
+def huge_attention(fast: NativeBackend, prefill: bool) -> None:
+    (cache,) = fast.new_kv_cache(1, 1, 4, 2, 64, torch.float32)
+    batch, query = SequenceBatch((0, 1), (64 * HUGE,), torch.tensor([[0]])), random(1, 2, 64)
+    if prefill:
+        fast.prefill_attention(query, query, query, cache, batch)
+    else:
+        fast.decode_attention(query, cache, batch)
+
+
+def huge_encoder(fast: NativeBackend) -> None:
+    x = random(64)  # eight frames: the workers ask for the memory, each for its own
+    fast._call("atb_encoder", *[x.data_ptr()] * 4, 8, HUGE, 1, 64, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("atb_linear", huge_linear),
+        ("atb_decode", lambda fast: huge_attention(fast, prefill=False)),
+        ("atb_prefill", lambda fast: huge_attention(fast, prefill=True)),
+        ("atb_encoder", huge_encoder),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_memory_that_cannot_be_had_ends_the_call(
+    fast: NativeBackend, name: str, call: Callable[[NativeBackend], None]
+) -> None:
+    for _ in range(2):
+        with pytest.raises(OutOfMemoryError, match=rf"{name} needs \d{{8,}}\.\d MB of memory that cannot be had"):
+            call(fast)
+    test_products(fast, torch.float32, 37, 130)
+    test_long_contexts(fast, torch.bfloat16)
+    test_encoder_attention(fast, 77, 3, 80, torch.float32)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_a_limit_on_memory(compiled: None) -> None:
+    program = (
+        "import resource, sys, torch\n"
+        "from atb_pllava.errors import OutOfMemoryError\n"
+        "from atb_pllava.ops import build, native\n"
+        "from atb_pllava.ops.interface import SequenceBatch\n"
+        "fast = native.NativeBackend(build.load_library())\n"
+        "torch.set_num_threads(2)\n"
+        "(cache,) = fast.new_kv_cache(1, 1, 2**17, 4, 64, torch.float32)\n"
+        "x, batch = torch.ones(1, 4, 64), SequenceBatch((0, 1), (2**17,), torch.tensor([[0]]))\n"
+        "[part.fill_(0.5) for part in cache]\n"
+        "used = 4096 * int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))\n"
+        "try:\n"
+        "    fast.prefill_attention(x, x, x, cache, batch)\n"
+        "except OutOfMemoryError as error:\n"
+        "    print(error)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n"
+        "print(fast.prefill_attention(x, x, x, cache, batch).unique().tolist())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    asked = 2 * 4 * 2**17 * 64 * 4 / 1e6  # keys and values of four heads, put in order
+    assert done.stdout == (
+        f"atb_prefill needs {asked:.1f} MB of memory that cannot be had: ask less at a time, or free some\n[0.5]\n"
+    ), done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")

@@ -16,12 +16,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <type_traits>
-#include <vector>
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -136,10 +135,17 @@ INLINE vf logistic(vf x) {  // 1 / (1 + e^-x), both branches with a power below 
 
 // ---------------------------------------------------------------------------------------------------------- threads
 
+// Memory that could not be had. It ends a call: results are incomplete then. No exception leaves a worker (the pool keeps
+// it for the thread that called) or this file (see missing_bytes).
+struct NoRoom {
+    size_t bytes;
+};
+
 // Workers take numbered jobs from a counter, so one that wakes late (a busy neighbour, a slow virtual CPU) costs nothing
 // but its help. They look for new work for a moment before they sleep: a decode step has a hundred short calls.
 class Pool {
   public:
+    // Raises NoRoom when a job did; others may not have begun then.
     template <class F> void run(int64_t count, int threads, F&& job) {
         threads = (int)std::min<int64_t>(threads, count);
         if (threads <= 1 || !turn.try_lock()) {  // another thread of the program is using the workers
@@ -156,7 +162,9 @@ class Pool {
         work();
         open = false;
         for (int spins = 0; inside; spins++) spins < 4000 ? relax() : std::this_thread::yield();
+        const size_t bytes = refused.exchange(0);
         turn.unlock();
+        if (bytes) throw NoRoom{bytes};
     }
 
   private:
@@ -164,6 +172,7 @@ class Pool {
     std::condition_variable wake;
     std::atomic<int> sleeping{0}, inside{0}, tickets{0};
     std::atomic<int64_t> next{0};
+    std::atomic<size_t> refused{0};
     std::atomic<uint64_t> generation{0};
     std::atomic<bool> open{false};
     void (*call)(void*, int64_t) = nullptr;
@@ -178,11 +187,17 @@ class Pool {
         asm volatile("yield");
 #endif
     }
-    void work() { for (int64_t i; (i = next++) < total;) call(context, i); }
+    void work() {
+        try {
+            for (int64_t i; (i = next++) < total;) call(context, i);
+        } catch (const NoRoom& missing) {
+            refused = missing.bytes, next = total;
+        }
+    }
     bool start() {  // false where the system grants no more threads: those that there are do the work
         try {
             std::thread([this, seen = generation.load()] { live(seen); }).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
             return false;
         }
         size++;
@@ -216,7 +231,7 @@ Pool* pool() {
     return one;
 }
 
-// Memory of a thread that is kept from call to call.
+// Memory of a thread that is kept from call to call. Raises NoRoom.
 struct Scratch {
     char* data = nullptr;
     size_t size = 0;
@@ -225,13 +240,23 @@ struct Scratch {
         size_t wanted = (count * sizeof(T) + 4095) / 4096 * 4096;
         if (wanted > size) {
             std::free(data);
-            size = wanted;
-            data = (char*)std::aligned_alloc(4096, size);
-            if (!data) std::abort();
+            data = (char*)std::aligned_alloc(4096, wanted);
+            size = data ? wanted : 0;
+            if (!data) throw NoRoom{wanted};
         }
         return (T*)data;
     }
 };
+
+// What a C function returns that needs such memory: 0, or the bytes it could not have.
+template <class F> int64_t missing_bytes(F&& work) {
+    try {
+        work();
+        return 0;
+    } catch (const NoRoom& missing) {
+        return (int64_t)missing.bytes;
+    }
+}
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -603,18 +628,20 @@ template <class T> void unpack(const Matrix* w, const T* from, T* to, int64_t st
 
 extern "C" {
 
-// kind: FLOAT or BFLOAT, of x, bias and out.
-void atb_linear(
+// kind: FLOAT or BFLOAT, of x, bias and out. Returns the missing bytes, as all that need scratch memory do.
+int64_t atb_linear(
     const Matrix* w, const void* x, int64_t count, int64_t x_stride, const void* bias, void* out, int64_t out_stride,
     int64_t kind, int threads) {
     Product job{w, x, count, x_stride, bias, out, out_stride, threads};
-    if (kind == FLOAT) {
-        if (w->kind == FLOAT) multiply<Fma, float, float>(job);
-        else multiply<Fma, int8_t, float>(job);
-        return;
-    }
-    if (w->kind == BFLOAT) multiply<Fast, bf16, bf16>(job);
-    else multiply<Fast, int8_t, bf16>(job);
+    return missing_bytes([&] {
+        if (kind == FLOAT) {
+            if (w->kind == FLOAT) multiply<Fma, float, float>(job);
+            else multiply<Fma, int8_t, float>(job);
+            return;
+        }
+        if (w->kind == BFLOAT) multiply<Fast, bf16, bf16>(job);
+        else multiply<Fast, int8_t, bf16>(job);
+    });
 }
 
 // Between a row-major weight and the packed one in w->data.
@@ -760,14 +787,16 @@ struct Decode {
 template <class T, class X> void decode(const Decode& job) {
     const Cache& c = *job.cache;
     const int64_t dim = c.dim, width = ceil_div(dim, 2 * W) * 2 * W, group = job.heads / c.heads, each = width + 2;
-    std::vector<int64_t> first(job.sequences + 1, 0);  // number of a sequence's first split
+    static thread_local Scratch first_room, parts_room;
+    int64_t* first = first_room.room<int64_t>(job.sequences + 1);  // number of a sequence's first split
+    first[0] = 0;
     for (int64_t s = 0; s < job.sequences; s++) first[s + 1] = first[s] + ceil_div(job.contexts[s], SPLIT);
-    static thread_local Scratch parts_room;
-    float* parts = parts_room.room<float>(first.back() * job.heads * each);  // [split][head]: maximum, total, values
+    const int64_t splits = first[job.sequences];
+    float* parts = parts_room.room<float>(splits * job.heads * each);  // [split][head]: maximum, total, values
     const float scale = LOG2E / std::sqrt((float)dim);
-    pool()->run(first.back() * c.heads, job.threads, [&](int64_t task) {
+    pool()->run(splits * c.heads, job.threads, [&](int64_t task) {
         const int64_t number = task / c.heads, head = task % c.heads;
-        const int64_t s = std::upper_bound(first.begin(), first.end(), number) - first.begin() - 1;
+        const int64_t s = std::upper_bound(first, first + job.sequences + 1, number) - first - 1;
         const int64_t from = (number - first[s]) * SPLIT, to = std::min(from + SPLIT, job.contexts[s]);
         const int64_t* table = job.tables + s * job.table_stride;
         const Pages<T> keys{(const T*)c.keys, c.key_scale, table, c.heads, c.block, dim, head};
@@ -1179,27 +1208,31 @@ void atb_write_kv(
 #undef WRITE
 }
 
-void atb_decode(
+int64_t atb_decode(
     const Cache* c, const void* q, int64_t q_stride, void* out, const int64_t* tables, int64_t table_stride,
     const int64_t* contexts, int64_t sequences, int64_t heads, int64_t kind, int threads) {
     const Decode job{c, q, out, tables, contexts, sequences, heads, q_stride, table_stride, threads};
-    if (c->kind == INT8) BY_KIND(kind, (decode<int8_t, float>(job)), (decode<int8_t, bf16>(job)));
-    else BY_KIND(kind, (decode<float, float>(job)), (decode<bf16, bf16>(job)));
+    return missing_bytes([&] {
+        if (c->kind == INT8) BY_KIND(kind, (decode<int8_t, float>(job)), (decode<int8_t, bf16>(job)));
+        else BY_KIND(kind, (decode<float, float>(job)), (decode<bf16, bf16>(job)));
+    });
 }
 
-void atb_prefill(
+int64_t atb_prefill(
     const Cache* c, const void* q, int64_t q_stride, void* out, int64_t out_stride, const int64_t* table, int64_t heads,
     int64_t length, int64_t context, int64_t kind, int threads) {
     const Prefill job{c, q, out, table, heads, q_stride, out_stride, length, context, threads};
-    if (c->kind == INT8) BY_KIND(kind, (prefill<Fma, int8_t, float>(job)), (prefill<Fast, int8_t, bf16>(job)));
-    else BY_KIND(kind, (prefill<Fma, float, float>(job)), (prefill<Fast, bf16, bf16>(job)));
+    return missing_bytes([&] {
+        if (c->kind == INT8) BY_KIND(kind, (prefill<Fma, int8_t, float>(job)), (prefill<Fast, int8_t, bf16>(job)));
+        else BY_KIND(kind, (prefill<Fma, float, float>(job)), (prefill<Fast, bf16, bf16>(job)));
+    });
 }
 
-void atb_encoder(
+int64_t atb_encoder(
     const void* q, const void* k, const void* v, void* out, int64_t frames, int64_t tokens, int64_t heads, int64_t dim,
     int64_t frame_stride, int64_t token_stride, int64_t head_stride, int64_t kind, int threads) {
     const Encoder job{q, k, v, out, frames, tokens, heads, dim, frame_stride, token_stride, head_stride, threads};
-    BY_KIND(kind, (encoder<Fma, float>(job)), (encoder<Fast, bf16>(job)));
+    return missing_bytes([&] { BY_KIND(kind, (encoder<Fma, float>(job)), (encoder<Fast, bf16>(job))); });
 }
 
 void atb_rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, int64_t kind, int threads) {

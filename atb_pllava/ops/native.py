@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atb_pllava.errors import OutOfMemoryError
 from atb_pllava.ops.cpu import TorchBackend
 from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
 from atb_pllava.quant import Int8Weight
@@ -37,6 +38,10 @@ _SIGNATURES = {
     "atb_read": [_pointer, _whole, _pointer, _int],
     "atb_multiply": [_whole, _whole, _whole, _pointer, _pointer, _int],
 }
+
+
+# Those that need scratch memory: they return 0, or the bytes that could not be had.
+_MAY_FAIL = ("atb_linear", "atb_decode", "atb_prefill", "atb_encoder")
 
 
 class _Matrix(ctypes.Structure):
@@ -67,7 +72,7 @@ class NativeBackend(TorchBackend):
         super().__init__("cpu")
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+            function.argtypes, function.restype = arguments, _whole if name in _MAY_FAIL else None
         self._library = library
         self._lengths: tuple[SequenceBatch | None, Tensor] = (None, torch.empty(0))
 
@@ -223,8 +228,13 @@ class NativeBackend(TorchBackend):
         return float(tasks * rounds * flops)
 
     def _call(self, name: str, *arguments: object) -> None:
-        function: Callable[..., None] = getattr(self._library, name)
-        function(*arguments, torch.get_num_threads())
+        """Raises OutOfMemoryError; what the function has written until then does not count."""
+        function: Callable[..., int | None] = getattr(self._library, name)
+        missing = function(*arguments, torch.get_num_threads())
+        if missing:
+            raise OutOfMemoryError(
+                f"{name} needs {missing / 1e6:.1f} MB of memory that cannot be had: ask less at a time, or free some"
+            )
 
     def _large(self, size: int) -> Tensor:
         """Uninitialised bytes, in large pages if there are enough of them: a weight is read from end to end."""
