@@ -25,12 +25,17 @@ NO_PROMPT_OPTIONS: dict[str, Any] = {
     "sampler": "demo", "resize": "clip", "conversation": None, "system": None, "video_caption": False,
     "media_limit": [], "media": None,
 }  # fmt: skip
+# What a shape makes itself, with the values for a checkpoint where none are given.
+_WITHOUT_SHAPE: dict[str, Any] = {
+    "media": None, "prompt": None, "weight_dir": None, "lora_alpha": 4.0, "sampler": "demo",
+}  # fmt: skip
 
 
 def add_bench_model(parser: argparse.ArgumentParser) -> None:
     """A checkpoint or a shape, and its KV cache."""
     parser.set_defaults(**NO_PROMPT_OPTIONS)
     add_model_options(parser, required=False)
+    parser.set_defaults(**dict.fromkeys(_WITHOUT_SHAPE))
     group = parser.add_argument_group("instead of a checkpoint")
     names = "|".join(SHAPES)
     group.add_argument(
@@ -53,6 +58,7 @@ def add_model_and_input(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--media", metavar="PATH", help="a video, or a directory of them, taken in turns")
     group.add_argument("--prompt", metavar="TEXT", help=f"question about --media (default {DEFAULT_PROMPT!r})")
     add_prompt_options(parser)
+    parser.set_defaults(**dict.fromkeys(_WITHOUT_SHAPE))
 
 
 def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
@@ -63,7 +69,7 @@ def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
         raise ConfigError("--model_path needs --media: the videos to ask about")
     if arguments.model_path is not None and arguments.w8a16:
         raise ConfigError("--w8a16 goes with --shape; a checkpoint has the weights it has (`convert` makes int8 ones)")
-    for name in ("media", "prompt", "weight_dir"):
+    for name in _WITHOUT_SHAPE:
         if arguments.shape is not None and getattr(arguments, name, None) is not None:
             raise ConfigError(f"--{name} goes with --model_path; --shape makes its own weights, frames and prompts")
 
@@ -76,6 +82,7 @@ def open_model(arguments: argparse.Namespace, **engine: Any) -> Iterator[LLM | i
     """
     settings: dict[str, Any] = {"max_input_length": None, "max_output_length": None, "video_cache_bytes": 0}
     settings.update({"prefix_cache": "off", "decode_graphs": "on", **engine})
+    settings.update({name: value for name, value in _WITHOUT_SHAPE.items() if getattr(arguments, name) is None})
     with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
         if arguments.shape is not None:
             settings["model_path"] = str(write_shape(Path(directory), arguments.shape))

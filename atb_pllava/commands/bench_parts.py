@@ -34,6 +34,11 @@ from atb_pllava.ops import BACKENDS, get_backend
 from atb_pllava.ops.interface import Backend
 
 _NEEDED_ENGINE = {"max_batch_size": 1, "max_output_length": 64}
+# What the table of `scaling` is about where nothing else is said.
+_SCALED: dict[str, Any] = {
+    "shape": "7b,13b,34b", "device": ",".join(machine.name for machine in MACHINES), "world_size": "1,2,4,8",
+    "prompt_tokens": 2364,
+}  # fmt: skip
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +74,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     _check_number(arguments, "text_tokens", 10**6)
     if arguments.model_path is not None:
         raise ConfigError("bench compare gives both sides the same random weights: name a --shape, no --model_path")
-    if arguments.world_size not in (None, 1) or arguments.backend == "cuda":
+    if arguments.world_size not in (None, 1) or arguments.backend not in ("auto", "cpu"):
         raise ConfigError("bench compare runs in one process on a CPU: leave --world_size and --backend out")
     arguments.shape = arguments.shape or "1b"
     check_input(arguments)
@@ -125,6 +130,9 @@ def run_overhead(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     for name in ("max_batch_size", "max_output_length", "text_tokens"):
         _check_number(arguments, name, 10**6)
+    for name in ("num_frames", "pooling_shape"):
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"bench overhead asks about text alone: leave --{name} out")
     check_input(arguments, media=False)
     batch, new_tokens = arguments.max_batch_size, arguments.max_output_length
     words = arguments.text_tokens
@@ -180,11 +188,11 @@ def run_video(arguments: argparse.Namespace) -> int:
 
 
 def add_scaling(parser: argparse.ArgumentParser) -> None:
-    names = ",".join(machine.name for machine in MACHINES)
-    parser.add_argument("--shape", default="7b,13b,34b", metavar="NAME,...", help=f"of {', '.join(SHAPES)}, or files")
-    parser.add_argument("--device", default=names, metavar="NAME,...", help=f"of {names}, this (measured now)")
-    parser.add_argument("--world_size", default="1,2,4,8", metavar="N,N,...", help="tensor parallel sizes (1,2,4,8)")
-    parser.add_argument("--prompt_tokens", type=int, default=2364, metavar="N", help="length of a prompt (2364)")
+    shapes, names = ", ".join(SHAPES), _SCALED["device"]
+    parser.add_argument("--shape", metavar="NAME,...", help=f"of {shapes}, or files ({_SCALED['shape']})")
+    parser.add_argument("--device", metavar="NAME,...", help=f"of {names}, this (measured now)")
+    parser.add_argument("--world_size", metavar="N,N,...", help="tensor parallel sizes (1,2,4,8)")
+    parser.add_argument("--prompt_tokens", type=int, metavar="N", help="length of a prompt (2364)")
     parser.add_argument("--check", metavar="CSV", help="instead: a sweep's table, measured against its own bounds")
     _add_json(parser)
 
@@ -193,12 +201,16 @@ def run_scaling(arguments: argparse.Namespace) -> int:
     """Print what bytes, FLOPs and links allow."""
     _check_json(arguments)
     _check_number(arguments, "prompt_tokens", 10**6)
+    given = {name: getattr(arguments, name) for name in _SCALED if getattr(arguments, name) is not None}
     if arguments.check is not None:
+        if given:
+            raise ConfigError(f"--check is about the sweep of a table: leave --{next(iter(given))} out")
         rows = _against_bounds(arguments.check)
     else:
-        sizes = whole_numbers("--world_size", arguments.world_size)
-        machines = [_machine(name) for name in arguments.device.split(",")]
-        rows = scaling_rows(arguments.shape.split(","), machines, sizes, arguments.prompt_tokens)
+        asked = {**_SCALED, **given}
+        sizes = whole_numbers("--world_size", asked["world_size"])
+        machines = [_machine(name) for name in asked["device"].split(",")]
+        rows = scaling_rows(asked["shape"].split(","), machines, sizes, asked["prompt_tokens"])
     _print(arguments, rows)
     return 0
 
