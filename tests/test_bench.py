@@ -11,8 +11,10 @@ import torch
 from conftest import raw_config, write_checkpoint
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from atb_pllava import LLM
 from atb_pllava.__main__ import main
 from atb_pllava.bench import machine
 from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
@@ -22,15 +24,18 @@ from atb_pllava.bench.machine import Limits
 from atb_pllava.bench.plot import COLORS, nice_scale, plot_sweep
 from atb_pllava.bench.roofline import Machine, largest_batch, predict
 from atb_pllava.bench.shapes import SHAPES, shape_config
-from atb_pllava.bench.sweep import COLUMNS
+from atb_pllava.bench.sweep import COLUMNS, costs_of
 from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
 from atb_pllava.config import PllavaConfig
+from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from atb_pllava.parallel import TensorParallel
+from atb_pllava.quant import Int8Layers
+from atb_pllava.random_weights import random_int8
 
 SMALL = PllavaConfig.from_json(raw_config())
 
@@ -52,18 +57,30 @@ def test_weights_are_the_bytes_of_the_file(checkpoint: Path) -> None:
     assert Costs(SMALL, element=4).weight_bytes == stored
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_ranks_add_up_to_the_model(int8: bool) -> None:
-    from atb_pllava.quant import Int8Layers
-    from atb_pllava.random_weights import random_int8
+@pytest.mark.parametrize("group_size", [0, 64, 128])
+def test_int8_weights_are_the_bytes_of_the_file(group_size: int, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", raw_config(hidden_size=128, intermediate_size=256))
+    convert_checkpoint(source, tmp_path / "int8", ConvertOptions("pllava_w8a16", group_size=group_size))
+    (path,) = (tmp_path / "int8").glob("*.safetensors")
+    stored = load_file(path)
+    assert any(tensor.dtype == torch.int8 for tensor in stored.values())
+    with LLM(tmp_path / "int8", dtype="float32", backend="cpu") as llm:
+        assert costs_of(llm).weight_bytes == sum(tensor.nbytes for tensor in stored.values())
 
-    layers = random_int8(SMALL) if int8 else Int8Layers()
+
+@pytest.mark.parametrize("group_size", [0, 64])
+@pytest.mark.parametrize("kind", ["", "proj", "layers.0.mlp"])
+def test_ranks_add_up_to_the_model(kind: str, group_size: int) -> None:
+    # Of 192 columns two ranks have 96 each: they both need the scales of the group in the middle.
+    config = PllavaConfig.from_json(raw_config(hidden_size=128, intermediate_size=192))
+    names = frozenset(name for name in random_int8(config).names if kind and kind in name)
+    layers = Int8Layers(names, group_size)
     for rank in range(2):
         parallel = TensorParallel(rank, 2)
         with torch.device("meta"):
-            model = Pllava(SMALL, get_backend("cpu"), torch.bfloat16, parallel, layers)
+            model = Pllava(config, get_backend("cpu"), torch.bfloat16, parallel, layers)
         held = sum(part.tensor.nbytes for part in model.checkpoint_parts().values())
-        assert Costs(SMALL, 2, int8, parallel).weight_bytes == held
+        assert Costs(config, 2, layers, parallel).weight_bytes == held
 
 
 def test_decode_of_7b_by_hand() -> None:
@@ -88,7 +105,8 @@ def test_8_bit_keys_and_values_by_hand() -> None:
 
 
 def test_int8_weights_by_hand() -> None:
-    costs, floats = Costs(shape_config("7b"), int8=True), Costs(shape_config("7b"))
+    config = shape_config("7b")
+    costs, floats = Costs(config, int8=random_int8(config)), Costs(config)
     rows = 3 * 4096 + 4096 + 2 * 11008 + 4096
     fewer = 32 * (4 * 4096**2 + 3 * 4096 * 11008) - 32 * rows * 2 * 2
     assert floats.decoder_weight_bytes - costs.decoder_weight_bytes == fewer
@@ -146,7 +164,7 @@ def test_roofline_by_hand() -> None:
 def test_prediction_of_7b_is_the_known_one() -> None:
     # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s; W8A16 reads half the weights: 197.
     machine = Machine("910B", 1.6e12, 313e12, 64e9)
-    for int8, speed in ((False, 109), (True, 197)):
+    for int8, speed in ((Int8Layers(), 109), (random_int8(shape_config("7b")), 197)):
         found = predict(Costs(shape_config("7b"), int8=int8), machine, 1, 2364)
         assert found.tokens_per_second == pytest.approx(speed, rel=0.03)
     assert largest_batch(Costs(shape_config("34b")), machine, 2364) == 0
@@ -377,7 +395,7 @@ def test_shapes_are_the_published_sizes() -> None:
 def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
     directory = write_checkpoint(tmp_path / "m", raw_config())
     (directory / "model.safetensors").unlink()
-    from atb_pllava import LLM, SamplingParams
+    from atb_pllava import SamplingParams
 
     with LLM(directory, load_format="random", dtype="float32", backend="cpu") as llm:
         assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
@@ -491,7 +509,7 @@ def test_a_written_checkpoint_holds_the_same_random_weights(small_shape, tmp_pat
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
     import write_checkpoint
 
-    from atb_pllava import LLM, SamplingParams
+    from atb_pllava import SamplingParams
 
     monkeypatch.setattr(write_checkpoint, "SHARD_BYTES", 2e5)
     write_checkpoint.write(tmp_path / "m", str(small_shape))

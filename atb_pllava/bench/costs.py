@@ -3,6 +3,10 @@
 Counted is what the model's definition asks for, once: matrix products and attention at 2 FLOPs a multiply-add, every
 weight read once a step, every cached key and value read once a token. Norms, rotary embeddings, activations and the
 rows of the embedding are left out: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
+
+Weights are counted as their file holds them: an int8 weight's scale and offset once a row, or once a row and group of
+columns, in the model's dtype. What a backend makes of that is not: our CPU kernels read scales and offsets in float32,
+and of symmetric weights no offsets.
 """
 
 from collections.abc import Sequence
@@ -10,6 +14,7 @@ from dataclasses import dataclass
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.parallel import TensorParallel
+from atb_pllava.quant import Int8Layers, column_groups
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,14 @@ class Cost:
 class Costs:
     """Costs of a model on one of its ranks.
 
-    `element` is the bytes of a float of the model (2 for bfloat16), `int8` whether the decoder's linear layers are
-    W8A16, `int8_kv` whether keys and values are in 8 bits, `reduced` the bytes of a number in an all-reduce (4 on a
-    CPU, which sums in float32).
+    `element` is the bytes of a float of the model (2 for bfloat16), `int8` says which of the decoder's linear layers
+    are W8A16, `int8_kv` whether keys and values are in 8 bits, `reduced` the bytes of a number in an all-reduce (4 on
+    a CPU, which sums in float32).
     """
 
     config: PllavaConfig
     element: int = 2
-    int8: bool = False
+    int8: Int8Layers = Int8Layers()
     parallel: TensorParallel = TensorParallel()
     reduced: int = 2
     int8_kv: bool = False
@@ -68,7 +73,7 @@ class Costs:
     def _decoder(self, tokens: int, attended: float, wanted: int, read: int) -> Cost:
         """`tokens` new tokens over `attended` query-key pairs a head; `read` cached tokens come from memory."""
         text, layers = self.config.text, self.config.text.num_hidden_layers
-        linear = 2 * tokens * layers * sum(rows * columns for rows, columns in self._linears())
+        linear = 2 * tokens * layers * sum(rows * len(columns) for rows, columns in self._linears().values())
         attention = 4 * attended * layers * self._heads * text.head_dim
         head = 2 * wanted * self._words * text.hidden_size
         cache = (read + tokens) * self.kv_bytes_per_token
@@ -99,12 +104,13 @@ class Costs:
     @property
     def decoder_weight_bytes(self) -> int:
         """What a decode step reads of the weights: layers, last norm and lm_head; the embedding is a few rows."""
-        text, total = self.config.text, 0
-        for rows, columns in self._linears():
-            # A row's scale and offset are floats of the model.
-            total += rows * columns + 2 * rows * self.element if self.int8 else rows * columns * self.element
-        norms = (2 * text.num_hidden_layers + 1) * text.hidden_size
-        return text.num_hidden_layers * total + (norms + self._words * text.hidden_size) * self.element
+        text, layers, linears = self.config.text, self.config.text.num_hidden_layers, self._linears()
+        total = sum(
+            self._linear_bytes(rows, columns, f"language_model.model.layers.{layer}.{name}.weight" in self.int8.names)
+            for layer in range(layers)
+            for name, (rows, columns) in linears.items()
+        )
+        return total + ((2 * layers + 1) * text.hidden_size + self._words * text.hidden_size) * self.element
 
     @property
     def vision_weight_bytes(self) -> int:
@@ -122,12 +128,25 @@ class Costs:
         embedding = self._words * self.config.text.hidden_size * self.element
         return self.vision_weight_bytes + self.decoder_weight_bytes + embedding
 
-    def _linears(self) -> list[tuple[int, int]]:
-        """(rows, columns) of a layer's matrices on this rank: q and k and v, out, gate and up, down."""
-        text, inner = self.config.text, len(self.parallel.share(self.config.text.intermediate_size))
-        q_rows, kv_rows = self._heads * text.head_dim, self._kv_heads * text.head_dim
-        width = text.hidden_size
-        return [(q_rows + 2 * kv_rows, width), (width, q_rows), (2 * inner, width), (width, inner)]
+    def _linear_bytes(self, rows: int, columns: range, int8: bool) -> int:
+        """A group's scale and offset are on every rank that has some of its columns."""
+        if not int8:
+            return rows * len(columns) * self.element
+        groups = column_groups(slice(columns.start, columns.stop), self.int8.group_size)
+        return rows * (len(columns) + 2 * len(range(groups.start, groups.stop)) * self.element)
+
+    def _linears(self) -> dict[str, tuple[int, range]]:
+        """A layer's matrices on this rank: how many rows, and which columns of the whole matrix."""
+        text, mine = self.config.text, self.parallel.share(self.config.text.num_key_value_heads)
+        width, inner = range(text.hidden_size), self.parallel.share(text.intermediate_size)
+        per_group = text.num_attention_heads // text.num_key_value_heads * text.head_dim
+        heads = range(mine.start * per_group, mine.stop * per_group)  # this rank's elements of all heads side by side
+        kv = len(mine) * text.head_dim, width
+        return {
+            **{"self_attn.q_proj": (len(heads), width), "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+            **{"self_attn.o_proj": (text.hidden_size, heads), "mlp.gate_proj": (len(inner), width)},
+            **{"mlp.up_proj": (len(inner), width), "mlp.down_proj": (text.hidden_size, inner)},
+        }
 
     @property
     def _kv_heads(self) -> int:

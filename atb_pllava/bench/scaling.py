@@ -7,6 +7,8 @@ from atb_pllava.bench.costs import Costs
 from atb_pllava.bench.roofline import Machine, Prediction, largest_batch, predict
 from atb_pllava.bench.shapes import shape_config
 from atb_pllava.parallel import TensorParallel, check_world_size
+from atb_pllava.quant import Int8Layers
+from atb_pllava.random_weights import random_int8
 
 Row = dict[str, Any]
 
@@ -27,7 +29,8 @@ def scaling_rows(shapes: Sequence[str], machines: Sequence[Machine], sizes: Sequ
 def _row(shape: str, machine: Machine, size: int, int8: bool, prompt: int) -> Row:
     config = shape_config(shape)
     check_world_size(size, config.text)
-    costs = Costs(config, 2, int8, TensorParallel(0, size))
+    layers = random_int8(config) if int8 else Int8Layers()
+    costs = Costs(config, 2, layers, TensorParallel(0, size))
     row: Row = {"model": shape, "device": machine.name, "weights": "W8A16" if int8 else "16 bits", "TP": size}
     row["GB_per_rank"] = round(costs.weight_bytes / 1e9, 1)
     most = largest_batch(costs, machine, prompt + _NEW_TOKENS)

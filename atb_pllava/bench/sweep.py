@@ -178,7 +178,7 @@ def costs_of(llm: LLM, parallel: TensorParallel | None = None) -> Costs:
     element = torch.empty(0, dtype=model.dtype).element_size()
     reduced = 4 if model.ops.name == "cpu" else element
     int8_kv = llm.engine.config.kv_cache_dtype == "int8"
-    return Costs(llm.config, element, bool(model.int8.names), parallel or model.parallel, reduced, int8_kv)
+    return Costs(llm.config, element, model.int8, parallel or model.parallel, reduced, int8_kv)
 
 
 def weight_dtype(llm: LLM) -> str:
