@@ -6,14 +6,19 @@
 A score is the cosine of the judge's text and image features; a video's is the mean over its sampled frames. The mean
 over all items is printed for each file, and for two files the mean of their difference item by item. Items whose file
 is missing or unreadable are named and counted, and take no part in the mean; the exit status is 2 then.
+
+With --output_json FILE every score is kept in FILE.scores.jsonl as soon as it is there: after a kill the same command
+goes on, and failed items are tried again. The log is removed when nothing failed.
 """
 
 import argparse
 import hashlib
+import json
 import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
@@ -27,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
-from atb_pllava.answers import Progress
+from atb_pllava.answers import AnswerLog, Progress, Row
 from atb_pllava.commands.ending import run_command
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import surroundings
@@ -125,7 +130,8 @@ def read_judge_weights(path: str) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the process exit status."""
-    return run_command(lambda: _parser().parse_args(argv), clip_score)
+    interrupted = "interrupted; with --output_json the same command goes on from here"
+    return run_command(lambda: _parser().parse_args(argv), clip_score, interrupted)
 
 
 def clip_score(arguments: argparse.Namespace) -> int:
@@ -136,24 +142,42 @@ def clip_score(arguments: argparse.Namespace) -> int:
         check_writable(arguments.output_json, "--output_json")
     files = {file: read_answers(file) for file in arguments.image_info}
     media = MediaFolder(arguments.dataset_path)
-    judge = OpenClip(arguments.model_name, arguments.model_weights_path, choose_device(arguments.device))
-    results = [score_file(judge, file, answers, media, arguments) for file, answers in files.items()]
+    device = choose_device(arguments.device)
+    judge = OpenClip(arguments.model_name, arguments.model_weights_path, device)
+    made = None if arguments.output_json is None else made_with(arguments)
+    log_path = Path(f"{arguments.output_json}.scores.jsonl")
+    with nullcontext() if made is None else AnswerLog(log_path, settings_of(made, arguments, device)) as log:
+        results = [score_file(judge, file, answers, media, arguments, log) for file, answers in files.items()]
     for result in results:
         print("\n".join(report(result)))
     pairs = paired(results)
     if pairs:
         print(pairs["text"])
-    if arguments.output_json is not None:
-        weights = arguments.model_weights_path
-        judged_by = {"model_name": arguments.model_name, "weights": weights, "sha256": _digest(weights)}
-        frames = {"num_frames": arguments.num_frames, "sampler": arguments.sampler}
-        made = {"judge": judged_by, **frames, **surroundings()}
-        write_json(arguments.output_json, {"results": results, "paired": pairs, **made})
+    failed = any(result["failed"] for result in results)
+    if made is not None:
+        write_json(arguments.output_json, {"results": results, "paired": pairs, **made, **surroundings()})
+        if not failed:
+            log_path.unlink()
     for result in results:
         for item in result["items"]:
             if "error" in item:
                 print(f"error: {result['file']}: {item['error']}", file=sys.stderr)
-    return 2 if any(result["failed"] for result in results) else 0
+    return 2 if failed else 0
+
+
+def made_with(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The judge and the frames it sees."""
+    weights = arguments.model_weights_path
+    judged_by = {"model_name": arguments.model_name, "weights": weights, "sha256": _digest(weights)}
+    return {"judge": judged_by, "num_frames": arguments.num_frames, "sampler": arguments.sampler}
+
+
+def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """All that decides the score of a medium's name and a text; scores of other settings do not count."""
+    name = arguments.model_name
+    description = _digest(name) if name.endswith(".json") else None
+    dataset = os.path.abspath(arguments.dataset_path)
+    return {**made, "description": description, "device": device.type, "dataset": dataset}
 
 
 def read_answers(file: str) -> dict[str, str]:
@@ -166,21 +190,26 @@ def read_answers(file: str) -> dict[str, str]:
 
 
 def score_file(
-    judge: Judge, file: str, answers: Mapping[str, str], media: "MediaFolder", arguments: argparse.Namespace
+    judge: Judge,
+    file: str,
+    answers: Mapping[str, str],
+    media: "MediaFolder",
+    arguments: argparse.Namespace,
+    log: AnswerLog | None,
 ) -> dict[str, Any]:
-    """Every item's score or error, and their mean (None when there is no score)."""
-    items: list[dict[str, Any]] = []
-    progress = Progress(f"scores of {file}", len(answers))
+    """Every item's score or error, and their mean (None when there is no score); what `log` has is not scored again."""
+    keys = {name: json.dumps([name, text]) for name, text in answers.items()}
+    kept = {} if log is None else {key: log.rows[key] for key in log.answered.intersection(keys.values())}
+    rows: dict[str, Row] = {}
+    progress = Progress(f"scores of {file}", len(answers), len(kept))
     for name, text in answers.items():
-        try:
-            path = media.find(name)
-            clip = read_media(path, arguments.num_frames, sampler=arguments.sampler)
-            frames = clip.frames[:1] if clip.total_frames == 1 else clip.frames  # an image is one frame, repeated
-            items.append({"media": name, "file": path, **score(judge, text, frames)})
-        except VideoError as error:
-            items.append({"media": name, "error": str(error)})
-        progress.add("error" in items[-1])
+        rows[name] = kept.get(keys[name]) or score_item(judge, name, text, media, arguments)
+        if keys[name] not in kept:
+            progress.add("error" in rows[name])
+            if log is not None:
+                log.add(keys[name], rows[name])
     progress.finish()
+    items = [{"media": name, **row} for name, row in rows.items()]
     scores = [item["score"] for item in items if "score" in item]
     return {
         "file": file,
@@ -190,6 +219,19 @@ def score_file(
         "cut_off": sum(item.get("cut_off", False) for item in items),
         "items": items,
     }
+
+
+def score_item(
+    judge: Judge, name: str, text: str, media: "MediaFolder", arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The file of a medium and its score, or why it has none."""
+    try:
+        path = media.find(name)
+        clip = read_media(path, arguments.num_frames, sampler=arguments.sampler)
+        frames = clip.frames[:1] if clip.total_frames == 1 else clip.frames  # an image is one frame, repeated
+        return {"file": path, **score(judge, text, frames)}
+    except VideoError as error:
+        return {"error": str(error)}
 
 
 def score(judge: Judge, text: str, frames: np.ndarray) -> dict[str, Any]:

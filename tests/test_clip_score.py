@@ -134,6 +134,40 @@ def test_two_files_are_compared_item_by_item(monkeypatch, capsys, folder: Path, 
     assert status == 0 and "+0.5000 (95 % interval -0.4800 to +1.4800, 2 items)" in out
 
 
+def test_a_killed_run_goes_on(monkeypatch, capsys, folder: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    stops = ["grey"]
+
+    class Interrupted(ColourJudge):
+        def text(self, text: str) -> tuple[Tensor, bool]:
+            seen.append(text)
+            if text in stops:
+                stops.remove(text)
+                raise KeyboardInterrupt
+            return super().text(text)
+
+    monkeypatch.setattr(module, "OpenClip", Interrupted)
+    (folder / "broken.mp4").unlink()
+    files = [write(tmp_path / "npu.json", {"red.png": "red", "gone.png": "red"}),
+             write(tmp_path / "gpu.json", {"red.png": "red", "a/same.png": "grey", "b/same.png": "green"})]  # fmt: skip
+    log, out = tmp_path / "out.json.scores.jsonl", tmp_path / "out.json"
+    status, _, err = score(capsys, folder, *files, output_json=out)
+    assert status == 130 and "goes on from here" in err and log.exists() and not out.exists()
+    assert seen == ["red", "grey"]  # the medium that is in both files is scored once
+    assert score(capsys, folder, *files, output_json=out)[0] == 2
+    assert seen[2:] == ["grey", "green"] and log.exists()  # to try gone.png again
+    resumed = json.loads(out.read_text())["results"]
+    Image.new("RGB", (9, 9), (0, 80, 0)).save(folder / "gone.png")
+    assert score(capsys, folder, *files, output_json=out)[0] == 0
+    assert seen[4:] == ["red"] and not log.exists()
+    del seen[:]
+    (folder / "gone.png").unlink()
+    assert score(capsys, folder, *files, output_json=out)[0] == 2
+    assert json.loads(out.read_text())["results"] == resumed and len(seen) == 3
+    assert score(capsys, folder, *files, output_json=out, num_frames=3)[0] == 2  # other frames, other scores
+    assert len(seen) == 6
+
+
 def test_a_path_below_the_folder_wins_over_a_name(folder: Path) -> None:
     media = MediaFolder(str(folder))
     assert media.find("a/same.png") == f"{folder}/a/same.png"
