@@ -10,6 +10,9 @@ states are compared with the left one's at every step. The table is on stdout; a
 a wrong operator is the layer at which it jumps. `--record DIR` keeps the left side's states, and `--left recording=DIR`
 takes them instead of a model: so a GPU and an NPU that are not in one machine can be compared.
 
+A recording is made in one go, of a few requests: each takes some 100 MB. Its index.json comes last; without it, as an
+interruption leaves it, no `--left recording=DIR` takes the directory, and `--record` wants a new one.
+
 Exit status: 0 within the thresholds, 1 over one of them, 2 for errors of the user's, failed requests among them.
 """
 
@@ -157,6 +160,10 @@ def compare_sides(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def recorded_errors(folder: Path) -> list[str]:
     """The errors of the requests that failed when a recording was made. Raises ConfigError when it is none."""
+    if not (folder / "index.json").exists():
+        raise ConfigError(
+            f"{folder / 'index.json'} is not there: {folder} is no recording, or --record was interrupted; make it anew"
+        )
     index = read_json(folder / "index.json")
     if not isinstance(index, dict) or not isinstance(index.get("errors"), list):
         raise ConfigError(f"{folder / 'index.json'} is not of a recording that --record made")

@@ -259,6 +259,22 @@ def test_a_recording_is_compared_later_and_elsewhere(capsys, weights, media, tmp
     assert status == 2 and "is not empty" in err
 
 
+def test_an_interrupted_recording_is_none(capsys, weights, tmp_path, monkeypatch) -> None:
+    def interrupted(llm: LLM, media: str | None, prompt: str, *more: Any) -> Recording:
+        if prompt == "b":
+            raise KeyboardInterrupt
+        return record(llm, media, prompt, *more)
+
+    monkeypatch.setattr("precision.parity.record", interrupted)
+    made = ("--model_path", weights, "--prompt", "a", "--prompt", "b", "--max_tokens", 2, "--record", tmp_path / "rec")
+    assert parity(capsys, *made)[0] == 130
+    assert [file.name for file in (tmp_path / "rec").iterdir()] == ["00000.safetensors"]
+    taken = ("--model_path", weights, "--left", f"recording={tmp_path / 'rec'}", "--right", "dtype=float32")
+    for again, message in ((taken, "--record was interrupted; make it anew"), (made, "is not empty; name a new")):
+        status, _, err = parity(capsys, *again)
+        assert status == 2 and message in err
+
+
 def test_a_failed_request_is_told_and_ends_nothing(capsys, weights, media, tmp_path) -> None:
     folder = tmp_path / "clips"
     folder.mkdir()
