@@ -452,9 +452,10 @@ def test_overhead_is_part_of_a_step(small_shape, tmp_path) -> None:
     assert 0 < float(row["share"].split()[0]) < 100
 
 
-def test_loading_counts_bytes(checkpoint, tmp_path) -> None:
-    target = tmp_path / "l.json"
-    assert bench("load", "--model_path", checkpoint, "--dtype", "float32", "--quiet", "--json", target) == 0
+def test_loading_counts_bytes(checkpoint, tmp_path, capsys) -> None:
+    target, options = tmp_path / "l.json", ("--dtype", "float32", "--quiet", "--trust_remote_code")
+    assert bench("load", "--model_path", checkpoint, *options, "--json", target) == 0
+    assert "no code from a checkpoint is ever executed" in capsys.readouterr().err
     (row,) = json.loads(target.read_text())
     assert row["files_GB"] == (checkpoint / "model.safetensors").stat().st_size / 1e9
     assert row["weights_GB"] == Costs(SMALL, element=4).weight_bytes / 1e9

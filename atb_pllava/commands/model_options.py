@@ -167,7 +167,9 @@ def join_torchrun(arguments: argparse.Namespace) -> Workers | int | None:
 
 
 def load_model(arguments: argparse.Namespace, workers: Workers | None = None) -> LLM:
-    """The model that the options describe; says on stderr when it is ready."""
+    """The model that the options describe; says on stderr when it is ready, and what --trust_remote_code does."""
+    if arguments.trust_remote_code:
+        print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
     began = time.perf_counter()
     llm = LLM(
         arguments.model_path,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atb_pllava.answers import AnswerLog, Row, answer_all
-from atb_pllava.commands.environment import rank
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -57,8 +56,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def predict(arguments: argparse.Namespace) -> int:
     """Write an answer about every medium to --output_json."""
-    if arguments.trust_remote_code and rank() == 0:
-        print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
     workers = join_torchrun(arguments)
     if isinstance(workers, int):
         return workers

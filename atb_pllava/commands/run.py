@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from atb_pllava.commands.environment import rank
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -50,8 +49,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask every prompt about every medium and print the answers in order."""
-    if arguments.trust_remote_code and rank() == 0:
-        print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
     workers = join_torchrun(arguments)
     if isinstance(workers, int):
         return workers
