@@ -62,11 +62,12 @@ template <class V> INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vf even_half(vi pairs) { return (vf)(pairs << 16); }                  // bfloat16 at even places, as float32
 INLINE vf odd_half(vi pairs) { return (vf)(pairs & (int32_t)0xffff0000); }
-INLINE vf larger(vf a, vf b) { vi m = a > b; return (vf)(((vi)a & m) | ((vi)b & ~m)); }
 #if defined(__AVX512F__)
+INLINE vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }  // b where one is not a number
 INLINE float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float highest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
 #else
+INLINE vf larger(vf a, vf b) { vi m = a > b; return (vf)(((vi)a & m) | ((vi)b & ~m)); }
 INLINE float sum(vf v) { float s = 0; for (int i = 0; i < W; i++) s += v[i]; return s; }
 INLINE float highest(vf v) { float s = v[0]; for (int i = 1; i < W; i++) s = std::max(s, v[i]); return s; }
 #endif
@@ -109,6 +110,15 @@ INLINE void store_floats(vf v, bf16* p) {
 template <class T> INLINE vf round_to(vf v) {
     if (std::is_same<T, float>::value) return v;
     T t[W]; store_floats(v, t); return load_floats(t);
+}
+
+template <class X, class A> INLINE void copy_row(const X* from, int64_t count, A* to) {
+    if constexpr (std::is_same<X, A>::value) std::memcpy(to, from, count * sizeof(A));
+    else {
+        int64_t i = 0;
+        for (; i + W <= count; i += W) store_floats(load_floats(from + i), to + i);
+        for (; i < count; i++) from_float(to_float(from[i]), to[i]);
+    }
 }
 
 // 2^x for x below 127, 0 for x below -126; relative error 2e-7. The polynomial is Cephes' exp2f on [-1/2, 1/2].
@@ -511,8 +521,7 @@ template <class A, class X> void order_rows(
                 int64_t to = std::min<int64_t>((s + 1) * STEP - w->lead, w->columns);
                 int64_t start = from - (s * STEP - w->lead), n = to - from, end = std::min(STEP + 0l, w->width - s * STEP);
                 std::fill(row, row + start, A{});
-                if constexpr (std::is_same<A, X>::value) std::memcpy(row + start, x + from, n * sizeof(A));
-                else for (int64_t i = 0; i < n; i++) row[start + i] = to_float(x[from + i]);
+                copy_row(x + from, n, row + start);
                 std::fill(row + start + n, row + end, A{});
                 if (!sums) continue;
                 for (int64_t k = 0; k < end; k += piece) {
@@ -847,36 +856,45 @@ template <class T, class X> void decode(const Decode& job) {
 
 // Attention of many queries, in blocks of STEP keys (flash attention): scores and weighted values are tile products.
 
+// `count` elements of a token's row from `first` on, times its scale.
+template <class B, class Rows> INLINE void scaled_row(const Rows& rows, int64_t token, int64_t first, int64_t count, B* out) {
+    const auto* row = rows.row(token) + first;
+    if constexpr (!std::is_same<decltype(row), const int8_t*>::value) return copy_row(row, count, out);
+    const float scale = rows.scale(token);
+    for (int64_t i = 0; i < count; i++) from_float(to_float(row[i]) * scale, out[i]);
+}
+
+// Two rows of PANEL elements as one row of pairs; float32 keeps them one behind the other.
+INLINE void store_pair(const float* even, const float* odd, float* out) {
+    std::memcpy(out, even, PANEL * sizeof(float)), std::memcpy(out + PANEL, odd, PANEL * sizeof(float));
+}
+INLINE void store_pair(const bf16* even, const bf16* odd, bf16* out) {
+    for (int i = 0; i < PANEL; i += W) store(out + 2 * i, ((vi)load_floats(even + i) >> 16 & 0xffff) | (vi)load_floats(odd + i));
+}
+
 template <class B, class T, class Rows> void order_keys(const Rows& rows, int64_t panel, int64_t count, int64_t dim, B* out) {
-    const int64_t pairs = ceil_div(dim, 2);
-    std::fill(out, out + pairs * 2 * PANEL, B{});
-    for (int column = 0; column < std::min<int64_t>(PANEL, count - panel * PANEL); column++) {
-        const T* row = rows.row(panel * PANEL + column);
-        const float scale = rows.scale(panel * PANEL + column);
-        if constexpr (std::is_same<B, bf16>::value && std::is_same<T, bf16>::value)
-            for (int64_t i = 0; i < dim; i++) out[place<B>(i / 2, column, i % 2)] = row[i];
-        else
-            for (int64_t i = 0; i < dim; i++) from_float(to_float(row[i]) * scale, out[place<B>(i / 2, column, i % 2)]);
+    typedef typename std::conditional<std::is_same<B, float>::value, float, uint32_t>::type Unit;  // see `place`
+    constexpr int64_t EACH = sizeof(Unit) / sizeof(B);
+    const int64_t width = ceil_div(dim, 2) * 2;
+    alignas(64) B row[STEP] = {};
+    for (int column = 0; column < PANEL; column++) {
+        if (panel * PANEL + column < count) scaled_row(rows, panel * PANEL + column, 0, dim, row);
+        else std::fill(row, row + width, B{});
+        for (int64_t i = 0; i < width; i += EACH) store(out + i * PANEL + column * EACH, load<Unit>(row + i));
     }
 }
 
 // Keys [block * STEP, ...) as the summed dimension: [panel of the head's elements][pair of keys][PANEL][2].
 template <class B, class T, class Rows> void order_values(const Rows& rows, int64_t block, int64_t count, int64_t dim, B* out) {
-    const int64_t panels = ceil_div(dim, PANEL), n = std::min<int64_t>(STEP, count - block * STEP), all = ceil_div(n, PANEL) * PANEL;
-    for (int64_t key = 0; key < all; key++) {
-        const T* row = key < n ? rows.row(block * STEP + key) : nullptr;
-        const float scale = row ? rows.scale(block * STEP + key) : 0.f;
-        for (int64_t panel = 0; panel < panels; panel++) {
-            B* to = out + panel * STEP * PANEL;
-            const int64_t columns = row ? std::min<int64_t>(PANEL, dim - panel * PANEL) : 0;
-            for (int64_t i = 0; i < columns; i++) {
-                B& place_of = to[place<B>(key / 2, (int)i, key % 2)];
-                if constexpr (std::is_same<B, bf16>::value && std::is_same<T, bf16>::value) place_of = row[panel * PANEL + i];
-                else from_float(to_float(row[panel * PANEL + i]) * scale, place_of);
-            }
-            for (int64_t i = columns; i < PANEL; i++) to[place<B>(key / 2, (int)i, key % 2)] = B{};
+    const int64_t n = std::min<int64_t>(STEP, count - block * STEP), all = ceil_div(n, PANEL) * PANEL;
+    for (int64_t panel = 0; panel < ceil_div(dim, PANEL); panel++)
+        for (int64_t key = 0; key < all; key += 2) {
+            alignas(64) B even[PANEL] = {}, odd[PANEL] = {};
+            const int64_t first = panel * PANEL, columns = std::min<int64_t>(PANEL, dim - first);
+            if (key < n) scaled_row(rows, block * STEP + key, first, columns, even);
+            if (key + 1 < n) scaled_row(rows, block * STEP + key + 1, first, columns, odd);
+            store_pair(even, odd, out + (panel * STEP + key) * PANEL);
         }
-    }
 }
 
 constexpr int64_t QUERY_TILES = 8;  // that share a block of keys while it is in the second-level cache
@@ -904,7 +922,7 @@ template <class M> struct Flash {
         const int64_t tiles = ceil_div(rows, MR), pairs = ceil_div(dim, 2), visible = std::min(count, seen + more * (rows - 1));
         for (int64_t r = 0; r < tiles * MR; r++) {
             std::fill(q + r * STEP, q + r * STEP + 2 * pairs, A{});
-            if (r < rows) for (int64_t i = 0; i < dim; i++) from_float(to_float(query[r * stride + i]), q[r * STEP + i]);
+            if (r < rows) copy_row(query + r * stride, dim, q + r * STEP);
             most[r] = -std::numeric_limits<float>::infinity(), total[r] = 0;
         }
         std::fill(out, out + tiles * MR * panels * PANEL, 0.f);
@@ -938,8 +956,11 @@ template <class M> struct Flash {
                         }
                 }
             }
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t i = 0; i < dim; i++) from_float(out[r * panels * PANEL + i] / total[r], to[r * to_stride + i]);
+        for (int64_t r = 0; r < rows; r++) {
+            float* row = out + r * panels * PANEL;
+            for (int64_t i = 0; i < panels * PANEL; i += W) store(row + i, load<vf>(row + i) / total[r]);
+            copy_row(row, dim, to + r * to_stride);
+        }
     }
 
     // Row r of `scores`, of which n count, to exponentials in p; what the sums so far have to be multiplied with.
