@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from atb_pllava.__main__ import main
+from atb_pllava.commands.ending import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,6 +141,16 @@ def test_a_full_disk_is_no_traceback(options) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_rank_says_that_all_were_interrupted(capsys, monkeypatch) -> None:
+    def work(_: Namespace) -> int:
+        raise KeyboardInterrupt
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_command(Namespace, work) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_trust_remote_code_says_what_it_does(capsys, options) -> None:

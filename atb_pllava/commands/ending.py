@@ -45,5 +45,6 @@ def run_command(
         print(f"error: {what}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        if rank() == 0:  # torchrun, where it started us, hands the signal to all and ends in a traceback of its own
+            print(interrupted, file=sys.stderr)
         return 130
