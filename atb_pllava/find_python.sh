@@ -15,7 +15,9 @@ for path in sys.argv[1:]:
     for line in filter(None, lines):
         name, _, marker = line.partition(";")
         old = sys.version_info < (3, 11)
-        if marker and ("<" in marker) != old:
+        if "python_version" in marker and ("<" in marker) != old:
+            continue
+        if "sys_platform" in marker and sys.platform != "linux":
             continue
         try:
             importlib.metadata.version(re.match(r"[\w-]+", name).group())

@@ -1,6 +1,7 @@
 """A small random model and its checkpoint directory, shared by the tests that need no trained weights."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 
 IMAGE_ID = 300
+if not torch.cuda.is_available():  # read when triton is first imported, by whomever: its kernels run on a CPU then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def tokenizer_definition() -> dict[str, Any]:

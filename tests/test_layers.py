@@ -75,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},
     "__main__": {"commands", "errors"},
 }
-LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers"}
+LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

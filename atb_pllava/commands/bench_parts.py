@@ -216,9 +216,8 @@ def run_scaling(arguments: argparse.Namespace) -> int:
 
 
 def _backend(name: str) -> Backend:
-    """The device to measure, with the compiled kernels where they can be had."""
-    kernels = "torch" if name == "cuda" else "auto"
-    return get_backend(name, kernels=kernels, compiler=compiler(), kernel_dir=kernel_dir())
+    """The device to measure, with our kernels where they can be had."""
+    return get_backend(name, kernels="auto", compiler=compiler(), kernel_dir=kernel_dir())
 
 
 def _machine(name: str) -> Machine:

@@ -54,8 +54,8 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         "--kernels",
         choices=KERNELS,
         default="auto",
-        help="on a CPU, native: ours, compiled once with $CXX or the compiler found; torch: plain torch, slow; "
-        "auto: native where there is a compiler",
+        help="native: ours, on a CPU compiled once with $CXX or the compiler found, on CUDA with Triton; torch: plain "
+        "torch, slow; auto: native where there is a compiler or Triton",
     )
     group.add_argument("--world_size", type=int, metavar="N", help="devices to split the model over (default 1)")
     group.add_argument(

@@ -10,6 +10,7 @@ from atb_pllava.errors import BackendError
 from atb_pllava.ops.ascend import AscendBackend, import_torch_npu
 from atb_pllava.ops.build import BuildError, load_library
 from atb_pllava.ops.cpu import TorchBackend, has_native_bfloat16
+from atb_pllava.ops.cuda import CudaBackend
 from atb_pllava.ops.interface import Backend
 from atb_pllava.ops.native import NativeBackend
 
@@ -24,8 +25,9 @@ def get_backend(
 ) -> Backend:
     """The backend called `name`, on the device of this rank; "auto" takes Ascend, else CUDA, else the CPU, and logs it.
 
-    On a CPU `kernels` "native" compiles ours (see `ops.build` for compiler and kernel_dir), "torch" is the plain
-    reference, "auto" the first where it can be had and the second, with a warning, where not.
+    On a CPU `kernels` "native" compiles ours (see `ops.build` for compiler and kernel_dir), on CUDA it takes ours in
+    Triton; "torch" is the plain reference, "auto" the first where it can be had and the second, with a warning, where
+    not. Ascend has operators of its own.
     Raises BackendError for a name that does not exist or cannot run here: there is no silent second choice.
     """
     if kernels not in KERNELS:
@@ -33,8 +35,10 @@ def get_backend(
     backend = _device_backend(name, rank)
     if backend.name == "cpu":
         return backend if kernels == "torch" else _with_kernels(backend, kernels, compiler, kernel_dir)
+    if backend.name == "cuda":
+        return backend if kernels == "torch" else _with_triton(backend, kernels)
     if kernels == "native":
-        raise BackendError(f"kernels 'native' are for the cpu backend, not for {backend.name}; leave the option out")
+        raise BackendError(f"kernels 'native' are for cpu and cuda, not for {backend.name}; leave the option out")
     return backend
 
 
@@ -45,6 +49,16 @@ def _with_kernels(plain: Backend, kernels: str, compiler: str | None, kernel_dir
         if kernels == "native":
             raise BackendError(f"kernels 'native': {error}; install a C++ compiler, or use --kernels torch") from None
         logger.warning("no CPU kernels: %s; plain torch is used, which is several times slower", error)
+        return plain
+
+
+def _with_triton(plain: Backend, kernels: str) -> Backend:
+    try:
+        return CudaBackend()
+    except BackendError as error:
+        if kernels == "native":
+            raise BackendError(f"kernels 'native': {error}, or use --kernels torch") from None
+        logger.warning("no CUDA kernels: %s; plain torch is used, without recorded steps", error)
         return plain
 
 

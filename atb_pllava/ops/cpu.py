@@ -39,7 +39,7 @@ class TorchBackend:
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         assert not isinstance(weight, PackedWeight), "this backend packs no weights"
-        return _int8_linear(x, weight, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
+        return int8_linear(x, weight, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -77,7 +77,7 @@ class TorchBackend:
                 out[rows] = _attend(query[rows], keys[rows], values[rows], cached=0)
             else:
                 # Of 8-bit keys the stored ones count, also for the chunk itself: answers do not depend on the chunks.
-                stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
+                stored = [gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
                 out[rows] = _attend(query[rows], stored[0], stored[1], cached=context - length)
         return out
 
@@ -98,14 +98,14 @@ class TorchBackend:
         return bins.mean(dim=(1, 3, 5)).to(grid.dtype).reshape(t * h * w, width)
 
 
-def _int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, block_elements: int = ELEMENTS_PER_BLOCK) -> Tensor:
     """x [..., in] times an int8 weight: torch's kernel where it fits, else the float weight block by block."""
     flat = x.reshape(-1, x.shape[-1])
     if _int8_kernel_fits(flat, weight):
         out: Tensor = torch.ops.aten._weight_int8pack_mm(flat, weight.values, weight.scale[:, 0])
         out = out if bias is None else out + bias
     else:
-        rows = max(1, ELEMENTS_PER_BLOCK // weight.shape[1])
+        rows = max(1, block_elements // weight.shape[1])
         out = flat.new_empty(len(flat), weight.shape[0])
         for start in range(0, weight.shape[0], rows):
             block = slice(start, start + rows)
@@ -153,7 +153,7 @@ def _stored(cache: LayerCache, part: int, blocks: Tensor) -> Tensor:
     return stored if len(cache) == 2 else stored.float() * cache[part + 2][blocks][..., None]
 
 
-def _gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
+def gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
     """The first `context` keys (part 0) or values (1) of a sequence, [context, K, D], from its blocks."""
     blocks = _stored(cache, part, table[: -(-context // cache[0].shape[2])])
     return blocks.transpose(1, 2).flatten(0, 1)[:context]

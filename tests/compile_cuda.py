@@ -1,0 +1,87 @@
+"""Compiles each launch of the Triton kernels for an H200 (sm_90), without a device; a line for each with what it takes.
+
+The launches are those of `ops.cuda_kernels` for real shapes, on tensors without memory; a kernel gets the types,
+alignments and constants that Triton would find at that launch.
+"""
+
+import re
+import subprocess
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from atb_pllava.ops import cuda_kernels
+from atb_pllava.quant import Int8Weight
+
+TARGET = GPUTarget("cuda", 90, 32)
+PROGRAMS = 4 * 132
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"
+}  # fmt: skip
+
+
+class Compiled:
+    """Stands in a kernel's place: a launch compiles it."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.compile
+
+    def compile(self, *arguments: Any, **options: int) -> None:
+        signature, constants, aligned = {}, {}, {}
+        for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=True)):
+            fixed = parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not fixed):
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            kind = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else kind
+            if isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0 and not fixed):
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        made = triton.compile(ASTSource(self.kernel, signature, constants, aligned), target=TARGET, options=options)
+        print(self.kernel.__name__, options, f"shared {made.metadata.shared}", *resources(made.asm["cubin"]))
+
+
+def resources(cubin: bytes) -> tuple[str, str]:
+    """Registers a thread and bytes of its stack, where registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(triton.knobs.nvidia.cuobjdump.path), "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", report)[0]
+    return f"registers {registers}", f"stack {stack}"
+
+
+def main() -> None:
+    for name in ("_write_kv", "_attend", "_merge", "_int8_linear"):
+        setattr(cuda_kernels, name, Compiled(getattr(cuda_kernels, name)))
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    whole = torch.int64
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for heads, kv_heads, dim, block in ((32, 32, 128, 128), (56, 8, 128, 128), (8, 2, 80, 16)):
+            cache = (empty(64, kv_heads, block, dim, dtype=dtype),) * 2
+            keys = empty(8, kv_heads, dim, dtype=dtype)
+            cuda_kernels.write_kv(keys, keys, cache, empty(8, dtype=whole))
+            for batch in (1, 8):
+                tables, lens = empty(batch, 32, dtype=whole), empty(batch, dtype=whole)
+                cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
+        for rows in (1, 8, 64) if dtype != torch.float32 else (1, 8):
+            for height, group_size in ((4096, 0), (22016, 0), (4096, 64), (22016, 128)):
+                with torch.device("meta"):
+                    weight = Int8Weight.empty(height, 4096, dtype, group_size)
+                cuda_kernels.int8_linear(empty(rows, 4096, dtype=dtype), weight, None, PROGRAMS)
+
+
+if __name__ == "__main__":
+    main()
