@@ -35,6 +35,7 @@ _SIGNATURES = {
     "atb_swiglu": [_pointer, _pointer, _whole, _whole, _whole, _int],
     "atb_quick_gelu": [_pointer, _pointer, _whole, _whole, _int],
     "atb_large_pages": [_pointer, _whole],
+    "atb_keep_freed_memory": [],
     "atb_read": [_pointer, _whole, _pointer, _int],
     "atb_multiply": [_whole, _whole, _whole, _pointer, _pointer, _int],
 }
@@ -113,6 +114,7 @@ class NativeBackend(TorchBackend):
         for cache in caches:
             for part in cache:
                 self._library.atb_large_pages(part.data_ptr(), part.numel() * part.element_size())
+        self._library.atb_keep_freed_memory()  # from now on: the model is loaded, what follows are activations
         return caches
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
