@@ -61,7 +61,7 @@ def resources(cubin: bytes) -> tuple[str, str]:
 
 
 def main() -> None:
-    for name in ("_write_kv", "_attend", "_merge", "_int8_linear"):
+    for name in ("_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear"):
         setattr(cuda_kernels, name, Compiled(getattr(cuda_kernels, name)))
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -76,6 +76,11 @@ def main() -> None:
             for batch in (1, 8):
                 tables, lens = empty(batch, 32, dtype=whole), empty(batch, dtype=whole)
                 cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
+        for width in (4096, 7168):
+            cuda_kernels.rms_norm(empty(8, width, dtype=dtype), empty(width, dtype=dtype), 1e-5)
+            cuda_kernels.swiglu(empty(8, 5 * width, dtype=dtype))
+        angles = empty(8, 64, dtype=torch.float32)
+        cuda_kernels.rotary(empty(8, 32, 128, dtype=dtype), angles, angles)
         for rows in (1, 8, 64) if dtype != torch.float32 else (1, 8):
             for height, group_size in ((4096, 0), (22016, 0), (4096, 64), (22016, 128)):
                 with torch.device("meta"):

@@ -1,7 +1,7 @@
 """The Triton kernels against float64 and the plain backend: on a CUDA device where there is one, else interpreted.
 
 Triton's interpreter runs a kernel's programs one after the other with numpy. It shows what a kernel computes and which
-elements it touches, not what happens between threads, nor any speed.
+elements it touches, not what happens between threads, nor any speed; and it cuts bfloat16 off where devices round.
 """
 
 import os
@@ -221,6 +221,30 @@ def test_inputs_of_any_shape_and_stride(fast: CudaBackend) -> None:
         assert_close(fast.linear(part, float_weight), F.linear(part, float_weight))
 
 
+# The functions between
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 100), (5, 2500), (0, 64)])
+def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int, width: int) -> None:
+    x, weight = (random(rows, 2 * width) * 5).to(dtype), random(2 * width, seed=1).to(dtype)
+    for result, expected in (
+        (fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5)),
+        (fast.rms_norm(x.T.contiguous().T, weight, 1e-2), PLAIN.rms_norm(x, weight, 1e-2)),
+        (fast.swiglu(x), PLAIN.swiglu(x)),
+    ):
+        assert_close(result, expected, atol=1e-5, rtol=2 * TOLERANCE[dtype])  # bfloat16 is cut off twice, see above
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 128), (5, 3, 80), (0, 2, 64), (7, 2, 6)])
+def test_rotation(fast: CudaBackend, dtype: torch.dtype, rows: int, heads: int, dim: int) -> None:
+    angles = random(rows, dim // 2, seed=2)
+    x = random(rows, heads + 2, dim).to(dtype)[:, 1 : heads + 1]
+    expected = PLAIN.rotary(x, angles.cos(), angles.sin())
+    assert_close(fast.rotary(x, angles.cos(), angles.sin()), expected, atol=1e-5, rtol=TOLERANCE[dtype])
+
+
 # The whole model
 
 
@@ -324,7 +348,7 @@ def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.Monke
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
     monkeypatch.setattr(fast._kernels, "write_kv", fail)
-    with pytest.raises(BackendError, match=r"triton \S+ cannot run a kernel here: Failed to find C compiler\.$"):
+    with pytest.raises(BackendError, match=r"triton \S+ cannot run our kernels here: Failed to find C compiler\.$"):
         CudaBackend(DEVICE, 1)
 
 
@@ -340,5 +364,5 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [line.split()[0] for line in done.stdout.splitlines()]
-    assert set(kernels) == {"_write_kv", "_attend", "_merge", "_int8_linear"}
+    assert set(kernels) == {"_write_kv", "_attend", "_merge", "_int8_linear", "_rms_norm", "_rotary", "_swiglu"}
     assert not [line for line in done.stdout.splitlines() if not line.endswith("stack 0")]

@@ -1,4 +1,4 @@
-"""The CUDA backend: attention over pages and products with few rows of 8 bits in Triton, the rest in torch.
+"""The CUDA backend: attention over pages, products with few rows of 8 bits and what is between in Triton, else torch.
 
 Plain torch (`ops.cpu`) on a CUDA device stays the reference; the layout of the KV cache is the same in both.
 """
@@ -27,7 +27,7 @@ PROGRAMS_PER_SM = 4
 class CudaBackend(TorchBackend):
     """See `ops.interface.Backend`. `device` is a CPU only where Triton interprets its kernels, for tests.
 
-    Raises BackendError where there is no Triton or it cannot run a kernel here.
+    Raises BackendError where there is no Triton or it cannot run our kernels here.
     """
 
     def __init__(self, device: str = "cuda", multiprocessors: int | None = None) -> None:
@@ -39,7 +39,7 @@ class CudaBackend(TorchBackend):
         self._programs = PROGRAMS_PER_SM * multiprocessors
         self._lengths: tuple[SequenceBatch | None, Tensor] = (None, torch.empty(0))
         self._pool: Any = None
-        self._try_kernel()
+        self._try_kernels()
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         assert not isinstance(weight, PackedWeight), "this backend packs no weights"
@@ -51,10 +51,21 @@ class CudaBackend(TorchBackend):
             return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
         return int8_linear(x, weight, bias, ELEMENTS_PER_BLOCK)
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed: Tensor = self._kernels.rms_norm(x, weight, eps)
+        return normed
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rotated: Tensor = self._kernels.rotary(x, cos, sin)
+        return rotated
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        out: Tensor = self._kernels.swiglu(gate_up)
+        return out
+
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
         """Slots below 0 are skipped: the padded rows of a captured batch."""
-        if len(slots):
-            self._kernels.write_kv(keys, values, cache, slots)
+        self._kernels.write_kv(keys, values, cache, slots)
 
     def prefill_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
@@ -95,15 +106,18 @@ class CudaBackend(TorchBackend):
             raise BackendError(f"the CUDA device cannot capture a step: {str(error).splitlines()[0]}") from None
         return CapturedStep(graph, out)
 
-    def _try_kernel(self) -> None:
-        """Triton builds its launches with a C compiler, and knows only some devices: better said now than at a step."""
-        (cache,) = self.new_kv_cache(1, 1, 1, 1, 1, torch.float32)
-        one = torch.ones(1, 1, 1, device=self.device)
+    def _try_kernels(self) -> None:
+        """Triton needs a C compiler and a device it knows, and our kernels a Triton from 3.0 on: seen before a step."""
+        (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, torch.float32)
+        one, zero = torch.ones(1, 1, 16, device=self.device), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        weight = Int8Weight(torch.ones(1, 16, dtype=torch.int8, device=self.device), one[0, :, :1], one[0, :, :1])
         try:
-            self.write_kv(one, one, cache, torch.zeros(1, dtype=torch.int64, device=self.device))
+            self.write_kv(one, one, cache, zero[0])
+            self.decode_attention(one, cache, SequenceBatch((0, 1), (1,), zero))
+            self.linear(one[0], weight)
         except Exception as error:  # of no common class: a compiler's exit status, a linker's, Triton's own errors
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BackendError(f"triton {self._kernels.VERSION} cannot run a kernel here: {reason}") from error
+            raise BackendError(f"triton {self._kernels.VERSION} cannot run our kernels here: {reason}") from error
 
 
 class CapturedStep:
