@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from atb_pllava.bench.costs import Cost
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
-from atb_pllava.bench.roofline import Machine
+from atb_pllava.bench.machine import Probe, probes
 from atb_pllava.bench.stages import Stages, random_pixels
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import Work, interleaved, ratio
@@ -27,7 +28,6 @@ def compare(
     text_tokens: int,
     batches: Sequence[int],
     rounds: int,
-    machine: Machine,
     llama_cpp: LlamaCppPeer | None,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
@@ -35,24 +35,26 @@ def compare(
 
     Medians in ms, how many times as long transformers takes, how far apart the results are. Its settings
     are those that were found fastest: attention by SDPA or eager, whichever is faster here, static cache. llama.cpp
-    takes part in prefill and in decoding at batch 1; its weights are its own.
+    takes part in prefill and in decoding at batch 1; its weights are its own. The machine's limits are measured in
+    every round, because neighbours move them.
     """
     say("building the transformers model with the same weights")
     peer = TransformersPeer(llm.config, llm.model.dtype, llm.model.int8)
     stages, pixels, costs = Stages(llm), random_pixels(llm), costs_of(llm)
+    limits = probes(llm.model.ops, llm.model.dtype)
     length = llm.config.num_video_tokens
     prompt = [1000 + i % 1000 for i in range(length + text_tokens)]
     tokens = len(prompt)
 
     if "vision" in wanted:
         say(f"vision tower, {len(pixels)} frames")
-        stage = _Stage("vision, projector, pooling", machine.seconds(costs.vision(len(pixels))), rounds)
+        stage = _Stage("vision, projector, pooling", costs.vision(len(pixels)), limits, rounds)
         yield stage.row(lambda: stages.encode(pixels), _with(peer, lambda: peer.encode(pixels)))
 
     if "prefill" in wanted:
         say(f"prefill of {tokens} tokens")
         embeddings = peer.embed(prompt, stages.encode(pixels), _START)
-        stage = _Stage(f"prefill, {tokens} tokens", machine.seconds(costs.prefill([tokens])), rounds)
+        stage = _Stage(f"prefill, {tokens} tokens", costs.prefill([tokens]), limits, rounds)
         third = None if llama_cpp is None else lambda: llama_cpp.prefill(prompt)
         yield stage.row(
             lambda: stages.prefill(prompt, _START, length), _with(peer, lambda: peer.prefill(embeddings)), third
@@ -66,8 +68,8 @@ def compare(
     for batch in batches:
         say(f"decode, batch {batch}")
         cache = peer.context(batch, tokens)
-        bound = machine.seconds(costs.decode([tokens + 1] * batch))
-        stage = _Stage(f"decode, batch {batch}, context {tokens}", bound, 5 * rounds)
+        cost = costs.decode([tokens + 1] * batch)
+        stage = _Stage(f"decode, batch {batch}, context {tokens}", cost, limits, 5 * rounds)
         third = llama_cpp.decode if llama_cpp is not None and batch == 1 else None
         yield stage.row(
             _bind(stages.decode, batch, tokens), _with(peer, _bind(peer.decode, cache, batch, tokens)), third
@@ -93,22 +95,28 @@ def _with(peer: TransformersPeer, work: Callable[[], Tensor]) -> dict[str, Calla
 
 @dataclass(frozen=True)
 class _Stage:
-    """What is compared, and the seconds the machine's limits allow it."""
+    """What is compared, its bytes and FLOPs, and the works that show what of them the machine does in a second."""
 
     name: str
-    bound: float
+    cost: Cost
+    limits: tuple[Probe, Probe]
     rounds: int
 
     def row(
         self, ours: Callable[[], Tensor], theirs: Mapping[str, Callable[[], Tensor]], third: Work | None = None
     ) -> Row:
-        works: list[Work] = [ours, *theirs.values()]
-        own, *others = interleaved(works if third is None else [*works, third], self.rounds)
+        works: list[Work] = [*(probe.work for probe in self.limits), ours, *theirs.values()]
+        reading, multiplying, own, *others = interleaved(works if third is None else [*works, third], self.rounds)
         best = min(range(len(theirs)), key=lambda i: median(others[i]))
+        read, multiply = self.limits
+        rates = [(read.amount / a, multiply.amount / b) for a, b in zip(reading, multiplying, strict=True)]
+        bounds = [max(self.cost.bytes / bandwidth, self.cost.flops / peak) for bandwidth, peak in rates]
         row = {
             "stage": self.name,
             "ours_ms": median(own) * 1e3,
-            "of_limit": f"{100 * self.bound / median(own):.0f} %",
+            "of_limit": f"{100 * ratio(own, bounds):.0f} %",
+            "read_GB_per_s": median(read.amount / a for a in reading) / 1e9,
+            "peak_GFLOP_per_s": median(multiply.amount / a for a in multiplying) / 1e9,
             "transformers_ms": median(others[best]) * 1e3,
             "its_attention": list(theirs)[best],
             "times_as_fast": ratio(own, others[best]),

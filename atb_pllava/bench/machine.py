@@ -5,7 +5,7 @@ Each is the fastest of several ways: the compiled kernels' bare loops where they
 
 import mmap
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 
@@ -58,20 +58,47 @@ def _measure(backend: Backend, rounds: int) -> Limits:
     is_cpu = device.type == "cpu"
     name = _cpu_name() if is_cpu else torch.cuda.get_device_name(device)
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
-    peaks = {kind: _peak(kind, backend, rounds) for kind in kinds}
-    flops = {kind: value for kind, value in peaks.items() if value}
+    ways = {kind: list(_multiplying(kind, backend)) for kind in kinds}
+    flops = {kind: _fastest(some, rounds, device)[1] for kind, some in ways.items() if some}
     threads = torch.get_num_threads() if is_cpu else 1
     return Limits(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat())
 
 
 def read_bandwidth(backend: Backend, rounds: int = 7) -> float:
     """Bytes/s of the fastest way there is to look at every byte of half a GiB once."""
+    return _fastest(_reading(backend), rounds, backend.device)[1]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A short piece of work at a limit of the machine, and the bytes or FLOPs it gets done."""
+
+    work: Work
+    amount: float
+
+
+def probes(backend: Backend, dtype: torch.dtype) -> tuple[Probe, Probe]:
+    """The fastest way to read and to multiply numbers of `dtype`, to be timed in turns with other work."""
+    kind = str(dtype).removeprefix("torch.")
+    ways = _reading(backend), list(_multiplying(kind, backend))
+    read, multiply = (_fastest(some, 3, backend.device)[0] for some in ways)
+    return read, multiply
+
+
+def _fastest(ways: Sequence[Probe], rounds: int, device: torch.device) -> tuple[Probe, float]:
+    """The best of them, and its bytes or FLOPs in a second."""
+    rates = [way.amount / median_seconds(way.work, rounds, device) for way in ways]
+    best = max(range(len(ways)), key=rates.__getitem__)
+    return ways[best], rates[best]
+
+
+def _reading(backend: Backend) -> list[Probe]:
     buffer = _buffer(backend.device)
     longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
     if isinstance(backend, NativeBackend):
         ways.append(lambda: backend.read(buffer))
-    return _BUFFER / min(median_seconds(way, rounds, backend.device) for way in ways)
+    return [Probe(way, _BUFFER) for way in ways]
 
 
 def _buffer(device: torch.device) -> Tensor:
@@ -83,15 +110,14 @@ def _buffer(device: torch.device) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 
-def _peak(kind: str, backend: Backend, rounds: int) -> float:
-    """FLOP/s of the fastest way to multiply and add; 0 where there is none."""
+def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
+    """Ways to multiply and add numbers of a kind; nothing where there is none."""
     side = _SIDE if backend.device.type == "cpu" else 4 * _SIDE
-    seconds = [median_seconds(product, rounds, backend.device) for product in _products(kind, backend.device, side)]
-    found = [2 * side**3 / min(seconds)] if seconds else [0.0]
+    for product in _products(kind, backend.device, side):
+        yield Probe(product, 2 * side**3)
     if isinstance(backend, NativeBackend) and kind != "int8":
         dtype: torch.dtype = getattr(torch, kind)
-        found.append(backend.multiply(dtype) / median_seconds(lambda: backend.multiply(dtype), rounds))
-    return max(found)
+        yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))
 
 
 def _products(kind: str, device: torch.device, side: int) -> Iterator[Callable[[], Tensor]]:

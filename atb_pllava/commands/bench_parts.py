@@ -90,9 +90,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
         limits, third = measure(llm.model.ops), None
         if arguments.gguf is not None:
             third = LlamaCppPeer(arguments.gguf, config.text, length + 8, limits.threads)
-        machine, rounds = limits.as_machine(llm.model.dtype), arguments.rounds
         rows = compare(
-            llm, wanted, arguments.text_tokens, batches, rounds, machine, third, lambda text: _say(arguments, text)
+            llm, wanted, arguments.text_tokens, batches, arguments.rounds, third, lambda text: _say(arguments, text)
         )
         print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}\n")
         _print(arguments, list(rows))
