@@ -61,7 +61,7 @@ def resources(cubin: bytes) -> tuple[str, str]:
 
 
 def main() -> None:
-    for name in ("_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear"):
+    for name in ("_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear", "_dequantise"):
         setattr(cuda_kernels, name, Compiled(getattr(cuda_kernels, name)))
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -86,6 +86,7 @@ def main() -> None:
                 with torch.device("meta"):
                     weight = Int8Weight.empty(height, 4096, dtype, group_size)
                 cuda_kernels.int8_linear(empty(rows, 4096, dtype=dtype), weight, None, PROGRAMS)
+                cuda_kernels.dequantise(weight, dtype)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Cache layout: keys and values are [blocks, heads, block, dim], so that one head'
 are followed by the scales of both, float32 [blocks, heads, block].
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,7 +100,10 @@ class TorchBackend:
         return bins.mean(dim=(1, 3, 5)).to(grid.dtype).reshape(t * h * w, width)
 
 
-def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, block_elements: int = ELEMENTS_PER_BLOCK) -> Tensor:
+def int8_linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, block_elements: int = ELEMENTS_PER_BLOCK,
+    dequantise: Callable[[Int8Weight, torch.dtype], Tensor] = Int8Weight.dequantise,
+) -> Tensor:  # fmt: skip
     """x [..., in] times an int8 weight: torch's kernel where it fits, else the float weight block by block."""
     flat = x.reshape(-1, x.shape[-1])
     if _int8_kernel_fits(flat, weight):
@@ -110,7 +115,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, block_elemen
         for start in range(0, weight.shape[0], rows):
             block = slice(start, start + rows)
             part = None if bias is None else bias[block]
-            out[:, block] = F.linear(flat, weight.rows(block).dequantise(x.dtype), part)
+            out[:, block] = F.linear(flat, dequantise(weight.rows(block), x.dtype), part)
     return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
 
 

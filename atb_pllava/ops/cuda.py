@@ -16,7 +16,7 @@ from atb_pllava.ops.cpu import TorchBackend, gather, int8_linear
 from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
 from atb_pllava.quant import Int8Weight
 
-# Rows up to which the int8 kernel is used. A weight made in two bytes moves 11 bytes where the kernel moves 1; at 64
+# Rows up to which the int8 kernel is used. A weight made in two bytes first moves 5 bytes, in the kernel 1; at 64
 # rows the kernel's 128 operations a byte keep pace with the memory of an H200 (4.8 TB/s) on its dense 990 TFLOP/s.
 INT8_KERNEL_ROWS = 64
 WIDE_INT8_KERNEL_ROWS = 16  # of float32, which the matrix unit does not multiply
@@ -49,7 +49,7 @@ class CudaBackend(TorchBackend):
         if 0 < len(flat) <= (WIDE_INT8_KERNEL_ROWS if x.dtype == torch.float32 else INT8_KERNEL_ROWS):
             out: Tensor = self._kernels.int8_linear(flat, weight, bias, self._programs)
             return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
-        return int8_linear(x, weight, bias, ELEMENTS_PER_BLOCK)
+        return int8_linear(x, weight, bias, ELEMENTS_PER_BLOCK, self._kernels.dequantise)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = self._kernels.rms_norm(x, weight, eps)
@@ -107,7 +107,7 @@ class CudaBackend(TorchBackend):
         return CapturedStep(graph, out)
 
     def _try_kernels(self) -> None:
-        """Triton needs a C compiler and a device it knows, and our kernels a Triton from 3.0 on: seen before a step."""
+        """Triton needs a C compiler and a device it knows, our kernels a Triton of these years: seen before a step."""
         (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, torch.float32)
         one, zero = torch.ones(1, 1, 16, device=self.device), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         weight = Int8Weight(torch.ones(1, 16, dtype=torch.int8, device=self.device), one[0, :, :1], one[0, :, :1])

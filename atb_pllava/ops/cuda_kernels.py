@@ -244,6 +244,27 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, programs: in
     return out
 
 
+@triton.jit
+def _dequantise(values, scale, offset, out, values_stride, scale_stride, columns,
+                LEAD: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """A tile of one row."""
+    row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside, group = k < columns, row * scale_stride + (k + LEAD) // GROUP
+    q = tl.load(values + row * values_stride + k, inside, 0).to(tl.float32)
+    s, o = tl.load(scale + group, inside, 0.0).to(tl.float32), tl.load(offset + group, inside, 0.0).to(tl.float32)
+    tl.store(out + row * columns + k, ((q - o) * s).to(out.dtype.element_ty), inside)
+
+
+def dequantise(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+    """See `quant.Int8Weight.dequantise`: one pass, where torch reads and writes the float weight twice more."""
+    height, columns = weight.shape
+    out = torch.empty(height, columns, dtype=dtype, device=weight.values.device)
+    _dequantise[(height, triton.cdiv(columns, 1024))](
+        weight.values, weight.scale, weight.offset, out, weight.values.stride(0), weight.scale.stride(0), columns,
+        weight.lead, weight.group_size or columns, 1024)  # fmt: skip
+    return out
+
+
 def _heads_together(x: Tensor) -> Tensor:
     """[N, heads, D] whose rows may lie apart, but not the heads in them."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
