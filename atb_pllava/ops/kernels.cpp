@@ -711,48 +711,96 @@ template <class T> struct Strided {
     float scale(int64_t) const { return 1.f; }
 };
 
-// Two vectors of a row. bfloat16 comes as its even and its odd elements: that takes no shuffle. `turn` brings a row into
-// this order, and back.
-INLINE void load_two(const float* p, vf& a, vf& b) { a = load<vf>(p), b = load<vf>(p + W); }
-INLINE void load_two(const bf16* p, vf& a, vf& b) { vi x = load<vi>(p); a = even_half(x), b = odd_half(x); }
-INLINE void load_two(const int8_t* p, vf& a, vf& b) { a = load_floats(p), b = load_floats(p + W); }
-template <class T> INLINE int64_t turned(int64_t i) {
-    return std::is_same<T, bf16>::value ? i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2 : i;
-}
-
 constexpr int64_t SPLIT = 512;  // tokens that one thread attends to; the splits of a sequence are merged at the end
 constexpr int RUN = 32;         // tokens between two corrections of the running maximum
 
-// One split for G query heads of one key head: its largest score, sum of exponentials and weighted values.
+// Two vectors of a row. bfloat16 comes as its even and its odd elements: that takes no shuffle. `turned` is where an
+// element is then.
+INLINE void load_two(const float* p, vf& a, vf& b) { a = load<vf>(p), b = load<vf>(p + W); }
+INLINE void load_two(const bf16* p, vf& a, vf& b) { vi x = load<vi>(p); a = even_half(x), b = odd_half(x); }
+INLINE void load_two(const int8_t* p, vf& a, vf& b) { a = load_floats(p), b = load_floats(p + W); }
+INLINE int64_t turned(const bf16*, int64_t i) { return i / (2 * W) * (2 * W) + i % 2 * W + i % (2 * W) / 2; }
+template <class T> INLINE int64_t turned(const T*, int64_t i) { return i; }
+
+// How decoding multiplies 2 W elements of a cached row: with a query (kept as Q, elements at query_place), and with the
+// weights of tokens, two rows at a time (sums come out at value_place).
+template <class T> struct Rows {
+    typedef float Q;
+    typedef float Weight;
+    INLINE int64_t query_place(int64_t i) { return turned((const T*)nullptr, i); }
+    INLINE int64_t value_place(int64_t i) { return query_place(i); }
+    INLINE void score(const T* row, const Q* q, vf (&acc)[2]) {
+        vf a, b;
+        load_two(row, a, b);
+        acc[0] += a * load<vf>(q), acc[1] += b * load<vf>(q + W);
+    }
+    template <int G> INLINE void weigh(const T* even, const T* odd, const Weight (&p)[G][RUN], int i, vf (&acc)[G][2]) {
+        vf a, b, c, d;
+        load_two(even, a, b), load_two(odd, c, d);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+            acc[g][0] += a * p[g][i], acc[g][1] += b * p[g][i];
+            acc[g][0] += c * p[g][i + 1], acc[g][1] += d * p[g][i + 1];
+        }
+    }
+};
+#if defined(DOT)
+template <> struct Rows<bf16> {
+    typedef bf16 Q;
+    typedef bf16 Weight;
+    INLINE int64_t query_place(int64_t i) { return i; }
+    INLINE int64_t value_place(int64_t i) {  // unpacking leaves 4 of each 8 elements in either half
+        return i / 32 * 32 + i % 8 / 4 * 16 + i % 32 / 8 * 4 + i % 4;
+    }
+    INLINE void score(const bf16* row, const Q* q, vf (&acc)[2]) {
+        acc[0] = (vf)_mm512_dpbf16_ps((__m512)acc[0], load<__m512bh>(row), load<__m512bh>(q));
+    }
+    template <int G> INLINE void weigh(const bf16* even, const bf16* odd, const Weight (&p)[G][RUN], int i, vf (&acc)[G][2]) {
+        const __m512i a = load<__m512i>(even), b = load<__m512i>(odd);
+        const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+            const __m512bh pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(p[g] + i));
+            acc[g][0] = (vf)_mm512_dpbf16_ps((__m512)acc[g][0], pair, low);
+            acc[g][1] = (vf)_mm512_dpbf16_ps((__m512)acc[g][1], pair, high);
+        }
+    }
+};
+#endif
+
+INLINE void ask_for(const void* from, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
+}
+
+// One split for G query heads of one key head: its largest score, sum of exponentials and weighted values. Scores are
+// those of the queries times `factor`, which makes them exponents of 2.
 template <int G, class T> void attend_split(
-    const Pages<T>& keys, const Pages<T>& values, int64_t from, int64_t to, int64_t context, const float* q,
+    const Pages<T>& keys, const Pages<T>& values, int64_t from, int64_t to, const typename Rows<T>::Q* q, float factor,
     int64_t width, float* most, float* total, float* out) {
-    const int64_t dim = keys.dim, whole = dim / (2 * W) * (2 * W), ahead = std::max<int64_t>(1, AHEAD / (dim * sizeof(T)));
-    alignas(64) T rest[2 * W] = {};
+    constexpr int U = G == 1 ? 2 : 1;  // sums in flight hide the instructions' latency
+    const int64_t dim = keys.dim, whole = dim / (2 * W) * (2 * W);
+    alignas(64) T rest[2][2 * W] = {};
     alignas(64) float p[G][RUN];
+    alignas(64) typename Rows<T>::Weight weights[G][RUN];
     for (int g = 0; g < G; g++) most[g] = -std::numeric_limits<float>::infinity(), total[g] = 0;
     std::fill(out, out + G * width, 0.f);
-    int64_t next = from + ahead, inside = next % keys.block, slot = next < context ? keys.slot(next) : 0;
+    auto run_at = [&](int64_t token) { return (int)std::min<int64_t>({RUN, to - token, keys.block - token % keys.block}); };
     for (int64_t start = from; start < to;) {
-        const int n = (int)std::min<int64_t>({RUN, to - start, keys.block - start % keys.block});
+        // Keys of the next run are asked for while this one's are read, values while values are: memory never rests.
+        const int n = run_at(start), further = start + n < to ? run_at(start + n) : 0;
+        const T *first_key = keys.row(start), *next_key = further ? keys.row(start + n) : nullptr;
         for (int i = 0; i < n; i++) {
-            const T* row = keys.row(start) + i * dim;
-            if (next < context) {  // ask for the rows that come `ahead` tokens later
-                const char *k = (const char*)(keys.start + slot * dim), *v = (const char*)(values.start + slot * dim);
-                for (size_t line = 0; line < dim * sizeof(T); line += 64) __builtin_prefetch(k + line, 0, 2), __builtin_prefetch(v + line, 0, 2);
-                next++, slot++;
-                if (++inside == keys.block && next < context) inside = 0, slot = keys.slot(next);
-            }
+            const T* row = first_key + i * dim;
+            if (i < further) ask_for(next_key + i * dim, dim * sizeof(T));
             vf acc[G][2] = {};
-            auto add = [&](const T* from, int64_t c) {
-                vf a, b;
-                load_two(from, a, b);
+            auto add = [&](const T* part, int64_t c) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-                for (int g = 0; g < G; g++) acc[g][0] += a * load<vf>(q + g * width + c), acc[g][1] += b * load<vf>(q + g * width + c + W);
+                for (int g = 0; g < G; g++) Rows<T>::score(part, q + g * width + c, acc[g]);
             };
             for (int64_t c = 0; c < whole; c += 2 * W) add(row + c, c);
-            if (whole < dim) std::memcpy(rest, row + whole, (dim - whole) * sizeof(T)), add(rest, whole);
-            for (int g = 0; g < G; g++) p[g][i] = sum(acc[g][0] + acc[g][1]) * (keys.scales ? keys.scale(start + i) : 1.f);
+            if (whole < dim) std::memcpy(rest[0], row + whole, (dim - whole) * sizeof(T)), add(rest[0], whole);
+            const float scale = factor * (keys.scales ? keys.scale(start + i) : 1.f);
+            for (int g = 0; g < G; g++) p[g][i] = sum(acc[g][0] + acc[g][1]) * scale;
         }
         float correction[G];
         for (int g = 0; g < G; g++) {
@@ -769,23 +817,32 @@ template <int G, class T> void attend_split(
             correction[g] = std::exp2(most[g] - top);
             total[g] = total[g] * correction[g] + sum(sums), most[g] = top;
             if (values.scales) for (int i = 0; i < n; i++) p[g][i] *= values.scale(start + i);
+            copy_row(p[g], RUN, weights[g]);
         }
-        const T* first = values.row(start);
+        const T *first_value = values.row(start), *next_value = further ? values.row(start + n) : nullptr;
         for (int64_t c = 0; c < dim; c += 2 * W) {
-            vf acc[G][2];
+            vf acc[U][G][2] = {};
+            for (int i = 0; i < n; i += 2 * U)
+#pragma GCC unroll 2
+                for (int u = 0; u < U; u++) {
+                    const int token = i + 2 * u;
+                    if (token >= n) break;
+                    const T *even = first_value + token * dim + c, *odd = token + 1 < n ? even + dim : even;  // of weight 0 then
+                    if (token < further) ask_for(next_value + token * dim + c, 2 * W * sizeof(T));
+                    if (token + 1 < further) ask_for(next_value + (token + 1) * dim + c, 2 * W * sizeof(T));
+                    if (c == whole) {
+                        std::memcpy(rest[0], even, (dim - whole) * sizeof(T)), std::memcpy(rest[1], odd, (dim - whole) * sizeof(T));
+                        even = rest[0], odd = rest[1];
+                    }
+                    Rows<T>::weigh(even, odd, weights, token, acc[u]);
+                }
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++)
-                acc[g][0] = load<vf>(out + g * width + c) * correction[g], acc[g][1] = load<vf>(out + g * width + c + W) * correction[g];
-            for (int i = 0; i < n; i++) {
-                const T* row = first + i * dim + c;
-                if (c == whole) std::memcpy(rest, row, (dim - whole) * sizeof(T)), row = rest;
-                vf a, b;
-                load_two(row, a, b);
-#pragma GCC unroll 4
-                for (int g = 0; g < G; g++) acc[g][0] += a * p[g][i], acc[g][1] += b * p[g][i];
-            }
-#pragma GCC unroll 4
-            for (int g = 0; g < G; g++) store(out + g * width + c, acc[g][0]), store(out + g * width + c + W, acc[g][1]);
+#pragma GCC unroll 2
+                for (int h = 0; h < 2; h++) {
+                    float* place = out + g * width + c + h * W;
+                    store(place, load<vf>(place) * correction[g] + acc[0][g][h] + (U > 1 ? acc[U - 1][g][h] : (vf){}));
+                }
         }
         start += n;
     }
@@ -810,7 +867,7 @@ template <class T, class X> void decode(const Decode& job) {
     for (int64_t s = 0; s < job.sequences; s++) first[s + 1] = first[s] + ceil_div(job.contexts[s], SPLIT);
     const int64_t splits = first[job.sequences];
     float* parts = parts_room.room<float>(splits * job.heads * each);  // [split][head]: maximum, total, values
-    const float scale = LOG2E / std::sqrt((float)dim);
+    const float factor = LOG2E / std::sqrt((float)dim);
     pool()->run(splits * c.heads, job.threads, [&](int64_t task) {
         const int64_t number = task / c.heads, head = task % c.heads;
         const int64_t s = std::upper_bound(first, first + job.sequences + 1, number) - first - 1;
@@ -819,19 +876,21 @@ template <class T, class X> void decode(const Decode& job) {
         const Pages<T> keys{(const T*)c.keys, c.key_scale, table, c.heads, c.block, dim, head};
         const Pages<T> values{(const T*)c.values, c.value_scale, table, c.heads, c.block, dim, head};
         static thread_local Scratch room;
-        float *q = room.room<float>(4 * 2 * width), *out = q + 4 * width;
+        typedef typename Rows<T>::Q Q;
+        float* out = room.room<float>(4 * 2 * width);
+        Q* q = (Q*)(out + 4 * width);
         for (int64_t g = 0; g < group;) {
             const int count = (int)std::min<int64_t>(4, group - g);
             const X* query = (const X*)job.q + s * job.q_stride + (head * group + g) * dim;
-            std::fill(q, q + count * width, 0.f);
+            std::fill(q, q + count * width, Q{});
             for (int h = 0; h < count; h++)
-                for (int64_t i = 0; i < dim; i++) q[h * width + turned<T>(i)] = to_float(query[h * dim + i]) * scale;
+                for (int64_t i = 0; i < dim; i++) from_float(to_float(query[h * dim + i]), q[h * width + Rows<T>::query_place(i)]);
             float most[4], total[4];
             switch (count) {
-            case 1: attend_split<1>(keys, values, from, to, job.contexts[s], q, width, most, total, out); break;
-            case 2: attend_split<2>(keys, values, from, to, job.contexts[s], q, width, most, total, out); break;
-            case 3: attend_split<3>(keys, values, from, to, job.contexts[s], q, width, most, total, out); break;
-            default: attend_split<4>(keys, values, from, to, job.contexts[s], q, width, most, total, out);
+            case 1: attend_split<1>(keys, values, from, to, q, factor, width, most, total, out); break;
+            case 2: attend_split<2>(keys, values, from, to, q, factor, width, most, total, out); break;
+            case 3: attend_split<3>(keys, values, from, to, q, factor, width, most, total, out); break;
+            default: attend_split<4>(keys, values, from, to, q, factor, width, most, total, out);
             }
             for (int h = 0; h < count; h++) {
                 float* part = parts + (number * job.heads + head * group + g + h) * each;
@@ -857,7 +916,7 @@ template <class T, class X> void decode(const Decode& job) {
                 total += weight * part[1];
                 for (int64_t k = 0; k < width; k++) sums[k] += weight * part[2 + k];
             }
-            for (int64_t i = 0; i < dim; i++) from_float(sums[turned<T>(i)] / total, out[i]);
+            for (int64_t i = 0; i < dim; i++) from_float(sums[Rows<T>::value_place(i)] / total, out[i]);
         }
     });
 }
