@@ -114,7 +114,7 @@ class LLM:
         self.weights = plan
         self._finalizer: weakref.finalize[..., LLM] | None = None
         if parallel.size == 1:
-            fill_model(model, plan)
+            fill_model(model, plan, pack=True)
             blocks = self._plan_blocks(model, config)
             runner = Runner(model, blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
             self._engine = Engine(Team(runner, parallel), config)
@@ -122,7 +122,7 @@ class LLM:
         self._workers = workers = workers or Workers.start(size, options, port)
         give_back_threads = share_threads(parallel.size)
         try:
-            fill_model(model, plan, workers.sign)
+            fill_model(model, plan, workers.sign, pack=True)
             workers.meet(model, plan.fingerprint() + options.described())
             blocks = self._plan_blocks(model, config)
             choices = blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs

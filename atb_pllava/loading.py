@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,7 +12,7 @@ from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
 from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, free_memory, get_backend
-from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.interface import Backend, PackingBackend
 from atb_pllava.parallel import TensorParallel, check_world_size
 from atb_pllava.quant import Int8Layers
 from atb_pllava.random_weights import RandomWeights, plan_random, random_int8
@@ -90,8 +91,41 @@ def _plan_random(
     return model, plan_random(model.checkpoint_parts(), ranks_here, free_memory(ops))
 
 
-def fill_model(model: Pllava, plan: LoadPlan | RandomWeights, each: Callable[[], None] | None = None) -> Pllava:
-    """Allocate the model on its device and read its weights; `each` is called after every tensor."""
+def fill_model(
+    model: Pllava, plan: LoadPlan | RandomWeights, each: Callable[[], None] | None = None, pack: bool = False
+) -> Pllava:
+    """Allocate the model on its device and read its weights; `each` is called after every tensor.
+
+    With `pack` each layer gets its backend's form (see `Pllava.pack`) as soon as it is there, and the memory of what
+    was read serves the next layer: only touched memory is there, so the weights are never there twice.
+    """
     model.to_empty(device=model.ops.device)
-    plan.load_into(model.checkpoint_parts(), each)
+    parts = model.checkpoint_parts()
+    packing = _Packing(model, parts) if pack and isinstance(model.ops, PackingBackend) else None
+
+    def loaded(name: str) -> None:
+        del parts[name]  # or the memory below it stays
+        if packing is not None:
+            packing.loaded(name)
+        if each is not None:
+            each()
+
+    plan.load_into(parts, loaded)
     return model.eval()
+
+
+class _Packing:
+    """Packs each part of a model when the last of its tensors has been loaded."""
+
+    def __init__(self, model: Pllava, names: Iterable[str]) -> None:
+        assert isinstance(model.ops, PackingBackend)
+        self._ops, self._parts = model.ops, model.packed_parts()
+        self._prefix_of = {name: prefix for name in names for prefix in self._parts if name.startswith(prefix)}
+        self._missing = Counter(self._prefix_of.values())
+
+    def loaded(self, name: str) -> None:
+        prefix = self._prefix_of.get(name)
+        if prefix is not None:
+            self._missing[prefix] -= 1
+            if not self._missing[prefix]:
+                self._parts[prefix].pack(self._ops)

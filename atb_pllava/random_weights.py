@@ -44,8 +44,8 @@ class RandomWeights:
     lora_scale: float | None = None
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Part], each: Callable[[], None] | None = None) -> None:
-        """Fill every tensor by its name, any dtype and device; `each` is called after every tensor."""
+    def load_into(self, destinations: Mapping[str, Part], each: Callable[[str], None] | None = None) -> None:
+        """Fill every tensor by its name, any dtype and device; `each` is called with the name of each."""
         began = time.perf_counter()
         numbers = _random_numbers()
         scaled: dict[tuple[torch.dtype, float], Tensor] = {}
@@ -56,7 +56,7 @@ class RandomWeights:
                 scaled[kind] = _values(numbers, spread, part.tensor.dtype)
             _fill(part, mean, scaled[kind], _place(name))
             if each is not None:
-                each()
+                each(name)
         seconds = time.perf_counter() - began
         if seconds > _NOT_WORTH_A_WORD:
             logger.info("random weights: %.2f GB made in %.1f s", self.bytes_total / 1e9, seconds)

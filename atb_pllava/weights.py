@@ -87,11 +87,11 @@ class LoadPlan:
         return sum(part.num_bytes for item in self.items.values() for part in item.parts)
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Part], each: Callable[[], None] | None = None) -> None:
+    def load_into(self, destinations: Mapping[str, Part], each: Callable[[str], None] | None = None) -> None:
         """Copy each tensor, or this rank's part of it, to its destination (any dtype and device).
 
         Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed. `each` is
-        called after every tensor.
+        called with the name of every tensor that is there; its destination is not looked at again.
         At most one stored tensor is in memory at a time. Raises CheckpointError with all tensors that hold NaN or
         infinity, or values that float16 destinations cannot hold; the destinations are then useless.
         """
@@ -104,7 +104,7 @@ class LoadPlan:
             problems += _load_tensor(name, item, scale, destinations[name])
             progress.add(item)
             if each is not None:
-                each()
+                each(name)
         raise_if_any(self.where, problems)
         progress.finish()
         if scale is not None:

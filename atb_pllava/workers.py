@@ -205,7 +205,7 @@ def serve_rank(workers: Workers, options: ModelOptions) -> int:
             workers.sign()
             share_threads(workers.parallel.size)
             model, plan = plan_model(options, workers.parallel)
-            fill_model(model, plan, workers.sign)
+            fill_model(model, plan, workers.sign, pack=True)
             workers.meet(model, plan.fingerprint() + options.described())
         except (PllavaError, MemoryError, RuntimeError) as error:
             workers.fail(str(error) or type(error).__name__)

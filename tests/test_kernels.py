@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
+from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.linear import FusedLinear
 from atb_pllava.ops import build, get_backend
 from atb_pllava.ops.cpu import TorchBackend
@@ -302,6 +303,24 @@ def test_packed_weights_take_the_place_of_the_loaded_ones(compiled: None, checkp
     model = LLM(checkpoint, kernels="native", dtype="bfloat16").model
     left = {name for name, tensor in model.state_dict().items() if tensor.dim() == 2}
     assert left == {"vision.position_embedding", "language.embedding"}
+
+
+def test_layers_are_packed_as_they_come(compiled: None, checkpoint: Path) -> None:
+    options = ModelOptions(str(checkpoint), backend="cpu", dtype="float32")
+    model, plan = plan_model(options, TensorParallel())
+    layers = [*model.vision.layers_by_prefix().values(), *model.language.layers_by_prefix().values()]
+    counts = []
+
+    def count() -> None:
+        weights = [layer.qkv_weight if hasattr(layer, "qkv_weight") else layer.qkv._packed for layer in layers]
+        counts.append(sum(weight is not None and not isinstance(weight, Tensor) for weight in weights))
+
+    fill_model(model, plan, count, pack=True)
+    assert counts[0] == 0 and sorted(set(counts)) == list(range(len(layers) + 1))
+    whole = fill_model(*plan_model(options, TensorParallel()))
+    whole.pack()
+    pixels = random(2, 3, *[model.config.vision.image_size] * 2)
+    assert torch.equal(model.encode_frames(pixels), whole.encode_frames(pixels))
 
 
 def test_an_8_bit_cache_is_for_the_cpu() -> None:

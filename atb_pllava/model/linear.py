@@ -1,6 +1,7 @@
 """Linear layers of the decoder, float or int8, whole or a rank's share."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class Int8Matrix(nn.Module):
     @property
     def weight(self) -> Int8Weight:
         return Int8Weight(self.values, self.scale, self.offset, self.group_size, self.lead)
+
+
+class Packable(Protocol):
+    """A part of a model whose weights a backend can pack."""
+
+    def pack(self, ops: PackingBackend) -> None: ...
 
 
 def pack_weights(module: nn.Module, ops: PackingBackend, *names: str) -> None:
@@ -71,6 +78,8 @@ class FusedLinear(nn.Module):
 
     def pack(self, ops: PackingBackend) -> None:
         """Keep the backend's packed form of the weights instead of what was loaded."""
+        if self._packed is not None:
+            return
         self._packed = [ops.pack(weight) for weight in self.weights]
         self.matrices = nn.ModuleList()
 

@@ -69,6 +69,11 @@ class DecoderLayer(nn.Module):
     def linears(self) -> tuple[FusedLinear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
 
+    def pack(self, ops: PackingBackend) -> None:
+        """See `Pllava.pack`."""
+        for linear in self.linears:
+            linear.pack(ops)
+
     def checkpoint_parts(self, prefix: str) -> dict[str, Part]:
         """Names of transformers' LlamaDecoderLayer, each with what this rank takes of it."""
         parts = {name: part for linear in self.linears for name, part in linear.checkpoint_parts().items()}
@@ -116,12 +121,8 @@ class Llama(nn.Module):
         return self.parallel.all_gather(logits.T, self.config.vocab_size).T
 
     def pack(self, ops: PackingBackend) -> None:
-        """See `Pllava.pack`."""
+        """See `Pllava.pack`; the layers are packed one by one."""
         pack_weights(self, ops, "lm_head")
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            for linear in layer.linears:
-                linear.pack(ops)
 
     def checkpoint_parts(self) -> dict[str, Part]:
         vocabulary = self.config.vocab_size
@@ -130,10 +131,14 @@ class Llama(nn.Module):
             f"{PREFIX}norm.weight": Part.whole(self.norm),
             "language_model.lm_head.weight": Part.of(self.lm_head, 0, self.words, vocabulary),
         }
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            parts.update(layer.checkpoint_parts(f"{PREFIX}layers.{i}."))
+        for prefix, layer in self.layers_by_prefix().items():
+            parts.update(layer.checkpoint_parts(prefix))
         return parts
+
+    def layers_by_prefix(self) -> dict[str, DecoderLayer]:
+        """Each layer by what the names of its tensors begin with."""
+        layers = enumerate(self.layers)
+        return {f"{PREFIX}layers.{i}.": layer for i, layer in layers if isinstance(layer, DecoderLayer)}
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

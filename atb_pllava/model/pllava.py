@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
+from atb_pllava.model.linear import Packable
 from atb_pllava.model.llama import Llama
 from atb_pllava.model.projector import Projector
-from atb_pllava.model.vision import VisionLayer, VisionTower
+from atb_pllava.model.vision import VisionTower
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
 from atb_pllava.parallel import Part, TensorParallel
 from atb_pllava.quant import Int8Layers
@@ -68,14 +69,18 @@ class Pllava(nn.Module):
     def pack(self) -> None:
         """Bring the linear layers' weights into the form the backend multiplies fastest; nothing is loaded afterwards.
 
-        At most one weight is in memory twice at a time.
+        At most one weight is in memory twice at a time; what is packed stays as it is.
         """
         if isinstance(self.ops, PackingBackend):
-            for layer in self.vision.layers:
-                assert isinstance(layer, VisionLayer)
-                layer.pack(self.ops)
-            self.projector.pack(self.ops)
-            self.language.pack(self.ops)
+            for part in self.packed_parts().values():
+                part.pack(self.ops)
+
+    def packed_parts(self) -> dict[str, Packable]:
+        """The parts that can be packed one by one, by the prefix of the names of their tensors."""
+        return {
+            **self.vision.layers_by_prefix(), "multi_modal_projector.": self.projector,
+            **self.language.layers_by_prefix(), "language_model.lm_head.": self.language,
+        }  # fmt: skip
 
     def checkpoint_parts(self) -> dict[str, Part]:
         """Every tensor a checkpoint must hold, by its plain LLaVA name, with what this rank takes and where it goes."""

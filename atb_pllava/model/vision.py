@@ -92,7 +92,11 @@ class VisionTower(nn.Module):
             f"{prefix}pre_layrnorm.weight": self.pre_norm_weight,  # transformers spells it so
             f"{prefix}pre_layrnorm.bias": self.pre_norm_bias,
         }
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, VisionLayer)
-            views.update(layer.checkpoint_views(f"{prefix}encoder.layers.{i}."))
+        for name, layer in self.layers_by_prefix().items():
+            views.update(layer.checkpoint_views(name))
         return views
+
+    def layers_by_prefix(self) -> dict[str, VisionLayer]:
+        """Each layer by what the names of its tensors begin with."""
+        prefix = "vision_tower.vision_model.encoder.layers."
+        return {f"{prefix}{i}.": layer for i, layer in enumerate(self.layers) if isinstance(layer, VisionLayer)}
