@@ -49,8 +49,9 @@ class RandomWeights:
         began = time.perf_counter()
         numbers = _random_numbers()
         scaled: dict[tuple[torch.dtype, float], Tensor] = {}
-        for name, part in destinations.items():
-            mean, spread = _mean_and_spread(name, destinations)
+        chosen = {name: _mean_and_spread(name, destinations) for name in destinations}
+        for name, (mean, spread) in chosen.items():  # `each` may take destinations out
+            part = destinations[name]
             kind = part.tensor.dtype, spread
             if kind not in scaled:
                 scaled[kind] = _values(numbers, spread, part.tensor.dtype)
