@@ -104,9 +104,11 @@ def _reading(backend: Backend) -> list[Probe]:
 def _buffer(device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.ones(_BUFFER, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, _BUFFER)
+    # Private, because large pages of shared memory are switched off on most systems: without them the page tables are
+    # the limit, not the memory.
+    pages = mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # the limit of the memory, not of the page tables
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
 
 

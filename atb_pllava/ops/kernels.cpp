@@ -777,7 +777,6 @@ INLINE void ask_for(const void* from, size_t bytes) {
 template <int G, class T> void attend_split(
     const Pages<T>& keys, const Pages<T>& values, int64_t from, int64_t to, const typename Rows<T>::Q* q, float factor,
     int64_t width, float* most, float* total, float* out) {
-    constexpr int U = G == 1 ? 2 : 1;  // sums in flight hide the instructions' latency
     const int64_t dim = keys.dim, whole = dim / (2 * W) * (2 * W);
     alignas(64) T rest[2][2 * W] = {};
     alignas(64) float p[G][RUN];
@@ -820,30 +819,35 @@ template <int G, class T> void attend_split(
             copy_row(p[g], RUN, weights[g]);
         }
         const T *first_value = values.row(start), *next_value = further ? values.row(start + n) : nullptr;
-        for (int64_t c = 0; c < dim; c += 2 * W) {
-            vf acc[U][G][2] = {};
-            for (int i = 0; i < n; i += 2 * U)
-#pragma GCC unroll 2
-                for (int u = 0; u < U; u++) {
-                    const int token = i + 2 * u;
-                    if (token >= n) break;
-                    const T *even = first_value + token * dim + c, *odd = token + 1 < n ? even + dim : even;  // of weight 0 then
-                    if (token < further) ask_for(next_value + token * dim + c, 2 * W * sizeof(T));
-                    if (token + 1 < further) ask_for(next_value + (token + 1) * dim + c, 2 * W * sizeof(T));
-                    if (c == whole) {
-                        std::memcpy(rest[0], even, (dim - whole) * sizeof(T)), std::memcpy(rest[1], odd, (dim - whole) * sizeof(T));
-                        even = rest[0], odd = rest[1];
-                    }
-                    Rows<T>::weigh(even, odd, weights, token, acc[u]);
+        // C pieces of 2 W elements of all rows: rows are read from end to end, and sums stay in registers.
+        auto weigh = [&](auto pieces, int64_t c) __attribute__((always_inline)) {
+            constexpr int C = decltype(pieces)::value;
+            vf acc[C][G][2] = {};
+            for (int i = 0; i < n; i += 2) {
+                const T *even = first_value + i * dim + c, *odd = i + 1 < n ? even + dim : even;  // of weight 0 then
+                if (i < further) ask_for(next_value + i * dim + c, C * 2 * W * sizeof(T));
+                if (i + 1 < further) ask_for(next_value + (i + 1) * dim + c, C * 2 * W * sizeof(T));
+                if (C == 1 && c == whole) {
+                    std::memcpy(rest[0], even, (dim - whole) * sizeof(T)), std::memcpy(rest[1], odd, (dim - whole) * sizeof(T));
+                    even = rest[0], odd = rest[1];
                 }
 #pragma GCC unroll 4
-            for (int g = 0; g < G; g++)
+                for (int k = 0; k < C; k++) Rows<T>::weigh(even + k * 2 * W, odd + k * 2 * W, weights, i, acc[k]);
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < C; k++)
+#pragma GCC unroll 4
+                for (int g = 0; g < G; g++)
 #pragma GCC unroll 2
-                for (int h = 0; h < 2; h++) {
-                    float* place = out + g * width + c + h * W;
-                    store(place, load<vf>(place) * correction[g] + acc[0][g][h] + (U > 1 ? acc[U - 1][g][h] : (vf){}));
-                }
-        }
+                    for (int h = 0; h < 2; h++) {
+                        float* place = out + g * width + c + (2 * k + h) * W;
+                        store(place, load<vf>(place) * correction[g] + acc[k][g][h]);
+                    }
+        };
+        constexpr int MOST = G <= 2 ? 4 : 2;
+        int64_t c = 0;
+        for (; c + MOST * 2 * W <= dim; c += MOST * 2 * W) weigh(std::integral_constant<int, MOST>{}, c);
+        for (; c < dim; c += 2 * W) weigh(std::integral_constant<int, 1>{}, c);
         start += n;
     }
 }
