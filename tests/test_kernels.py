@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
-from atb_pllava.loading import ModelOptions, fill_model, plan_model
+from atb_pllava.loading import LOAD_FORMATS, ModelOptions, fill_model, plan_model
 from atb_pllava.model.linear import FusedLinear
 from atb_pllava.ops import build, get_backend
 from atb_pllava.ops.cpu import TorchBackend
@@ -305,8 +305,9 @@ def test_packed_weights_take_the_place_of_the_loaded_ones(compiled: None, checkp
     assert left == {"vision.position_embedding", "language.embedding"}
 
 
-def test_layers_are_packed_as_they_come(compiled: None, checkpoint: Path) -> None:
-    options = ModelOptions(str(checkpoint), backend="cpu", dtype="float32")
+@pytest.mark.parametrize("load_format", LOAD_FORMATS)
+def test_layers_are_packed_as_they_come(compiled: None, checkpoint: Path, load_format: str) -> None:
+    options = ModelOptions(str(checkpoint), backend="cpu", dtype="float32", load_format=load_format)
     model, plan = plan_model(options, TensorParallel())
     layers = [*model.vision.layers_by_prefix().values(), *model.language.layers_by_prefix().values()]
     counts = []
