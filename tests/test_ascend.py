@@ -229,9 +229,11 @@ def test_a_device_that_cannot_capture_goes_on_without(caplog: pytest.LogCaptureF
     assert caplog.text.count("decoding without graphs: this device cannot capture") == 1
 
 
-def test_free_memory_is_the_device_s(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "free"), [("meta", 5), ("meta:3", 8)])
+def test_free_memory_is_the_device_s(device: str, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked by number, which the oldest torch wants, or not at all, where the current device is meant."""
     backend = backend_of("910B")
-    backend.device = torch.device("meta")
-    module = type("meta", (), {"mem_get_info": staticmethod(lambda device: (5, 9))})
+    backend.device = torch.device(device)
+    module = type("meta", (), {"mem_get_info": staticmethod(lambda index: (5 if index is None else 5 + index, 9))})
     monkeypatch.setattr(torch, "meta", module, raising=False)
-    assert free_memory(backend) == 5
+    assert free_memory(backend) == free

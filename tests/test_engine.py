@@ -1,9 +1,12 @@
 """The engine: whatever a request is batched with, cut into or interrupted by, its answer stays the same."""
 
+import time
+
 import pytest
 import torch
 
 from atb_pllava import LLM, BackendError, RequestError, SamplingParams
+from atb_pllava.engine import engine as engine_module
 from atb_pllava.engine.engine import Engine
 from atb_pllava.engine.kv_cache import BlockPool, plan_blocks
 from atb_pllava.engine.request import Request
@@ -40,6 +43,14 @@ def assert_same(outputs: list, expected: list) -> None:
     for out, other in zip(outputs, expected, strict=True):
         for ours, theirs in zip(out.logprobs, other.logprobs, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_seconds_end_when_the_device_is_done(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, clock = load(checkpoint, vision_batch=2), [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(engine_module, "finish", lambda device: clock.append(clock.pop() + 1))
+    (out,) = llm.generate({"prompt": "<image>", "frames": FRAMES[0]}, SamplingParams(max_tokens=3, ignore_eos=True))
+    assert (out.metrics.vision_encode, out.metrics.prefill, out.metrics.tpot) == (2, 1, 1)  # 4 frames, 2 at a time
 
 
 def test_batched_equals_alone(checkpoint, alone) -> None:

@@ -15,6 +15,7 @@ from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import percentile
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.llm import LLM
+from atb_pllava.ops.interface import finish
 
 Row = dict[str, Any]
 
@@ -57,8 +58,7 @@ class ModelTime:
         self._began = time.perf_counter()
 
     def _leave(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(self._device)
         self.seconds.append(time.perf_counter() - self._began)
 
     def remove(self) -> None:

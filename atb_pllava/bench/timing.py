@@ -6,14 +6,10 @@ from statistics import median
 
 import torch
 
+from atb_pllava.ops.interface import finish
+
 CPU = torch.device("cpu")
 Work = Callable[[], object]
-
-
-def finish(device: torch.device) -> None:
-    """Wait until the device has done all it was asked to; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def interleaved(works: Sequence[Work], rounds: int, device: torch.device = CPU) -> list[list[float]]:

@@ -15,6 +15,7 @@ from atb_pllava.engine.team import Team
 from atb_pllava.engine.video_cache import VideoCache
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import PreparedVideo
+from atb_pllava.ops.interface import finish
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Engine:
         self._report(f"decoding {len(step.decode)} requests, prefilling {sum(n for _, n in step.prefill)} tokens")
         began = time.perf_counter()
         due = self._forward(step)
+        finish(self.team.runner.device)
         seconds = time.perf_counter() - began
         for request, _ in step.prefill:
             request.prefill += seconds
@@ -113,6 +115,7 @@ class Engine:
         if state.frames_done == len(video):
             self.team.pool_frames(state.number, video.frame_of)
             state.video = None
+        finish(self.team.runner.device)
 
     def encode_video(self, video: PreparedVideo) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video, outside of any request."""

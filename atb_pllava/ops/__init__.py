@@ -106,7 +106,8 @@ def choose_dtype(name: str, stored: str, backend: Backend) -> torch.dtype:
 def free_memory(backend: Backend) -> int:
     """Bytes that can still be allocated on the backend's device."""
     if backend.device.type != "cpu":
-        return int(getattr(torch, backend.device.type).mem_get_info(backend.device)[0])
+        # By number, None being the current one: before torch 2.7 this takes no "cuda" without one.
+        return int(getattr(torch, backend.device.type).mem_get_info(backend.device.index)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)

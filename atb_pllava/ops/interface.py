@@ -157,6 +157,12 @@ class CapturingBackend(Protocol):
         ...
 
 
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all it was asked to; a CPU always has."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
 def pooling_matrix(size: int, pooled: int) -> Tensor:
     """Averaging matrix [pooled, size] of adaptive average pooling along one axis, float32.
 
