@@ -14,20 +14,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import raw_config
 from test_ascend import decode
 from test_ops import dense_attention, paged
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atb_pllava import LLM, SamplingParams, loading
+from atb_pllava.config import PllavaConfig
+from atb_pllava.engine.runner import Runner
+from atb_pllava.engine.step import StepInput
 from atb_pllava.errors import BackendError
+from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import cuda, get_backend
 from atb_pllava.ops.cpu import TorchBackend
 from atb_pllava.ops.cuda import CudaBackend
 from atb_pllava.ops.interface import CapturingBackend, SequenceBatch
 from atb_pllava.quant import quantise
+from atb_pllava.random_weights import random_int8
 
-pytest.importorskip("triton")
+KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = TorchBackend(DEVICE)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -268,8 +276,8 @@ def test_answers_do_not_depend_on_the_kernels(
 class Repeater(CudaBackend):
     """Records steps without a device: a replay runs the step again, by what is on the device alone."""
 
-    def __init__(self) -> None:
-        super().__init__(DEVICE, multiprocessors=4)
+    def __init__(self, device: str = DEVICE) -> None:
+        super().__init__(device, multiprocessors=4)
         self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> "Repeater":
@@ -289,6 +297,56 @@ def test_a_recorded_step_reads_its_lengths_on_the_device(batch: int) -> None:
     for got, expected in zip(decode(ops, batch), decode(TorchBackend(), batch), strict=True):
         assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert ops.replays == 2
+
+
+class Noted:
+    """Takes a kernel's place: of a launch all is noted that Triton chooses machine code by."""
+
+    def __init__(self, kernel: str, launches: list[object]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launches.append(
+            (self.kernel, grid, [self.seen(value) for value in arguments], options)
+        )
+
+    def seen(self, value: object) -> object:
+        return (value.device, value.dtype, value.storage_offset()) if isinstance(value, Tensor) else value
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Fails where torch touches a tensor of another device."""
+
+    def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
+        out = function(*arguments, **(options or {}))
+        tensors = [x for x in tree_leaves((arguments, options, out)) if isinstance(x, Tensor)]
+        assert all(x.device.type == "meta" for x in tensors), function
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 3, 65])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values: to ask for one fails; and what is launched has been launched in the warm-up."""
+    launches: list[object] = []
+    kernels = cuda.import_kernels()
+    for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
+        monkeypatch.setattr(kernels, name, Noted(name, launches))
+    ops = Repeater("meta")
+    config = PllavaConfig.from_json(raw_config())
+    with torch.device("meta"):
+        model = Pllava(config, ops, torch.bfloat16, None, random_int8(config) if int8 else None)
+    runner = Runner(model, 4, 16)
+    some = [0] * batch
+    step = StepInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
+    launches.clear()
+    assert runner.forward(step).shape == (batch, 304)
+    warm_up = launches.copy()
+    launches.clear()
+    monkeypatch.setattr(torch, "tensor", None)  # it copies from the host, and the dispatcher sees nothing of that
+    with OnlyMeta():
+        ops.step()
+    assert launches == warm_up and len(launches) > 2 * 8
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are the driver's")
