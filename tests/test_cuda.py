@@ -242,6 +242,8 @@ def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int,
         (fast.swiglu(x), PLAIN.swiglu(x)),
     ):
         assert_close(result, expected, atol=1e-5, rtol=2 * TOLERANCE[dtype])  # bfloat16 is cut off twice, see above
+        if dtype == torch.float16 and rows:  # rounded where the reference rounds: else a fifth of them differs
+            assert float((result == expected).float().mean()) > 0.95
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
