@@ -1,6 +1,8 @@
 """The compiled CPU kernels against plain torch in float64 and the plain backend; how they are compiled and kept."""
 
 import ctypes
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -536,6 +538,23 @@ def test_no_more_threads_are_granted(compiled: None) -> None:
     if "ulimit" in done.stderr:
         pytest.skip(done.stderr)
     assert done.stdout == "1 {0.8458}\n", done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_a_glibc_that_takes_no_large_threshold(compiled: None, tmp_path: Path) -> None:
+    old = tmp_path / "old.cpp"
+    old.write_text(
+        '#include <cstdio>\nextern "C" int mallopt(int name, int value) {\n'
+        'const int taken = name != -3 || value <= 32 << 20;\n'
+        'if (taken) printf("%d %d\\n", name, value);\nreturn taken; }\n'
+    )
+    command = [*build._find_compiler(None), "-shared", "-fPIC", str(old), "-o", str(tmp_path / "old.so")]
+    subprocess.run(command, check=True)
+    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).atb_keep_freed_memory()"
+    command = [sys.executable, "-c", program, build.load_library()._name]
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "old.so")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == f"-3 {32 << 20}\n-1 {1 << 30}\n", done.stderr  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def test_no_compiler_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,8 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ------------------------------------------------------------------------------------------------------------ tiles
 
 // Each kind of arithmetic says how its operands lie: A is the type of an input element (rows STEP elements apart, the
-// next STEP columns of all MR rows behind them), B that of a panel that was made here. place() is where element `e` of pair `pair` of a column lies in a panel.
+// next STEP columns of all MR rows behind them), B that of a panel that was made here. place() is where element `e` of
+// pair `pair` of a column lies in a panel.
 
 struct Fma {
     typedef float A;
@@ -369,14 +370,13 @@ template <int R, class B> INLINE void tile(Dot, const bf16* a, const B* b, int64
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) acc[u][r][0] = acc[u][r][1] = _mm512_setzero_ps();
     for (; pairs > 0; pairs -= STEP / 2, a += MR * STEP, b += STEP * PANEL) {
-        const uint32_t* pair_of = (const uint32_t*)a;
         const int64_t count = std::min<int64_t>(pairs, STEP / 2);
         auto add = [&](int u, int64_t p) __attribute__((always_inline)) {
             __m512bh low, high;
             load_dot(b + p * 2 * PANEL, low, high);
 #pragma GCC unroll 16
             for (int r = 0; r < R; r++) {
-                __m512bh x = (__m512bh)_mm512_set1_epi32(pair_of[r * (STEP / 2) + p]);
+                __m512bh x = (__m512bh)_mm512_set1_epi32(load<int32_t>(a + r * STEP + 2 * p));
                 acc[u][r][0] = _mm512_dpbf16_ps(acc[u][r][0], x, low);
                 acc[u][r][1] = _mm512_dpbf16_ps(acc[u][r][1], x, high);
             }
@@ -672,8 +672,6 @@ void atb_unpack(const Matrix* w, void* to, int64_t stride, int threads) {
     else if (w->kind == BFLOAT) unpack(w, (const bf16*)w->data, (bf16*)to, stride, threads);
     else unpack(w, (const int8_t*)w->data, (int8_t*)to, stride, threads);
 }
-
-int64_t atb_panel() { return PANEL; }
 
 }  // extern "C"
 
@@ -1354,10 +1352,12 @@ void atb_quick_gelu(const void* x, void* out, int64_t count, int64_t kind, int t
 }
 
 // Blocks up to 1 GiB that are freed stay with the process, for the next step's activations: glibc would give them back
-// and get each page anew, which takes a tenth of a large product's time.
+// and get each page anew, which takes a tenth of a large product's time. An older glibc takes 32 MiB at most, and
+// without them the first threshold would stay small: setting the second ends glibc's own adjustment of both.
 void atb_keep_freed_memory() {
 #if defined(__GLIBC__)
-    mallopt(M_MMAP_THRESHOLD, 1 << 30), mallopt(M_TRIM_THRESHOLD, 1 << 30);
+    if (!mallopt(M_MMAP_THRESHOLD, 1 << 30)) mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
 }
 
