@@ -192,6 +192,18 @@ def test_limits_of_this_machine(kernels: str) -> None:
     assert markdown(found.rows()).count("\n") == 2 + len(found.flops)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probes_know_every_dtype_of_a_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = torch.ones(2, 2, dtype=dtype)
+    if not machine._works(lambda: small @ small):
+        pytest.skip(f"this torch multiplies no {dtype}")
+    monkeypatch.setattr(machine, "_SIDE", 64)
+    monkeypatch.setattr(machine, "_BUFFER", 2**21)
+    read, multiply = machine.probes(get_backend("cpu", kernels="auto"), dtype)
+    read.work(), multiply.work()
+    assert read.amount == 2**21 and multiply.amount >= 2 * 64**3
+
+
 # The sweep
 
 

@@ -117,7 +117,7 @@ def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
     side = _SIDE if backend.device.type == "cpu" else 4 * _SIDE
     for product in _products(kind, backend.device, side):
         yield Probe(product, 2 * side**3)
-    if isinstance(backend, NativeBackend) and kind != "int8":
+    if isinstance(backend, NativeBackend) and kind in ("float32", "bfloat16"):
         dtype: torch.dtype = getattr(torch, kind)
         yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))
 
