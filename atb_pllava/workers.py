@@ -25,7 +25,7 @@ from torch.distributed import Store
 from atb_pllava.config import KV_CACHE_DTYPES
 from atb_pllava.engine.runner import Runner
 from atb_pllava.engine.team import follow
-from atb_pllava.errors import BackendError, ConfigError, PllavaError
+from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError, PllavaError
 from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.parallel import TensorParallel
@@ -212,6 +212,9 @@ def serve_rank(workers: Workers, options: ModelOptions) -> int:
             return 2
         follow(Runner(model, *receive_runner_options(workers.parallel)), workers.parallel)
         return 0
+    except OutOfMemoryError as error:
+        workers.fail(str(error))
+        return 2
     except RuntimeError:
         return LOST  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
     finally:

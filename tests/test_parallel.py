@@ -1,5 +1,6 @@
 """Tensor parallel: every size gives the answers of size 1, and no failure leaves anything behind."""
 
+import logging
 import os
 import signal
 import socket
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import raw_config, write_checkpoint
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams, WeightError
@@ -156,6 +159,27 @@ def test_ranks_read_their_slices_only(model: Path, monkeypatch: pytest.MonkeyPat
     single, _ = loading.plan_model(options, TensorParallel())
     assert language < 1.1 * sum(p.numel() for p in single.language.parameters())
     assert max(held) < 1.15 * language / 4
+
+
+def test_a_rank_says_what_memory_it_could_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    from atb_pllava import workers
+    from atb_pllava.errors import OutOfMemoryError
+    from atb_pllava.loading import ModelOptions
+
+    def refuse(*_: object) -> None:
+        raise OutOfMemoryError("atb_linear needs 5.0 MB")
+
+    monkeypatch.setattr(logging.getLogger("atb_pllava"), "setLevel", lambda _: None)
+    monkeypatch.setattr(workers, "plan_model", lambda *_: (None, SimpleNamespace(fingerprint=str)))
+    monkeypatch.setattr(workers.Workers, "meet", lambda *_: None)
+    for name in ("fill_model", "Runner"):
+        monkeypatch.setattr(workers, name, lambda *_, **__: None)
+    monkeypatch.setattr(workers, "receive_runner_options", lambda _: ())
+    monkeypatch.setattr(workers, "share_threads", lambda _: None)
+    monkeypatch.setattr(workers, "follow", refuse)
+    store = dist.HashStore()
+    assert workers.serve_rank(workers.Workers(TensorParallel(1, 2), store), ModelOptions("anywhere")) == 2
+    assert workers.Workers(TensorParallel(0, 2), store).explain() == "rank 1 failed: atb_linear needs 5.0 MB"
 
 
 def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
