@@ -44,6 +44,8 @@ namespace {
 constexpr int W = 16, MR = 12;
 #elif defined(__AVX2__)
 constexpr int W = 8, MR = 3;
+#elif defined(__aarch64__)
+constexpr int W = 4, MR = 3;  // NEON: 24 of 32 registers hold sums
 #else
 constexpr int W = 4, MR = 2;
 #endif
