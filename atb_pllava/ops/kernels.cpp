@@ -387,9 +387,8 @@ template <int R, class B> INLINE void tile(Dot, const bf16* a, const B* b, int64
         for (; p + U <= count; p += U)
 #pragma GCC unroll 16
             for (int u = 0; u < U; u++) {
-                if (R < MR)  // few rows: the weights come from memory, and the processor looks ahead too short for int8
-                    for (size_t line = 0; line < 2 * PANEL * sizeof(B); line += 64)
-                        __builtin_prefetch((const char*)(b + (p + u) * 2 * PANEL) + AHEAD + line, 0, 2);
+                // The processor looks ahead by itself, but too short where much is done with a line: several rows of int8.
+                if (sizeof(B) == 1 && R > 3 && R < MR) __builtin_prefetch((const char*)(b + (p + u) * 2 * PANEL) + AHEAD, 0, 2);
                 add(u, p + u);
             }
         for (; p < count; p++) add(0, p);
@@ -565,27 +564,30 @@ template <class M, class B, class X> void multiply(const Product& job) {
             const int64_t block_rows = (last_tile - first_tile) * MR;
             float* c = c_room.room<float>((last_panel - first_panel) * block_rows * PANEL);
             typename M::B* wide = b_room.room<typename M::B>(SPAN * PANEL);
-            const bool widened = last_tile - first_tile > 1 && !std::is_same<B, typename M::B>::value;
-            for (int64_t start = 0; start < w->width; start += SPAN)
-                for (int64_t panel = first_panel; panel < last_panel; panel++) {
-                    const int64_t length = std::min<int64_t>(SPAN, w->width - start);
-                    const B* b = (const B*)w->data + (panel * w->width + start) * PANEL;
-                    if (widened) widen(b, length / 2, wide);
-                    for (int64_t t = first_tile; t < last_tile; t++) {
-                        const int count = (int)std::min<int64_t>(MR, rows - t * MR);
-                        float* place = c + ((panel - first_panel) * block_rows + (t - first_tile) * MR) * PANEL;
-                        for (int64_t k = 0; k < length; k += piece) {
-                            const int64_t pairs = std::min(piece, length - k) / 2, number = (start + k) / piece;
-                            const A* input = a + (t * steps + (start + k) / STEP) * MR * STEP + k % STEP;
-                            const int64_t at = (w->group ? (start + k) / w->group : 0) * padded + panel * PANEL;
-                            const float* scale = w->scale ? w->scale + at : nullptr;
-                            const float* offset = w->offset ? w->offset + at : nullptr;
-                            const float* total = sums ? sums + (t * pieces + number) * MR : nullptr;
-                            if (widened) tile_rows<M>(count, input, wide + k * PANEL, pairs, place, start + k == 0, scale, offset, total);
-                            else tile_rows<M>(count, input, b + k * PANEL, pairs, place, start + k == 0, scale, offset, total);
-                        }
+            const bool many = last_tile - first_tile > 1;
+            const bool widened = many && !std::is_same<B, typename M::B>::value;
+            // Many rows: a span of the input stays in the cache. Few: the weights are read from end to end.
+            const int64_t spans = ceil_div(w->width, SPAN), panels_here = last_panel - first_panel;
+            for (int64_t i = 0; i < spans * panels_here; i++) {
+                const int64_t panel = first_panel + (many ? i % panels_here : i / spans), start = (many ? i / panels_here : i % spans) * SPAN;
+                const int64_t length = std::min<int64_t>(SPAN, w->width - start);
+                const B* b = (const B*)w->data + (panel * w->width + start) * PANEL;
+                if (widened) widen(b, length / 2, wide);
+                for (int64_t t = first_tile; t < last_tile; t++) {
+                    const int count = (int)std::min<int64_t>(MR, rows - t * MR);
+                    float* place = c + ((panel - first_panel) * block_rows + (t - first_tile) * MR) * PANEL;
+                    for (int64_t k = 0; k < length; k += piece) {
+                        const int64_t pairs = std::min(piece, length - k) / 2, number = (start + k) / piece;
+                        const A* input = a + (t * steps + (start + k) / STEP) * MR * STEP + k % STEP;
+                        const int64_t at = (w->group ? (start + k) / w->group : 0) * padded + panel * PANEL;
+                        const float* scale = w->scale ? w->scale + at : nullptr;
+                        const float* offset = w->offset ? w->offset + at : nullptr;
+                        const float* total = sums ? sums + (t * pieces + number) * MR : nullptr;
+                        if (widened) tile_rows<M>(count, input, wide + k * PANEL, pairs, place, start + k == 0, scale, offset, total);
+                        else tile_rows<M>(count, input, b + k * PANEL, pairs, place, start + k == 0, scale, offset, total);
                     }
                 }
+            }
             for (int64_t panel = first_panel; panel < last_panel; panel++)
                 for (int64_t r = first_tile * MR; r < std::min(rows, last_tile * MR); r++) {
                     const float* from = c + ((panel - first_panel) * block_rows + r - first_tile * MR) * PANEL;
