@@ -256,8 +256,9 @@ def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) ->
     killed, log = [*arguments, str(tmp_path / "killed")], tmp_path / "killed" / "answers.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     for stop, least, status in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGINT, 9, 130)):
-        process = subprocess.Popen([sys.executable, "-m", "precision.evaluate", *killed], cwd=ROOT, env=environment,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "tests/slowly.py", "0.02", "precision.evaluate", *killed], cwd=ROOT, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
         while not (log.exists() and log.read_bytes().count(b"\n") >= least) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(stop)

@@ -81,7 +81,8 @@ def test_a_run_that_ended_early_goes_on(capsys, checkpoint, media: Path, tmp_pat
     options = ["--model_path", str(checkpoint), "--dtype", "float32", "--max_output_length", "80", "--ignore_eos",
                "--max_batch_size", "1", "--media", str(clips), "--output_json", str(target)]  # fmt: skip
     log = tmp_path / "out.json.answers.jsonl"
-    run = subprocess.Popen([sys.executable, "-m", "atb_pllava", "predict", *options], cwd=ROOT, stderr=subprocess.PIPE)
+    command = [sys.executable, "tests/slowly.py", "0.01", "atb_pllava", "predict", *options]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.005)

@@ -326,8 +326,8 @@ def test_a_run_that_was_ended_goes_on(made: Path, answered: Path, tmp_path: Path
     options = ("--dataset_name", "Movement", "--max_batch_size", 1)
     log = tmp_path / "Movement_eval.log.jsonl"
     run = subprocess.Popen(
-        [sys.executable, str(FOLDER / "answer_questions.py"), *command(made, tmp_path, *options)],
-        stderr=subprocess.PIPE, text=True)  # fmt: skip
+        [sys.executable, str(ROOT / "tests" / "slowly.py"), "0.05", str(FOLDER / "answer_questions.py"),
+         *command(made, tmp_path, *options)], stderr=subprocess.PIPE, text=True)  # fmt: skip
     while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         assert run.poll() is None and not time.sleep(0.002)
     run.send_signal(kind)

@@ -1,0 +1,32 @@
+"""A module or script with an engine whose steps take longer, so that a test can end it midway whatever the machine.
+
+python tests/slowly.py SECONDS MODULE_OR_FILE ARGUMENT...
+"""
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from atb_pllava.engine.engine import Engine  # noqa: E402
+from atb_pllava.engine.step import StepReport  # noqa: E402
+
+_step = Engine.step
+
+
+def _slow_step(engine: Engine) -> StepReport:
+    time.sleep(float(seconds))
+    return _step(engine)
+
+
+if __name__ == "__main__":
+    _, seconds, program, *_ = sys.argv
+    sys.argv = sys.argv[2:]
+    Engine.step = _slow_step  # type: ignore[method-assign]
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
