@@ -4,6 +4,7 @@ python tests/slowly.py SECONDS MODULE_OR_FILE ARGUMENT...
 """
 
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ def _slow_step(engine: Engine) -> StepReport:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they start in the background ignore it
     _, seconds, program, *_ = sys.argv
     sys.argv = sys.argv[2:]
     Engine.step = _slow_step  # type: ignore[method-assign]
