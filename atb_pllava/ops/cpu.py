@@ -76,12 +76,24 @@ class TorchBackend:
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             length = rows.stop - rows.start
             if context == length and len(cache) == 2:
-                out[rows] = _attend(query[rows], keys[rows], values[rows], cached=0)
+                out[rows] = self._attend(query[rows], keys[rows], values[rows], cached=0)
             else:
                 # Of 8-bit keys the stored ones count, also for the chunk itself: answers do not depend on the chunks.
-                stored = [gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
-                out[rows] = _attend(query[rows], stored[0], stored[1], cached=context - length)
+                stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
+                out[rows] = self._attend(query[rows], stored[0], stored[1], cached=context - length)
         return out
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
+        """Causal attention of query [L, H, D] behind `cached` earlier tokens; keys and values [cached + L, K, D]."""
+        groups = query.shape[1] // keys.shape[1]
+        if groups > 1:
+            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+        query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, H, L, D]
+        mask = None
+        if cached:
+            mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(cached)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
+        return out[0].transpose(0, 1)
 
     def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
         rows = zip(query, batch.block_tables, batch.context_lens, strict=True)
@@ -132,19 +144,6 @@ def _int8_kernel_fits(x: Tensor, weight: Int8Weight) -> bool:
     )
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
-    """Causal attention of query [L, H, D], behind `cached` earlier tokens, over keys and values [cached + L, K, D]."""
-    groups = query.shape[1] // keys.shape[1]
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, H, L, D]
-    mask = None
-    if cached:
-        mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(cached)
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
-    return out[0].transpose(0, 1)
-
-
 def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, K, D] in 8 bits and its scales [N, K], float32: a head's largest element becomes 127."""
     scale = x.float().abs().amax(-1) / HIGHEST
@@ -158,7 +157,7 @@ def _stored(cache: LayerCache, part: int, blocks: Tensor) -> Tensor:
     return stored if len(cache) == 2 else stored.float() * cache[part + 2][blocks][..., None]
 
 
-def gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
+def _gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
     """The first `context` keys (part 0) or values (1) of a sequence, [context, K, D], from its blocks."""
     blocks = _stored(cache, part, table[: -(-context // cache[0].shape[2])])
     return blocks.transpose(1, 2).flatten(0, 1)[:context]

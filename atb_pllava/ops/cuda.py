@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava.errors import BackendError
-from atb_pllava.ops.cpu import TorchBackend, gather, int8_linear
+from atb_pllava.ops.cpu import TorchBackend, int8_linear
 from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
 from atb_pllava.quant import Int8Weight
 
@@ -67,17 +67,21 @@ class CudaBackend(TorchBackend):
         """Slots below 0 are skipped: the padded rows of a captured batch."""
         self._kernels.write_kv(keys, values, cache, slots)
 
-    def prefill_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
-    ) -> Tensor:
-        out = torch.empty_like(query)
-        for i, context in enumerate(batch.context_lens):
-            rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-            pair = [keys[rows], values[rows]]
-            if context > rows.stop - rows.start:
-                pair = [gather(cache, part, batch.block_tables[i], context) for part in (0, 1)]
-            out[rows] = _attend(query[rows], *pair)
-        return out
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
+        """As the reference, on torch's flash path where it is.
+
+        Half types go there in groups as they are; float32 has no flash kernel, and the others want equal heads.
+        """
+        options: dict[str, Any] = {}
+        if query.shape[1] > keys.shape[1]:
+            if _knows_groups() and query.dtype != torch.float32:
+                options["enable_gqa"] = True
+            else:
+                keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, heads, tokens, D]
+        mask = _lower_right(query.shape[2], cached + query.shape[2], query.device)
+        out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, **options)
+        return out[0].transpose(0, 1)
 
     def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
         lens = batch.context_lens_tensor
@@ -140,23 +144,6 @@ def import_kernels() -> ModuleType:
             f"triton cannot be imported: {error}; install the triton that torch {torch.__version__} names"
         ) from None
     return cuda_kernels
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention of query [L, H, D], the last of keys and values [C, K, D], on torch's flash path where it is.
-
-    Half types go there in groups as they are; float32 has no flash kernel, and the others want equal heads.
-    """
-    options: dict[str, Any] = {}
-    if query.shape[1] > keys.shape[1]:
-        if _knows_groups() and query.dtype != torch.float32:
-            options["enable_gqa"] = True
-        else:
-            keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (keys, values))
-    query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, heads, tokens, D]
-    mask = _lower_right(query.shape[2], keys.shape[2], query.device)
-    out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, **options)
-    return out[0].transpose(0, 1)
 
 
 def _lower_right(rows: int, context: int, device: torch.device) -> Tensor | None:
