@@ -10,6 +10,7 @@ from torch import Tensor
 from atb_pllava.bench.costs import Cost
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import Probe, probes
+from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.stages import Stages, random_pixels
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import Work, interleaved, ratio
@@ -109,14 +110,15 @@ class _Stage:
         reading, multiplying, own, *others = interleaved(works if third is None else [*works, third], self.rounds)
         best = min(range(len(theirs)), key=lambda i: median(others[i]))
         read, multiply = self.limits
-        rates = [(read.amount / a, multiply.amount / b) for a, b in zip(reading, multiplying, strict=True)]
-        bounds = [max(self.cost.bytes / bandwidth, self.cost.flops / peak) for bandwidth, peak in rates]
+        pairs = zip(reading, multiplying, strict=True)
+        machines = [Machine("this", read.amount / a, multiply.amount / b) for a, b in pairs]
+        bounds = [machine.seconds(self.cost) for machine in machines]
         row = {
             "stage": self.name,
             "ours_ms": median(own) * 1e3,
             "of_limit": f"{100 * ratio(own, bounds):.0f} %",
-            "read_GB_per_s": median(read.amount / a for a in reading) / 1e9,
-            "peak_GFLOP_per_s": median(multiply.amount / a for a in multiplying) / 1e9,
+            "read_GB_per_s": median(machine.bandwidth for machine in machines) / 1e9,
+            "peak_GFLOP_per_s": median(machine.flops for machine in machines) / 1e9,
             "transformers_ms": median(others[best]) * 1e3,
             "its_attention": list(theirs)[best],
             "times_as_fast": ratio(own, others[best]),
