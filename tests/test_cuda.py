@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import raw_config
 from test_ascend import decode
+from test_kernels import INT8_SHARES
 from test_ops import dense_attention, paged
 from torch import Tensor
 from torch.testing import assert_close
@@ -186,10 +187,7 @@ def test_no_mask_is_made() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    ("group_size", "columns"),
-    [(0, slice(0, 517)), (64, slice(0, 512)), (64, slice(37, 512)), (64, slice(70, 101)), (128, slice(96, 385))],
-)
+@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARES)
 def test_products_of_8_bits(
     fast: CudaBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
 ) -> None:

@@ -28,6 +28,10 @@ from atb_pllava.quant import Int8Layers, quantise
 PLAIN = get_backend("cpu")
 LEVELS = list(dict.fromkeys([build.best_level(), "avx2", "portable"]))
 DTYPES = [torch.float32, torch.bfloat16]
+# Group sizes and columns: a rank's share begins and ends anywhere in a group, with odd lengths too.
+INT8_SHARES = [
+    (0, slice(0, 517)), (64, slice(0, 512)), (64, slice(37, 512)), (64, slice(70, 101)), (128, slice(96, 385)),
+]  # fmt: skip
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}  # of the largest value expected
 
 
@@ -77,11 +81,7 @@ def test_products(fast: NativeBackend, dtype: torch.dtype, rows: int, columns: i
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    ("group_size", "columns"),
-    # A rank's share begins and ends anywhere in a group, with odd lengths too.
-    [(0, slice(0, 517)), (64, slice(0, 512)), (64, slice(37, 512)), (64, slice(70, 101)), (128, slice(96, 385))],
-)
+@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARES)
 def test_products_of_8_bits(
     fast: NativeBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
 ) -> None:
