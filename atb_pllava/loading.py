@@ -96,8 +96,8 @@ def fill_model(
 ) -> Pllava:
     """Allocate the model on its device and read its weights; `each` is called after every tensor.
 
-    With `pack` each layer gets its backend's form (see `Pllava.pack`) as soon as it is there, and the memory of what
-    was read serves the next layer: only touched memory is there, so the weights are never there twice.
+    With `pack` each layer gets its backend's form (see `Pllava.pack`) as soon as it is there, and what was read is
+    freed: memory that is not yet written to takes no room, so at most one layer is in memory twice.
     """
     model.to_empty(device=model.ops.device)
     parts = model.checkpoint_parts()
