@@ -446,7 +446,7 @@ def test_the_readmes_commands_are_commands() -> None:
         (["videoqa", "--data", "DATA", "--judge_url", "ftp://x", "--judge_model", "m"], "--judge_url 'ftp://x'"),
         (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_concurrency", "0"],
          "--judge_concurrency is 0"),
-        (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unrecognized arguments"),
+        (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unknown option --judge_url"),
         (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_key_env", "NO_SUCH"],
          "names NO_SUCH, which is not set"),
     ],

@@ -10,6 +10,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from math import inf
 from typing import Any, NoReturn
 
 from atb_pllava.commands.environment import rank
@@ -34,48 +35,59 @@ class Parser(argparse.ArgumentParser):
         words = self._check_options(list(sys.argv[1:] if args is None else args))
         result, surplus = super().parse_known_args(words, namespace)
         if surplus:
-            self.error(f"surplus argument {surplus[0]!r}{self._where_it_belongs()}")
+            self._refuse_surplus(surplus[0])
         return result, surplus
 
     def error(self, message: str) -> NoReturn:
         """One line, on the first rank alone, and exit status 2."""
         if rank() == 0:
-            print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
+            see = " See" if message.endswith("?") else "; see"
+            print(f"error: {message.removeprefix('argument ')}{see} `{self.prog} --help`", file=sys.stderr)
         sys.exit(2)
 
     def _check_options(self, words: list[str]) -> list[str]:
-        """The words with the options spelled as they are declared; ends with an error for one that is unknown."""
+        """The words with the options spelled as they are declared; ends with an error for a word that has no place."""
         known = self._option_string_actions
         spelled = {_plain(name): name for name in known}
-        taker = None  # the option before, if it waits for a value
+        taker = ""  # the option before, while it waits for its first value
+        room = 0.0  # for so many values
         for place, word in enumerate(words):
-            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                break
             name, equals, value = word.partition("=")
             name = name if name in known else spelled.get(_plain(name), name)
             if not word.startswith("-") or word == "-" or _NUMBER.match(word) or " " in name:
-                taker = None
+                if self._subparsers is not None:
+                    return words
+                if not room and not self._get_positional_actions():
+                    self._refuse_surplus(word)
+                taker = ""
+                room = max(room - 1, 0)
+            elif word == "--":
+                return words
             elif name in known:
                 words[place] = name + equals + value
-                taker = name if known[name].nargs != 0 and not equals else None
-            elif taker is not None:
+                room = 0 if equals else _values_of(known[name])
+                taker = name if room else ""
+            elif taker:
                 self.error(f"{taker} needs a value, and {word!r} begins with a dash: write {taker}={word}")
             else:
                 self.error(f"unknown option {name}{self._nearest(name, list(known))}")
+        if self._subparsers is not None and not {"-h", "--help"} & set(words):
+            verb = self._subparsers._group_actions[0]
+            self.error(f"{verb.metavar} is missing; it must be {_alternatives(verb)}")
         return words
 
     def _nearest(self, name: str, known: Sequence[str]) -> str:
         if self._subparsers is not None:
             return f"; first comes {_alternatives(self._subparsers._group_actions[0])}"
-        plain = {_plain(option): option for option in known if option not in ("-h", "--help")}
+        plain = {_plain(option): option for option in known if option != "-h"}
         matches = difflib.get_close_matches(_plain(name), plain, n=1)
         return f"; did you mean {plain[matches[0]]}?" if matches else ""
 
-    def _where_it_belongs(self) -> str:
-        named = self._option_string_actions
-        if "--model_path" in named and "--media" in named:
-            return ": a checkpoint is named with --model_path, images and videos with --media"
-        return ""
+    def _refuse_surplus(self, word: str) -> NoReturn:
+        names = self._option_string_actions
+        both = "--model_path" in names and "--media" in names
+        where = ", a checkpoint is named with --model_path, images and videos with --media" if both else ""
+        self.error(f"surplus argument {word!r}: a value with blanks needs quotes{where}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
@@ -114,6 +126,13 @@ def _number(text: str) -> float:
 def _plain(option: str) -> str:
     """An option's name without its dashes at the front, the others as underscores."""
     return option.lstrip("-").replace("-", "_")
+
+
+def _values_of(action: argparse.Action) -> float:
+    """The most values that an option takes."""
+    if isinstance(action.nargs, int):
+        return action.nargs
+    return inf if action.nargs in ("+", "*") else 1
 
 
 def _alternatives(action: argparse.Action) -> str:
