@@ -8,6 +8,7 @@ import re
 import struct
 from collections import Counter, deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -76,7 +77,8 @@ def list_media(*paths: str | os.PathLike[str]) -> list[str]:
     """The files named, and the images and videos of the folders named, their subfolders included; none twice.
 
     A folder's media come in natural order (2 before 10) of their paths. Names that begin with a dot are left out. Every
-    folder is entered once: a link to a folder is followed when the folder was not entered under its own name.
+    folder is entered once: a link to a folder is followed when that was not entered under its own name and does not
+    hold this one.
     What cannot be read stays in the list, for its reader to say why: a name with a medium's ending that is a link to
     nothing, a pipe or a socket, a link without an ending that leads nowhere, a subfolder that cannot be listed.
     Raises VideoError for a path that is not there, and for a folder without media.
@@ -106,14 +108,15 @@ def _walk(root: str) -> tuple[list[str], Counter[str]]:
     others: Counter[str] = Counter()
     folders = [root]
     links: deque[str] = deque()  # to folders; after all that lie in the tree themselves
-    entered: set[tuple[int, int]] = set()
+    # A link to a folder that holds this one would bring in this one again, and all around it.
+    entered = {_identity(parent) for parent in Path(os.path.realpath(root)).parents if os.path.exists(parent)}
     while folders or links:
         folder = folders.pop() if folders else links.popleft()
         try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in entered:
+            identity = _identity(folder)
+            if identity in entered:
                 continue
-            entered.add((status.st_dev, status.st_ino))
+            entered.add(identity)
             with os.scandir(folder) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError:
@@ -134,6 +137,11 @@ def _walk(root: str) -> tuple[list[str], Counter[str]]:
             else:
                 others[ending or "without an ending"] += 1
     return found, others
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:

@@ -4,6 +4,7 @@ Imports nothing but the standard library, and is imported before all that needs 
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -62,4 +63,4 @@ def _has(python: Path, name: str) -> bool:
 def _from_here(path: Path) -> str:
     """The path as short as it can be typed in this directory."""
     here = os.path.relpath(path)
-    return str(path) if here.startswith("..") else here
+    return shlex.quote(str(path) if here.startswith("..") else here)

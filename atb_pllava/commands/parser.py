@@ -89,6 +89,13 @@ class Parser(argparse.ArgumentParser):
         where = ", a checkpoint is named with --model_path, images and videos with --media" if both else ""
         self.error(f"surplus argument {word!r}: a value with blanks needs quotes{where}")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            self._check_value(action, arg_string)  # where there are choices, they say more than the type
+            raise
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
