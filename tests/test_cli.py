@@ -261,7 +261,14 @@ def test_media_alone_are_asked_about_with_the_tiny_model(words, media: Path, che
     assert words("--precision", "gone.MOV") == ["predict", TINY, "--media=gone.MOV"]
     assert words("--run", "https://x.org/a") == ["run", TINY, "--media=https://x.org/a"]
     assert words("--run", clip, image, 8, 2) == [
-        "run", TINY, "--media", str(clip), str(image), "--num_frames=8", "--max_batch_size=2"]  # fmt: skip
+        "run",
+        TINY,
+        "--media",
+        str(clip),
+        str(image),
+        "--num_frames=8",
+        "--max_batch_size=2",
+    ]
     (tmp_path / "tree" / "below").mkdir(parents=True)
     (tmp_path / "tree" / "below" / "A.MP4").touch()
     for numbers in ([], [8]):
@@ -286,11 +293,29 @@ def test_a_glob_is_several_media(words, media: Path, tmp_path: Path) -> None:
 
 def test_options_of_python_need_no_dashes_before_them(words) -> None:
     assert words("--run", "W", "M", "--prompt", "what now?", "--quiet", "--top-p=0.5") == [
-        "run", "--model_path=W", "--media=M", "--prompt=what now?", "--quiet", "--top-p=0.5"]  # fmt: skip
+        "run",
+        "--model_path=W",
+        "--media=M",
+        "--prompt=what now?",
+        "--quiet",
+        "--top-p=0.5",
+    ]
     assert words("--temperature", "-1", "--ignore_eos", "--run", "W", "M", "4") == [
-        "run", "--model_path=W", "--media=M", "--num_frames=4", "--temperature=-1", "--ignore_eos"]  # fmt: skip
+        "run",
+        "--model_path=W",
+        "--media=M",
+        "--num_frames=4",
+        "--temperature=-1",
+        "--ignore_eos",
+    ]
     assert words("--run", "--media", "a", "b", "--seed", "1", "W") == [
-        "run", "--model_path=W", "--media", "a", "b", "--seed=1"]  # fmt: skip
+        "run",
+        "--model_path=W",
+        "--media",
+        "a",
+        "b",
+        "--seed=1",
+    ]
     assert words("--run", "W", "--prompt") == ["run", "--model_path=W", VIDEOS, "--prompt"]
     assert words("--run", "--output_json", "--quiet", "W") == [
         "run",
@@ -303,9 +328,19 @@ def test_options_of_python_need_no_dashes_before_them(words) -> None:
 
 def test_defaults_only_where_nothing_is_named(words) -> None:
     assert words("--run", "W", "--", "--media", "X", "--num_frames", "8") == [
-        "run", "--model_path=W", "--media", "X", "--num_frames", "8"]  # fmt: skip
+        "run",
+        "--model_path=W",
+        "--media",
+        "X",
+        "--num_frames",
+        "8",
+    ]
     assert words("--precision", "--", "--image_path=X", "--model-path", "W") == [
-        "predict", "--image_path=X", "--model-path", "W"]  # fmt: skip
+        "predict",
+        "--image_path=X",
+        "--model-path",
+        "W",
+    ]
     assert words("--performance", "--shape", "1b") == ["bench", "sweep", "--shape=1b"]
     assert words("--run", "--world-size", "1", "W", "M") == ["run", "--model_path=W", "--media=M", "--world-size=1"]
     three = [

@@ -36,10 +36,16 @@ def test_a_tree_is_listed_whole_and_in_natural_order(tree: Path) -> None:
     files = list_media(tree)
     assert len(files) == 61 == len(set(files))
     # The oracle: find's list, sorted as versions by name (GNU sort -V).
-    found = subprocess.run(["find", ".", "-type", "f", "-not", "-path", "*/.*", "-not", "-name", "*.txt", "-printf",
-                            "%P\\n"], cwd=tree, capture_output=True, text=True, check=True).stdout  # fmt: skip
-    ordered = subprocess.run(["sort", "-V"], input=found, capture_output=True, text=True, check=True,
-                             env={**os.environ, "LC_ALL": "C"}).stdout.splitlines()  # fmt: skip
+    found = subprocess.run(
+        ["find", ".", "-type", "f", "-not", "-path", "*/.*", "-not", "-name", "*.txt", "-printf", "%P\\n"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    ordered = subprocess.run(
+        ["sort", "-V"], input=found, capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
+    ).stdout.splitlines()
     assert sorted(below(tree, files)) == sorted(ordered)
     for folder in ("a/y/", "b c/deep/er/"):
         assert [f for f in below(tree, files) if f.startswith(folder)] == [f for f in ordered if f.startswith(folder)]

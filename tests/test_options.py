@@ -20,13 +20,29 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {"bench": KINDS, "mindie": ACTIONS}
 COMMANDS = [[verb] for verb in VERBS if verb not in GROUPS]
 COMMANDS += [[group, name] for group, names in GROUPS.items() for name in names]
-SCRIPTS = ["precision/clip_score.py", "precision/run_reference.py", "precision/parity.py",
-           "precision/videobench/extract_dataset.py", "precision/videobench/precision_test.py",
-           "precision/videobench/shapes_dataset.py", "precision/videobench/answer_questions.py",
-           "precision/msmodelslim_round_trip.py", "examples/evaluate_tiny_pllava.py", "examples/render_shapes.py",
-           "examples/train_tiny_pllava.py", "examples/write_checkpoint.py", "examples/write_gguf.py"]  # fmt: skip
-MODULES = ["precision.parity", "precision.shapes", "precision.evaluate mvbench", "precision.evaluate videoqa",
-           "precision.evaluate judge", "precision.evaluate compare"]  # fmt: skip
+SCRIPTS = [
+    "precision/clip_score.py",
+    "precision/run_reference.py",
+    "precision/parity.py",
+    "precision/videobench/extract_dataset.py",
+    "precision/videobench/precision_test.py",
+    "precision/videobench/shapes_dataset.py",
+    "precision/videobench/answer_questions.py",
+    "precision/msmodelslim_round_trip.py",
+    "examples/evaluate_tiny_pllava.py",
+    "examples/render_shapes.py",
+    "examples/train_tiny_pllava.py",
+    "examples/write_checkpoint.py",
+    "examples/write_gguf.py",
+]
+MODULES = [
+    "precision.parity",
+    "precision.shapes",
+    "precision.evaluate mvbench",
+    "precision.evaluate videoqa",
+    "precision.evaluate judge",
+    "precision.evaluate compare",
+]
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -96,8 +112,12 @@ def test_mistakes_are_one_line(capsys, monkeypatch, verb: list[str]) -> None:
 @pytest.mark.parametrize("verb", COMMANDS, ids=" ".join)
 def test_dashes_and_underscores_are_alike(monkeypatch, verb: list[str]) -> None:
     parser = parser_of(verb, monkeypatch)
-    required = [word for a in parser._actions if a.required and a.option_strings
-                for word in (a.option_strings[0], str(next(iter(a.choices)) if a.choices else "1"))]  # fmt: skip
+    required = [
+        word
+        for a in parser._actions
+        if a.required and a.option_strings
+        for word in (a.option_strings[0], str(next(iter(a.choices)) if a.choices else "1"))
+    ]
     for action in parser._actions:
         name = action.option_strings[0] if action.option_strings else ""
         if "_" not in name.strip("-") or action.required or isinstance(action, argparse._HelpAction):
@@ -140,7 +160,7 @@ def test_scripts_share_the_habits(name: str) -> None:
         (["run", "--model_pa", "W"], "unknown option --model_pa; did you mean --model_path?"),
         (["doctor", "now"], "surplus argument 'now'"),
     ],
-)  # fmt: skip
+)
 def test_each_mistake_has_its_remedy(capsys, arguments: list[str], message: str) -> None:
     status, err = command(capsys, *arguments)
     assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
@@ -200,6 +220,27 @@ def test_the_script_knows_the_options_and_endings(monkeypatch) -> None:
     assert {f".{ending}" for ending in endings.group(1).split("|")} == IMAGE_ENDINGS | VIDEO_ENDINGS
 
 
+def test_the_benchmark_scripts_leave_out_what_is_named(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\n[ "$1" = - ] && exit 0\nshift\necho "$@"\n')
+    fake.chmod(0o755)
+    script = str(ROOT / "precision" / "videobench" / "run_pa_videobench_gpu.sh")
+    for extra, first in (
+        ([], "--dtype=float32 --world_size=1"),
+        (["--", "--world-size", "2"], "--dtype=float32 --dataset"),
+        (["--", "--dtype=bfloat16"], "--world_size=1 --dataset"),
+    ):
+        done = subprocess.run(
+            ["bash", script, *"abcde", *extra],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "ATB_PLLAVA_PYTHON": str(fake)},
+        )
+        assert (
+            done.returncode == 0 and done.stdout.startswith(first) and done.stdout.endswith(f"{' '.join(extra[1:])}\n")
+        )
+
+
 # Packages that are missing
 
 
@@ -214,12 +255,21 @@ def bare_python(tmp_path: Path) -> Path:
 
 
 def start(python: Path, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(python), *words], cwd=cwd, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": ""})  # fmt: skip
+    return subprocess.run(
+        [str(python), *words], cwd=cwd, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": ""}
+    )
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *(f"-m {name}" for name in MODULES), "-m atb_pllava run",
-                                  "-m atb_pllava bench", "-m atb_pllava predict --help"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SCRIPTS,
+        *(f"-m {name}" for name in MODULES),
+        "-m atb_pllava run",
+        "-m atb_pllava bench",
+        "-m atb_pllava predict --help",
+    ],
+)
 def test_a_missing_package_is_one_sentence(bare_python: Path, name: str) -> None:
     done = start(bare_python, *name.split())
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
@@ -269,8 +319,13 @@ def test_lists_and_usage() -> None:
     named = re.findall(r"^  (?:python|bash) (-m )?(\S+)", done.stdout, re.MULTILINE)
     files = {name.replace(".", "/") if module else name for module, name in named}
     assert all((ROOT / file).exists() or (ROOT / f"{file}.py").exists() for file in files)
-    scripts = [p for p in (ROOT / "precision").rglob("*") if p.suffix in (".py", ".sh") and p.name != "__main__.py"
-               and ("__main__" in p.read_text() or "read_arguments \"$@\"" in p.read_text())]  # fmt: skip
+    scripts = [
+        p
+        for p in (ROOT / "precision").rglob("*")
+        if p.suffix in (".py", ".sh")
+        and p.name != "__main__.py"
+        and ("__main__" in p.read_text() or 'read_arguments "$@"' in p.read_text())
+    ]
     assert {str(p.relative_to(ROOT)) for p in scripts} - {"precision/videobench/answer_questions.py"} <= files | {
         f"{file}.py" for file in files
     }
