@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atb_pllava.answers import AnswerLog, Row, answer_all
+from atb_pllava.commands.media_option import add_media, check_order
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -35,9 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `predict`."""
     add_model_options(parser)
     group = parser.add_argument_group("input")
-    group.add_argument(
-        "--media", "--image_path", required=True, metavar="PATH", help="a video, an image, or a directory of them"
-    )
+    add_media(group, also=["--image_path"])
     group.add_argument(
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
     )
@@ -61,7 +60,9 @@ def predict(arguments: argparse.Namespace) -> int:
         return workers
     check_writable(arguments.output_json, "--output_json")
     existing_answers(arguments.output_json)
-    media, params = list_media(arguments.media), sampling_params(arguments)
+    check_order(arguments)
+    media = list_media(*arguments.media)
+    params = sampling_params(arguments)
     with load_model(arguments, workers) as llm:
         rows = predict_media(llm, media, arguments.prompt, params, arguments.output_json, arguments.quiet)
     failed = [(name, row["error"]) for name, row in rows.items() if "error" in row]
