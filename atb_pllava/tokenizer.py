@@ -31,6 +31,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # One wrong byte makes every byte of its run U+FFFD, so the text of a run is certain only when the run is over. A valid
 # run is let through after this many bytes: whole answers in scripts outside the vocabulary must still stream.
 _LONGEST_HELD_RUN = 12
+_FOLLOWED = "this package follows tokenizer.json, the original follows tokenizer_config.json"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -185,23 +186,26 @@ class Tokenizer:
         try:
             config = read_json(config_file)
         except ConfigError as error:
-            yield f"{error}; ids follow tokenizer.json alone"
+            yield f"{error}; only tokenizer.json is used"
             return
         yield from self._other_ends(config, config_file)
         tokens = config.get("added_tokens_decoder") or {}
         if not isinstance(tokens, dict):
-            yield f"{config_file}: added_tokens_decoder is no JSON object; added tokens follow tokenizer.json alone"
+            yield f"{config_file}: added_tokens_decoder is no JSON object; only tokenizer.json is used"
             return
         for number, token in tokens.items():
-            said = f"{config_file} says that the id {number} is the added token {json.dumps(token)}"
             there = self._added.get(int(number)) if number.isdecimal() else None
-            if there is None:
-                yield f"{said}, but tokenizer.json has no added token of that id; ids follow tokenizer.json"
+            stated = token if isinstance(token, dict) else {"content": token}
+            name = json.dumps(stated.get("content"))
+            if there is None or there.content != stated.get("content"):
+                found = "no added token of that id" if there is None else json.dumps(there.content)
+                yield f"{config_file} says that the id {number} is {name}, tokenizer.json has {found}; {_FOLLOWED}"
                 continue
-            known = {name: getattr(there, name) for name in ("content", *_FLAGS)}
-            other = {k: v for k, v in known.items() if not isinstance(token, dict) or token.get(k, v) != v}
+            flags = {flag: getattr(there, flag) for flag in _FLAGS}
+            other = {flag: value for flag, value in flags.items() if stated.get(flag, value) != value}
             if other:
-                yield f"{said}, but tokenizer.json has {json.dumps(other)}; ids follow tokenizer.json"
+                said = json.dumps({flag: stated[flag] for flag in other})
+                yield f"{config_file} gives {name} {said}, tokenizer.json {json.dumps(other)}; {_FOLLOWED}"
 
     def _other_ends(self, config: Mapping[str, Any], config_file: Path) -> Iterator[str]:
         """Contradictions about the tokens in front of a prompt and behind it."""
@@ -213,11 +217,14 @@ class Tokenizer:
             named = config.get(f"{end}_token")
             name = named.get("content") if isinstance(named, dict) else named
             found = list(takewhile(bool, tokens))
-            if wanted is not None and (bool(found) != bool(wanted) or (wanted and name and found != [name])):
-                yield (
-                    f"{config_file} says add_{end}_token {json.dumps(wanted)} with {end}_token {json.dumps(name)}, but "
-                    f"tokenizer.json puts {' '.join(found) or 'nothing'} {where} a prompt; ids follow tokenizer.json"
-                )
+            agrees = found == [name] or (found and name is None) if wanted else not found
+            if wanted is None or agrees:
+                continue
+            which = f" and {end}_token {json.dumps(name)}" if wanted else ""
+            yield (
+                f"{config_file} says add_{end}_token {json.dumps(wanted)}{which}, tokenizer.json puts "
+                f"{' '.join(found) or 'nothing'} {where} a prompt; {_FOLLOWED}"
+            )
 
 
 def _load(definition: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:

@@ -112,7 +112,7 @@ def read_package(file: Path) -> Vocabulary:
     """The vocabulary in the package's .tgz. Raises ConfigError for any other file."""
     source = f"{PACKAGE} {VERSION}"
     try:
-        with tarfile.open(file) as archive:
+        with tarfile.open(file, "r:gz") as archive:
             about = json.loads(_member(archive, "package/package.json"))
             script = _member(archive, "package/llama-tokenizer.js")
     except (OSError, tarfile.TarError, KeyError, ValueError) as error:
