@@ -27,6 +27,7 @@ IMAGE_TOKEN = "<image>"
 
 # A byte that is no part of a character, and a character that the end of an answer cuts.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces write a blank
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # One wrong byte makes every byte of its run U+FFFD, so the text of a run is certain only when the run is over. A valid
 # run is let through after this many bytes: whole answers in scripts outside the vocabulary must still stream.
@@ -56,12 +57,13 @@ class Tokenizer:
             )
         self.image_token_id: int = image_id
         self._added: dict[int, tokenizers.AddedToken] = self._full.get_added_tokens_decoder()
-        self._added_ids = {token.content: token_id for token_id, token in self._added.items()}
         self._special_ids = {token_id for token_id, token in self._added.items() if token.special}
-        # Nobody can guess these names, so text in which only the template spells them has no other special tokens.
-        # The ends stay: `single_word` and the like look at neighbours.
-        self._names = {text: f"{text[0]}{secrets.token_hex(16)}{text[-1]}" for text in self._added_ids}
-        self._added_pattern = _any_of(self._added_ids)
+        # What a user's text must not become: special tokens and turn markers. A word that somebody added stays a word.
+        self._marker_ids = {token.content: token_id for token_id, token in self._added.items() if _is_marker(token)}
+        self._markers = _any_of(self._marker_ids)
+        # Nobody can guess these names, so text in which only the template spells them has no other markers. The ends
+        # stay: `single_word` looks at a token's neighbours, which may be tokens too.
+        self._names = {text: f"{text[0]}{secrets.token_hex(16)}{text[-1]}" for text in self._marker_ids}
         self._guarded = _load(self._renamed(definition), source)
         self._takes_every_name = not any(token.normalized or token.single_word for token in self._added.values())
         self._joins_bytes = "ByteFallback" in json.dumps(definition.get("decoder"))
@@ -96,8 +98,8 @@ class Tokenizer:
     def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
         """Ids of a prompt in which special tokens count only outside of user text.
 
-        The same ids as `encode` of the joined text unless user text spells a special token, alone or with its
-        neighbours. Then they are the ids that the file gives the whole text with those special tokens as plain letters.
+        The same ids as `encode` of the joined text, unless user text spells a special token, alone or with its
+        neighbours. Then they are the ids that the file gives the whole text when that spelling is plain letters.
         Raises RequestError like `encode`.
         """
         _check_unicode("".join(piece.text for piece in pieces))
@@ -117,7 +119,7 @@ class Tokenizer:
         for from_user, neighbours in groupby(written, key=lambda piece: piece.from_user):
             text = "".join(piece.text for piece in neighbours)
             position = 0
-            for match in () if from_user else self._added_pattern.finditer(text):
+            for match in () if from_user else self._markers.finditer(text):
                 special.add(len(parts) + 1)
                 parts += [text[position : match.start()], match.group()]
                 position = match.end()
@@ -134,18 +136,19 @@ class Tokenizer:
                 continue
             name = self._names[part]
             index = encoding.char_to_token(position + len(name) // 2)
-            if index is None or encoding.ids[index] != self._added_ids[part]:
+            if index is None or encoding.ids[index] != self._marker_ids[part]:
                 letters.add(number)
             position += len(name)
         return letters
 
     def _renamed(self, definition: Mapping[str, Any]) -> dict[str, Any]:
-        """The file with other names for its added tokens and the same ids: their own spelling is a row of letters."""
+        """The file with other names for its markers, and the same ids: their own spelling is a row of letters."""
         model = dict(definition["model"])
-        hidden = {token.content for token in self._added.values() if not _spells_text(token)}
+        hidden = {text for text in self._names if not _BYTE_TOKEN.fullmatch(text)}  # bytes are needed to spell text
         if isinstance(model["vocab"], dict):
             words = {word: number for word, number in model["vocab"].items() if word not in hidden}
-            model["vocab"] = words | {self._names[text]: number for text, number in self._added_ids.items()}
+            added_ids = {self._names.get(token.content, token.content): i for i, token in self._added.items()}
+            model["vocab"] = words | added_ids
         else:  # Unigram's pieces with their scores: a piece's place is its id
             model["vocab"] = [[self._names.get(word, word), score] for word, score in model["vocab"]]
         if model.get("unk_token") in hidden:
@@ -153,8 +156,8 @@ class Tokenizer:
         if model.get("merges") and hidden:
             spelled = _any_of(hidden)
             model["merges"] = [merge for merge in model["merges"] if not spelled.search(_merged(merge))]
-        added = [token for token in definition.get("added_tokens") or () if token["content"] in self._names]
-        renamed = [{**token, "content": self._names[token["content"]]} for token in added]
+        added = definition.get("added_tokens") or ()
+        renamed = [{**token, "content": self._names.get(token["content"], token["content"])} for token in added]
         return {**definition, "model": model, "added_tokens": renamed}
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -247,9 +250,10 @@ def _merged(merge: str | list[str]) -> str:
     return "".join(merge.split(" ") if isinstance(merge, str) else merge)
 
 
-def _spells_text(token: tokenizers.AddedToken) -> bool:
-    """Whether the model needs the token's own piece for ordinary text: a byte, or a letter that is no special token."""
-    return _BYTE_TOKEN.fullmatch(token.content) is not None or (len(token.content) == 1 and not token.special)
+def _is_marker(token: tokenizers.AddedToken) -> bool:
+    """Whether an added token is no text. 34B's turn markers are not flagged special, but are no words either."""
+    text: str = token.content
+    return token.special or (len(text) > 1 and not all(c.isalnum() or c.isspace() or c == _BLANK for c in text))
 
 
 def _check_unicode(text: str) -> None:

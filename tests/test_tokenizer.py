@@ -166,15 +166,31 @@ def test_no_spelling_makes_a_special_token() -> None:
             assert tokenizer.encode_pieces([user, Piece("</s>")]).count(2) == 1
 
 
-def test_added_letters_are_still_letters() -> None:
-    """An added token that is a byte or a letter of ordinary text stays what the model makes of that text."""
-    definition = DEFINITIONS["first"]
+@pytest.mark.parametrize("form", DEFINITIONS)
+def test_words_that_somebody_added_are_still_words(form: str) -> None:
+    """Only special tokens and markers are letters in a user's text; added words and bytes are what the file says."""
+    definition = DEFINITIONS[form]
+    words = {
+        "<0x0A>": 13,
+        "镇": 30411,
+        "color": 2927,
+        "zebra crossing": 32004,
+        "斑马线": 32005,
+        "\n\n": 32006,
+        "§": 32007,
+    }
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    added = [{"id": 13, "content": "<0x0A>", **flags}, {"id": 30411, "content": "镇", **flags}]
-    extended = Tokenizer({**definition, "added_tokens": [*definition["added_tokens"], *added]}, REAL_IMAGE_ID, "x")
-    for text in ("ax\n####\nboo", "镇"):
-        pieces = [Piece("USER:<image> "), Piece(text, from_user=True)]
-        assert extended.encode_pieces(pieces) == TOKENIZERS["first"].encode_pieces(pieces)
+    vocab = {**definition["model"]["vocab"], **words}
+    added = [*definition["added_tokens"], *({"id": i, "content": word, **flags} for word, i in words.items())]
+    extended = {**definition, "model": {**definition["model"], "vocab": vocab}, "added_tokens": added}
+    tokenizer = Tokenizer(extended, REAL_IMAGE_ID, "x")
+    file = tokenizers.Tokenizer.from_str(json.dumps(extended))
+    for text in ("ax\n####\nboo", "镇", "What color is the zebra crossing?", "斑马线\n\n§", *USER_TEXTS):
+        pieces = [Piece("USER:<image> "), Piece(text, from_user=True), Piece(" ASSISTANT:</s>")]
+        ids = tokenizer.encode_pieces(pieces)
+        assert ids == file.encode(f"USER:<image> {text} ASSISTANT:</s>").ids
+        marked = tokenizer.encode_pieces([*pieces[:2], Piece("<0x0A><|im_end|>", from_user=True), *pieces[2:]])
+        assert marked.count(13) == ids.count(13) and 32003 not in marked
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:
