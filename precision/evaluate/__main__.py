@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava import SamplingParams
+from atb_pllava.answers import AnswerLog
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.model_options import (
     add_engine_options,
@@ -21,6 +22,7 @@ from atb_pllava.commands.model_options import (
     load_model,
     model_options,
 )
+from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
 from precision.evaluate.judging import read_predictions
 from precision.evaluate.questions import Question
-from precision.evaluate.run import BENCHMARKS, finish, predictions
+from precision.evaluate.run import BENCHMARKS, check_same, finish, predictions
 
 HELP = {
     "mvbench": "multiple choice: MVBench, and sets in its layout such as precision.shapes writes",
@@ -37,6 +39,7 @@ HELP = {
     "vcgbench": "long answers, judged in five respects: VCGBench",
     "recaption": "captions, not scored: Inter4K",
 }
+REMEDY = "name another --output_dir, or start over with --overwrite"
 MOST_NAMED = 20  # errors that are printed; all are in the results
 
 
@@ -63,8 +66,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.conversation = _conversation(arguments)
     params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
-    with load_model(arguments, workers) as llm:
-        result_list = predictions(llm, arguments.verb, questions, params, arguments.output_dir, arguments.quiet, **more)
+    folder, overwrite = arguments.output_dir, arguments.overwrite
+    with AnswerLog(folder / "answers.jsonl", REMEDY) as log:
+        if not overwrite:
+            planned = {**planned_settings(arguments, params, workers), "prefix": benchmark.prefix}
+            check_same(folder, log, planned, only=True)
+        with load_model(arguments, workers) as llm:
+            result_list = predictions(
+                llm, arguments.verb, questions, params, log, folder, overwrite, arguments.quiet, **more
+            )
     at_once = arguments.judge_concurrency if benchmark.judged else 1
     summary = finish(arguments.verb, result_list, arguments.output_dir, asked, at_once, arguments.quiet)
     return _report(summary, result_list, arguments)
@@ -208,6 +218,7 @@ def _add_benchmark_options(verb: argparse.ArgumentParser, name: str) -> None:
         metavar="DIR",
         help="where results go, and what a later run goes on from",
     )
+    add_overwrite_option(group, "DIR")
     group.add_argument(
         "--task", action="append", metavar="NAME", help="only this task, repeatable (default: all there are)"
     )
