@@ -178,8 +178,9 @@ def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: 
     """All that decides the score of a medium's name and a text; scores of other settings do not count."""
     name = arguments.model_name
     description = _digest(name) if name.endswith(".json") else None
+    judge = {key: value for key, value in made["judge"].items() if key != "weights"}  # the digest decides, not the path
     dataset = os.path.abspath(arguments.dataset_path)
-    return {**made, "description": description, "device": device.type, "dataset": dataset}
+    return {**made, "judge": judge, "description": description, "device": device.type, "dataset": dataset}
 
 
 def read_answers(file: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.wording import counted
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
@@ -123,18 +124,22 @@ def _report(summary: dict[str, Any], result_list: Sequence[dict[str, Any]], argu
     """Say how it went; the exit status."""
     judged = summary.get("judge")
     lines = mvbench.lines(summary) if "accuracy" in summary else videoqa.lines(summary) if judged else []
-    print("\n".join([*lines, f"{summary['questions']} questions, results in {arguments.output_dir}"]))
+    print("\n".join([*lines, f"{counted(summary['questions'], 'question')}, results in {arguments.output_dir}"]))
     errors = list(dict.fromkeys(result["error"] for result in result_list if "error" in result))
     for error in errors[:MOST_NAMED]:
         print(f"error: {error}", file=sys.stderr)
     if len(errors) > MOST_NAMED:
         print(f"and {len(errors) - MOST_NAMED} more, all in the results", file=sys.stderr)
-    if summary["without_answer"]:
-        counted = "; they count as wrong" if lines else ""
-        print(f"{summary['without_answer']} questions have no answer{counted}", file=sys.stderr)
+    missing = summary["without_answer"]
+    if missing:
+        one = missing == 1
+        wrong = f"; {'it counts' if one else 'they count'} as wrong" if lines else ""
+        print(f"{counted(missing, 'question')} {'has' if one else 'have'} no answer{wrong}", file=sys.stderr)
     if judged and judged["failed"]:
-        print(f"the judge failed on {judged['failed']} of {judged['cases']} cases; they count nowhere", file=sys.stderr)
-    if summary["without_answer"] or (judged and judged["failed"]):
+        of_all = f"{judged['failed']} of {counted(judged['cases'], 'case')}"
+        nowhere = "it counts" if judged["failed"] == 1 else "they count"
+        print(f"the judge failed on {of_all}; {nowhere} nowhere", file=sys.stderr)
+    if missing or (judged and judged["failed"]):
         print("the same command tries these again", file=sys.stderr)
         return 2
     return 0
@@ -179,10 +184,16 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in HELP.items():
         own = BENCHMARKS[name]
         defaults = (
-            f"Defaults that differ from `run`: --sampler eval, --conversation {own.conversation} (34B: "
-            f"{own.conversation_chatml}), --max_output_length {own.max_tokens}. Answers are greedy."
+            f"Defaults that differ from `run`: --sampler eval, --conversation {own.conversation}\n"
+            f"(34B: {own.conversation_chatml}), --max_output_length {own.max_tokens}. Answers are greedy."
         )
-        verb = verbs.add_parser(name, help=summary, description=summary, epilog=defaults)
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"The folder that --data names, or a part of it:\n\n{own.module.LAYOUT}\n\n{defaults}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         _add_benchmark_options(verb, name)
         verb.set_defaults(command=evaluate)
     summary = "judge predictions that are there already"
@@ -209,7 +220,7 @@ def _add_benchmark_options(verb: argparse.ArgumentParser, name: str) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the benchmark's folder, as PLLaVA's documentation has it",
+        help="the benchmark's folder; its layout is below",
     )
     group.add_argument(
         "--output_dir",
