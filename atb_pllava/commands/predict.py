@@ -232,7 +232,8 @@ def predict_media(
     finally:
         rows = [_short(log.row(key)) for key in keys]
         if is_complete or (any(rows) and not is_replacing):
-            _write(results, llm, params, prompt, {**others, **_texts(keys, rows, paths)}, rows)
+            answers = {**others, **_texts(keys, rows, paths)}
+            _write(results.path, llm, params, prompt, answers, rows, None if is_replacing else results.digest)
             log.keep_results()
         elif is_replacing and not quiet:
             print(
@@ -264,28 +265,30 @@ def _texts(keys: Sequence[Key], rows: Sequence[Row], paths: Mapping[str, str]) -
 
 
 def _write(
-    results: Results,
+    path: str,
     llm: LLM,
     params: SamplingParams,
     prompt: str,
     answers: Mapping[str, str],
     rows: Sequence[Row],
+    before: str | None,
 ) -> None:
     """Write the manifest, then the results.
 
-    The manifest names the digests of the new and the old results: after a kill between the two, it fits both.
+    The manifest names the digests of the new results and of those `before`: after a kill between the two writes, it
+    fits both. Results that --overwrite replaces are in the log's header instead.
     """
     write_manifest(
-        results.path,
+        path,
         llm,
         params,
         prompt=prompt,
         answers=sum("text" in row for row in rows),
         failed=sum("error" in row for row in rows),
         results_digest=settings_digest(answers),
-        replaced_digest=results.digest,
+        replaced_digest=before,
     )
-    write_json(results.path, dict(sorted(answers.items())))
+    write_json(path, dict(sorted(answers.items())))
 
 
 def _places(paths: Sequence[str]) -> list[str]:
