@@ -47,8 +47,8 @@ from typing import Any, NamedTuple
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError
 from atb_pllava.llm import LLM
-from atb_pllava.progress import Progress
-from atb_pllava.wording import counted
+from atb_pllava.progress import Progress as Progress
+from atb_pllava.words import counted
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from types import TracebackType
 
-from atb_pllava.wording import duration, rate
+from atb_pllava.words import duration, rate
 
 SECONDS_BETWEEN_PROGRESS = 4.0
 SHORT = 1.0  # seconds: no rate is measured in less, and nobody waits for them

@@ -29,13 +29,13 @@ from typing import Any
 from torch import Tensor
 
 from atb_pllava import LLM, ConfigError, PllavaError
+from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import manifest_of
 from atb_pllava.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
-from atb_pllava.progress import Progress
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record

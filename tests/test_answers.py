@@ -18,7 +18,7 @@ from atb_pllava.answers import AnswerLog, Key, Row, answer_all, differences, err
 from atb_pllava.errors import OutOfMemoryError, WeightError
 from atb_pllava.manifest import settings_of
 from atb_pllava.progress import Progress, failures
-from atb_pllava.wording import counted, duration, rate
+from atb_pllava.words import counted, duration, rate
 
 PARAMS = SamplingParams(max_tokens=3)
 

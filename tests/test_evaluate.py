@@ -28,6 +28,7 @@ from precision.evaluate.__main__ import _parser, main
 from precision.evaluate.clips import ClipReader, media_of, read_frame_folder
 from precision.evaluate.predict import grouped
 from precision.evaluate.questions import Question, picked
+from precision.evaluate.run import BENCHMARKS
 from tests.conftest import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +123,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     for broken in ("broken.mp4", "missing.mp4", "start_seconds 5.0", "'start' is None", "'a cow' is not among",
                    "'question' is None", "it is a str, not an object", "empty: holds no frames"):  # fmt: skip
         assert broken in err, broken
-    assert "8 questions have no answer; they count as wrong" in err
+    assert "8 questions without an answer, counted as wrong" in err
     results, log = read(tmp_path / "out" / "all_results.json"), log_of(tmp_path / "out")
     assert [row["task_type"] for row in results["result_list"]] == (
         ["Action Sequence"] * 10 + ["Episodic Reasoning"] * 3 + ["My Own Task"] * 2
@@ -184,6 +185,53 @@ def test_what_has_failed_is_tried_again_and_nothing_else(capsys, options, mvbenc
     assert "Where?" in read(tmp_path / "out" / "all_results.json")["result_list"][0]["question"]
 
 
+def test_a_changed_video_is_asked_about_again(capsys, options, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tvqa = data / "video" / mvbench.SUB_TASKS["episodic_reasoning"].videos
+    clip(data / "video" / "a.mp4")
+    clip(data / "video" / "b.mp4", seed=1)
+    frame_folder(tvqa / "show", 4)
+    write(data / "json" / "mine.json", [entry("a.mp4"), entry("b.mp4"), entry("b.mp4", question="Where?")])
+    write(data / "json" / "episodic_reasoning.json", [entry("show", start=0, end=1)])
+    arguments = ("mvbench", *options, "--data", data, "--output_dir", tmp_path / "out")
+    assert run(capsys, *arguments)[0] == 0
+    assert "mvbench 4/4 were there already" in run(capsys, *arguments)[2]
+    clip(data / "video" / "b.mp4", seed=2, frames=13)
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tvqa / "show" / "00003.jpg")
+    status, _, err = run(capsys, *arguments)
+    assert status == 0 and "mvbench 1/4 were there already" in err and "the file has another size or time" in err
+    assert "Episodic Reasoning/0/" in err and "My Own Task" not in err
+
+
+def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    clip(data / "video" / "a.mp4")
+    write(data / "json" / "mine.json", [entry("a.mp4")])
+    arguments = ("mvbench", *options, "--data", data, "--output_dir", out)
+    assert run(capsys, *arguments)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    changed = (*arguments, "--sampler", "npu", "--max_output_length", "2")
+    said = '(sampler: "eval" -> "npu"; sampling.max_tokens: 3 -> 2); name another --output_dir, or start over with'
+    status, _, err = run(capsys, *changed)
+    assert status == 2 and said in err and "ready after" not in err
+    (out / "answers.jsonl").unlink()  # as from an older version: the manifest alone tells
+    status, _, err = run(capsys, *changed)
+    assert status == 2 and f"{out} has answers with other settings {said}" in err and "ready after" not in err
+    (out / "answers.jsonl").write_bytes(before["answers.jsonl"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    status, _, err = run(capsys, *changed, "--overwrite")
+    assert status == 0 and "mvbench 1/1, in" in err and read(out / "manifest.json")["sampler"] == "npu"
+    assert (out / "answers.jsonl").read_bytes().startswith(before["answers.jsonl"])
+    assert "mvbench 1/1 were there already" in run(capsys, *changed)[2]
+    assert '(sampler: "npu" -> "eval"' in run(capsys, *arguments)[2]
+    row = {"id": "x", "settings": "3f0c3f0c3f0c3f0c", "text": "x"}
+    (out / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    assert "is the log of an older version" in run(capsys, *arguments)[2]
+    write(out / "manifest.json", {"a": 1})
+    (out / "answers.jsonl").unlink()
+    assert "is no manifest of this command; name another --output_dir" in run(capsys, *arguments)[2]
+
+
 @pytest.mark.parametrize(
     ("pred", "truth", "right"),
     [
@@ -217,6 +265,11 @@ def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
     assert summary["accuracy"] == {"T": 20.0, "Avg": 20.0} and summary["accuracy_of_answered"] == 25.0
     assert summary["unparseable"] == 2 and summary["right"] == 1
     assert read(tmp_path / "all_results.json")["acc_dict"] == {"T": [1, 5]}
+    assert "2 answers without an option, counted as wrong as in the original" in mvbench.lines(summary)
+    ninths = [{**rows[0], "pred": "(A) one"}] * 8 + [rows[1]]  # 88.888... %
+    summary = mvbench.write_results(tmp_path, ninths)
+    assert summary["accuracy"] == {"T": 88.89, "Avg": 88.89} == read(tmp_path / "upload_leaderboard.json")
+    assert summary["accuracy_of_answered"] == 88.89
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -428,6 +481,19 @@ def test_the_readmes_commands_are_commands() -> None:
     commands = re.findall(r"^python -m precision\.evaluate (.*)$", readme, re.MULTILINE)
     verbs = {_parser().parse_args(shlex.split(command)).verb for command in commands}
     assert verbs == {"mvbench", "videoqa", "vcgbench", "recaption", "judge", "compare"}
+
+
+@pytest.mark.parametrize("verb", ["mvbench", "videoqa", "vcgbench", "recaption"])
+def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -> None:
+    """Every file that the message about an empty folder names stands in the tree of --help."""
+    status, out, _ = run(capsys, verb, "--help")
+    assert status == 0
+    with pytest.raises(ConfigError) as caught:
+        BENCHMARKS[verb].module.read(tmp_path)
+    files = re.search(r"looked there for (.*); --help", str(caught.value)).group(1)
+    for file in files.replace("for example ", "").split(", "):
+        for part in file.split("/"):
+            assert part in out.replace("NAME.json", "*.json"), part
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ ALLOWED: dict[str, set[str]] = {
     }
     | {"tokenizer", "workers"},
     "json_file": {"errors"},
-    "wording": set(),
-    "progress": {"wording"},
-    "answers": {"errors", "engine.request", "llm", "progress", "wording"},
+    "words": set(),
+    "progress": {"words"},
+    "answers": {"errors", "engine.request", "llm", "progress", "words"},
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
@@ -75,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}
-    | {"tokenizer", "wording", "workers"},
+    | {"tokenizer", "words", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

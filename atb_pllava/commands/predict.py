@@ -13,10 +13,11 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atb_pllava.answers import AnswerLog, Key, Row, answer_all, check_settings, keys_of, settings_digest
+from atb_pllava.answers import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -35,7 +36,7 @@ from atb_pllava.llm import LLM
 from atb_pllava.manifest import settings_of, write_manifest
 from atb_pllava.media import list_media
 from atb_pllava.progress import failures
-from atb_pllava.wording import counted
+from atb_pllava.words import counted
 
 DEFAULT_OUTPUT = "predict_result.json"
 REMEDY = "name another --output_json, or start over with --overwrite"
@@ -219,28 +220,35 @@ def predict_media(
     is_replacing = results.is_replaced_by(log)
     paths = {medium.id: medium.path for medium in media}
     keys = keys_of(media, len(media), quiet)
-    is_complete = False
     if len(others) < len(results.answers) and log.is_new and not (is_replacing or quiet):
         print(f"{results.path} has answers but no log: its answers about these media are asked again", file=sys.stderr)
 
     def request_of(name: str) -> dict[str, str]:
         return {"question": prompt, "video": paths[name]}
 
+    def write() -> list[Row]:
+        rows = [_short(log.row(key)) for key in keys]
+        texts = {paths[key.id]: row["text"] for key, row in zip(keys, rows, strict=True) if "text" in row}
+        before = None if is_replacing else results.digest
+        if any(rows):
+            _write(results.path, llm, params, prompt, {**others, **texts}, rows, before)
+        return rows
+
     try:
         answer_all(llm, keys, request_of, params, log, what="predictions", quiet=quiet)
-        is_complete = True
-    finally:
-        rows = [_short(log.row(key)) for key in keys]
-        if is_complete or (any(rows) and not is_replacing):
-            answers = {**others, **_texts(keys, rows, paths)}
-            _write(results.path, llm, params, prompt, answers, rows, None if is_replacing else results.digest)
-            log.keep_results()
-        elif is_replacing and not quiet:
+    except BaseException:
+        if not is_replacing:
+            with suppress(ConfigError):  # where nothing can be written, that is why the run ends, and what it says
+                write()
+        elif not quiet:
             print(
                 f"{results.path} still holds the old answers; the new ones are in {log.path}, and the same command "
                 "without --overwrite goes on",
                 file=sys.stderr,
             )
+        raise
+    rows = write()
+    log.keep_results()
     return rows
 
 
@@ -257,11 +265,6 @@ def existing_answers(path: str) -> dict[str, str]:
 def _short(row: Row | None) -> Row:
     """The text, or the error, of a row of the log; empty when there is none. All rows may be in memory at a time."""
     return {name: (row or {})[name] for name in ("text", "error", "kind") if name in (row or {})}
-
-
-def _texts(keys: Sequence[Key], rows: Sequence[Row], paths: Mapping[str, str]) -> dict[str, str]:
-    """Answers by the path of their medium."""
-    return {paths[key.id]: row["text"] for key, row in zip(keys, rows, strict=True) if "text" in row}
 
 
 def _write(

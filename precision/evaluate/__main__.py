@@ -26,7 +26,7 @@ from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.wording import counted
+from atb_pllava.words import counted
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
@@ -130,16 +130,15 @@ def _report(summary: dict[str, Any], result_list: Sequence[dict[str, Any]], argu
         print(f"error: {error}", file=sys.stderr)
     if len(errors) > MOST_NAMED:
         print(f"and {len(errors) - MOST_NAMED} more, all in the results", file=sys.stderr)
-    missing = summary["without_answer"]
-    if missing:
-        one = missing == 1
-        wrong = f"; {'it counts' if one else 'they count'} as wrong" if lines else ""
-        print(f"{counted(missing, 'question')} {'has' if one else 'have'} no answer{wrong}", file=sys.stderr)
+    if summary["without_answer"]:
+        verdict = ", counted as wrong" if lines else ""
+        print(f"{counted(summary['without_answer'], 'question')} without an answer{verdict}", file=sys.stderr)
     if judged and judged["failed"]:
-        of_all = f"{judged['failed']} of {counted(judged['cases'], 'case')}"
-        nowhere = "it counts" if judged["failed"] == 1 else "they count"
-        print(f"the judge failed on {of_all}; {nowhere} nowhere", file=sys.stderr)
-    if missing or (judged and judged["failed"]):
+        print(
+            f"the judge failed on {judged['failed']} of {counted(judged['cases'], 'case')}, not counted",
+            file=sys.stderr,
+        )
+    if summary["without_answer"] or (judged and judged["failed"]):
         print("the same command tries these again", file=sys.stderr)
         return 2
     return 0

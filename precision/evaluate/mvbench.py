@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from atb_pllava.answers import Row
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.json_file import write_json
-from precision.evaluate.questions import Question, percent, read_questions, seconds, select, text, visible
+from atb_pllava.words import counted
+from precision.evaluate.questions import Question, percent, read_questions, seconds, select, text
 
 ANSWER_PREFIX = "Best option:("
 _AFTER_QUESTION = " \nOnly give the best option."
@@ -64,7 +65,7 @@ LAYOUT = "\n".join(
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """All questions of DIR, MVBench's own sub-tasks first. Raises ConfigError when there is nothing to read."""
     found: dict[str, Path] = {}
-    for path in _in_order(_files(data)):
+    for path in _in_order((data / "json").glob("[!.]*.json")):
         name = sub_task(path.stem).name
         if name in found:
             raise ConfigError(f"{found[name].name} and {path.name} are both {name!r}: rename one of them")
@@ -82,7 +83,7 @@ def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = N
 
 def missing_sub_tasks(data: Path) -> list[str]:
     """MVBench's sub-tasks that DIR lacks; none when DIR is another set altogether."""
-    stems = {path.stem for path in _files(data)}
+    stems = {path.stem for path in (data / "json").glob("[!.]*.json")}
     return [known.name for stem, known in SUB_TASKS.items() if stem not in stems] if stems & set(SUB_TASKS) else []
 
 
@@ -150,13 +151,10 @@ def write_results(directory: Path, result_list: Sequence[Mapping[str, Any]]) -> 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary for people."""
     table = [f"{name:26} {value:6.2f} %" for name, value in summary["accuracy"].items()]
-    nameless = summary["unparseable"]
-    words = "1 answer names no option; it counts" if nameless == 1 else f"{nameless} answers name no option; they count"
-    return [*table, f"{words} as wrong, as in the original"]
-
-
-def _files(data: Path) -> list[Path]:
-    return visible((data / "json").glob("*.json"), data)
+    return [
+        *table,
+        f"{counted(summary['unparseable'], 'answer')} without an option, counted as wrong as in the original",
+    ]
 
 
 def _in_order(paths: Any) -> list[Path]:

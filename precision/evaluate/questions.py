@@ -131,11 +131,6 @@ def select(known: Sequence[str], wanted: Sequence[str] | None, data: Path, files
     return [name for name in known if wanted is None or name in wanted]
 
 
-def visible(paths: Iterable[Path], below: Path) -> list[Path]:
-    """Those without a name that begins with a dot between `below` and them: other programs' files are no data."""
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(below).parts)]
-
-
 def percent(part: float, whole: float) -> float:
     """`part` of `whole` in percent, to two decimals."""
     return round(100 * part / whole, 2)

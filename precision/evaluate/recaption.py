@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.answers import Row
-from precision.evaluate.questions import Question, find_video, read_questions, select, text, visible
+from precision.evaluate.questions import Question, find_video, read_questions, select, text
 
 ENDINGS = ("mp4", "mkv", "webm")
 LAYOUT = """\
@@ -31,7 +31,7 @@ REQUEST = (
 
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """A request for each annotated video. `ratio` counts in each set. Raises ConfigError."""
-    known = sorted(path.parent.name for path in visible(data.glob("*/annotations.json"), data))
+    known = sorted(path.parent.name for path in data.glob("[!.]*/annotations.json"))
     files = ["SET/annotations.json", "for example Inter4K/annotations.json"]
     return [q for name in select(known, tasks, data, files) for q in _read_set(data / name, ratio)]
 

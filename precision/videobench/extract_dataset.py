@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
+from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from atb_pllava.progress import Progress
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,

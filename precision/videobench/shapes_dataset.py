@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages nee
 from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
+from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
-from atb_pllava.progress import Progress
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),

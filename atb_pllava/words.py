@@ -1,9 +1,9 @@
 """Numbers in words, the same in every message: counts, durations, rates."""
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 answer`, `2 answers`, `0 answers`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`number` and the noun that fits it; `plural` where that is not the noun with an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:
