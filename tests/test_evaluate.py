@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atb_pllava.answers import AnswerLog
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.inputs import VideoReader
@@ -214,6 +215,9 @@ def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_pa
     said = '(sampler: "eval" -> "npu"; sampling.max_tokens: 3 -> 2); name another --output_dir, or start over with'
     status, _, err = run(capsys, *changed)
     assert status == 2 and said in err and "ready after" not in err
+    with AnswerLog(out / "answers.jsonl"):
+        status, _, err = run(capsys, *arguments)
+    assert status == 2 and "in use by another run" in err and "ready after" not in err
     (out / "answers.jsonl").unlink()  # as from an older version: the manifest alone tells
     status, _, err = run(capsys, *changed)
     assert status == 2 and f"{out} has answers with other settings {said}" in err and "ready after" not in err

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from atb_pllava import LLM, ConfigError, SamplingParams
+from atb_pllava.answers import AnswerLog
 from precision.videobench import answer_questions, extract_dataset, precision_test
 from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
@@ -312,11 +313,23 @@ def test_results_of_other_settings_are_not_overwritten(made: Path, tmp_path: Pat
     before = (tmp_path / "Count_eval.json").read_bytes()
     assert answer(made, tmp_path, "--dataset_name", "Count") == 0
     assert (tmp_path / "Count_eval.json").read_bytes() == before
+    with AnswerLog(tmp_path / "Count_eval.log.jsonl"), pytest.raises(ConfigError, match="in use by another run"):
+        answer(made, tmp_path, "--dataset_name", "Count")
     with pytest.raises(ConfigError, match="lora_scale: .* -> .*name another --chat_conversation_output_folder"):
         answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3")
     with pytest.raises(ConfigError, match=r'prompt_format: "mvbench" -> "videobench"\); name another'):
         answer(made, tmp_path, "--dataset_name", "Count", "--prompt_format", "videobench")
     assert (tmp_path / "Count_eval.json").read_bytes() == before
+    (tmp_path / "Count_eval.log.jsonl").unlink()
+    manifest = tmp_path / "Count_eval.json.manifest.json"
+    with pytest.raises(ConfigError, match=r"Count_eval.json has answers with other settings .*lora_scale"):
+        answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3")
+    assert (tmp_path / "Count_eval.json").read_bytes() == before
+    manifest.unlink()
+    with pytest.raises(ConfigError, match="no manifest says what its answers were made with"):
+        answer(made, tmp_path, "--dataset_name", "Count")
+    assert answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3", "--overwrite") == 0
+    assert json.loads(manifest.read_text())["lora_alpha"] == 3
     with pytest.raises(ConfigError, match="--answer_request"):
         answer(made, tmp_path, "--dataset_name", "Count", "--answer_request", "Say it.")
     with pytest.raises(ConfigError, match="no set 'Colour'.*Appearance, Count, Movement"):
