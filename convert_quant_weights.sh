@@ -41,8 +41,7 @@ for argument in "$@"; do
     esac
 done
 if [ $# -eq 0 ]; then
-    echo "error: nothing given; -src, -dst and -type are needed" >&2
-    usage >&2
+    echo "error: nothing given; -src, -dst and -type are needed; see \`bash $0 --help\`" >&2
     exit 2
 fi
 

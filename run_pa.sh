@@ -8,6 +8,7 @@ usage() {
     cat <<'EOF'
 usage: bash run_pa.sh --run|--performance|--precision [OPTION...] [WEIGHTS [MEDIA [VIDEO_FRAMES [MAX_BATCH_SIZE
                             [MAX_INPUT_LENGTH [MAX_OUTPUT_LENGTH]]]]]] [-- PYTHON_OPTION...]
+       bash run_pa.sh --run MEDIA    asks the tiny trained model about your own file or folder
 
   --run          chat test: ask about every video and image in MEDIA and print the answers
   --performance  speed test of batch sizes 1 to MAX_BATCH_SIZE: a row for each in pllava_performance.csv
@@ -16,7 +17,8 @@ usage: bash run_pa.sh --run|--performance|--precision [OPTION...] [WEIGHTS [MEDI
 
 Arguments, each optional from the right:
   WEIGHTS            checkpoint directory           (default: the tiny trained model in examples/tiny_pllava)
-  MEDIA              a directory or one file        (default: examples/videos)
+  MEDIA              a file, or a folder with all its subfolders; several where they are existing files or folders,
+                     as a glob gives them (W videos/*.mp4)        (default: examples/videos)
   VIDEO_FRAMES       frames taken from each video   (default: the checkpoint's, 16 for PLLaVA)
   MAX_BATCH_SIZE     requests answered at a time    (default: 8; --performance: 10)
   MAX_INPUT_LENGTH   longest prompt in tokens, video tokens included (default: what the KV cache holds)
@@ -28,8 +30,9 @@ Options:
                        native: this package alone; auto (default): mindie where all it needs is there, otherwise native
   --world_size N       devices to use (default: as many as ASCEND_RT_VISIBLE_DEVICES names, or 1)
   -h, --help           this text
-  -- ...               all that follows goes to `python -m atb_pllava run` (or predict, bench; in MindIE: mindie run, ...); see
-                       `bash run_pa.sh --run -- --help`
+  other options        go to `python -m atb_pllava run` (or predict, bench sweep; in MindIE: mindie run, ...), with the word
+                       after them as their value: --prompt "What happens?"; see `bash run_pa.sh --run -- --help`
+  -- ...               all that follows goes there
 
 Environment:
   ATB_PLLAVA_PYTHON          the Python to use; otherwise the active one if it has the packages, otherwise .venv,
@@ -40,57 +43,127 @@ Environment:
 EOF
 }
 
-refuse() {
-    echo "error: $1" >&2
-    usage >&2
-    exit 2
+# shellcheck source=atb_pllava/script_arguments.sh
+. "$root/atb_pllava/script_arguments.sh"
+
+# What the commands of Python know: options without a value, options with several, endings of videos and images.
+flags="--ignore_eos --quiet --trust_remote_code --video_caption --w8a16"
+lists="--media --image_path --batch_sizes"
+endings="3gp|asf|avi|bmp|flv|gif|jpeg|jpg|m2ts|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogg|ogv|png|tif|tiff|ts|webm|webp|wmv"
+
+is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
+
+# Whether the first of the positional arguments is MEDIA: a file or URL that no checkpoint follows, or, without another
+# path after it, a folder with media and no model in it.
+begins_with_media() {
+    if [ -d "$1" ]; then
+        { [ $# -eq 1 ] || is_number "$2"; } && [ ! -e "$1/config.json" ] && ! compgen -G "$1/*.safetensors" >/dev/null &&
+            [ -n "$(find -L "$1" ! -type d 2>/dev/null | grep -Ei -m 1 "\.($endings)\$")" ]
+    else
+        [[ ${1,,} =~ ://|\.($endings)$ ]] && [ ! -e "${2:-}/config.json" ]
+    fi
 }
 
-mode="" engine=auto world_size="" positional=() options=() extra=()
+mode="" engine="" positional=() passed=() extra=()
 while [ $# -gt 0 ]; do
-    case $1 in
-    --run | --performance | --precision) mode=${1#--} ;;
-    --engine) [ $# -ge 2 ] || refuse "--engine needs a name"; engine=$2; shift ;;
-    --engine=*) engine=${1#*=} ;;
-    --trust_remote_code) options+=(--trust_remote_code) ;;
-    --world_size) [ $# -ge 2 ] || refuse "--world_size needs a number"; world_size=$2; shift ;;
-    --world_size=*) world_size=${1#*=} ;;
+    name=${1%%=*}
+    plain=${name#--}
+    [[ $name != --?* ]] || name=--${plain//-/_}
+    case $name in
     -h | --help) usage; exit 0 ;;
     --) shift; extra=("$@"); break ;;
-    -*) refuse "unknown option $1" ;;
+    --run | --performance | --precision)
+        [ -z "$mode" ] || refuse "two modes given, --$mode and $1"
+        mode=${name#--} ;;
+    --engine)
+        [ -z "$engine" ] || refuse "--engine is given twice"
+        if [[ $1 = *=* ]]; then engine=${1#*=}; else engine=${2:-}; [ $# -lt 2 ] || shift; fi
+        case $engine in auto | native | mindie) ;; *) refuse "--engine is '$engine'; it is auto, native or mindie" ;; esac ;;
+    --eng*) refuse "unknown option $1; did you mean --engine?" ;;
+    -*)
+        # Not ours: it goes to Python, and what follows it is its value where it takes one.
+        if [[ $1 = *=* || " $flags " = *" $name "* || $# -lt 2 || ${2:-} = --* ]]; then
+            passed+=("$1")
+        elif [[ " $lists " = *" $name "* ]]; then
+            passed+=("$1")
+            while [ $# -ge 2 ] && [[ $2 != -* ]]; do passed+=("$2"); shift; done
+        else
+            passed+=("$1=$2")
+            shift
+        fi ;;
     *) positional+=("$1") ;;
     esac
     shift
 done
-[ -n "$mode" ] || refuse "no mode given; use --run, --performance or --precision"
-case $engine in auto | native | mindie) ;; *) refuse "--engine is '$engine'; it is auto, native or mindie" ;; esac
-[ ${#positional[@]} -le 6 ] || refuse "surplus argument '${positional[6]}'"
+given=("${passed[@]}" "${extra[@]}") engine=${engine:-auto}
+[ -n "$mode" ] || refuse "no mode given${given[0]+ (${given[0]%%=*} is none)}; use --run, --performance or --precision"
 
-if [ -z "$world_size" ] && [ -z "${RANK:-}" ]; then # torchrun has decided otherwise
-    IFS=, read -r -a devices <<<"${ASCEND_RT_VISIBLE_DEVICES:-0}"
-    world_size=${#devices[@]}
+# Which of the positional arguments are WEIGHTS, MEDIA (several, from a glob) and numbers.
+set -- "${positional[@]}"
+options=() weights="" media=()
+if [ $# -gt 0 ] && ! begins_with_media "$@"; then
+    weights=$1
+    shift
 fi
-names=(--model_path --media --num_frames --max_batch_size --max_input_length --max_output_length)
+while [ $# -gt 0 ] && { [ ${#media[@]} -eq 0 ] || { ! is_number "$1" && [ -e "$1" ]; }; }; do
+    media+=("$1")
+    shift
+done
+[ $# -le 4 ] || refuse "surplus argument '$5'"
+places=(VIDEO_FRAMES MAX_BATCH_SIZE MAX_INPUT_LENGTH MAX_OUTPUT_LENGTH)
+names=(--num_frames --max_batch_size --max_input_length --max_output_length)
+for word in "$@"; do
+    is_number "$word" || refuse "${places[0]} is '$word', which is no whole number, and no file has this name (a text with blanks needs quotes)"
+    ! named "${names[0]}" "${given[@]}" || refuse "${places[0]} is $word and ${names[0]} is given too; leave one out"
+    options+=("${names[0]}=$word")
+    places=("${places[@]:1}") names=("${names[@]:1}")
+done
+[ -z "$weights" ] || ! named --model_path "${given[@]}" ||
+    refuse "WEIGHTS is $weights and --model_path is given too; leave one out"
+[ ${#media[@]} -eq 0 ] || ! { named --media "${given[@]}" || named --image_path "${given[@]}"; } ||
+    refuse "MEDIA is ${media[0]} and --media is given too; leave one out"
+
+# Defaults, where nothing is named. What the tiny model was trained for: coloured shapes that move.
 [ "$PWD" = "$root" ] && from="" || from=$root/
-values=("${from}examples/tiny_pllava" "${from}examples/videos")
-for i in "${!positional[@]}"; do values[i]=${positional[i]}; done
-for i in "${!values[@]}"; do options+=("${names[i]}=${values[i]}"); done
-[ -z "$world_size" ] || options+=("--world_size=$world_size")
-if [ "$mode" = run ] && [ ${#positional[@]} -eq 0 ] && [ ${#extra[@]} -eq 0 ]; then
-    # What the tiny model was trained for: coloured shapes that move.
-    extra=(--prompt "Describe the video." --prompt "How many objects are there?" --prompt "Is there a circle?")
+if [ "$mode" = run ] && [ ${#positional[@]} -eq 0 ] && ! named --model_path "${given[@]}" &&
+    ! named --media "${given[@]}" && ! named --prompt "${given[@]}"; then
+    options+=(--prompt="Describe the video." --prompt="How many objects are there?" --prompt="Is there a circle?")
+fi
+if ! named --shape "${given[@]}"; then # random weights, which come with frames and a question
+    if [ ${#media[@]} -eq 0 ] && ! named --media "${given[@]}" && ! named --image_path "${given[@]}"; then
+        media=("${from}examples/videos")
+    fi
+    if [ -z "$weights" ] && ! named --model_path "${given[@]}"; then weights=${from}examples/tiny_pllava; fi
+fi
+case ${#media[@]} in
+0) ;;
+1) options=("--media=${media[0]}" "${options[@]}") ;;
+*) options=(--media "${media[@]}" "${options[@]}") ;;
+esac
+if [ -n "$weights" ]; then
+    options=("--model_path=$weights" "${options[@]}")
+else
+    weights=$(value_of --model_path "${given[@]}")
+fi
+if [ -z "${RANK:-}" ] && ! named --world_size "${given[@]}"; then # torchrun has decided otherwise
+    IFS=, read -r -a devices <<<"${ASCEND_RT_VISIBLE_DEVICES:-0}"
+    options+=("--world_size=${#devices[@]}")
 fi
 
 # shellcheck source=atb_pllava/find_python.sh
 . "$root/atb_pllava/find_python.sh"
 find_python "$root/requirements_pllava.txt"
+venv=${PYTHON%/bin/python}
+if [ -z "${ATB_PLLAVA_PYTHON:-}" ] && [ -e "$venv/pyvenv.cfg" ] && ! named --quiet "${given[@]}"; then
+    echo "using $venv; before \`python ...\` commands type: source ${venv#"$PWD/"}/bin/activate" >&2
+fi
 # A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if [ "$engine" = auto ]; then
     engine=native reason="no NPU here"
     if compgen -G '/dev/davinci[0-9]*' >/dev/null; then
-        reason=$("$PYTHON" -m atb_pllava mindie status --model_path "${values[0]}" | sed -n 's/^problem: //p' | head -n 1) || true
+        reason=$("$PYTHON" -m atb_pllava mindie status --model_path "$weights" | sed -n 's/^problem: //p' | head -n 1) || true
         [ -n "$reason" ] || engine=mindie reason="an NPU and the plugin are here"
     fi
     echo "engine: $engine ($reason)" >&2
@@ -101,4 +174,4 @@ native/run) verb=(run) ;;
 native/precision) verb=(predict) ;;
 native/performance) verb=(bench sweep) ;;
 esac
-exec "$PYTHON" -m atb_pllava "${verb[@]}" "${options[@]}" "${extra[@]}"
+exec "$PYTHON" -m atb_pllava "${verb[@]}" "${options[@]}" "${given[@]}"

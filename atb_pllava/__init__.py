@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from atb_pllava.requirements import REQUIRED, missing_package
+
 if TYPE_CHECKING:
     from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
     from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
@@ -30,7 +32,15 @@ _HOME = {"LLM": "llm", "MediaLimits": "limits", "Metrics": "engine.request", "Re
 
 
 def __getattr__(name: str) -> object:
-    """A public name, imported when it is first used: torch takes seconds, and commands that need none start at once."""
+    """A public name, imported when it is first used: torch takes seconds, and commands that need none start at once.
+
+    Raises ImportError, with what to type, when a required package is missing.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        raise ImportError(missing_package(error.name), name=error.name) from None

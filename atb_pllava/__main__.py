@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 
 VERBS = {
     "run": "answer questions about videos and images",
@@ -31,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    if argv[:1] == ["bench"] and argv[1:] and argv[1].startswith("-") and argv[1] not in ("-h", "--help"):
+    if argv[:1] == ["bench"] and (not argv[1:] or argv[1].startswith("-")) and argv[1:2] not in (["-h"], ["--help"]):
         argv = ["bench", "sweep", *argv[1:]]
-    parser = argparse.ArgumentParser(prog="python -m atb_pllava", description="PLLaVA, the video language model.")
+    parser = Parser(prog="python -m atb_pllava", description="PLLaVA, the video language model.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, summary in VERBS.items():
         verb = verbs.add_parser(name, help=summary, description=summary)

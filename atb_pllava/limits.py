@@ -5,6 +5,7 @@ Callers are `video.py` and `media.py`. Every number a limit refuses is told toge
 
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,13 +89,26 @@ def is_image(file: BinaryIO) -> bool:
     return head.startswith(IMAGE_SIGNATURES) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
+def remedy(name: str) -> str:
+    """What may be wrong with a name that cannot be opened, and what to do; empty when nothing is known."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
+        return "; URLs are not fetched: download it first, and name the file"
+    if os.path.islink(name):
+        return f"; it is a link to {os.readlink(name)}"
+    if name.startswith("~") and os.path.exists(os.path.expanduser(name)):
+        return f"; the shell has not replaced ~: write {os.path.expanduser(name)}"
+    if re.search(r"[*?\[]", name) and not os.path.lexists(name):
+        return "; a pattern matches no file here, or quotes keep the shell from replacing it: name the folder"
+    return ""
+
+
 def _open_regular_file(name: str) -> tuple[BinaryIO, int]:
     """The open file and its size in bytes."""
     try:
         # Without O_NONBLOCK opening a FIFO would wait for a writer.
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise VideoError(f"{name}: cannot be opened: {error.strerror}") from None
+        raise VideoError(f"{name}: cannot be opened: {error.strerror}{remedy(name)}") from None
     except ValueError:
         raise VideoError(f"{name!r} is not a file name") from None
     status = os.fstat(descriptor)

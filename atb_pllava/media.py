@@ -6,6 +6,7 @@
 import os
 import re
 import struct
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from atb_pllava.errors import VideoError
-from atb_pllava.limits import MediaLimits, check_clip_bytes, check_size, is_image, open_media
+from atb_pllava.limits import MediaLimits, check_clip_bytes, check_size, is_image, open_media, remedy
 from atb_pllava.video import Clip, check_indices, check_options, read_video
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -72,25 +73,92 @@ def read_image(
     return Clip(pixels[None], [0], 1, 0.0, name)
 
 
-def list_media(path: str | os.PathLike[str]) -> list[str]:
-    """The file itself, or a folder's images and videos in natural order (2 before 10); hidden files are left out.
+def list_media(*paths: str | os.PathLike[str]) -> list[str]:
+    """The files named, and the images and videos of the folders named, their subfolders included; none twice.
 
-    Subfolders are not entered. Raises VideoError when there is nothing to read.
+    A folder's media come in natural order (2 before 10) of their paths. Names that begin with a dot are left out. Every
+    folder is entered once: a link to a folder is followed when that was not entered under its own name and does not
+    hold this one.
+    What cannot be read stays in the list, for its reader to say why: a name with a medium's ending that is a link to
+    nothing, a pipe or a socket, a link without an ending that leads nowhere, a subfolder that cannot be listed.
+    Raises VideoError for a path that is not there, and for a folder without media.
     """
-    name = os.fspath(path)
+    return list(dict.fromkeys(file for path in paths for file in _media_at(os.fspath(path))))
+
+
+def _media_at(path: str) -> list[str]:
     try:
-        if not os.path.isdir(name):
-            os.stat(name)
-            return [name]
-        with os.scandir(name) as entries:
-            files = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a path"
-        raise VideoError(f"{name}: cannot be read: {reason}; accepted are {_accepted_endings()}") from None
-    media = [file for file in files if Path(file).suffix.lower() in IMAGE_ENDINGS | VIDEO_ENDINGS]
-    if not media:
-        raise VideoError(f"{name}: holds no image or video; accepted are {_accepted_endings()}")
-    return [os.path.join(name, file) for file in sorted(media, key=_natural_order)]
+        if not os.path.isdir(path):
+            os.stat(path)
+            return [path]
+        found, others = _walk(path)
+    except ValueError:
+        raise VideoError(f"{path!r} is not a file name") from None
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read: {error.strerror}{remedy(path)}") from None
+    if not found:
+        accepted = " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))
+        raise VideoError(f"{path}: holds no image or video, {_summary(others)}; accepted are {accepted}")
+    return sorted(found, key=lambda file: [_natural_order(part) for part in file.split(os.sep)])
+
+
+def _walk(root: str) -> tuple[list[str], Counter[str]]:
+    """The media below a folder, in no order, and how many other files have which ending."""
+    found: list[str] = []
+    others: Counter[str] = Counter()
+    folders = [root]
+    links: deque[str] = deque()  # to folders; after all that lie in the tree themselves
+    # A link to a folder that holds this one would bring in this one again, and all around it.
+    entered = {_identity(parent) for parent in Path(os.path.realpath(root)).parents if os.path.exists(parent)}
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        try:
+            identity = _identity(folder)
+            if identity in entered:
+                continue
+            entered.add(identity)
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError:
+            if folder == root:
+                raise
+            found.append(folder)
+            continue
+        for entry in entries:
+            ending = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                others["hidden"] += 1
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif _leads_to_folder(entry):
+                links.append(entry.path)
+            elif ending in IMAGE_ENDINGS | VIDEO_ENDINGS or (not ending and not os.path.exists(entry.path)):
+                found.append(entry.path)
+            else:
+                others[ending or "without an ending"] += 1
+    return found, others
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError:  # a loop, or a place that may not be looked at
+        return False
+
+
+def _summary(others: Counter[str]) -> str:
+    """`but 9 other files (5 .txt, 3 .json, 1 hidden)`; the five most common endings."""
+    if not others:
+        return "nor any other file"
+    named = [f"{count} {ending}" for ending, count in others.most_common(5)]
+    more = ["..."] if len(others) > len(named) else []
+    files = "1 other file" if others.total() == 1 else f"{others.total()} other files"
+    return f"but {files} ({', '.join(named + more)})"
 
 
 def _decode_image(file: BinaryIO, name: str, limits: MediaLimits) -> np.ndarray:
@@ -121,7 +189,3 @@ def _natural_order(name: str) -> list[tuple[int, int, str]]:
     """A key that compares runs of digits as numbers."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name)
     return [(0, int(part), part) if part[0].isdigit() and part.isascii() else (1, 0, part) for part in parts]
-
-
-def _accepted_endings() -> str:
-    return " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))

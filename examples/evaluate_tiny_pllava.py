@@ -8,16 +8,24 @@ questions about direction when the 16 frames are shuffled (a model that looks at
 Every answer is compared with the clip's specification; nothing is judged by hand.
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import numpy as np
 from render_shapes import make_clip, render, sample_indices, write_video
 from shape_questions import choice_prompt, chosen_letter, facts, plain_prompt, questions, score_caption
+
+from atb_pllava.commands.parser import Parser
 
 Answerer = Callable[[list[dict], int], list[str]]
 
@@ -32,7 +40,6 @@ def read_frames(video: Path) -> np.ndarray:
 
 def product(model: str, batch: int) -> Answerer:
     """Answers of atb_pllava: requests and the most tokens to generate -> texts."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
     from atb_pllava import LLM, SamplingParams
 
     llm = LLM(model, dtype="float32")
@@ -122,7 +129,9 @@ def evaluate(answer: Answerer, count: int, seed: int, most: int | None = None) -
 def main() -> None:
     """Command line: see the head of this file."""
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description="Measure the tiny checkpoint on held-out clips.")
+    parser = Parser(
+        prog="python examples/evaluate_tiny_pllava.py", description="Measure the tiny checkpoint on held-out clips."
+    )
     parser.add_argument("--model", default=str(here / "tiny_pllava"), help="folder of the checkpoint")
     parser.add_argument("--count", type=int, default=200, help="number of clips")
     parser.add_argument("--seed", type=int, default=900000, help="seed of the first clip")
@@ -131,6 +140,7 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="answer with transformers instead of atb_pllava")
     options = parser.parse_args()
     if options.reference:
+        require_packages("transformers")
         from tiny_reference import reference
 
         answer = reference(Path(options.model))

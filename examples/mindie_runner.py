@@ -154,7 +154,7 @@ class PllavaRunner(MultimodalPARunner):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one mode; the exit status, 2 when a job failed."""
     arguments = _parse(argv)
-    media = list_media(arguments.media)
+    media = list_media(*arguments.media)
     runner = PllavaRunner(
         arguments.num_frames, rank=ENV.rank, local_rank=ENV.local_rank, world_size=ENV.world_size,
         model_path=arguments.model_path, max_batch_size=max(arguments.batch_sizes),

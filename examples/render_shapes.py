@@ -12,15 +12,24 @@ action stays inside the centre square, the only part of a frame that the model s
 1 (last frame).
 """
 
-import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import numpy as np
+
+from atb_pllava.commands.parser import Parser
 
 T = TypeVar("T")
 COLOURS = {
@@ -344,7 +353,10 @@ def describe(clip: Clip, video: str) -> dict:
 
 def main() -> None:
     """Command line: see the head of this file."""
-    parser = argparse.ArgumentParser(description="Render clips of moving shapes with captions and questions.")
+    parser = Parser(
+        prog="python examples/render_shapes.py",
+        description="Render clips of moving shapes with captions and questions.",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if missing")
     parser.add_argument("--count", type=int, default=200, help="number of clips")
     parser.add_argument("--seed", type=int, default=900000, help="seed of the first clip; the others follow")

@@ -30,6 +30,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -54,10 +61,11 @@ from tiny_data import (
 )  # fmt: skip
 from tiny_export import LORA_ALPHA, LORA_RANK, export
 from tiny_model import Pllava, Sizes
-from tiny_reference import reference
 from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+from atb_pllava.commands.parser import Parser
 
 CODED_SEED, DRAWN_SEED, CHECK_SEED, HELD_OUT_SEED = 500_000, 2_000_000, 800_000, 900_000
 CELL_FIELDS = ("colours", "shape", "places", "shift", "motion", "history", "frame")
@@ -402,7 +410,7 @@ def answer_loss(model: Pllava, hidden: Tensor, rows: Rows) -> Tensor:
 def main() -> None:
     """Command line: see the head of this file."""
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description="Train the tiny PLLaVA checkpoint.")
+    parser = Parser(prog="python examples/train_tiny_pllava.py", description="Train the tiny PLLaVA checkpoint.")
     parser.add_argument("--out", type=Path, default=here / "tiny_pllava", help="folder of the checkpoint")
     work = Path(tempfile.gettempdir()) / "tiny_pllava_training"
     parser.add_argument("--work", type=Path, default=work, help=f"folder for clips and states in between: {work}")
@@ -424,6 +432,9 @@ def main() -> None:
         "--resume", choices=("vision", "answers", "hard", "order", "choice", "lora"), help="continue after this phase"
     )
     options = parser.parse_args()
+    require_packages("transformers")  # the evaluation at the end; --help does without
+    from tiny_reference import reference
+
     state_file = options.work / f"{options.resume}.pt"
     if options.resume and not state_file.is_file():
         parser.error(f"--resume {options.resume}: {state_file} does not exist; leave --resume out or give its --work")

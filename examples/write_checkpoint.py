@@ -5,27 +5,34 @@
 Shards of at most 4 GB, one in memory at a time. The values mean nothing.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from atb_pllava.bench.shapes import shape_config, write_shape  # noqa: E402
-from atb_pllava.model.pllava import Pllava  # noqa: E402
-from atb_pllava.ops import get_backend  # noqa: E402
-from atb_pllava.parallel import Part  # noqa: E402
-from atb_pllava.random_weights import RandomWeights  # noqa: E402
+from atb_pllava.bench.shapes import shape_config, write_shape
+from atb_pllava.commands.parser import Parser
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops import get_backend
+from atb_pllava.parallel import Part
+from atb_pllava.random_weights import RandomWeights
 
 SHARD_BYTES = 4e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a checkpoint with random bfloat16 weights.")
+    parser = Parser(
+        prog="python examples/write_checkpoint.py", description="Write a checkpoint with random bfloat16 weights."
+    )
     parser.add_argument("shape", help="1b, 7b, 13b, 34b or a config.json")
     parser.add_argument("directory", type=Path, help="directory to make")
     arguments = parser.parse_args()

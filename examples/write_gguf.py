@@ -6,24 +6,30 @@
 Only the decoder: llama.cpp does not know the video side. The values mean nothing; sizes and types are what counts.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from atb_pllava.bench.shapes import shape_config  # noqa: E402
-from atb_pllava.config import TextConfig  # noqa: E402
+from atb_pllava.bench.shapes import shape_config
+from atb_pllava.commands.parser import Parser
+from atb_pllava.config import TextConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a GGUF file with random weights.")
+    parser = Parser(prog="python examples/write_gguf.py", description="Write a GGUF file with random weights.")
     parser.add_argument("shape", help="1b, 7b, 13b, 34b or a config.json")
     parser.add_argument("type", choices=("q8_0", "bf16", "q4_0"), help="of the matrices; norms are float32")
     parser.add_argument("file")
     arguments = parser.parse_args()
+    require_packages("gguf")
     write(arguments.file, shape_config(arguments.shape).text, arguments.type, arguments.shape)
 
 

@@ -27,6 +27,11 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import numpy as np
 import torch
 from PIL import Image
@@ -35,6 +40,7 @@ from torch import Tensor
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
 from atb_pllava.answers import AnswerLog, Key, Row, error_row, key_of
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import surroundings
 from atb_pllava.media import read_media
@@ -360,8 +366,9 @@ def _import_open_clip() -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Scores of answers about images and videos, with open_clip as the judge.", allow_abbrev=False
+    parser = Parser(
+        prog="python precision/clip_score.py",
+        description="Scores of answers about images and videos, with open_clip as the judge.",
     )
     parser.add_argument(
         "--model_weights_path", required=True, metavar="FILE", help="the judge's weights, .bin, .pt or .safetensors"

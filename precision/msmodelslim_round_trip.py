@@ -6,11 +6,21 @@ Needs an environment of its own with `pip install msmodelslim transformers` besi
 enough. Exit status 1 when a weight is further off.
 """
 
+import argparse
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
+from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.loading import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
@@ -37,8 +47,10 @@ def worst_step(quantised: Pllava, exact: Pllava) -> float:
     return worst
 
 
-def main(source: str) -> int:
-    exact, status = load(source), 0
+def round_trip(arguments: argparse.Namespace) -> int:
+    source = arguments.checkpoint
+    exact = load(source)
+    status = 0
     with tempfile.TemporaryDirectory() as directory:
         for scheme, options in SCHEMES.items():
             target = Path(directory, scheme.replace(" ", "-"))
@@ -50,4 +62,6 @@ def main(source: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = Parser(prog="python precision/msmodelslim_round_trip.py", description="Check files that msModelSlim made.")
+    parser.add_argument("checkpoint", metavar="FLOAT_DIR", help="a checkpoint in float, a tiny one is enough")
+    sys.exit(run_command(parser.parse_args, round_trip))

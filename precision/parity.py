@@ -17,20 +17,31 @@ Exit status: 0 within the thresholds, 1 over one of them, 2 for errors of the us
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import takewhile
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
+
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 from torch import Tensor
 
-from atb_pllava import LLM, ConfigError, PllavaError
+from atb_pllava import LLM, ConfigError, PllavaError, VideoError
 from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.media_option import add_media
+from atb_pllava.commands.parser import Parser
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import manifest_of
@@ -138,9 +149,13 @@ def _is_row(row: Any) -> bool:
 
 
 def _by_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
-    """The rows by file name instead of path, unless two files have one name."""
+    """The rows by file name instead of path; where two files have one name, by the path below their common folder."""
     named = {(media and Path(media).name, prompt): row for (media, prompt), row in rows.items()}
-    return named if len(named) == len(rows) else dict(rows)
+    if len(named) == len(rows):
+        return named
+    paths = [os.path.abspath(media) for media, _ in rows if media]
+    common = os.path.commonpath(paths)
+    return {(media and os.path.relpath(media, common), prompt): row for (media, prompt), row in rows.items()}
 
 
 # The second form
@@ -155,7 +170,7 @@ def compare_sides(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with _directory(arguments.record, left.get("recording")) as folder:
         errors = recorded_errors(folder) if "recording" in left else run_left(left, arguments, folder)
         for text, options in zip(arguments.right, rights, strict=True):
-            yield run_right(text, options, folder, arguments.media, errors)
+            yield run_right(text, options, folder, arguments.media or [], errors)
 
 
 def recorded_errors(folder: Path) -> list[str]:
@@ -174,7 +189,7 @@ def recorded_errors(folder: Path) -> list[str]:
 
 def run_left(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Record the left side's answers into numbered files; the errors of those that failed."""
-    media = [None] if arguments.media is None else list_media(arguments.media)
+    media = [None] if arguments.media is None else list_media(*arguments.media)
     jobs = [(item, prompt) for item in media for prompt in arguments.prompt or [DEFAULT_PROMPT]]
     errors: list[str] = []
     progress = Progress(arguments.left, len(jobs))
@@ -192,10 +207,12 @@ def run_left(options: dict[str, Any], arguments: argparse.Namespace, folder: Pat
 
 
 def run_right(
-    text: str, options: dict[str, Any], folder: Path, media: str | None, left_errors: Sequence[str]
+    text: str, options: dict[str, Any], folder: Path, media: Sequence[str], left_errors: Sequence[str]
 ) -> dict[str, Any]:
     """Force the recorded answers upon a side; its entry."""
     files = sorted(folder.glob("*.safetensors"))
+    places = list_media(*media)
+    only = len(media) == 1 and not Path(media[0]).is_dir()
     agreements: list[Agreement] = []
     errors = list(left_errors)
     progress = Progress(text, len(files))
@@ -203,7 +220,7 @@ def run_right(
         for file in files:
             left, before = Recording.load(file), len(errors)
             try:
-                right = record(llm, _here(left.media, media), left.prompt, 0, left.token_ids)
+                right = record(llm, _here(left.media, places, only), left.prompt, 0, left.token_ids)
                 agreements.append(compare_recordings(left, right))
             except PllavaError as error:
                 errors.append(f"{left.media or 'text'}: {error}")
@@ -330,12 +347,23 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _here(recorded: str | None, media: str | None) -> str | None:
-    """Where the recorded medium is on this machine: --media names the folder or file when it moved."""
-    if recorded is None or media is None:
+def _here(recorded: str | None, places: Sequence[str], only: bool) -> str | None:
+    """Where the recorded medium is on this machine: among the files of --media the one whose path ends most like it.
+
+    With `only` there is one file, which it is whatever its name. Raises VideoError when no file has its name.
+    """
+    if recorded is None or not places or recorded in places:
         return recorded
-    moved = Path(media)
-    return str(moved / Path(recorded).name if moved.is_dir() else moved)
+    best = max(places, key=lambda place: _same_end(place, recorded))
+    if not only and not _same_end(best, recorded):
+        raise VideoError(f"{recorded}: --media has no file of this name")
+    return best
+
+
+def _same_end(left: str, right: str) -> int:
+    """How many components of two paths are the same, from the end."""
+    pairs = zip(reversed(Path(left).parts), reversed(Path(right).parts), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @contextmanager
@@ -378,7 +406,7 @@ def _check_form(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m precision.parity", description="Compare ways of running a model: tokens, logits, every layer."
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="two files of `run --output_json`")
@@ -387,9 +415,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--right", action="append", default=[], metavar="KEY=VALUE,...", help="a side to compare with it; repeatable"
     )
-    parser.add_argument(
-        "--media", metavar="PATH", help="a video, an image, or a directory of them (default: text only)"
-    )
+    add_media(parser, default="text only")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help=f"question, repeatable (default {DEFAULT_PROMPT!r})"
     )

@@ -13,9 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import torch
 
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.commands.predict import add_options, predict
 from atb_pllava.errors import ConfigError
 
@@ -25,7 +31,9 @@ PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the process exit status."""
-    parser = argparse.ArgumentParser(description="Reference answers, in float32 on a CPU or a GPU.", allow_abbrev=False)
+    parser = Parser(
+        prog="python precision/run_reference.py", description="Reference answers, in float32 on a CPU or a GPU."
+    )
     add_options(parser)
     parser.set_defaults(output_json=DEFAULT_OUTPUT, **PLAIN)
     return run_command(lambda: parser.parse_args(argv), run_reference)

@@ -2,6 +2,18 @@
 # Style, types and tests. Arguments go to pytest: `bash tests/run.sh -k video`.
 set -euo pipefail
 unset CDPATH
+case ${1:-} in
+-h | --help)
+    cat <<'EOF'
+usage: bash tests/run.sh [PYTEST_ARGUMENT...]
+
+Checks style (ruff) and types (mypy), runs the tests, and, without arguments, those of the Ascend backend on torch_npu.
+What is missing of requirements_pllava.txt and tests/requirements.txt is installed into .venv first; ATB_PLLAVA_PYTHON
+names another Python that has it. Arguments go to pytest, for example: bash tests/run.sh tests/test_video.py -k rotated
+EOF
+    exit 0
+    ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=atb_pllava/find_python.sh
 . atb_pllava/find_python.sh

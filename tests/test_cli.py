@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,9 @@ def test_one_bad_file_among_good_ones(capsys, options, media: Path, tmp_path: Pa
         (["--num_frames", "1000000000"], "num_frames is 1000000000"),
         (["--num_frames", "100"], "max_sampled_frames"),
         (["--pooling_shape", "16-0-12"], "pooling_shape is '16-0-12'"),
-        (["--backend", "tpu"], "invalid choice: 'tpu'"),
-        (["--dtype", "int3"], "invalid choice: 'int3'"),
-        (["--conversation", "nobody"], "invalid choice: 'nobody'"),
+        (["--backend", "tpu"], "--backend is 'tpu'; it must be auto"),
+        (["--dtype", "int3"], "--dtype is 'int3'; it must be auto"),
+        (["--conversation", "nobody"], "--conversation is 'nobody'; it must be plain"),
         (["--max_input_length", "5"], "the limit is 5"),
         (["--max_output_length", "0"], "max_output_length is 0"),
         (["--temperature", "-1"], "temperature is -1"),
@@ -90,7 +91,7 @@ def test_one_bad_file_among_good_ones(capsys, options, media: Path, tmp_path: Pa
         (["--prompt", "half a \udcff pair"], "not Unicode text"),
         (["--media_limit", "max_size=3"], "max_bytes"),
         (["--media_limit", "max_side=-3"], "max_side=-3"),
-        (["--no_such_option"], "unrecognized arguments"),
+        (["--no_such_option"], "unknown option --no_such_option"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(capsys, options, media: Path, arguments: list, message: str) -> None:
@@ -194,16 +195,28 @@ def test_the_script_keeps_the_users_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--runn"], "unknown option --runn"),
+        (["--runn"], "no mode given (--runn is none)"),
         ([], "no mode given"),
         (["--run", *"abcdefg"], "surplus argument 'g'"),
         (["--run", "--engine", "cuda"], "it is auto, native or mindie"),
-        (["--run", "--world_size"], "needs a number"),
+        (["--run", "--engin", "native"], "unknown option --engin; did you mean --engine?"),
+        (["--run", "--engine"], "--engine is ''"),
+        (["--run", "--engine", "native", "--engine=mindie"], "--engine is given twice"),
+        (["--run", "--precision"], "two modes given, --run and --precision"),
+        (["--run", "W", "M", "x"], "VIDEO_FRAMES is 'x', which is no whole number, and no file has this name"),
+        (["--run", "W", "M", "16", "all"], "MAX_BATCH_SIZE is 'all'"),
+        (["--run", "W", "--model-path", "X"], "WEIGHTS is W and --model_path is given too"),
+        (["--run", "W", "M", "--", "--media", "X"], "MEDIA is M and --media is given too"),
+        (["--precision", "W", "M", "--", "--image_path=X"], "MEDIA is M and --media is given too"),
+        (["--run", "W", "M", "16", "--", "--num-frames=8"], "VIDEO_FRAMES is 16 and --num_frames is given too"),
+        (["--run", "--max_output_length", "9", "W", "M", *"1234"], "MAX_OUTPUT_LENGTH is 4 and --max_output_length"),
     ],
 )
 def test_script_usage_errors(arguments: list[str], message: str) -> None:
     done = script(*arguments)
-    assert done.returncode == 2 and message in done.stderr and "usage:" in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("run_pa.sh --help`\n")
 
 
 @pytest.mark.skipif(bool(glob.glob("/dev/davinci[0-9]*")), reason="on a machine with NPUs the default may be MindIE")
@@ -220,6 +233,173 @@ def test_the_script_says_which_engine_runs(checkpoint: Path, tmp_path: Path) -> 
     for mode in ("run", "precision", "performance"):
         done = script(f"--{mode}", "--engine=mindie", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
         assert done.stdout == f"ARGS -m atb_pllava mindie {mode} {arguments}\n"
+
+
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What run_pa.sh, started elsewhere than in its clone, hands to Python; without the world size."""
+    monkeypatch.chdir(tmp_path)
+    fake = tmp_path / "fake" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$1" = - ] && exit 0\nshift 2\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+
+    def ask(*arguments: object) -> list[str]:
+        done = script("--engine", "native", *arguments, ATB_PLLAVA_PYTHON=str(fake))
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return [word for word in done.stdout.splitlines() if word != "--world_size=1"]
+
+    return ask
+
+
+TINY, VIDEOS = f"--model_path={ROOT}/examples/tiny_pllava", f"--media={ROOT}/examples/videos"
+
+
+def test_media_alone_are_asked_about_with_the_tiny_model(words, media: Path, checkpoint: Path, tmp_path: Path) -> None:
+    clip, image = media / "clip2.mp4", media / "red.png"
+    assert words("--run", clip) == ["run", TINY, f"--media={clip}"]
+    assert words("--precision", "gone.MOV") == ["predict", TINY, "--media=gone.MOV"]
+    assert words("--run", "https://x.org/a") == ["run", TINY, "--media=https://x.org/a"]
+    assert words("--run", clip, image, 8, 2) == [
+        "run",
+        TINY,
+        "--media",
+        str(clip),
+        str(image),
+        "--num_frames=8",
+        "--max_batch_size=2",
+    ]
+    (tmp_path / "tree" / "below").mkdir(parents=True)
+    (tmp_path / "tree" / "below" / "A.MP4").touch()
+    for numbers in ([], [8]):
+        more = [f"--num_frames={number}" for number in numbers]
+        assert words("--run", tmp_path / "tree", *numbers) == ["run", TINY, f"--media={tmp_path / 'tree'}", *more]
+    # A folder with a model in it, or with another path behind it, is WEIGHTS.
+    assert words("--run", checkpoint) == ["run", f"--model_path={checkpoint}", VIDEOS]
+    assert words("--run", tmp_path / "tree", "M") == ["run", f"--model_path={tmp_path / 'tree'}", "--media=M"]
+    (tmp_path / "tree" / "model.safetensors").touch()
+    assert words("--run", tmp_path / "tree") == ["run", f"--model_path={tmp_path / 'tree'}", VIDEOS]
+
+
+def test_a_glob_is_several_media(words, media: Path, tmp_path: Path) -> None:
+    clips = [str(media / "clip2.mp4"), str(media / "clip10.mp4"), str(media)]
+    assert words("--run", "W", *clips) == ["run", "--model_path=W", "--media", *clips]
+    numbers = ["--num_frames=3", "--max_batch_size=2", "--max_input_length=500", "--max_output_length=5"]
+    assert words("--run", "W", *clips, 3, 2, 500, 5) == ["run", "--model_path=W", "--media", *clips, *numbers]
+    assert words("--run", "W", "M", 3, 2, 500, 5) == ["run", "--model_path=W", "--media=M", *numbers]
+    status = script("--run", "W", clips[0], media / "gone.mp4")
+    assert status.returncode == 2 and "gone.mp4', which is no whole number, and no file has this name" in status.stderr
+
+
+def test_options_of_python_need_no_dashes_before_them(words) -> None:
+    assert words("--run", "W", "M", "--prompt", "what now?", "--quiet", "--top-p=0.5") == [
+        "run",
+        "--model_path=W",
+        "--media=M",
+        "--prompt=what now?",
+        "--quiet",
+        "--top-p=0.5",
+    ]
+    assert words("--temperature", "-1", "--ignore_eos", "--run", "W", "M", "4") == [
+        "run",
+        "--model_path=W",
+        "--media=M",
+        "--num_frames=4",
+        "--temperature=-1",
+        "--ignore_eos",
+    ]
+    assert words("--run", "--media", "a", "b", "--seed", "1", "W") == [
+        "run",
+        "--model_path=W",
+        "--media",
+        "a",
+        "b",
+        "--seed=1",
+    ]
+    assert words("--run", "W", "--prompt") == ["run", "--model_path=W", VIDEOS, "--prompt"]
+    assert words("--run", "--output_json", "--quiet", "W") == [
+        "run",
+        "--model_path=W",
+        VIDEOS,
+        "--output_json",
+        "--quiet",
+    ]
+
+
+def test_defaults_only_where_nothing_is_named(words) -> None:
+    assert words("--run", "W", "--", "--media", "X", "--num_frames", "8") == [
+        "run",
+        "--model_path=W",
+        "--media",
+        "X",
+        "--num_frames",
+        "8",
+    ]
+    assert words("--precision", "--", "--image_path=X", "--model-path", "W") == [
+        "predict",
+        "--image_path=X",
+        "--model-path",
+        "W",
+    ]
+    assert words("--performance", "--shape", "1b") == ["bench", "sweep", "--shape=1b"]
+    assert words("--run", "--world-size", "1", "W", "M") == ["run", "--model_path=W", "--media=M", "--world-size=1"]
+    three = [
+        f"--prompt={text}" for text in ("Describe the video.", "How many objects are there?", "Is there a circle?")
+    ]
+    assert words("--run") == ["run", TINY, VIDEOS, *three]
+    assert words("--run", "--", "--quiet") == ["run", TINY, VIDEOS, *three, "--quiet"]
+    assert words("--run", "--prompt", "x") == ["run", TINY, VIDEOS, "--prompt=x"]
+
+
+def test_the_script_says_how_to_use_its_venv(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / "atb_pllava").mkdir()
+    for name in ("run_pa.sh", "requirements_pllava.txt", "atb_pllava/find_python.sh", "atb_pllava/script_arguments.sh"):
+        (clone / name).write_bytes((ROOT / name).read_bytes())
+    (clone / ".venv" / "pyvenv.cfg").touch()
+    (clone / ".venv" / "bin" / "activate").touch()
+    fake = tmp_path / "path" / "python3"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\n[ "$1" = - ] && echo torch==1\nexit 0\n')
+    own = clone / ".venv" / "bin" / "python"
+    own.write_text("#!/bin/sh\nexit 0\n")
+    for path in (fake, own):
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{fake.parent}:/usr/bin:/bin"}
+    environment.pop("ATB_PLLAVA_PYTHON", None)
+
+    def said(cwd: Path, *more: str, **variables: str) -> str:
+        command = ["bash", str(clone / "run_pa.sh"), "--run", "--engine", "native", *more]
+        done = subprocess.run(command, cwd=cwd, env={**environment, **variables}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert said(clone).endswith("type: source .venv/bin/activate\n") and said(clone).count("\n") == 1
+    assert "source clone/.venv/bin/activate\n" in said(tmp_path)
+    assert f"source {clone}/.venv/bin/activate\n" in said(fake.parent)
+    assert said(clone, "--", "--quiet") == ""
+    assert said(clone, ATB_PLLAVA_PYTHON=str(own)) == ""
+    own.with_name("python3").symlink_to("python")
+    assert said(clone, PATH=f"{own.parent}:/usr/bin:/bin", VIRTUAL_ENV=str(clone / ".venv")) == ""
+
+
+def test_a_tree_of_sixty_media_with_four_broken_ones(options, media: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for folder in ("a/b", "c d/e/f", "g.mp4"):
+        (tree / folder).mkdir(parents=True)
+        for number in range(19):
+            os.link(media / "clip10.mp4", tree / folder / f"{number}.mp4")
+    (tree / "a" / "torn.mp4").write_bytes((media / "clip2.mp4").read_bytes()[:100])
+    (tree / "text.mp4").write_text("no video")
+    (tree / "gone.mp4").symlink_to("/nowhere/gone.mp4")
+    (tree / "loop.mp4").symlink_to("loop.mp4")
+    more = ("--max_output_length", "1", "--dtype", "float32", "--prompt", "a")
+    done = script("--run", "--engine", "native", options[1], tree, *more)
+    assert done.returncode == 2 and "57 answers, 4 failed" in done.stdout and "[61/61]" in done.stdout
+    for name in ("a/torn.mp4", "text.mp4", "gone.mp4", "loop.mp4"):
+        assert f"error: {tree / name}: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_script_help() -> None:

@@ -75,10 +75,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def score(capsys: pytest.CaptureFixture[str], folder: Path, *files: Path, **more: object) -> tuple[int, str, str]:
-    options = [str(text) for name, value in more.items() for text in (f"--{name}", value)]
+    given = {"model_weights_path": folder / "red.png", "dataset_path": folder, "device": "cpu", **more}
+    options = [str(text) for name, value in given.items() for text in (f"--{name}", value)]
     try:
-        status = main(["--model_weights_path", str(folder / "red.png"), "--image_info", *map(str, files),
-                       "--dataset_path", str(folder), "--device", "cpu", *options])  # fmt: skip
+        status = main(["--image_info", *map(str, files), *options])
     except SystemExit as stop:
         status = int(stop.code or 0)
     captured = capsys.readouterr()

@@ -7,7 +7,7 @@ elements it touches, not what happens between threads, nor any speed; and it cut
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +44,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.01}  # 
 
 
 @pytest.fixture(autouse=True, scope="module")
-def products_of_bfloat16() -> None:
+def products_of_bfloat16() -> Iterator[None]:
     """Triton's interpreter holds bfloat16 as uint16 and multiplies those: it gets the numbers here."""
     if DEVICE == "cuda":
+        yield
         return
     import triton.language as tl
     from triton.runtime import interpreter
@@ -332,6 +333,7 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
     kernels = cuda.import_kernels()
     for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
         monkeypatch.setattr(kernels, name, Noted(name, launches))
+    monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
     config = PllavaConfig.from_json(raw_config())
     with torch.device("meta"):
@@ -407,6 +409,13 @@ def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(fast._kernels, "write_kv", fail)
     with pytest.raises(BackendError, match=r"triton \S+ cannot run our kernels here: Failed to find C compiler\.$"):
+        CudaBackend(DEVICE, 1)
+
+
+def test_a_triton_that_computes_nonsense(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fast._kernels.int8_linear
+    monkeypatch.setattr(fast._kernels, "int8_linear", lambda *arguments: right(*arguments) * 1.01)
+    with pytest.raises(BackendError, match=r"triton \S+ computes wrong results with our kernels: .* 0\.01 of its"):
         CudaBackend(DEVICE, 1)
 
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / "atb_pllava"
 # Each part with all it may import, from the bottom up.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "requirements": set(),
     "config": {"errors"},
     "sampling": {"errors"},
     "pixels": {"errors"},
@@ -72,10 +73,10 @@ ALLOWED: dict[str, set[str]] = {
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
     | {"hugging_face", "limits", "media", "random_weights", "tokenizer"},
-    "__init__": {"errors", "engine.request", "limits", "llm"},
+    "__init__": {"errors", "engine.request", "limits", "llm", "requirements"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}
-    | {"tokenizer", "words", "workers"},
+    | {"requirements", "tokenizer", "words", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

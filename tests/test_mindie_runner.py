@@ -80,7 +80,7 @@ def run(host: Path, work: Path, **options: object) -> subprocess.CompletedProces
 def test_answers_are_those_of_the_native_engine(host, model, folder, tmp_path) -> None:
     target = tmp_path / "predict_result.json"
     target.write_text('{"an earlier": "run"}')
-    done = run(host, tmp_path / "work", mode="precision", model_path=str(model), media=str(folder), num_frames=3,
+    done = run(host, tmp_path / "work", mode="precision", model_path=str(model), media=[str(folder)], num_frames=3,
                output_json=str(target))  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "broken.mp4: cannot be read as a video" in done.stdout and ".hidden" not in done.stdout
@@ -98,7 +98,7 @@ def test_the_table_has_a_row_for_each_batch_size(host, model, media, tmp_path) -
     work = tmp_path / "work"
     work.mkdir()
     (work / "benchmark.csv").write_text("of,an,earlier\nrun,1,2\n")
-    done = run(host, work, mode="performance", model_path=str(model), media=str(media), batch_sizes=[1, 4],
+    done = run(host, work, mode="performance", model_path=str(model), media=[str(media)], batch_sizes=[1, 4],
                csv="table.csv")  # fmt: skip
     assert done.returncode == 0, done.stderr
     with open(work / "table.csv", newline="") as file:
@@ -117,10 +117,10 @@ def test_the_table_has_a_row_for_each_batch_size(host, model, media, tmp_path) -
 
 def test_a_prompt_that_is_too_long_and_a_folder_without_media(host, model, media, tmp_path) -> None:
     work = tmp_path / "work"
-    done = run(host, work, mode="run", model_path=str(model), media=str(media), max_input_length=20)
+    done = run(host, work, mode="run", model_path=str(model), media=[str(media)], max_input_length=20)
     assert done.returncode == 2 and "the limit is 20: raise MAX_INPUT_LENGTH" in done.stdout
     assert "0 answers, 3 failed" in done.stdout and "Traceback" not in done.stderr
-    done = run(host, work, mode="run", model_path=str(model), media=str(work))
+    done = run(host, work, mode="run", model_path=str(model), media=[str(work)])
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "holds no image or video" in done.stderr
 
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from atb_pllava import LLM, ConfigError
+from atb_pllava import LLM, ConfigError, VideoError
 from atb_pllava.__main__ import main as atb_main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.ops.cpu import TorchBackend
 from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLOURS, plot_errors
-from precision.parity import load_side, main, parse_side
+from precision.parity import _by_name, _here, load_side, main, parse_side
 from precision.recording import KEPT_EVERY, Recording, record
 
 transformers = pytest.importorskip("transformers")
@@ -383,3 +383,22 @@ def test_the_plot_shows_the_jump(tmp_path: Path) -> None:
     points = [(x, y) for x in range(image.width) for y in range(40, image.height) if image.getpixel((x, y)) == colour]
     low, high = [x for x, y in points if y > 480], [x for x, y in points if y < 100]
     assert low and high and max(low) < min(high)
+
+
+def test_a_recorded_medium_is_found_in_a_moved_tree(tmp_path: Path) -> None:
+    places = [f"{tmp_path}/{name}" for name in ("a/1.mp4", "a/b/1.mp4", "b/1.mp4", "c.mp4")]
+    assert _here("old/a/1.mp4", places, only=False) == places[0]
+    assert _here("old/a/b/1.mp4", places, only=False) == places[1]
+    assert _here(places[2], places, only=False) == places[2]  # not the longer path that ends alike
+    assert _here("old/c.mp4", places, only=False) == places[3]
+    assert _here("old/d.mp4", places[:1], only=True) == places[0]
+    assert _here("old/d.mp4", [], only=False) == "old/d.mp4" and _here(None, places, only=False) is None
+    with pytest.raises(VideoError, match=r"old/d\.mp4: --media has no file of this name"):
+        _here("old/d.mp4", places, only=False)
+
+
+def test_rows_of_two_trees_are_matched_below_their_common_folder() -> None:
+    rows = {("x/a/1.mp4", "q"): 1, ("x/b/1.mp4", "q"): 2, (None, "q"): 3}
+    moved = {(f"/mnt/y/{folder}/1.mp4", "q"): number for number, folder in ((1, "a"), (2, "b"))} | {(None, "q"): 3}
+    assert _by_name(rows) == _by_name(moved) == {("a/1.mp4", "q"): 1, ("b/1.mp4", "q"): 2, (None, "q"): 3}
+    assert _by_name({("x/a/1.mp4", "q"): 1, ("x/b/2.mp4", "q"): 2}) == {("1.mp4", "q"): 1, ("2.mp4", "q"): 2}

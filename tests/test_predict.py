@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err
     return status, captured.err
+
+
+def changed(command: Sequence[object], *more: object) -> list[object]:
+    """A command with other options; one that it has already gets the other value, as it may be given once only."""
+    words = list(command)
+    for place, word in enumerate(more):
+        if str(word).startswith("--") and word in words:
+            words[words.index(word) + 1] = more[place + 1]
+        elif not (place and more[place - 1] in command):
+            words.append(word)
+    return words
 
 
 @pytest.fixture
@@ -141,6 +153,9 @@ def test_media_of_several_folders(media: Path, clips: Path, tmp_path: Path) -> N
     found = given_media([str(clips), f"{others}/9.mp4", f"{others}/", str(clips / "1.mp4")])
     assert found == [("1.mp4", f"{clips}/1.mp4"), ("2.mp4", f"{clips}/2.mp4"), ("9.mp4", f"{others}/9.mp4"),
                      ("red.png", f"{others}/red.png")]  # fmt: skip
+    (others / "a" / "b").mkdir(parents=True)
+    shutil.copy(media / "red.png", others / "a" / "b" / "1.mp4")
+    assert given_media([str(others), str(clips)])[2] == ("a/b/1.mp4", f"{others}/a/b/1.mp4")
     shutil.copy(media / "clip2.mp4", others / "1.mp4")
     with pytest.raises(ConfigError) as caught:
         given_media([str(clips), str(others)])
@@ -166,15 +181,15 @@ def test_other_settings_are_refused_before_the_model_is_loaded(capsys, options, 
         (["--system", "Be brief."], 'conversation.system: "'),
         (["--kv_cache_dtype", "int8"], 'kv_cache_dtype: "auto" -> "int8"'),
     ):
-        status, err = predict(capsys, *command, *more)
+        status, err = predict(capsys, *changed(command, *more))
         assert status == 2 and said in err and err.count("\n") == 1 and err.startswith("error: "), err
         assert err.endswith("; name another --output_json, or start over with --overwrite\n")
         target.unlink()  # the log alone tells
-        assert said in predict(capsys, *command, *more)[1]
+        assert said in predict(capsys, *changed(command, *more))[1]
         target.write_bytes(before["out.json"])
         log = tmp_path / "out.json.answers.jsonl"
         log.unlink()  # and the manifest alone
-        status, err = predict(capsys, *command, *more)
+        status, err = predict(capsys, *changed(command, *more))
         assert status == 2 and said in err and "ready after" not in err and not log.exists()
         log.write_bytes(before[log.name])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
@@ -185,7 +200,7 @@ def test_other_weights_are_refused(capsys, options, clips: Path, tmp_path: Path)
     assert predict(capsys, *options, "--media", clips, "--output_json", target)[0] == 0
     other = write_checkpoint(tmp_path / "other", raw_config(), seed=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    command = [*options, "--model_path", other, "--media", clips, "--output_json", target]
+    command = changed([*options, "--media", clips, "--output_json", target], "--model_path", other)
     status, err = predict(capsys, *command)
     assert status == 2 and 'answers with other settings (weights: "' in err and "--overwrite" in err
     (tmp_path / "out.json.answers.jsonl").unlink()
@@ -219,16 +234,16 @@ def test_overwrite_starts_over(capsys, options, clips: Path, media: Path, tmp_pa
     command = [*options, "--output_json", target, "--media"]
     assert predict(capsys, *command, clips)[0] == 0
     assert predict(capsys, *command, media)[0] == 0 and len(json.loads(target.read_text())) == 5
-    status, err = predict(capsys, *command, clips, "--prompt", "how many?", "--overwrite")
+    status, err = predict(capsys, *changed(command, "--prompt", "how many?"), clips, "--overwrite")
     assert status == 0 and asked(err) == "predictions 2/2"
     assert list(json.loads(target.read_text())) == [f"{clips}/1.mp4", f"{clips}/2.mp4"]
     assert json.loads((tmp_path / "out.json.manifest.json").read_text())["prompt"] == "how many?"
-    status, err = predict(capsys, *command, clips, "--prompt", "how many?")
+    status, err = predict(capsys, *changed(command, "--prompt", "how many?"), clips)
     assert status == 0 and asked(err) == "predictions 2/2 were there already"
-    status, err = predict(capsys, *command, clips, "--prompt", "how many?", "--overwrite")  # the same settings
+    status, err = predict(capsys, *changed(command, "--prompt", "how many?"), clips, "--overwrite")  # the same settings
     assert status == 0 and asked(err) == "predictions 2/2"
     # The answers are the same as those that were replaced: they are not up for replacement any more.
-    assert predict(capsys, *command, media, "--prompt", "how many?")[0] == 0
+    assert predict(capsys, *changed(command, "--prompt", "how many?"), media)[0] == 0
     assert len(json.loads(target.read_text())) == 5
 
 
@@ -264,7 +279,7 @@ def test_results_of_an_older_version(capsys, options, clips: Path, tmp_path: Pat
     manifest_path.write_text(json.dumps(manifest))
     target.write_text(json.dumps({"zebra.mp4": "a zebra", f"{clips}/1.mp4": "an old answer"}))
     (tmp_path / "out.json.answers.jsonl").unlink()
-    status, err = predict(capsys, *command, "--prompt", "how many?")
+    status, err = predict(capsys, *changed(command, "--prompt", "how many?"))
     assert status == 2 and 'prompt: "what?" -> "how many?"' in err
     status, err = predict(capsys, *command)
     assert status == 0 and "has answers but no log: its answers about these media are asked again" in err

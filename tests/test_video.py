@@ -524,9 +524,9 @@ def test_folder_in_natural_order(tmp_path):
 
 def test_folders_without_media(tmp_path):
     (tmp_path / ".hidden.mp4").touch()
-    with pytest.raises(VideoError, match=r"no image or video; accepted are .*\.mp4"):
+    with pytest.raises(VideoError, match=r"no image or video, but 1 other file \(1 hidden\); accepted are .*\.mp4"):
         list_media(tmp_path)
-    with pytest.raises(VideoError, match=r"No such file.*\.mp4"):
+    with pytest.raises(VideoError, match=r"absent: cannot be read: No such file or directory$"):
         list_media(tmp_path / "absent")
 
 

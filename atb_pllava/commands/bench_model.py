@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.bench.shapes import SHAPES, made_up_words, write_shape
+from atb_pllava.commands.media_option import add_media, check_order
 from atb_pllava.commands.model_options import add_model_options, add_prompt_options, join_torchrun, load_model
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.config import KV_CACHE_DTYPES
@@ -55,7 +56,7 @@ def add_model_and_input(parser: argparse.ArgumentParser) -> None:
     """A checkpoint with media, or a shape with made-up ones."""
     add_bench_model(parser)
     group = parser.add_argument_group("input")
-    group.add_argument("--media", metavar="PATH", help="a video, or a directory of them, taken in turns")
+    add_media(group, default="none; they are taken in turns")
     group.add_argument("--prompt", metavar="TEXT", help=f"question about --media (default {DEFAULT_PROMPT!r})")
     add_prompt_options(parser)
     parser.set_defaults(**dict.fromkeys(_WITHOUT_SHAPE))
@@ -67,6 +68,7 @@ def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
         raise ConfigError("a benchmark needs one model: --model_path DIR, or --shape for random weights")
     if media and arguments.model_path is not None and arguments.media is None:
         raise ConfigError("--model_path needs --media: the videos to ask about")
+    check_order(arguments)
     if arguments.model_path is not None and arguments.w8a16:
         raise ConfigError("--w8a16 goes with --shape; a checkpoint has the weights it has (`convert` makes int8 ones)")
     for name in _WITHOUT_SHAPE:
@@ -99,7 +101,7 @@ def open_model(arguments: argparse.Namespace, **engine: Any) -> Iterator[LLM | i
 def request_maker(arguments: argparse.Namespace, llm: LLM) -> Callable[[int], Mapping[str, Any]]:
     """Request number i: the media in turns, or noise of the vision tower's size with a prompt of usual length."""
     if arguments.shape is None:
-        media = list_media(arguments.media)
+        media = list_media(*arguments.media)
         question = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
         return lambda number: {"question": question, "video": media[number % len(media)]}
     side, frames = llm.config.vision.image_size, llm.config.num_frames

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from atb_pllava.commands.environment import rank
 from atb_pllava.errors import PllavaError
+from atb_pllava.requirements import REQUIRED, missing_package
 
 
 def run_command(
@@ -35,6 +36,12 @@ def run_command(
     except PllavaError as error:
         if rank() == 0:  # the others met the same error
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        if rank() == 0:
+            print(f"error: {missing_package(error.name)}", file=sys.stderr)
         return 2
     except OSError as error:
         # Nothing more can be written to stdout; what is buffered would fail once more at exit.

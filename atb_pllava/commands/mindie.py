@@ -9,6 +9,7 @@ from pathlib import Path
 from atb_pllava.commands.doctor import add_options as add_options_of_doctor
 from atb_pllava.commands.doctor import doctor
 from atb_pllava.commands.environment import master_port
+from atb_pllava.commands.media_option import add_media, check_order
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.mindie.cards import list_cards
@@ -114,7 +115,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
     parser.add_argument("--model_path", required=True, metavar="DIR", help="a directory of convert_quant_weights.sh")
-    parser.add_argument("--media", required=True, metavar="PATH", help="a video, an image, or a directory of them")
+    add_media(parser)
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help=f"question, repeatable (default: {DEFAULT_PROMPT!r})"
     )
@@ -265,6 +266,7 @@ def _run(arguments: argparse.Namespace) -> int:
     found = find_registrations(atb_llm, site_directories(arguments.site))
     if atb_llm is None or not found or any(r.problem for r in found):
         raise ConfigError("the plugin is not registered with MindIE; `python -m atb_pllava mindie status` says what is")
+    check_order(arguments)
     config = read_host_model(arguments.model_path, arguments.world_size)
     config = config.with_video(arguments.num_frames)
     for name in ("max_batch_size", "max_input_length", "max_output_length", "world_size"):

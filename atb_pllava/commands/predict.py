@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atb_pllava.answers import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
+from atb_pllava.commands.media_option import add_media, check_order
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -53,9 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `predict`."""
     add_model_options(parser)
     group = parser.add_argument_group("input")
-    group.add_argument(
-        "--media", "--image_path", required=True, metavar="PATH", help="a video, an image, or a directory of them"
-    )
+    add_media(group, also=["--image_path"])
     group.add_argument(
         "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
     )
@@ -81,8 +80,9 @@ def predict(arguments: argparse.Namespace) -> int:
         return workers
     target, overwrite = arguments.output_json, arguments.overwrite
     check_writable(target, "--output_json")
+    check_order(arguments)
     params = sampling_params(arguments)
-    media = given_media([arguments.media] if isinstance(arguments.media, str) else arguments.media)
+    media = given_media(arguments.media)
     with AnswerLog(f"{target}.answers.jsonl", REMEDY) as log:
         results = Results(target)
         if not overwrite and not (log.is_new and results.is_new):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from atb_pllava.commands.media_option import add_media, check_order
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -29,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `run`."""
     add_model_options(parser)
     group = parser.add_argument_group("input")
-    group.add_argument("--media", metavar="PATH", help="a video, an image, or a directory of them (default: text only)")
+    add_media(group, default="text only")
     group.add_argument(
         "--prompt",
         action="append",
@@ -54,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         return workers
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json")
-    media = [None] if arguments.media is None else list_media(arguments.media)
+    check_order(arguments)
+    media = [None] if arguments.media is None else list_media(*arguments.media)
     if arguments.logprobs is not None and (arguments.output_json is None or arguments.logprobs < 1):
         raise ConfigError(f"--logprobs {arguments.logprobs} must be at least 1 and needs --output_json to write to")
     params = replace(sampling_params(arguments), logprobs=arguments.logprobs)

@@ -14,7 +14,7 @@ from torch import Tensor
 from atb_pllava.errors import BackendError
 from atb_pllava.ops.cpu import TorchBackend, int8_linear
 from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
-from atb_pllava.quant import Int8Weight
+from atb_pllava.quant import Int8Weight, quantise
 
 # Rows up to which the int8 kernel is used. A weight made in two bytes first moves 5 bytes, in the kernel 1; at 64
 # rows the kernel's 128 operations a byte keep pace with the memory of an H200 (4.8 TB/s) on its dense 990 TFLOP/s.
@@ -22,6 +22,7 @@ INT8_KERNEL_ROWS = 64
 WIDE_INT8_KERNEL_ROWS = 16  # of float32, which the matrix unit does not multiply
 ELEMENTS_PER_BLOCK = 2**26  # of a dequantised weight: products wide enough for all SMs, 128 MiB of float16
 PROGRAMS_PER_SM = 4
+_FLOAT32_ERROR = 1e-4  # of the largest value: sums of some hundred float32 products are a hundred times nearer
 
 
 class CudaBackend(TorchBackend):
@@ -111,17 +112,33 @@ class CudaBackend(TorchBackend):
         return CapturedStep(graph, out)
 
     def _try_kernels(self) -> None:
-        """Triton needs a C compiler and a device it knows, our kernels a Triton of these years: seen before a step."""
+        """Run kernels once before a step needs them, and compare a product of 8 bits with plain torch.
+
+        Triton needs a C compiler and a device it knows, our kernels a Triton of these years. The product is one whose
+        first column lies inside a group and whose number of columns is odd: some Tritons have compiled that wrongly.
+        Raises BackendError when a kernel cannot run or its result is wrong.
+        """
         (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, torch.float32)
-        one, zero = torch.ones(1, 1, 16, device=self.device), torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        weight = Int8Weight(torch.ones(1, 16, dtype=torch.int8, device=self.device), one[0, :, :1], one[0, :, :1])
+        one = torch.ones(1, 1, 16, device=self.device)
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        wave = torch.arange(16 * 512, device=self.device).reshape(16, 512).sin()
+        weight = quantise(wave, group_size=128, symmetric=False).columns(slice(96, 385))
+        x = wave[:1, :289].contiguous()
+        bias = wave[0, :16]
         try:
             self.write_kv(one, one, cache, zero[0])
             self.decode_attention(one, cache, SequenceBatch((0, 1), (1,), zero))
-            self.linear(one[0], weight)
+            product = self.linear(x, weight, bias)
         except Exception as error:  # of no common class: a compiler's exit status, a linker's, Triton's own errors
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackendError(f"triton {self._kernels.VERSION} cannot run our kernels here: {reason}") from error
+        expected = F.linear(x.double(), weight.dequantise(torch.float64), bias.double())
+        worst = float((product - expected).abs().max() / expected.abs().max())
+        if not worst <= _FLOAT32_ERROR:
+            raise BackendError(
+                f"triton {self._kernels.VERSION} computes wrong results with our kernels: a product of 8-bit weights "
+                f"is {worst:.1g} of its largest value off; install another triton"
+            )
 
 
 class CapturedStep:

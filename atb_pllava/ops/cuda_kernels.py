@@ -198,8 +198,11 @@ def _int8_linear(x, values, scale, offset, bias, out, x_stride, values_stride, s
     here = n < height
     place = n.to(tl.int64)
     total, plain = tl.zeros((HEIGHT, ROWS), tl.float32), tl.zeros((ROWS,), tl.float32)
+    # Column numbers have 64 bits. With 32 bits, the LLVM of Triton 3.5 and 3.6 packs two of them into one register and
+    # shifts them together. Bits of one then reach the other, and a wrong column is read.
+    column = tl.arange(0, TILE).to(tl.int64) - LEAD
     for start in range(0, columns + LEAD, TILE):
-        k = start - LEAD + tl.arange(0, TILE)
+        k = start + column
         inside = (k >= 0) & (k < columns)
         q = tl.load(values + place[:, None] * values_stride + k[None, :], here[:, None] & inside[None, :], 0)
         v = tl.load(x + r[None, :] * x_stride + k[:, None], (r < rows)[None, :] & inside[:, None], 0.0)

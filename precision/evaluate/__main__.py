@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 from atb_pllava import SamplingParams
 from atb_pllava.answers import AnswerLog
 from atb_pllava.commands.ending import run_command
@@ -22,6 +27,7 @@ from atb_pllava.commands.model_options import (
     load_model,
     model_options,
 )
+from atb_pllava.commands.parser import Parser
 from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
@@ -178,7 +184,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m precision.evaluate", description="PLLaVA's benchmarks.")
+    parser = Parser(prog="python -m precision.evaluate", description="PLLaVA's benchmarks.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, summary in HELP.items():
         own = BENCHMARKS[name]

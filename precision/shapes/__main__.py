@@ -5,13 +5,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from precision.shapes.dataset import FIRST_SEED, write_shapes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the process exit status."""
-    parser = argparse.ArgumentParser(prog="python -m precision.shapes", description="Write the shapes benchmark.")
+    parser = Parser(prog="python -m precision.shapes", description="Write the shapes benchmark.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument("--clips", type=int, default=200, metavar="N", help="number of clips (default 200)")
     parser.add_argument(

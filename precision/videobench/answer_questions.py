@@ -21,6 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 from atb_pllava.answers import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.model_options import (
@@ -33,6 +38,7 @@ from atb_pllava.commands.model_options import (
     model_options,
     sampling_params,
 )
+from atb_pllava.commands.parser import Parser
 from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
@@ -158,7 +164,9 @@ def _result(question: Question, text: str, row: Row) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The options of MindIE's scripts, and those of `python -m atb_pllava run` for the model."""
-    parser = argparse.ArgumentParser(description="Answer the questions of Video-Bench.", allow_abbrev=False)
+    parser = Parser(
+        prog="python precision/videobench/answer_questions.py", description="Answer the questions of Video-Bench."
+    )
     group = parser.add_argument_group("Video-Bench")
     group.add_argument("--Eval_QA_root", type=Path, required=True, help="folder that holds Eval_QA with the questions")
     group.add_argument("--Eval_Video_root", type=Path, required=True, help="folder that holds Eval_video")

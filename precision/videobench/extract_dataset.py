@@ -24,8 +24,14 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from precision.videobench.dataset import (
@@ -160,7 +166,7 @@ def _distinct(names: dict[T, str]) -> dict[T, str]:
 
 def parser() -> argparse.ArgumentParser:
     """The options, with the names and defaults of MindIE's script."""
-    parser = argparse.ArgumentParser(description="Draw a sample of Video-Bench.", allow_abbrev=False)
+    parser = Parser(prog="python precision/videobench/extract_dataset.py", description="Draw a sample of Video-Bench.")
     egs = Path("egs")
     for name, default, text in (
         ("Eval_QA_root", egs / "Video-Bench", "folder that holds Eval_QA with the questions"),

@@ -17,9 +17,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import numpy as np
 
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from precision.videobench.dataset import read_answers, read_json, some_of
@@ -212,7 +218,9 @@ def legacy_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, 
 
 def parser() -> argparse.ArgumentParser:
     """The options of MindIE's script, and ours."""
-    parser = argparse.ArgumentParser(description="Accuracy and agreement on Video-Bench.", allow_abbrev=False)
+    parser = Parser(
+        prog="python precision/videobench/precision_test.py", description="Accuracy and agreement on Video-Bench."
+    )
     for name, text in (
         ("eval_npu_path", "<set>_eval.json of run_pa_videobench.sh"),
         ("eval_gpu_path", "<set>_eval.json of run_pa_videobench_gpu.sh"),

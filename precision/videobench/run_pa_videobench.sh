@@ -43,7 +43,7 @@ options=(
 )
 names=(--max_batch_size --max_input_length --max_output_length)
 for i in "${!positional[@]}"; do [ "$i" -lt 4 ] || options+=("${names[i - 4]}=${positional[i]}"); done
-if [ -z "${RANK:-}" ]; then # torchrun has decided otherwise
+if [ -z "${RANK:-}" ] && ! named --world_size "${extra[@]}"; then # torchrun has decided otherwise
     IFS=, read -r -a devices <<<"${ASCEND_RT_VISIBLE_DEVICES:-0}"
     options+=("--world_size=${#devices[@]}")
 fi

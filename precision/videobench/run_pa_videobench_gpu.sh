@@ -33,6 +33,9 @@ read_arguments "$@"
     refuse "${#positional[@]} arguments given, not the 5 DATASET_NAME EVAL_QA_ROOT EVAL_VIDEO_ROOT WEIGHT_PATH OUTPUT_FOLDER"
 
 IFS=, read -r -a devices <<<"${CUDA_VISIBLE_DEVICES:-0}"
-answer_questions --dtype=float32 "--world_size=${#devices[@]}" \
+options=()
+named --dtype "${extra[@]}" || options+=(--dtype=float32)
+named --world_size "${extra[@]}" || options+=("--world_size=${#devices[@]}")
+answer_questions "${options[@]}" \
     "--dataset_name=${positional[0]}" "--Eval_QA_root=${positional[1]}" "--Eval_Video_root=${positional[2]}" \
     "--model_path=${positional[3]}" "--chat_conversation_output_folder=${positional[4]}"

@@ -1,10 +1,7 @@
 # What the two scripts of this folder share; sourced by them, with `root` and `usage` defined.
 
-refuse() {
-    echo "error: $1" >&2
-    usage >&2
-    exit 2
-}
+# shellcheck source=../../atb_pllava/script_arguments.sh
+. "$root/atb_pllava/script_arguments.sh"
 
 # Sets `positional` and, what follows --, `extra`.
 read_arguments() {

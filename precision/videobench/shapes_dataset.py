@@ -17,11 +17,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
 from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 
@@ -102,7 +108,9 @@ def make(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description="A miniature Video-Bench of rendered clips.", allow_abbrev=False)
+    parser = Parser(
+        prog="python precision/videobench/shapes_dataset.py", description="A miniature Video-Bench of rendered clips."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make Video-Bench and VideoBench in")
     parser.add_argument("--clips", type=int, default=12, help="clips of each of the five sets (default 12)")
     parser.add_argument("--seed", type=int, default=FIRST_SEED, help=f"seed of the first clip (default {FIRST_SEED})")
