@@ -1,5 +1,6 @@
 """What a run was made with, written beside its results, so that two results can be compared honestly."""
 
+import hashlib
 import os
 import platform
 import shlex
@@ -28,15 +29,21 @@ PACKAGES = (
     "torchvision",
 )
 
+# Small files of a checkpoint that decide answers as its weights do. The first two may come from --weight_dir.
+CONFIG_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json")
+
 
 def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any]:
     """All that decides what a loaded model answers to a request, in plain JSON.
 
     `weights` is `LoadPlan.fingerprint`: a digest of every tensor's name, type, shape and first row, before LoRA.
+    `files` are digests of the checkpoint's configuration and tokenizer.
     """
     model = llm.model
     settings = {
         "weights": llm.weights.fingerprint(),
+        "files": checkpoint_files(llm.options.model_path, llm.options.weight_dir),
         "lora_alpha": llm.weights.lora_alpha,
         "lora_scale": llm.weights.lora_scale,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -52,6 +59,15 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
     return settings if params is None else {**settings, "sampling": asdict(params)}
 
 
+def checkpoint_files(
+    model_path: str | os.PathLike[str], weight_dir: str | os.PathLike[str] | None = None
+) -> dict[str, str]:
+    """Names to digests, 16 hexadecimal digits, of the small files in a checkpoint that decide what a model answers."""
+    described = model_path if weight_dir is None else weight_dir
+    paths = [Path(described) / name for name in CONFIG_FILES] + [Path(model_path) / name for name in MODEL_FILES]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path.is_file()}
+
+
 def manifest_of(llm: LLM, params: SamplingParams | None = None, **more: Any) -> dict[str, Any]:
     """`settings_of` with where the weights are, versions, date and command line, and `more` of the caller's own."""
     return {
@@ -64,12 +80,13 @@ def manifest_of(llm: LLM, params: SamplingParams | None = None, **more: Any) -> 
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions, machine, date and command line of this process."""
+    """Versions, machine, date, command line and working directory of this process."""
     return {
         "versions": {"atb_pllava": __version__, "python": platform.python_version(), **_versions()},
         "machine": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
+        "directory": os.getcwd(),
     }
 
 

@@ -8,7 +8,8 @@ over all items is printed for each file, and for two files the mean of their dif
 is missing or unreadable are named and counted, and take no part in the mean; the exit status is 2 then.
 
 With --output_json FILE every score is kept in FILE.scores.jsonl as soon as it is there: after a kill the same command
-goes on, and failed items are tried again. The log is removed when nothing failed.
+goes on, and failed items are tried again. The log stays: a later run scores what is new, has another text, or is about
+a file of another size or time.
 """
 
 import argparse
@@ -37,13 +38,14 @@ from PIL import Image
 from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
-from atb_pllava.answers import AnswerLog, Progress, Row
+from atb_pllava.answers import AnswerLog, Key, Row, error_row, key_of
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import surroundings
 from atb_pllava.media import read_media
 from atb_pllava.ops import get_backend
+from atb_pllava.progress import Progress
 from atb_pllava.sampling import SAMPLERS
 
 # Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
@@ -149,10 +151,12 @@ def clip_score(arguments: argparse.Namespace) -> int:
     files = {file: read_answers(file) for file in arguments.image_info}
     media = MediaFolder(arguments.dataset_path)
     device = choose_device(arguments.device)
-    judge = OpenClip(arguments.model_name, arguments.model_weights_path, device)
-    made = None if arguments.output_json is None else made_with(arguments)
-    log_path = Path(f"{arguments.output_json}.scores.jsonl")
-    with nullcontext() if made is None else AnswerLog(log_path, settings_of(made, arguments, device)) as log:
+    made = None
+    with nullcontext() if arguments.output_json is None else AnswerLog(f"{arguments.output_json}.scores.jsonl") as log:
+        judge = OpenClip(arguments.model_name, arguments.model_weights_path, device)
+        if log is not None:
+            made = made_with(arguments)
+            log.begin(settings_of(made, arguments, device), shared=True)  # each judge has its own scores
         results = [score_file(judge, file, answers, media, arguments, log) for file, answers in files.items()]
     for result in results:
         print("\n".join(report(result)))
@@ -162,8 +166,6 @@ def clip_score(arguments: argparse.Namespace) -> int:
     failed = any(result["failed"] for result in results)
     if made is not None:
         write_json(arguments.output_json, {"results": results, "paired": pairs, **made, **surroundings()})
-        if not failed:
-            log_path.unlink()
     for result in results:
         for item in result["items"]:
             if "error" in item:
@@ -182,8 +184,9 @@ def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: 
     """All that decides the score of a medium's name and a text; scores of other settings do not count."""
     name = arguments.model_name
     description = _digest(name) if name.endswith(".json") else None
+    judge = {key: value for key, value in made["judge"].items() if key != "weights"}  # the digest decides, not the path
     dataset = os.path.abspath(arguments.dataset_path)
-    return {**made, "description": description, "device": device.type, "dataset": dataset}
+    return {**made, "judge": judge, "description": description, "device": device.type, "dataset": dataset}
 
 
 def read_answers(file: str) -> dict[str, str]:
@@ -204,16 +207,20 @@ def score_file(
     log: AnswerLog | None,
 ) -> dict[str, Any]:
     """Every item's score or error, and their mean (None when there is no score); what `log` has is not scored again."""
-    keys = {name: json.dumps([name, text]) for name, text in answers.items()}
-    kept = {} if log is None else {key: log.rows[key] for key in log.answered.intersection(keys.values())}
+    paths = {name: media.look_up(name) for name in answers}
+    keys = {name: _key(name, text, paths[name]) for name, text in answers.items()}
+    kept = set() if log is None else {name for name, key in keys.items() if key in log}
     rows: dict[str, Row] = {}
-    progress = Progress(f"scores of {file}", len(answers), len(kept))
-    for name, text in answers.items():
-        rows[name] = kept.get(keys[name]) or score_item(judge, name, text, media, arguments)
-        if keys[name] not in kept:
-            progress.add("error" in rows[name])
+    with Progress(f"scores of {file}", len(answers), len(kept)) as progress:
+        for name, text in answers.items():
+            if log is not None and name in kept:
+                rows[name] = {**(log.row(keys[name]) or {}), "file": paths[name]}
+                continue
+            progress.begin(name)
+            rows[name] = score_item(judge, name, text, media, arguments)
             if log is not None:
                 log.add(keys[name], rows[name])
+            progress.add("error" in rows[name], name, rows[name].get("kind"))
     progress.finish()
     items = [{"media": name, **row} for name, row in rows.items()]
     scores = [item["score"] for item in items if "score" in item]
@@ -227,6 +234,12 @@ def score_file(
     }
 
 
+def _key(name: str, text: str, path: str | None) -> Key:
+    """The key of the score of a text about a medium, with the size and time of its file."""
+    of_both = json.dumps([name, text])
+    return Key(of_both) if path is None else key_of(of_both, path)
+
+
 def score_item(
     judge: Judge, name: str, text: str, media: "MediaFolder", arguments: argparse.Namespace
 ) -> dict[str, Any]:
@@ -237,7 +250,7 @@ def score_item(
         frames = clip.frames[:1] if clip.total_frames == 1 else clip.frames  # an image is one frame, repeated
         return {"file": path, **score(judge, text, frames)}
     except VideoError as error:
-        return {"error": str(error)}
+        return error_row(error)
 
 
 def score(judge: Judge, text: str, frames: np.ndarray) -> dict[str, Any]:
@@ -264,6 +277,13 @@ class MediaFolder:
             for file in files:
                 found.setdefault(file, []).append(Path(folder) / file)
         return found
+
+    def look_up(self, name: str) -> str | None:
+        """`find`, but None where it raises."""
+        try:
+            return self.find(name)
+        except VideoError:
+            return None
 
     def find(self, name: str) -> str:
         """The file below the folder that has this path, or else this name and most of the folders before it.

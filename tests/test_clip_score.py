@@ -159,13 +159,24 @@ def test_a_killed_run_goes_on(monkeypatch, capsys, folder: Path, tmp_path: Path)
     resumed = json.loads(out.read_text())["results"]
     Image.new("RGB", (9, 9), (0, 80, 0)).save(folder / "gone.png")
     assert score(capsys, folder, *files, output_json=out)[0] == 0
-    assert seen[4:] == ["red"] and not log.exists()
+    assert seen[4:] == ["red"]
+    whole = json.loads(out.read_text())["results"]
     del seen[:]
+    assert score(capsys, folder, *files, output_json=out)[0] == 0  # a finished run is still known
+    assert json.loads(out.read_text())["results"] == whole and not seen
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(folder)  # the folder named otherwise: the same scores, of the files as they are named now
+        assert score(capsys, Path("."), *files, output_json=out)[0] == 0 and not seen
+    of_each = [{item["file"] for item in result["items"]} for result in json.loads(out.read_text())["results"]]
+    assert of_each == [{"red.png", "gone.png"}, {"red.png", "a/same.png", "b/same.png"}]
     (folder / "gone.png").unlink()
     assert score(capsys, folder, *files, output_json=out)[0] == 2
-    assert json.loads(out.read_text())["results"] == resumed and len(seen) == 3
+    assert json.loads(out.read_text())["results"] == resumed and not seen
+    Image.new("RGB", (9, 9), (0, 80, 1)).save(folder / "a" / "same.png")  # another file of the same name
+    assert score(capsys, folder, *files, output_json=out)[0] == 2
+    assert seen == ["grey"]
     assert score(capsys, folder, *files, output_json=out, num_frames=3)[0] == 2  # other frames, other scores
-    assert len(seen) == 6
+    assert len(seen) == 4
 
 
 def test_a_path_below_the_folder_wins_over_a_name(folder: Path) -> None:

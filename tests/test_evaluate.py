@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atb_pllava.answers import AnswerLog
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.inputs import VideoReader
@@ -28,6 +29,7 @@ from precision.evaluate.__main__ import _parser, main
 from precision.evaluate.clips import ClipReader, media_of, read_frame_folder
 from precision.evaluate.predict import grouped
 from precision.evaluate.questions import Question, picked
+from precision.evaluate.run import BENCHMARKS
 from tests.conftest import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,9 +91,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def log_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """Rows of answers.jsonl by the question's task and number."""
+    """Rows of answers.jsonl by the question's task and number; headers are left out."""
     rows = map(json.loads, (directory / "answers.jsonl").read_text().splitlines())
-    return {row["id"].rsplit("/", 1)[0]: row for row in rows}
+    return {row["id"].rsplit("/", 1)[0]: row for row in rows if "id" in row}
 
 
 # MVBench
@@ -123,11 +125,12 @@ def mvbench_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     status, out, err = run(capsys, "mvbench", *options, "--data", mvbench_data, "--output_dir", tmp_path / "out")
     assert status == 2  # some have no answer
-    assert "18 of MVBench's 20 sub-tasks are not there: Action Prediction, " in err and "mvbench 15/15, 8 failed" in err
+    assert "18 of MVBench's 20 sub-tasks are not there: Action Prediction, " in err
+    assert "mvbench 15/15, 8 failed: 4 media, 4 request, " in err
     for broken in ("broken.mp4", "missing.mp4", "start_seconds 5.0", "'start' is None", "'a cow' is not among",
                    "'question' is None", "it is a str, not an object", "empty: holds no frames"):  # fmt: skip
         assert broken in err, broken
-    assert "8 questions have no answer; they count as wrong" in err
+    assert "8 questions without an answer, counted as wrong" in err
     results, log = read(tmp_path / "out" / "all_results.json"), log_of(tmp_path / "out")
     assert [row["task_type"] for row in results["result_list"]] == (
         ["Action Sequence"] * 10 + ["Episodic Reasoning"] * 3 + ["My Own Task"] * 2
@@ -147,7 +150,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert {task: count[1] for task, count in results["acc_dict"].items()} == {
         "Action Sequence": 10, "Episodic Reasoning": 3, "My Own Task": 2}  # fmt: skip
     board = read(tmp_path / "out" / "upload_leaderboard.json")
-    assert board["Avg"] == pytest.approx(100 * sum(right.values()) / 15) and list(board)[-1] == "Avg"
+    assert board["Avg"] == round(100 * sum(right.values()) / 15, 2) and list(board)[-1] == "Avg"
     manifest = read(tmp_path / "out" / "manifest.json")
     assert manifest["benchmark"] == "mvbench" and manifest["dtype"] == "float32" and manifest["sampler"] == "eval"
     assert manifest["conversation"]["media_alone"] and f"Avg {board['Avg']:28.2f} %"[4:] in out
@@ -178,16 +181,66 @@ def test_what_has_failed_is_tried_again_and_nothing_else(capsys, options, mvbenc
     status, out, err = run(capsys, *arguments)
     assert status == 0 and "mvbench 1/2 were there already" in err and "2 questions, results in" in out
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
-    assert sorted("error" in json.loads(line) for line in lines) == [False, False, True]
+    assert sorted("error" in json.loads(line) for line in lines if '"id"' in line) == [False, False, True]
     assert len(read(tmp_path / "out" / "all_results.json")["result_list"]) == 2
-    status, _, err = run(capsys, *arguments, "--lora_alpha", 3, "--num_frames", 2)
-    assert (
-        status == 2 and "has results with another" in err and "num_frames" in err and "name another --output_dir" in err
-    )
+    status, _, err = run(capsys, *arguments, "--num_frames", 2)
+    assert status == 2 and "answers with other settings (num_frames: 4 -> 2); name another --output_dir" in err
+    assert "ready after" not in err
     # A changed question is another question.
     write(data / "json" / "mine.json", [entry("good.mp4", question="Where?"), entry("late.mp4")])
     assert "mvbench 1/2 were there already" in run(capsys, *arguments)[2]
     assert "Where?" in read(tmp_path / "out" / "all_results.json")["result_list"][0]["question"]
+
+
+def test_a_changed_video_is_asked_about_again(capsys, options, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tvqa = data / "video" / mvbench.SUB_TASKS["episodic_reasoning"].videos
+    clip(data / "video" / "a.mp4")
+    clip(data / "video" / "b.mp4", seed=1)
+    frame_folder(tvqa / "show", 4)
+    write(data / "json" / "mine.json", [entry("a.mp4"), entry("b.mp4"), entry("b.mp4", question="Where?")])
+    write(data / "json" / "episodic_reasoning.json", [entry("show", start=0, end=1)])
+    arguments = ("mvbench", *options, "--data", data, "--output_dir", tmp_path / "out")
+    assert run(capsys, *arguments)[0] == 0
+    assert "mvbench 4/4 were there already" in run(capsys, *arguments)[2]
+    clip(data / "video" / "b.mp4", seed=2, frames=13)
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tvqa / "show" / "00003.jpg")
+    status, _, err = run(capsys, *arguments)
+    assert status == 0 and "mvbench 1/4 were there already" in err and "the file has another size or time" in err
+    assert "Episodic Reasoning/0/" in err and "My Own Task" not in err
+
+
+def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    clip(data / "video" / "a.mp4")
+    write(data / "json" / "mine.json", [entry("a.mp4")])
+    arguments = ("mvbench", *options, "--data", data, "--output_dir", out)
+    assert run(capsys, *arguments)[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert arguments[8] == "3"  # of --max_output_length
+    changed = (*arguments[:8], "2", *arguments[9:], "--sampler", "npu")
+    said = '(sampler: "eval" -> "npu"; sampling.max_tokens: 3 -> 2); name another --output_dir, or start over with'
+    status, _, err = run(capsys, *changed)
+    assert status == 2 and said in err and "ready after" not in err
+    with AnswerLog(out / "answers.jsonl"):
+        status, _, err = run(capsys, *arguments)
+    assert status == 2 and "in use by another run" in err and "ready after" not in err
+    (out / "answers.jsonl").unlink()  # as from an older version: the manifest alone tells
+    status, _, err = run(capsys, *changed)
+    assert status == 2 and f"{out} has answers with other settings {said}" in err and "ready after" not in err
+    (out / "answers.jsonl").write_bytes(before["answers.jsonl"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    status, _, err = run(capsys, *changed, "--overwrite")
+    assert status == 0 and "mvbench 1/1, in" in err and read(out / "manifest.json")["sampler"] == "npu"
+    assert (out / "answers.jsonl").read_bytes().startswith(before["answers.jsonl"])
+    assert "mvbench 1/1 were there already" in run(capsys, *changed)[2]
+    assert '(sampler: "npu" -> "eval"' in run(capsys, *arguments)[2]
+    row = {"id": "x", "settings": "3f0c3f0c3f0c3f0c", "text": "x"}
+    (out / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    assert "is the log of an older version" in run(capsys, *arguments)[2]
+    write(out / "manifest.json", {"a": 1})
+    (out / "answers.jsonl").unlink()
+    assert "is no manifest of this command; name another --output_dir" in run(capsys, *arguments)[2]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +276,11 @@ def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
     assert summary["accuracy"] == {"T": 20.0, "Avg": 20.0} and summary["accuracy_of_answered"] == 25.0
     assert summary["unparseable"] == 2 and summary["right"] == 1
     assert read(tmp_path / "all_results.json")["acc_dict"] == {"T": [1, 5]}
+    assert "2 answers without an option, counted as wrong as in the original" in mvbench.lines(summary)
+    ninths = [{**rows[0], "pred": "(A) one"}] * 8 + [rows[1]]  # 88.888... %
+    summary = mvbench.write_results(tmp_path, ninths)
+    assert summary["accuracy"] == {"T": 88.89, "Avg": 88.89} == read(tmp_path / "upload_leaderboard.json")
+    assert summary["accuracy_of_answered"] == 88.89
 
 
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -265,20 +323,21 @@ def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) ->
         process = subprocess.Popen(
             [sys.executable, "tests/slowly.py", "0.02", "precision.evaluate", *killed], cwd=ROOT, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        while not (log.exists() and log.read_bytes().count(b"\n") >= least) and process.poll() is None:
+        while not (log.exists() and log.read_bytes().count(b'"id"') >= least) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(stop)
         _, err = process.communicate(timeout=60)
         assert process.returncode == status, err
+        assert log.read_bytes().count(b'"id"') < 24, "the run was over before it could be ended"
         assert "Traceback" not in err and not (tmp_path / "killed" / "all_results.json").exists()
         kept = log.read_bytes()
-    assert "what was answered is kept" in err and 9 <= kept.count(b"\n") < 24
+    assert "what was answered is kept" in err and 9 <= kept.count(b'"id"') < 24
     with open(log, "ab") as file:
         file.write(b'{"id": "half a li')  # as a power cut leaves it
     status, _, err = run(capsys, *killed)
-    assert status == 0 and re.search(r"mvbench (\d+)/24 were there already", err).group(1) == str(kept.count(b"\n"))
+    assert status == 0 and re.search(r"mvbench (\d+)/24 were there already", err).group(1) == str(kept.count(b'"id"'))
     assert log.read_bytes().startswith(kept) and len(log_of(tmp_path / "killed")) == 24
-    assert log.read_bytes().count(b"\n") == 24  # nothing twice
+    assert log.read_bytes().count(b'"id"') == 24  # nothing twice
     assert run(capsys, *arguments, tmp_path / "whole")[0] == 0
     results = [read(tmp_path / name / "all_results.json") for name in ("killed", "whole")]
     assert results[0] == results[1]
@@ -435,10 +494,28 @@ def test_the_readmes_commands_are_commands() -> None:
     assert verbs == {"mvbench", "videoqa", "vcgbench", "recaption", "judge", "compare"}
 
 
+@pytest.mark.parametrize("verb", ["mvbench", "videoqa", "vcgbench", "recaption"])
+def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -> None:
+    """Every file that the message about an empty folder names stands in the tree of --help."""
+    status, out, _ = run(capsys, verb, "--help")
+    assert status == 0
+    with pytest.raises(ConfigError) as caught:
+        BENCHMARKS[verb].module.read(tmp_path)
+    files = re.search(r"looked there for (.*); --help", str(caught.value)).group(1)
+    for file in files.replace("for example ", "").split(", "):
+        for part in file.split("/"):
+            assert part in out.replace("NAME.json", "*.json"), part
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mvbench", "--data", "/nowhere"], "holds none of this benchmark's files"),
+        (["mvbench", "--data", "/nowhere"], "--data /nowhere does not exist"),
+        (["recaption", "--data", "/dev/null"], "--data /dev/null is no folder"),
+        (["mvbench", "--data", "EMPTY"], "looked there for json/*.json, for example json/action_sequence.json"),
+        (["videoqa", "--data", "EMPTY", "--no_judge"], "looked there for MSVD_Zero_Shot_QA/test_q.json, MSRVTT_Zero"),
+        (["vcgbench", "--data", "EMPTY", "--no_judge"], "for Zero_Shot_QA/Benchmarking_QA/generic_qa.json, Zero_Sh"),
+        (["recaption", "--data", "EMPTY"], "looked there for SET/annotations.json, for example Inter4K/annotations"),
         (["mvbench", "--data", "DATA", "--task", "Nothing"], "--task 'Nothing' is not in"),
         (["mvbench", "--data", "DATA", "--test_ratio", "0"], "--test_ratio is 0.0"),
         (["mvbench", "--data", "DATA", "--test_ratio", "nan"], "--test_ratio is nan"),
@@ -460,9 +537,13 @@ def test_the_readmes_commands_are_commands() -> None:
 def test_bad_input_is_one_message_and_status_2(
     capsys, options, mvbench_data: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    (tmp_path / "json").mkdir()
+    for folder in ("json", "empty/json", "empty/.hidden"):
+        (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "json" / "x.json").write_text("[")
-    given = [{"DATA": str(mvbench_data), "BAD": str(tmp_path)}.get(word, word) for word in arguments]
+    for hidden in ("json/._action_sequence.json", ".hidden/annotations.json"):
+        (tmp_path / "empty" / hidden).write_text("[]")
+    folders = {"DATA": str(mvbench_data), "BAD": str(tmp_path), "EMPTY": str(tmp_path / "empty")}
+    given = [folders.get(word, word) for word in arguments]
     where = [] if "--output_dir" in given else ["--output_dir", tmp_path / "out"]
     status, _, err = run(capsys, given[0], *without(options, *given), *where, *given[1:])
     assert status == 2 and message in err

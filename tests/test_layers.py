@@ -66,15 +66,17 @@ ALLOWED: dict[str, set[str]] = {
     }
     | {"tokenizer", "workers"},
     "json_file": {"errors"},
-    "answers": {"errors", "engine.request", "llm"},
+    "words": set(),
+    "progress": {"words"},
+    "answers": {"errors", "engine.request", "llm", "progress", "words"},
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
     | {"hugging_face", "limits", "media", "random_weights", "tokenizer"},
     "__init__": {"errors", "engine.request", "limits", "llm", "requirements"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
-    | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"}
-    | {"requirements"},
+    | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}
+    | {"requirements", "tokenizer", "words", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from atb_pllava import LLM, ConfigError, SamplingParams
+from atb_pllava.answers import AnswerLog
 from precision.videobench import answer_questions, extract_dataset, precision_test
 from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
@@ -312,9 +313,23 @@ def test_results_of_other_settings_are_not_overwritten(made: Path, tmp_path: Pat
     before = (tmp_path / "Count_eval.json").read_bytes()
     assert answer(made, tmp_path, "--dataset_name", "Count") == 0
     assert (tmp_path / "Count_eval.json").read_bytes() == before
-    with pytest.raises(ConfigError, match="name another --chat_conversation_output_folder"):
+    with AnswerLog(tmp_path / "Count_eval.log.jsonl"), pytest.raises(ConfigError, match="in use by another run"):
+        answer(made, tmp_path, "--dataset_name", "Count")
+    with pytest.raises(ConfigError, match="lora_scale: .* -> .*name another --chat_conversation_output_folder"):
+        answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3")
+    with pytest.raises(ConfigError, match=r'prompt_format: "mvbench" -> "videobench"\); name another'):
+        answer(made, tmp_path, "--dataset_name", "Count", "--prompt_format", "videobench")
+    assert (tmp_path / "Count_eval.json").read_bytes() == before
+    (tmp_path / "Count_eval.log.jsonl").unlink()
+    manifest = tmp_path / "Count_eval.json.manifest.json"
+    with pytest.raises(ConfigError, match=r"Count_eval.json has answers with other settings .*lora_scale"):
         answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3")
     assert (tmp_path / "Count_eval.json").read_bytes() == before
+    manifest.unlink()
+    with pytest.raises(ConfigError, match="no manifest says what its answers were made with"):
+        answer(made, tmp_path, "--dataset_name", "Count")
+    assert answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3", "--overwrite") == 0
+    assert json.loads(manifest.read_text())["lora_alpha"] == 3
     with pytest.raises(ConfigError, match="--answer_request"):
         answer(made, tmp_path, "--dataset_name", "Count", "--answer_request", "Say it.")
     with pytest.raises(ConfigError, match="no set 'Colour'.*Appearance, Count, Movement"):
@@ -328,7 +343,7 @@ def test_a_run_that_was_ended_goes_on(made: Path, answered: Path, tmp_path: Path
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "slowly.py"), "0.05", str(FOLDER / "answer_questions.py"),
          *command(made, tmp_path, *options)], stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 3):  # a header and two answers
         assert run.poll() is None and not time.sleep(0.002)
     run.send_signal(kind)
     error = run.communicate(timeout=60)[1]
@@ -336,10 +351,10 @@ def test_a_run_that_was_ended_goes_on(made: Path, answered: Path, tmp_path: Path
     assert not (tmp_path / "Movement_eval.json").exists()
     lines = log.read_bytes().splitlines()
     total = len(read_questions(made / "Video-Bench", "Movement"))
-    assert 2 <= len(lines) < total
+    assert 3 <= len(lines) < total + 1
     assert answer(made, tmp_path, *options) == 0
-    assert log.read_bytes().splitlines()[:2] == lines[:2]
-    assert log.read_bytes().count(b"\n") == total  # nothing was asked twice
+    assert log.read_bytes().splitlines()[:3] == lines[:3]
+    assert log.read_bytes().count(b"\n") == total + 1  # nothing was asked twice
     texts, whole = (
         [row["output_sequence"] for row in results(out, "Movement").values()] for out in (tmp_path, answered)
     )

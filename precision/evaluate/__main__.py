@@ -17,6 +17,7 @@ if __name__ == "__main__":
     require_packages()
 
 from atb_pllava import SamplingParams
+from atb_pllava.answers import AnswerLog
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.model_options import (
     add_engine_options,
@@ -27,15 +28,17 @@ from atb_pllava.commands.model_options import (
     model_options,
 )
 from atb_pllava.commands.parser import Parser
+from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.words import counted
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
 from precision.evaluate.judging import read_predictions
 from precision.evaluate.questions import Question
-from precision.evaluate.run import BENCHMARKS, finish, predictions
+from precision.evaluate.run import BENCHMARKS, check_same, finish, predictions
 
 HELP = {
     "mvbench": "multiple choice: MVBench, and sets in its layout such as precision.shapes writes",
@@ -43,6 +46,7 @@ HELP = {
     "vcgbench": "long answers, judged in five respects: VCGBench",
     "recaption": "captions, not scored: Inter4K",
 }
+REMEDY = "name another --output_dir, or start over with --overwrite"
 MOST_NAMED = 20  # errors that are printed; all are in the results
 
 
@@ -69,8 +73,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.conversation = _conversation(arguments)
     params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
-    with load_model(arguments, workers) as llm:
-        result_list = predictions(llm, arguments.verb, questions, params, arguments.output_dir, arguments.quiet, **more)
+    folder, overwrite = arguments.output_dir, arguments.overwrite
+    with AnswerLog(folder / "answers.jsonl", REMEDY) as log:
+        if not overwrite:
+            planned = {**planned_settings(arguments, params, workers), "prefix": benchmark.prefix}
+            check_same(folder, log, planned, only=True)
+        with load_model(arguments, workers) as llm:
+            result_list = predictions(
+                llm, arguments.verb, questions, params, log, folder, overwrite, arguments.quiet, **more
+            )
     at_once = arguments.judge_concurrency if benchmark.judged else 1
     summary = finish(arguments.verb, result_list, arguments.output_dir, asked, at_once, arguments.quiet)
     return _report(summary, result_list, arguments)
@@ -119,17 +130,20 @@ def _report(summary: dict[str, Any], result_list: Sequence[dict[str, Any]], argu
     """Say how it went; the exit status."""
     judged = summary.get("judge")
     lines = mvbench.lines(summary) if "accuracy" in summary else videoqa.lines(summary) if judged else []
-    print("\n".join([*lines, f"{summary['questions']} questions, results in {arguments.output_dir}"]))
+    print("\n".join([*lines, f"{counted(summary['questions'], 'question')}, results in {arguments.output_dir}"]))
     errors = list(dict.fromkeys(result["error"] for result in result_list if "error" in result))
     for error in errors[:MOST_NAMED]:
         print(f"error: {error}", file=sys.stderr)
     if len(errors) > MOST_NAMED:
         print(f"and {len(errors) - MOST_NAMED} more, all in the results", file=sys.stderr)
     if summary["without_answer"]:
-        counted = "; they count as wrong" if lines else ""
-        print(f"{summary['without_answer']} questions have no answer{counted}", file=sys.stderr)
+        verdict = ", counted as wrong" if lines else ""
+        print(f"{counted(summary['without_answer'], 'question')} without an answer{verdict}", file=sys.stderr)
     if judged and judged["failed"]:
-        print(f"the judge failed on {judged['failed']} of {judged['cases']} cases; they count nowhere", file=sys.stderr)
+        print(
+            f"the judge failed on {judged['failed']} of {counted(judged['cases'], 'case')}, not counted",
+            file=sys.stderr,
+        )
     if summary["without_answer"] or (judged and judged["failed"]):
         print("the same command tries these again", file=sys.stderr)
         return 2
@@ -175,10 +189,16 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in HELP.items():
         own = BENCHMARKS[name]
         defaults = (
-            f"Defaults that differ from `run`: --sampler eval, --conversation {own.conversation} (34B: "
-            f"{own.conversation_chatml}), --max_output_length {own.max_tokens}. Answers are greedy."
+            f"Defaults that differ from `run`: --sampler eval, --conversation {own.conversation}\n"
+            f"(34B: {own.conversation_chatml}), --max_output_length {own.max_tokens}. Answers are greedy."
         )
-        verb = verbs.add_parser(name, help=summary, description=summary, epilog=defaults)
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"The folder that --data names, or a part of it:\n\n{own.module.LAYOUT}\n\n{defaults}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         _add_benchmark_options(verb, name)
         verb.set_defaults(command=evaluate)
     summary = "judge predictions that are there already"
@@ -205,7 +225,7 @@ def _add_benchmark_options(verb: argparse.ArgumentParser, name: str) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the benchmark's folder, as PLLaVA's documentation has it",
+        help="the benchmark's folder; its layout is below",
     )
     group.add_argument(
         "--output_dir",
@@ -214,6 +234,7 @@ def _add_benchmark_options(verb: argparse.ArgumentParser, name: str) -> None:
         metavar="DIR",
         help="where results go, and what a later run goes on from",
     )
+    add_overwrite_option(group, "DIR")
     group.add_argument(
         "--task", action="append", metavar="NAME", help="only this task, repeatable (default: all there are)"
     )

@@ -10,6 +10,7 @@ from typing import Any
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import read_json
 from precision.evaluate.mvbench import chosen, is_right
+from precision.evaluate.questions import percent
 from precision.videobench.scoring import wilson_interval
 
 Results = list[dict[str, Any]]
@@ -62,10 +63,10 @@ def _row(name: str, rows: Results, first: Results) -> dict[str, Any]:
         "results": name,
         "questions": len(rows),
         "right": right,
-        "right_percent": 100 * right / len(rows),
-        "interval_percent": [100 * bound for bound in wilson_interval(right, len(rows))],
+        "right_percent": percent(right, len(rows)),
+        "interval_percent": [percent(bound, 1) for bound in wilson_interval(right, len(rows))],
         "same": same,
-        "same_percent": 100 * same / len(rows),
+        "same_percent": percent(same, len(rows)),
         "unparseable": sum("error" not in row and not chosen(row["pred"], row["question"]) for row in rows),
     }
 

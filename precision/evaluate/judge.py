@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from atb_pllava.answers import AnswerLog, Progress, Row
+from atb_pllava.answers import AnswerLog, Key, Row
 from atb_pllava.errors import BackendError, ConfigError, PllavaError
+from atb_pllava.progress import Progress
 from precision.evaluate.judge_prompts import Case
 
 LONGEST_REPLY = 2**20  # bytes
@@ -87,7 +88,7 @@ class Judge:
                 if wait(min(max(pause * random.uniform(1, 1.5), failure.pause), LONGEST_PAUSE)):
                     break
                 pause *= 2
-        return {"error": f"{reason} (attempt {attempt})", "reached": reached}
+        return {"error": f"{reason} (attempt {attempt})", "kind": "judge", "reached": reached}
 
     def _verdict(self, case: Case) -> Row:
         body: dict[str, Any] = {"model": self.model, "messages": case.messages()}
@@ -154,7 +155,7 @@ def judge_all(
     """
     todo: queue.SimpleQueue[tuple[str, Case]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[str, Row | PllavaError]] = queue.SimpleQueue()
-    waiting = [(name, case) for name, case in cases.items() if name not in log.answered]
+    waiting = [(name, case) for name, case in cases.items() if Key(name) not in log]
     for item in waiting:
         todo.put(item)
     stop = threading.Event()
@@ -164,20 +165,22 @@ def judge_all(
         # Daemons: an interrupted run does not wait for calls in flight.
         threading.Thread(target=_work, args=(judge, todo, done, stop), daemon=True).start()
     try:
-        for _ in waiting:
-            name, row = done.get()
-            if isinstance(row, PllavaError):
-                raise row
-            failed_in_a_row = failed_in_a_row + 1 if row.pop("reached", True) is False else 0
-            log.add(name, row)
-            progress.add("error" in row)
-            if failed_in_a_row >= GIVE_UP_AFTER:
-                raise BackendError(f"the judge failed {GIVE_UP_AFTER} times in a row, the last time: {row['error']}")
+        with progress:
+            for _ in waiting:
+                name, row = done.get()
+                if isinstance(row, PllavaError):
+                    raise row
+                failed_in_a_row = failed_in_a_row + 1 if row.pop("reached", True) is False else 0
+                log.add(Key(name), row)
+                progress.add("error" in row)
+                if failed_in_a_row >= GIVE_UP_AFTER:
+                    reason = row["error"]
+                    raise BackendError(f"the judge failed {GIVE_UP_AFTER} times in a row, the last time: {reason}")
     finally:
         stop.set()
         _keep_the_rest(done, log)
     progress.finish()
-    return {name: log.rows[name] for name in cases}
+    return {name: log.row(Key(name)) or {} for name in cases}
 
 
 def _keep_the_rest(done: Any, log: AnswerLog) -> None:
@@ -186,7 +189,7 @@ def _keep_the_rest(done: Any, log: AnswerLog) -> None:
         name, row = done.get()
         if not isinstance(row, PllavaError):
             row.pop("reached", None)
-            log.add(name, row)
+            log.add(Key(name), row)
 
 
 def _work(judge: Judge, todo: Any, done: Any, stop: threading.Event) -> None:

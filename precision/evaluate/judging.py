@@ -42,7 +42,8 @@ def judge_results(
     """
     asked = [benchmark.cases(result) for result in result_list]
     cases = {case_name(case): case for of_result in asked for case in of_result.values()}
-    with AnswerLog(directory / "judgements.jsonl", judge.settings()) as log:
+    with AnswerLog(directory / "judgements.jsonl") as log:
+        log.begin(judge.settings(), shared=True)  # each judge has its own verdicts
         verdicts = judge_all(cases, judge, log, at_once, quiet)
     by_result = [{key: verdicts[case_name(case)] for key, case in of_result.items()} for of_result in asked]
     versions = Counter(row["version"] for row in verdicts.values() if "error" not in row)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from atb_pllava.answers import Row
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.json_file import write_json
-from precision.evaluate.questions import Question, read_questions, seconds, select, text
+from atb_pllava.words import counted
+from precision.evaluate.questions import Question, percent, read_questions, seconds, select, text
 
 ANSWER_PREFIX = "Best option:("
 _AFTER_QUESTION = " \nOnly give the best option."
@@ -50,17 +51,27 @@ SUB_TASKS = {
     "counterfactual_inference": SubTask("Counterfactual Inference", "clevrer/video_validation", False),
 }
 
+LAYOUT = "\n".join(
+    [
+        "DIR/",
+        "  json/NAME.json        a list of {video, question, candidates, answer}, some with start and end in seconds",
+        "  video/FOLDER/...      the videos; MVBench's files and the folders of their videos:",
+        *(f"    {f'{stem}.json':30} {task.videos}" for stem, task in SUB_TASKS.items()),
+        "    any other NAME.json            video names relative to DIR/video",
+    ]
+)
+
 
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """All questions of DIR, MVBench's own sub-tasks first. Raises ConfigError when there is nothing to read."""
     found: dict[str, Path] = {}
-    for path in _in_order((data / "json").glob("*.json")):
+    for path in _in_order((data / "json").glob("[!.]*.json")):
         name = sub_task(path.stem).name
         if name in found:
             raise ConfigError(f"{found[name].name} and {path.name} are both {name!r}: rename one of them")
         found[name] = path
     questions: list[Question] = []
-    for name in select(list(found), tasks, data / "json"):
+    for name in select(list(found), tasks, data, ["json/*.json", "for example json/action_sequence.json"]):
         path = found[name]
 
         def make(number: int, entry: Mapping[str, Any], stem: str = path.stem) -> list[Question]:
@@ -72,7 +83,7 @@ def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = N
 
 def missing_sub_tasks(data: Path) -> list[str]:
     """MVBench's sub-tasks that DIR lacks; none when DIR is another set altogether."""
-    stems = {path.stem for path in (data / "json").glob("*.json")}
+    stems = {path.stem for path in (data / "json").glob("[!.]*.json")}
     return [known.name for stem, known in SUB_TASKS.items() if stem not in stems] if stems & set(SUB_TASKS) else []
 
 
@@ -124,14 +135,14 @@ def write_results(directory: Path, result_list: Sequence[Mapping[str, Any]]) -> 
     """Write all_results.json and upload_leaderboard.json in the original's form; the summary of the run."""
     counts = score(result_list)
     right, asked = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    percent = {name: count[0] / count[1] * 100 for name, count in counts.items()}
+    accuracy = {name: percent(*count) for name, count in counts.items()} | {"Avg": percent(right, asked)}
     write_json(directory / "all_results.json", {"acc_dict": counts, "result_list": result_list})
-    write_json(directory / "upload_leaderboard.json", {**percent, "Avg": right / asked * 100})
+    write_json(directory / "upload_leaderboard.json", accuracy)
     answered = [result for result in result_list if "error" not in result]
     unparseable = sum(not chosen(result["pred"], result["question"]) for result in answered)
     return {
-        "accuracy": {**percent, "Avg": right / asked * 100},
-        "accuracy_of_answered": right / len(answered) * 100 if answered else None,
+        "accuracy": accuracy,
+        "accuracy_of_answered": percent(right, len(answered)) if answered else None,
         "right": right,
         "unparseable": unparseable,
     }
@@ -140,7 +151,10 @@ def write_results(directory: Path, result_list: Sequence[Mapping[str, Any]]) -> 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary for people."""
     table = [f"{name:26} {value:6.2f} %" for name, value in summary["accuracy"].items()]
-    return [*table, f"{summary['unparseable']} answers name no option; they count as wrong, as in the original"]
+    return [
+        *table,
+        f"{counted(summary['unparseable'], 'answer')} without an option, counted as wrong as in the original",
+    ]
 
 
 def _in_order(paths: Any) -> list[Path]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
-from atb_pllava.answers import AnswerLog, Row, answer_all
+from atb_pllava.answers import AnswerLog, Row, answer_all, keys_of
 from atb_pllava.errors import RequestError
 from precision.evaluate.clips import ClipReader, media_of
 from precision.evaluate.questions import ClipName, Question
@@ -21,9 +21,13 @@ def predict(
 ) -> dict[str, Row]:
     """Rows by the questions' names: {"pred": text after the answer's prefix, ...}, or {"error": why there is none}.
 
-    What the log has is not asked again. `prefix` is text that the answers start with (None: the conversation's own).
+    What the log has is not asked again, unless the video has changed. `prefix` is text that the answers start with
+    (None: the conversation's own).
     """
-    ordered = grouped([question for question in questions if question.name not in log.answered])
+    files = [(question.name, question.video) for question in questions]
+    keys = {key.id: key for key in keys_of(files, len(files), quiet)}
+    known = [key for key in keys.values() if key in log]
+    ordered = grouped([question for question in questions if keys[question.name] not in log])
     reader = ClipReader(llm.reader, ordered)
     by_name = {question.name: question for question in questions}
     frames: dict[str, list[int]] = {}
@@ -44,11 +48,13 @@ def predict(
             "frame_indices": frames.pop(name),
         }
 
-    names = [*log.answered.intersection(by_name), *(question.name for question in ordered)]
     try:
-        return answer_all(llm, names, request_of, params, log, row_of, what, quiet)
+        answer_all(
+            llm, [*known, *(keys[question.name] for question in ordered)], request_of, params, log, row_of, what, quiet
+        )
     finally:
         reader.close()
+    return {name: log.row(key) or {} for name, key in keys.items()}
 
 
 def grouped(questions: Sequence[Question]) -> list[Question]:

@@ -113,11 +113,24 @@ def picked(count: int, ratio: float | None) -> list[int]:
     return sorted(places[: int(count * ratio) if ratio <= 1 else int(ratio)])
 
 
-def select(known: Sequence[str], wanted: Sequence[str] | None, where: Path) -> list[str]:
-    """The tasks wanted (None: all of `known`). Raises ConfigError for one that is not there, and when none is."""
+def select(known: Sequence[str], wanted: Sequence[str] | None, data: Path, files: Sequence[str]) -> list[str]:
+    """The tasks wanted (None: all of `known`).
+
+    Raises ConfigError for one that is not there, and when none is: `files`, relative to `data`, is where they would be.
+    """
     if not known:
-        raise ConfigError(f"{where} holds none of this benchmark's files; --data is the benchmark's own folder")
+        if not data.is_dir():
+            raise ConfigError(f"--data {data} {'is no folder' if data.exists() else 'does not exist'}")
+        looked = ", ".join(files)
+        raise ConfigError(
+            f"--data {data} holds none of this benchmark's files; looked there for {looked}; --help shows the layout"
+        )
     unknown = [name for name in wanted or () if name not in known]
     if unknown:
-        raise ConfigError(f"--task {unknown[0]!r} is not in {where}; it has {', '.join(known)}")
+        raise ConfigError(f"--task {unknown[0]!r} is not in {data}; it has {', '.join(known)}")
     return [name for name in known if wanted is None or name in wanted]
+
+
+def percent(part: float, whole: float) -> float:
+    """`part` of `whole` in percent, to two decimals."""
+    return round(100 * part / whole, 2)

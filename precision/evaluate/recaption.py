@@ -11,6 +11,12 @@ from atb_pllava.answers import Row
 from precision.evaluate.questions import Question, find_video, read_questions, select, text
 
 ENDINGS = ("mp4", "mkv", "webm")
+LAYOUT = """\
+DIR/
+  SET/                    for example Inter4K; there may be several
+    annotations.json      a list of {video_name}; further texts and numbers are repeated in the results
+    60fps/UHD/VIDEO_NAME.mp4|mkv|webm, or
+    videos/VIDEO_NAME.mp4|mkv|webm"""
 # Our own words for the original's request, which also asks for one careful paragraph without doubtful details.
 REQUEST = (
     "Help me to describe the input video. Answer with one paragraph that is precise and rich.\n"
@@ -25,8 +31,9 @@ REQUEST = (
 
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """A request for each annotated video. `ratio` counts in each set. Raises ConfigError."""
-    known = sorted(path.parent.name for path in data.glob("*/annotations.json"))
-    return [q for name in select(known, tasks, data) for q in _read_set(data / name, ratio)]
+    known = sorted(path.parent.name for path in data.glob("[!.]*/annotations.json"))
+    files = ["SET/annotations.json", "for example Inter4K/annotations.json"]
+    return [q for name in select(known, tasks, data, files) for q in _read_set(data / name, ratio)]
 
 
 def _read_set(folder: Path, ratio: float | None) -> list[Question]:

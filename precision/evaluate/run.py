@@ -1,16 +1,15 @@
 """One benchmark from its data to its results."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.answers import AnswerLog, settings_digest
+from atb_pllava.answers import AnswerLog, check_settings, settings_digest
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
+from atb_pllava.json_file import read_json, write_json
 from atb_pllava.manifest import settings_of, write_manifest
 from precision.evaluate import mvbench, recaption, vcgbench, videoqa
 from precision.evaluate.judge import Judge
@@ -44,21 +43,25 @@ def predictions(
     name: str,
     questions: Sequence[Question],
     params: SamplingParams,
+    log: AnswerLog,
     directory: Path,
+    overwrite: bool = False,
     quiet: bool = False,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Answers to all questions in the original's form, in the order of the data; `more` goes to the manifest.
 
-    What `directory` has from an earlier run with the same model and settings is not asked again.
+    What `log` has from an earlier run with the same model and settings is not asked again, unless `overwrite` is
+    given. Raises ConfigError when `directory` has results of other settings.
     """
     benchmark = BENCHMARKS[name]
     settings = {**settings_of(llm, params), "prefix": benchmark.prefix}
-    _check_same(directory, settings)
-    write_manifest(directory, llm, params, benchmark=name, settings=settings_digest(settings), **more)
-    with AnswerLog(directory / "answers.jsonl", settings) as log:
-        rows = predict(llm, questions, params, log, benchmark.prefix, name, quiet)
+    if not overwrite:
+        check_same(directory, log, settings)
+    log.begin(settings, overwrite=overwrite)
+    rows = predict(llm, questions, params, log, benchmark.prefix, name, quiet)
     result_list: list[dict[str, Any]] = benchmark.module.results(questions, rows)
+    write_manifest(directory, llm, params, benchmark=name, settings=settings_digest(settings), **more)
     return result_list
 
 
@@ -84,16 +87,16 @@ def finish(
     return summary
 
 
-def _check_same(directory: Path, settings: dict[str, Any]) -> None:
-    """A directory has the results of one model and one way to ask it."""
+def check_same(directory: Path, log: AnswerLog, settings: Mapping[str, Any], only: bool = False) -> None:
+    """Raise ConfigError when a directory has answers or results of other settings; `only`: these are not all of them.
+
+    A directory has the results of one model and one way to ask it.
+    """
+    log.check(settings, only)
     path = directory / "manifest.json"
-    if not path.exists():
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        same = before["settings"] == settings_digest(settings)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is no manifest of this command; name another --output_dir") from None
-    if not same:
-        changed = [key for key, value in settings.items() if before.get(key) != value]
-        raise ConfigError(f"{directory} has results with another {', '.join(changed)}; name another --output_dir")
+    if log.is_new and path.exists():
+        before = read_json(path)
+        if not isinstance(before, dict) or "benchmark" not in before or "weights" not in before:
+            raise ConfigError(f"{path} is no manifest of this command; {log.remedy}")
+        recorded = {name: before[name] for name in settings if name in before}
+        check_settings(directory, recorded, {name: settings[name] for name in recorded}, log.remedy)

@@ -24,6 +24,13 @@ RESPECTS = {
     "temporal_qa": {"temporal": TEMPORAL},
     "consistency_qa": {"consistency": CONSISTENCY},
 }
+LAYOUT = """\
+DIR/
+  Zero_Shot_QA/Benchmarking_QA/
+    generic_qa.json       a list of {video_name, Q, A}
+    temporal_qa.json      the same
+    consistency_qa.json   a list of {video_name, Q1, Q2, A}
+  Videos/Benchmarking/VIDEO_NAME.mp4|mkv"""
 GOOD = 3  # scores above it count for "acc", as in the original
 
 
@@ -31,7 +38,8 @@ def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = N
     """The questions of the sets that DIR has. `ratio` counts over all entries together, as in the original."""
     folder = data / "Zero_Shot_QA" / "Benchmarking_QA"
     entries: list[list[Question]] = []
-    for name in select([name for name in SETS if (folder / f"{name}.json").exists()], tasks, folder):
+    files = [str((folder / f"{name}.json").relative_to(data)) for name in SETS]
+    for name in select([name for name in SETS if (folder / f"{name}.json").exists()], tasks, data, files):
         by_number: dict[int, list[Question]] = {}
         for question in read_questions(folder / f"{name}.json", name, _maker(name, data)):
             by_number.setdefault(question.number, []).append(question)

@@ -12,7 +12,7 @@ from atb_pllava.answers import Row
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.json_file import write_json
 from precision.evaluate.judge_prompts import ANSWER, Case
-from precision.evaluate.questions import Question, find_video, read_list, read_questions, select, text
+from precision.evaluate.questions import Question, find_video, percent, read_list, read_questions, select, text
 
 
 class Set(NamedTuple):
@@ -31,11 +31,22 @@ SETS = {
     "TGIF_QA": Set("TGIF_QA", ("tgif_videos", "videos", "video_gif"), ("gif",)),
 }
 
+LAYOUT = "\n".join(
+    ["DIR/"]
+    + [
+        f"  {part.folder}/\n    test_q.json           a list of {{video_name, question, question_id}}\n"
+        "    test_a.json           a list of {answer, question_id}, in the same order\n"
+        f"    {'|'.join(part.videos)}/{part.prefix}VIDEO_NAME.{'|'.join(part.endings)}"
+        for part in SETS.values()
+    ]
+)
+
 
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """The questions of the sets that DIR has. `ratio` counts in each set. Raises ConfigError."""
     known = [name for name, part in SETS.items() if (data / part.folder / "test_q.json").exists()]
-    return [q for name in select(known, tasks, data) for q in _read_set(name, SETS[name], data, ratio)]
+    files = [f"{part.folder}/test_q.json" for part in SETS.values()]
+    return [q for name in select(known, tasks, data, files) for q in _read_set(name, SETS[name], data, ratio)]
 
 
 def _read_set(name: str, part: Set, data: Path, ratio: float | None) -> list[Question]:
@@ -105,15 +116,18 @@ def write_results(
 
 
 def leaderboard(counts: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Accuracy in percent and mean score of each task, and over all that was judged; empty when nothing was."""
+    """Accuracy in percent and mean score of each task, and over all that was judged; empty when nothing was.
+
+    Both have two decimals.
+    """
     board: dict[str, Any] = {
-        name: {"acc": count["correct"] / count["total"] * 100, "score": count["score"] / count["total"]}
+        name: {"acc": percent(count["correct"], count["total"]), "score": round(count["score"] / count["total"], 2)}
         for name, count in counts.items()
     }
     total = sum(count["total"] for count in counts.values())
     if total:
-        board["Avg_Acc"] = sum(count["correct"] for count in counts.values()) / total * 100
-        board["Avg_Score"] = sum(count["score"] for count in counts.values()) / total
+        board["Avg_Acc"] = percent(sum(count["correct"] for count in counts.values()), total)
+        board["Avg_Score"] = round(sum(count["score"] for count in counts.values()) / total, 2)
     return board
 
 

@@ -6,13 +6,15 @@
 writes <set>_eval.json for each set: {id: {"video_id", "question", "output_sequence": [text], "time", "dataset"}}, time
 in seconds. A question that fails keeps its row, with an "error" and an empty text. Every answer is in
 <set>_eval.log.jsonl as soon as it is there: after a kill the same command goes on, and failed questions are asked
-again. <set>_eval.json.manifest.json says what the answers were made with; results of other settings are never
-overwritten.
+again, as are those whose video has changed. <set>_eval.json.manifest.json says what the answers were made with; results
+of other settings are not overwritten unless --overwrite is given.
 """
 
 import argparse
 import hashlib
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from atb_pllava.requirements import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.answers import AnswerLog, Row, answer_all, settings_digest
+from atb_pllava.answers import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.model_options import (
     add_engine_options,
@@ -37,6 +39,7 @@ from atb_pllava.commands.model_options import (
     sampling_params,
 )
 from atb_pllava.commands.parser import Parser
+from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.json_file import write_json
@@ -45,6 +48,8 @@ from atb_pllava.manifest import settings_of, write_manifest
 from atb_pllava.tokenizer import Tokenizer
 from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
 from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
+
+REMEDY = "name another --chat_conversation_output_folder, or start over with --overwrite"
 
 
 def answer_sets(arguments: argparse.Namespace) -> int:
@@ -65,9 +70,15 @@ def answer_sets(arguments: argparse.Namespace) -> int:
         arguments.conversation = usual_conversation(arguments)
     params = replace(sampling_params(arguments), stop=FORMATS[arguments.prompt_format].stop)
     failed = 0
-    with load_model(arguments, workers) as llm:
+    with ExitStack() as stack:
+        logs = {name: stack.enter_context(AnswerLog(_log_path(folder, name), REMEDY)) for name in sets}
+        if not arguments.overwrite:
+            planned = planned_settings(arguments, params, workers)
+            for name, log in logs.items():
+                check_replaceable(_target(folder, name), log, {**planned, **_choices(arguments, name)}, only=True)
+        llm = stack.enter_context(load_model(arguments, workers))
         for name, questions in sets.items():
-            failed += answer_set(llm, name, questions, params, arguments)
+            failed += answer_set(llm, name, questions, params, logs[name], arguments)
     return 2 if failed else 0
 
 
@@ -80,20 +91,17 @@ def usual_conversation(arguments: argparse.Namespace) -> str | None:
 
 
 def answer_set(
-    llm: LLM, name: str, questions: list[Question], params: SamplingParams, arguments: argparse.Namespace
-) -> int:
+    llm: LLM, name: str, questions: list[Question], params: SamplingParams, log: AnswerLog,
+    arguments: argparse.Namespace) -> int:  # fmt: skip
     """Ask one set's questions and write its three files; how many questions failed."""
-    target = arguments.chat_conversation_output_folder / f"{name}_eval.json"
+    target = _target(arguments.chat_conversation_output_folder, name)
     prefix = FORMATS[arguments.prompt_format].answer_prefix
     asked = {question.name: question for question in questions}
     texts = {q.name: question_text(q, arguments.prompt_format, arguments.answer_request) for q in questions}
-    settings = {
-        **settings_of(llm, params),
-        "prompt_format": arguments.prompt_format,
-        "answer_request": arguments.answer_request,
-        "questions": hashlib.sha256(questions_file(arguments.Eval_QA_root, name).read_bytes()).hexdigest(),
-    }
-    check_replaceable(target, settings_digest(settings))
+    settings = {**settings_of(llm, params), **_choices(arguments, name)}
+    if not arguments.overwrite:
+        check_replaceable(target, log, settings)
+    log.begin(settings, overwrite=arguments.overwrite)
 
     def request_of(key: str) -> dict[str, Any]:
         video = arguments.Eval_Video_root / asked[key].vid_path
@@ -101,24 +109,45 @@ def answer_set(
             raise VideoError(f"there is no video {video}: --Eval_Video_root is the folder that holds Eval_video")
         return {"question": texts[key], "answer_prefix": prefix, "video": str(video)}
 
-    with AnswerLog(target.with_suffix(".log.jsonl"), settings) as log:
-        rows = answer_all(llm, list(asked), request_of, params, log, _kept, name, arguments.quiet)
+    files = [(question.name, arguments.Eval_Video_root / question.vid_path) for question in questions]
+    keys = keys_of(files, len(files), arguments.quiet)
+    answer_all(llm, keys, request_of, params, log, _kept, name, arguments.quiet)
+    rows = {key.id: log.row(key) or {} for key in keys}
     write_manifest(target, llm, params, set=name, questions=len(rows), settings=settings_digest(settings),
-                   prompt_format=arguments.prompt_format, answer_request=arguments.answer_request)  # fmt: skip
+                   **_choices(arguments, name))  # fmt: skip
     write_json(target, {key: _result(asked[key], texts[key], row) for key, row in rows.items()})
     failed = sum("error" in row for row in rows.values())
     print(f"{name}: {len(rows) - failed} answered, {failed} failed: {target}", flush=True)
     return failed
 
 
-def check_replaceable(target: Path, settings: str) -> None:
-    """Raise ConfigError when `target` holds results of other settings, which the run would overwrite."""
+def check_replaceable(target: Path, log: AnswerLog, settings: Mapping[str, Any], only: bool = False) -> None:
+    """Raise ConfigError when `target` or its log holds results of other settings; `only`: these are not all of them."""
+    log.check(settings, only)
     manifest = target.with_name(f"{target.name}.manifest.json")
-    if target.exists() and (not manifest.exists() or read_json(manifest).get("settings") != settings):
-        raise ConfigError(
-            f"{target} holds answers to other questions or of another model, dtype, world size or option"
-            f"{f' (see {manifest})' if manifest.exists() else ''}; name another --chat_conversation_output_folder"
-        )
+    if log.is_new and target.exists():
+        before = read_json(manifest) if manifest.exists() else {}
+        if "weights" not in before:
+            raise ConfigError(f"{target} exists, and no manifest says what its answers were made with; {REMEDY}")
+        recorded = {name: before[name] for name in settings if name in before}
+        check_settings(target, recorded, {name: settings[name] for name in recorded}, REMEDY)
+
+
+def _choices(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What decides a set's answers besides the model and its settings."""
+    return {
+        "prompt_format": arguments.prompt_format,
+        "answer_request": arguments.answer_request,
+        "questions_sha256": hashlib.sha256(questions_file(arguments.Eval_QA_root, name).read_bytes()).hexdigest(),
+    }
+
+
+def _target(folder: Path, name: str) -> Path:
+    return folder / f"{name}_eval.json"
+
+
+def _log_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}_eval.log.jsonl"
 
 
 def _kept(_: str, answer: RequestOutput) -> Row:
@@ -153,6 +182,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--answer_request", metavar="TEXT",
         help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})")  # fmt: skip
+    add_overwrite_option(group, "the output folder")
     group.add_argument("--quiet", action="store_true", help="only results, warnings and errors")
     add_model_options(parser)
     add_prompt_options(parser)
