@@ -254,7 +254,8 @@ class MediaFolder:
     @cached_property
     def by_name(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
-        for folder, _, files in os.walk(self.path):
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
             for file in files:
                 found.setdefault(file, []).append(Path(folder) / file)
         return found

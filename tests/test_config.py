@@ -66,7 +66,7 @@ def test_other_spellings() -> None:
         ("num_frames", 0, "num_frames is 0"),
         ("pooling_shape", [2, 0, 2], "pooling_shape"),
         ("text_config.rope_parameters", 5, "rope_parameters"),
-        ("text_config.rope_parameters", {"type": "linear", "factor": 2}, "rope_type is 'linear'"),
+        ("text_config.rope_parameters", {"type": "linear", "factor": 2}, "rope_parameters is .*linear"),
         ("torch_dtype", "int4", "torch_dtype is 'int4'"),
     ],
 )

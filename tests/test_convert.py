@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import raw_config, write_checkpoint
+from conftest import raw_config, tokenizer_definition, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -403,7 +403,7 @@ def test_refusals(source: Path, quantised: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     refuse(ConfigError, "is the source", source, source, W8A16)
     refuse(ConfigError, "is the source", source, f"{source}/../{source.name}/", W8A16)
-    refuse(ConfigError, "is not a directory", tmp_path / "nothing", tmp_path / "out", W8A16)
+    refuse(ConfigError, "not a readable directory; -src names", tmp_path / "nothing", tmp_path / "out", W8A16)
     refuse(ConfigError, "not an empty directory", source, quantised, W8A16)
     refuse(WeightError, "quantised already", quantised, tmp_path / "out", W8A16)
     refuse(ConfigError, "o_proj.*128|128.*o_proj|192 columns", source, tmp_path / "out",
@@ -514,6 +514,7 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
         stream.write(shard.header)
         stream.truncate(shard.num_bytes)
     (directory / "config.json").write_text(json.dumps(raw))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     return directory
 
 

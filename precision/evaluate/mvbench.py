@@ -54,7 +54,7 @@ SUB_TASKS = {
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """All questions of DIR, MVBench's own sub-tasks first. Raises ConfigError when there is nothing to read."""
     found: dict[str, Path] = {}
-    for path in _in_order((data / "json").glob("*.json")):
+    for path in _in_order((data / "json").glob("[!.]*.json")):
         name = sub_task(path.stem).name
         if name in found:
             raise ConfigError(f"{found[name].name} and {path.name} are both {name!r}: rename one of them")
@@ -72,7 +72,7 @@ def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = N
 
 def missing_sub_tasks(data: Path) -> list[str]:
     """MVBench's sub-tasks that DIR lacks; none when DIR is another set altogether."""
-    stems = {path.stem for path in (data / "json").glob("*.json")}
+    stems = {path.stem for path in (data / "json").glob("[!.]*.json")}
     return [known.name for stem, known in SUB_TASKS.items() if stem not in stems] if stems & set(SUB_TASKS) else []
 
 

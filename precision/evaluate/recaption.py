@@ -25,7 +25,7 @@ REQUEST = (
 
 def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
     """A request for each annotated video. `ratio` counts in each set. Raises ConfigError."""
-    known = sorted(path.parent.name for path in data.glob("*/annotations.json"))
+    known = sorted(path.parent.name for path in data.glob("[!.]*/annotations.json"))
     return [q for name in select(known, tasks, data) for q in _read_set(data / name, ratio)]
 
 

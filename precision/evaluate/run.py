@@ -1,6 +1,5 @@
 """One benchmark from its data to its results."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.answers import AnswerLog, settings_digest
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
+from atb_pllava.json_file import read_json, write_json
 from atb_pllava.manifest import settings_of, write_manifest
 from precision.evaluate import mvbench, recaption, vcgbench, videoqa
 from precision.evaluate.judge import Judge
@@ -90,9 +89,9 @@ def _check_same(directory: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         same = before["settings"] == settings_digest(settings)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError):
         raise ConfigError(f"{path} is no manifest of this command; name another --output_dir") from None
     if not same:
         changed = [key for key, value in settings.items() if before.get(key) != value]
