@@ -233,8 +233,8 @@ def parse_side(text: str, model_path: str | None) -> dict[str, Any]:
         try:
             options[key] = KEYS[key](value)
         except ValueError:
-            wanted = "true or false" if KEYS[key] is _flag else "a number"
-            raise ConfigError(f"{part!r} in side {text!r}: {value!r} is not {wanted}") from None
+            wrong = "neither true nor false" if KEYS[key] is _flag else "no number"
+            raise ConfigError(f"{part!r} in side {text!r}: {value!r} is {wrong}") from None
     if options.get("pooling", POOLINGS[0]) not in POOLINGS:
         raise ConfigError(f"pooling is {options['pooling']!r}; it must be one of {', '.join(POOLINGS)}")
     if options.get("pooling") == "matrices" and options.get("world_size", 1) > 1:

@@ -424,7 +424,7 @@ def test_a_compiler_older_than_the_cpu(imitation: str, tmp_path: Path, monkeypat
 
 
 def test_a_compiler_that_is_no_command() -> None:
-    with pytest.raises(BackendError, match='compiler "c.. \'x" is no command: No closing quotation'):
+    with pytest.raises(BackendError, match="compiler \"c.. 'x\" is no command: No closing quotation"):
         get_backend("cpu", kernels="native", compiler="c++ 'x")
 
 
@@ -545,7 +545,7 @@ def test_a_glibc_that_takes_no_large_threshold(compiled: None, tmp_path: Path) -
     old = tmp_path / "old.cpp"
     old.write_text(
         '#include <cstdio>\nextern "C" int mallopt(int name, int value) {\n'
-        "const int taken = name != -3 || value <= 32 << 20;\n"
+        'const int taken = name != -3 || value <= 32 << 20;\n'
         'if (taken) printf("%d %d\\n", name, value);\nreturn taken; }\n'
     )
     command = [*build._find_compiler(None), "-shared", "-fPIC", str(old), "-o", str(tmp_path / "old.so")]

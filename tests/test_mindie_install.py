@@ -27,7 +27,6 @@ from atb_pllava.mindie.locate import find_atb_llm, find_examples
 
 REAL = os.environ.get("ATB_LLM_HOME")
 
-
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
     """A stand-in of atb_llm in a directory of its own."""
@@ -86,7 +85,8 @@ def python(site: Path, host: Path, code: str) -> subprocess.CompletedProcess[str
 
 
 ASK = (
-    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); print(type(r).__name__, r.args)"
+    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); "
+    "print(type(r).__name__, r.args)"
 )
 
 
