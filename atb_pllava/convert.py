@@ -112,10 +112,10 @@ def convert_checkpoint(
     if calibration and not (options.is_quantised and options.quantizer == "own"):
         made = f"{options.kind} with quantizer {options.quantizer}"
         raise ConfigError(f"-calib is about pllava_w8a16 with our own quantizer, not {made}")
-    copies = _files_to_copy(src, configured)
-    _check_rest(src, config, copies)
     checkpoint = open_checkpoint(src, upper)
     _check_source(checkpoint, src)
+    copies = _files_to_copy(src, configured)
+    _check_rest(src, config, copies)
     plan = _with_rest_of_clip(checkpoint, config, options)
     if plan.lora is not None:
         logger.info("%s, merged into %d tensors", plan.lora, len(plan.lora_ranks))
@@ -360,7 +360,10 @@ def _write_rest(
 
 def _content(file: Path) -> bytes:
     """A file as the result has it: JSON without a byte order mark, which other readers of the result refuse."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} {json_file.why_unreadable(file, error)}") from None
     if file.suffix == ".json" and content.startswith(BYTE_ORDER_MARKS):
         return json.dumps(json_file.read_json(file), ensure_ascii=False, indent=2).encode()
     return content

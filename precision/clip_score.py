@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -88,8 +89,10 @@ class OpenClip:
     def _register(self, model_name: str) -> str:
         """The name of a built-in model, or of one described by a JSON file, that needs nothing from a hub."""
         if model_name.endswith(".json"):
-            read_json(model_name)
-            self._package.add_model_config(Path(model_name))
+            with tempfile.TemporaryDirectory() as folder:  # a copy, because open_clip takes no byte order mark
+                copy = Path(folder) / Path(model_name).name
+                write_json(copy, read_json(model_name))
+                self._package.add_model_config(copy)
             model_name = Path(model_name).stem
         built_in = not set("/:") & set(model_name)  # other names are addresses on a hub
         config = self._package.get_model_config(model_name) if built_in else None

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import _sources
 from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.weights import CheckpointError, open_checkpoint
-from precision.clip_score import MediaFolder, read_answers
+from precision.clip_score import MediaFolder, OpenClip, read_answers
 from precision.evaluate import mvbench, recaption
 from precision.parity import compare_files, recorded_errors
 from precision.videobench import dataset
@@ -141,6 +142,20 @@ def test_the_other_files_too(tmp_path: Path) -> None:
     assert compare_files(str(rows), str(rows))["errors"] == []
     written("rec/index.json", {"errors": ["one failed"]})
     assert recorded_errors(tmp_path / "rec") == ["one failed"]
+
+
+def test_the_description_of_a_judge_too(tmp_path: Path) -> None:
+    description = {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}
+    (tmp_path / "judge.json").write_bytes(json.dumps(description).encode("utf-8-sig"))
+    known = {}
+
+    def add_model_config(path: Path) -> None:  # open_clip's own: json.load of a text
+        with open(path, encoding="utf-8") as file:
+            known[path.stem] = json.load(file)
+
+    judge = OpenClip.__new__(OpenClip)
+    judge._package = SimpleNamespace(add_model_config=add_model_config, get_model_config=known.get)
+    assert judge._register(str(tmp_path / "judge.json")) == "judge" and known == {"judge": description}
 
 
 def test_a_log_of_answers_that_an_editor_saved_with_a_mark(tmp_path: Path) -> None:
