@@ -78,7 +78,9 @@ class AdapterConfig:
         if not os.path.lexists(path):
             return None
         raw = read_json(path)
-        wrong = [*_refused(raw), *_unsaved_modules(raw, names), *_unusable_numbers(raw)]
+        wrong = [*_refused(raw), *_unsaved_modules(raw, names)]
+        if raw.get("peft_type") in (None, *_ALLOWED["peft_type"]):  # others have no alpha
+            wrong += _unusable_numbers(raw)
         if wrong:
             raise ConfigError(f"{path}: {'; '.join(wrong)}. What to do: {_REMEDY}")
         return cls(path, float(raw["lora_alpha"]), raw.get("r"), raw.get("use_rslora") is True)

@@ -58,8 +58,8 @@ KINDS = {
     "dtype": ("unsupported types", f"save these tensors as one of {', '.join(DTYPES)}"),
     "value": ("unusable values", "the file is damaged or the training diverged: compare checksums, download again; "
               "where float16 is too narrow, run in bfloat16 or float32"),
-    "lora": ("LoRA", "LoRA needs lora_A and lora_B of one rank for linear layers of the language model, and the alpha "
-             "it is to be used with"),
+    "lora": ("LoRA", "LoRA needs lora_A and lora_B of one rank for linear layers of the language model, and an "
+             "alpha above zero"),
 }  # fmt: skip
 
 

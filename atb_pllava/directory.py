@@ -16,6 +16,7 @@ _HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
     r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?:/(?:tree|blob|resolve)/.*)?/?"
 )
+_ADAPTER_CONFIG = "adapter_config.json"
 _ON_TOP = {"--model_path": "--weight_dir", "-src": "-weight_dir"}
 _FOLDERS_SEARCHED = 50  # enough to meet the media of a folder, few enough for a wrong path such as /
 
@@ -48,7 +49,7 @@ def check_has_config(directory: Path, option: str = "--model_path") -> Path:
     if os.path.lexists(config):
         return config
     missing = f"{config} does not exist; a checkpoint directory needs it"
-    if os.path.lexists(directory / "adapter_config.json"):
+    if os.path.lexists(directory / _ADAPTER_CONFIG):
         missing = (
             f"{config} does not exist; {directory} holds a PEFT adapter: give it as {_ON_TOP.get(option, option)}, and "
             f"its base model as {option}"
@@ -76,6 +77,8 @@ def config_directory(
     if weight_dir is not None:
         upper = check_directory(weight_dir, options[1])
         if os.path.lexists(upper / "config.json"):
+            if os.path.lexists(base / _ADAPTER_CONFIG):
+                check_has_config(base, options[0])  # an adapter alone: the two are swapped
             return upper, options[1]
     return base, options[0]
 

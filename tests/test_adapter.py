@@ -348,8 +348,9 @@ def test_a_file_without_lora_beside_it_means_nothing(
 def test_an_adapter_of_another_kind_is_named(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "ia3", {"base_model.model.model.layers.0.mlp.down_proj.ia3_l": torch.ones(96)},
                            {"peft_type": "IA3", "target_modules": ["down_proj"]})  # fmt: skip
-    with pytest.raises(ConfigError, match='peft_type is "IA3", only "LORA"'):
+    with pytest.raises(ConfigError, match='peft_type is "IA3", only "LORA"') as caught:
         plan_of(base, adapter)
+    assert "lora_alpha" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
@@ -392,6 +393,8 @@ def test_an_adapter_alone_is_no_model(base: Path, tmp_path: Path, lora: dict[str
     adapter = save_adapter(tmp_path / "adapter", lora, settings(4, 16))
     with pytest.raises(ConfigError, match="holds a PEFT adapter: give it as --weight_dir, and its base model"):
         LLM(adapter)
+    with pytest.raises(ConfigError, match="holds a PEFT adapter: give it as --weight_dir"):
+        LLM(adapter, base)  # swapped
     with pytest.raises(ConfigError, match="give it as -weight_dir, and its base model as -src"):
         convert_checkpoint(adapter, tmp_path / "out", ConvertOptions("pllava_merged"))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atb_pllava import convert, shards
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig
+from atb_pllava.config import PllavaConfig, PreprocessorConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.llm import LLM
@@ -153,6 +153,22 @@ def test_merged_is_the_float_checkpoint_again(source: Path, tmp_path: Path) -> N
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantize" not in config and config["model_type"] == "pllava"
     assert not (tmp_path / "out" / "quant_model_description.json").exists()
+
+
+def test_image_and_rope_settings_of_transformers_5_stay_what_they_were(source: Path, tmp_path: Path) -> None:
+    model = copy(source, tmp_path / "model")
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    raw = {**RAW, "text_config": {**RAW["text_config"], "rope_scaling": rope}, "rope_scaling": {"type": "default"}}
+    (model / "config.json").write_text(json.dumps(raw))
+    settings = {"size": {"shortest_edge": 56}, "crop_size": 56, "image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 2]}
+    (model / "processor_config.json").write_text(json.dumps({"image_processor": settings, "shortest_edge": 48}))
+    convert_checkpoint(model, tmp_path / "out", W8A16)
+    before, after = (PreprocessorConfig.from_dir(path, 56) for path in (model, tmp_path / "out"))
+    assert before == after == PreprocessorConfig(56, 48, (0.5, 0.4, 0.3), (1, 1, 2))
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["rope_theta"] == made["text_config"]["rope_theta"] == 5e5
+    assert not [s for s in (made, made["text_config"]) if s.keys() & {"rope_scaling", "rope_parameters"}]
+    assert PllavaConfig.from_dir(tmp_path / "out").text == PllavaConfig.from_dir(model).text
 
 
 def test_lora_is_merged_before_it_is_rounded(source: Path, tmp_path: Path) -> None:
