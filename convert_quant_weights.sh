@@ -15,7 +15,9 @@ usage: bash convert_quant_weights.sh -src FLOAT_DIR -dst NEW_DIR -type TYPE [OPT
 
 Options:
   -weight_dir DIR    directory with LoRA tensors on top of -src
-  -lora_alpha A      LoRA strength, stored in no checkpoint (default: 4, as published)
+  -lora_alpha A      LoRA strength (default: what adapter_config.json beside the LoRA says, else 4, as published)
+  -ignore_adapter_config
+                     scale the LoRA by -lora_alpha, or 4, whatever its adapter_config.json says
   -asymmetric        zero points: finer steps where a row's weights are not spread around 0
   -group_size N      64 or 128 columns share a scale (default: 0, a whole row, which is what MindIE takes)
   -quantizer NAME    own (default), or msmodelslim where that is installed: the same files, one layer in memory at a time

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, WeightError
+from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY, why_unreadable
 from atb_pllava.quant import Int8Layers
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,8 +58,8 @@ KINDS = {
     "dtype": ("unsupported types", f"save these tensors as one of {', '.join(DTYPES)}"),
     "value": ("unusable values", "the file is damaged or the training diverged: compare checksums, download again; "
               "where float16 is too narrow, run in bfloat16 or float32"),
-    "lora": ("LoRA", "LoRA needs lora_A and lora_B of one rank for linear layers of the language model, and the alpha "
-             "it is to be used with"),
+    "lora": ("LoRA", "LoRA needs lora_A and lora_B of one rank for linear layers of the language model, and an "
+             "alpha above zero"),
 }  # fmt: skip
 
 
@@ -137,6 +138,11 @@ class WeightDir:
     def lora_targets(self) -> set[str]:
         return {lora_target(name) for name in self.tensors if is_lora(name)}
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter_config.json in it would be about its tensors."""
+        return bool(self.lora_targets) or any(t.file.name.startswith("adapter_model") for t in self.tensors.values())
+
     def describe(self) -> str:
         keys = [t.key for t in self.tensors.values()]
         if any("base_model.model." in key for key in keys):
@@ -170,7 +176,7 @@ def lora_target(name: str) -> str:
 def read_directory(path: Path, problems: list[Problem]) -> list[StoredTensor]:
     """Every tensor of a directory; what is wrong with it is added to `problems`."""
     try:
-        names = sorted(os.listdir(path))
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
         problems.append(Problem("file", str(path), f"cannot be listed: {error.strerror}"))
         return []
@@ -263,7 +269,7 @@ def _read_header(file: Path, problems: list[Problem]) -> list[StoredTensor] | No
                 slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
                 return [StoredTensor(file, k, s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()]
     except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
+        reason = why_unreadable(file, error)
     except (SafetensorError, RuntimeError, ValueError) as error:
         reason = f"is truncated or not a safetensors file: {error}"
     problems.append(Problem("file", str(file), reason))
@@ -271,11 +277,14 @@ def _read_header(file: Path, problems: list[Problem]) -> list[StoredTensor] | No
 
 
 def _unusable_file(file: Path) -> str | None:
-    """Why a file is not worth handing to the library: not a regular file (a pipe would block), or a huge header."""
+    """Why a file is not worth handing to the library: no regular file (a pipe would block), no weights, huge header."""
     if not stat.S_ISREG(os.stat(file).st_mode):
         return "is not a regular file"
     with open(file, "rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
+        head = stream.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        return LFS_REMEDY
+    header_bytes = int.from_bytes(head[:8], "little")
     if header_bytes > MAX_HEADER_BYTES:
         return f"claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}"
     return None

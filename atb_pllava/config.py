@@ -5,15 +5,16 @@ Keys of config.json that PLLaVA never reads (published files carry many) are ign
 and cannot are refused.
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from atb_pllava.directory import check_directory, check_has_config
 from atb_pllava.errors import ConfigError
+from atb_pllava.json_file import read_object
 
 MODEL_TYPES = ("llava", "pllava", "llava_next")
 LARGEST_WORLD = 8  # devices
@@ -176,10 +177,7 @@ class PllavaConfig:
             )
         text_raw, vision_raw = _section(raw, "text_config"), _section(raw, "vision_config")
         _refuse_unsupported(raw, text_raw)
-        rope = _section(text_raw, "rope_parameters", {})
-        text = TextConfig(
-            **_known(TextConfig, text_raw, also={"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
-        )
+        text = TextConfig(**_known(TextConfig, text_raw, also=_rope_theta(raw, text_raw)))
         eos = _first(generation or {}, text_raw, key="eos_token_id", default=2)
         return cls(
             vision=VisionConfig(**_known(VisionConfig, vision_raw)),
@@ -193,22 +191,16 @@ class PllavaConfig:
         )
 
     @classmethod
-    def from_dir(cls, model_dir: str | os.PathLike[str]) -> "PllavaConfig":
-        """Read config.json and generation_config.json of a checkpoint directory."""
-        directory = Path(model_dir)
-        if not os.fspath(model_dir) or not os.path.isdir(directory):
-            raise ConfigError(
-                f"{os.fspath(model_dir)!r} is not a readable directory; --model_path names a checkpoint directory"
-            )
-        generation = directory / "generation_config.json"
-        return cls.from_json(
-            read_json(directory / "config.json"), read_json(generation) if os.path.isfile(generation) else None
-        )
+    def from_dir(cls, model_dir: str | os.PathLike[str], option: str = "--model_path") -> "PllavaConfig":
+        """Read config.json and generation_config.json of a checkpoint directory, which `option` named."""
+        directory = check_directory(model_dir, option)
+        config, generation = check_has_config(directory, option), directory / "generation_config.json"
+        return cls.from_json(read_json(config), read_json(generation) if os.path.lexists(generation) else None)
 
 
 @dataclass(frozen=True)
 class PreprocessorConfig:
-    """Numbers of preprocessor_config.json that turn frames into pixels; the defaults are CLIP's at 336 pixels."""
+    """Numbers of a checkpoint that turn frames into pixels; the defaults are CLIP's at 336 pixels."""
 
     crop_size: int = 336
     shortest_edge: int = 336  # lower bound of PLLaVA's first resize (processor_config.json)
@@ -217,27 +209,23 @@ class PreprocessorConfig:
 
     @classmethod
     def from_dir(cls, model_dir: str | os.PathLike[str], image_size: int) -> "PreprocessorConfig":
-        """Read the two files where they exist; a crop that is not `image_size` is a ConfigError."""
-        pre, proc = Path(model_dir) / "preprocessor_config.json", Path(model_dir) / "processor_config.json"
-        raw = read_json(pre) if os.path.isfile(pre) else {}
-        processor = read_json(proc) if os.path.isfile(proc) else {}
-        for key, only in _PREPROCESSING.items():
-            if raw.get(key, only) != only:
-                raise ConfigError(f"{pre}: {key} is {raw[key]!r}; PLLaVA's pipeline has only {only!r}")
-        crop, size = raw.get("crop_size", image_size), raw.get("size", image_size)
-        crop = crop.get("height") if isinstance(crop, dict) else crop
-        size = size.get("shortest_edge") if isinstance(size, dict) else size
-        if crop != image_size or size != image_size:
-            raise ConfigError(
-                f"{pre} resizes to {size} and crops to {crop} pixels; the vision tower needs {image_size} for both"
-            )
-        edge = processor.get("shortest_edge", image_size)
-        if not isinstance(edge, int) or not 1 <= edge <= 4096:
-            raise ConfigError(f"{proc} says shortest_edge {edge!r}; it must be a number of pixels from 1 to 4096")
-        mean, std = raw.get("image_mean", cls.image_mean), raw.get("image_std", cls.image_std)
-        if not _are_numbers(mean, 3) or not _are_numbers(std, 3) or min(std) <= 0:
-            raise ConfigError(f"{pre}: image_mean and image_std must be three numbers each, image_std above zero")
-        return cls(crop_size=image_size, shortest_edge=edge, image_mean=tuple(mean), image_std=tuple(std))
+        """Read the image settings and PLLaVA's shortest_edge of a checkpoint directory; see `_image_settings`.
+
+        Raises ConfigError for settings that PLLaVA's pipeline does not have, for a crop that is not `image_size`, and
+        for two places in the directory that disagree.
+        """
+        directory = Path(model_dir)
+        found = {where: _normalised(raw, image_size) for where, raw in _image_settings(directory)}
+        first = next(iter(found), "")
+        for where, settings in found.items():
+            for key, value in settings.items():
+                if value != found[first][key]:
+                    raise ConfigError(
+                        f"{first} says {key} {found[first][key]!r} and {where} says {value!r}; "
+                        "remove the one that does not belong to these weights"
+                    )
+        mean, std = _checked_settings(found[first], first, image_size) if found else (cls.image_mean, cls.image_std)
+        return cls(image_size, _shortest_edge(directory, image_size), mean, std)
 
 
 @dataclass(frozen=True)
@@ -309,21 +297,75 @@ def check_pooling_shape(shape: object) -> tuple[int, int, int]:
     return (sizes[0], sizes[1], sizes[2])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a small text file; ConfigError names the file and what is wrong with it."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ConfigError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB; that is no configuration file")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a checkpoint directory needs it") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must contain a JSON object, not a {type(value).__name__}")
-    return value
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a small file of a checkpoint directory. Raises ConfigError as `json_file.read_json` does."""
+    return read_object(path, largest=_MAX_JSON_BYTES)
+
+
+def _image_settings(directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every place of a checkpoint directory that states image settings, and what it states.
+
+    Published checkpoints have them in preprocessor_config.json. `save_pretrained` of transformers 5 writes them into
+    processor_config.json, under "image_processor"; a processor of videos has its own beside them.
+    """
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        if os.path.lexists(directory / name):
+            yield str(directory / name), read_json(directory / name)
+    processor = _processor(directory)
+    for key in ("image_processor", "video_processor"):
+        settings, where = processor.get(key), f"{directory / 'processor_config.json'} ({key})"
+        if settings is not None:
+            if not isinstance(settings, dict):
+                raise ConfigError(f"{where} is {settings!r}; it must be a JSON object of image settings")
+            yield where, settings
+
+
+def _processor(directory: Path) -> Mapping[str, Any]:
+    file = directory / "processor_config.json"
+    return read_json(file) if os.path.lexists(file) else {}
+
+
+def _shortest_edge(directory: Path, image_size: int) -> int:
+    """What PLLaVA's own processor_config.json says beside the image settings, in pixels."""
+    edge = _processor(directory).get("shortest_edge", image_size)
+    if not isinstance(edge, int) or isinstance(edge, bool) or not 1 <= edge <= 4096:
+        where = directory / "processor_config.json"
+        raise ConfigError(f"{where} says shortest_edge {edge!r}; it must be a number of pixels from 1 to 4096")
+    return edge
+
+
+def _normalised(raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+    """Image settings with the defaults where none are stated, and each in one form of those that transformers reads."""
+    crop, size = raw.get("crop_size", image_size), raw.get("size", image_size)
+    if isinstance(crop, dict) and {"height"} <= crop.keys() and all(side == crop["height"] for side in crop.values()):
+        crop = crop["height"]
+    if isinstance(size, dict) and size.keys() == {"shortest_edge"}:
+        size = size["shortest_edge"]
+    return {
+        **{key: raw.get(key, only) for key, only in _PREPROCESSING.items()},
+        "size": size,
+        "crop_size": crop,
+        "image_mean": raw.get("image_mean", list(PreprocessorConfig.image_mean)),
+        "image_std": raw.get("image_std", list(PreprocessorConfig.image_std)),
+    }
+
+
+def _checked_settings(
+    settings: Mapping[str, Any], where: str, image_size: int
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and deviation of normalised image settings that PLLaVA's pipeline can follow."""
+    for key, only in _PREPROCESSING.items():
+        if settings[key] != only:
+            raise ConfigError(f"{where}: {key} is {settings[key]!r}; PLLaVA's pipeline has only {only!r}")
+    size, crop = settings["size"], settings["crop_size"]
+    if size != image_size or crop != image_size:
+        raise ConfigError(
+            f"{where} resizes to {size} and crops to {crop} pixels; the vision tower needs {image_size} for both"
+        )
+    mean, std = settings["image_mean"], settings["image_std"]
+    if not _are_numbers(mean, 3) or not _are_numbers(std, 3) or min(std) <= 0:
+        raise ConfigError(f"{where}: image_mean and image_std must be three numbers each, image_std above zero")
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
 def _section(raw: Mapping[str, Any], name: str, default: dict[str, Any] | None = None) -> Mapping[str, Any]:
@@ -338,15 +380,12 @@ def _section(raw: Mapping[str, Any], name: str, default: dict[str, Any] | None =
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    rope = _section(text, "rope_parameters", {})
     checks = [
         ("text_config.model_type", text.get("model_type", "llama"), ("llama",)),
         ("text_config.hidden_act", text.get("hidden_act", "silu"), ("silu",)),
         ("text_config.attention_bias", text.get("attention_bias", False), (False,)),
         ("text_config.mlp_bias", text.get("mlp_bias", False), (False,)),
         ("tie_word_embeddings", text.get("tie_word_embeddings", False), (False,)),
-        ("text_config.rope_scaling", text.get("rope_scaling"), (None,)),
-        ("text_config.rope_parameters.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
         ("projector_hidden_act", raw.get("projector_hidden_act", "gelu"), ("gelu",)),
         ("vision_feature_select_strategy", raw.get("vision_feature_select_strategy", "default"), ("default",)),
         ("use_pooling", raw.get("use_pooling", True), (True,)),
@@ -358,6 +397,56 @@ def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None
     layer = raw.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise ConfigError(f"config.json: vision_feature_layer is {layer!r}; one layer number is supported")
+
+
+def _rope_theta(raw: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope_theta inside rope_scaling or rope_parameters, if one is there; transformers 5 prefers it to a plain one.
+
+    Raises ConfigError unless all of these settings scale nothing.
+    """
+    found: dict[str, Any] = {}
+    for section, prefix in ((raw, ""), (text, "text_config.")):
+        for name in ("rope_scaling", "rope_parameters"):
+            for where, settings in _rope_settings(section.get(name), prefix + name):
+                _refuse_rope_scaling(settings, where)
+                # The decoder is text_config's: a theta on the top level is only another copy of it.
+                if prefix and settings.get("rope_theta") is not None:
+                    found[where] = settings["rope_theta"]
+    thetas = list(found.values())
+    if any(theta != thetas[0] for theta in thetas):
+        raise ConfigError(f"config.json: rope_theta differs: {found}; one value serves all layers")
+    return {"rope_theta": thetas[0]} if thetas else {}
+
+
+def _rope_settings(value: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The RoPE settings that a key of config.json holds: none, one object, or one for each type of layer."""
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise ConfigError(f"config.json: {where} is {value!r}; it must be a JSON object or null")
+    if value and all(isinstance(inner, dict) for inner in value.values()):
+        for name, inner in value.items():
+            yield f"{where}.{name}", inner
+    else:
+        yield where, value
+
+
+def _refuse_rope_scaling(settings: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError for RoPE settings that are anything else than LLaMA's own rotation.
+
+    As in transformers 5.9 (modeling_rope_utils.py), "default" has no use for a factor, and "linear" divides by it.
+    """
+    kinds = {settings[key] for key in ("rope_type", "type") if isinstance(settings.get(key), str)}
+    factor = settings.get("factor")
+    is_one = isinstance(factor, int | float) and not isinstance(factor, bool) and factor == 1
+    allowed = kinds == {"default"} or (kinds == {"linear"} and is_one) or (not kinds and (factor is None or is_one))
+    strange = [key for key in ("rope_type", "type") if not isinstance(settings.get(key), str | None)]
+    partial = settings.get("partial_rotary_factor") not in (None, 1)
+    if not allowed or strange or partial:
+        raise ConfigError(
+            f"config.json: {where} is {dict(settings)!r}; only settings that scale nothing are supported: null, "
+            "rope_type 'default', or 'linear' with factor 1"
+        )
 
 
 def _known(cls: type, raw: Mapping[str, Any], also: Mapping[str, Any] | None = None) -> dict[str, Any]:

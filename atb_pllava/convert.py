@@ -6,6 +6,7 @@ at a time. Everything happens in DST.partial, which becomes DST when it is compl
 goes on with the shards it had finished.
 """
 
+import codecs
 import fcntl
 import json
 import logging
@@ -15,24 +16,29 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atb_pllava import json_file
 from atb_pllava.calibrate import Smoothing, find_smoothing
 from atb_pllava.checkpoint import DTYPES, INT8, PICKLES, CheckpointError, Problem
-from atb_pllava.config import PllavaConfig, check_choice, read_json
+from atb_pllava.config import PllavaConfig, PreprocessorConfig, check_choice, read_json
 from atb_pllava.description import DESCRIPTION, DESCRIPTIONS, companions, describe
+from atb_pllava.directory import config_directory
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
+from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.msmodelslim_quantizer import MsModelSlim
 from atb_pllava.ops.cpu import TorchBackend
+from atb_pllava.prompt import choose_conversation
 from atb_pllava.quant import Int8Weight, num_groups, quantise
 from atb_pllava.rounding import MsModelSlimRounding, OwnRounding, Rounding
 from atb_pllava.shards import Shard, ShardWriter, TensorSpec, checksum, plan_shards, write_index
+from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.weights import Checkpoint, LoadItem, LoadPlan, Progress, open_checkpoint, unused_vision_layers
 
 logger = logging.getLogger(__name__)
@@ -49,18 +55,23 @@ QUANTISED = re.compile(r"language_model\.model\.layers\.\d+\.(self_attn\.[qkvo]_
 # Tensors PLLaVA does not read, but a complete CLIP has.
 REST_OF_CLIP = "vision_tower.vision_model.post_layernorm."
 COPIED = (".json", ".model", ".txt", ".jinja")
+BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 NOT_COPIED = ("config.json", "adapter_config.json", *DESCRIPTIONS)
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to make: `kind` is one of TYPES; what follows lora_alpha is about pllava_w8a16 only."""
+    """What to make: `kind` is one of TYPES; symmetric, group_size and quantizer are about pllava_w8a16 only.
+
+    `lora_alpha` and `ignore_adapter_config` are those of `Checkpoint.check`.
+    """
 
     kind: str
-    lora_alpha: float | None = 4.0
+    lora_alpha: float | None = None
     symmetric: bool = True
     group_size: int = 0
     quantizer: str = "own"
+    ignore_adapter_config: bool = False
 
     def __post_init__(self) -> None:
         check_choice("-type", self.kind, TYPES)
@@ -93,19 +104,22 @@ def convert_checkpoint(
     with the same arguments goes on.
     """
     began = time.monotonic()
-    src, dst = Path(source).resolve(), Path(destination).resolve()
+    configured, option = config_directory(source, weight_dir or None, ("-src", "-weight_dir"))
+    src, dst, configured = Path(source).resolve(), Path(destination).resolve(), configured.resolve()
     upper = Path(weight_dir).resolve() if weight_dir else src
-    for option, path in (("-src", src), ("-weight_dir", upper)):
-        if not path.is_dir():
-            raise ConfigError(f"{option} {path} is not a directory; it names a checkpoint directory")
-    config = PllavaConfig.from_dir(upper)
+    config = PllavaConfig.from_dir(configured, option)
     _check_destination(dst, (src, upper))
     if calibration and not (options.is_quantised and options.quantizer == "own"):
         made = f"{options.kind} with quantizer {options.quantizer}"
         raise ConfigError(f"-calib is about pllava_w8a16 with our own quantizer, not {made}")
     checkpoint = open_checkpoint(src, upper)
     _check_source(checkpoint, src)
+    copies = _files_to_copy(src, configured)
+    _check_rest(src, config, copies)
     plan = _with_rest_of_clip(checkpoint, config, options)
+    if plan.lora is not None:
+        logger.info("%s, merged into %d tensors", plan.lora, len(plan.lora_ranks))
+    made_config = _made_config(configured, config, plan, options)
     groups = {name: _specs(name, item, options) for name, item in plan.items.items()}
     shards = plan_shards(groups.values(), options.stem)
     partial = dst.with_name(dst.name + ".partial")
@@ -121,7 +135,7 @@ def convert_checkpoint(
                 if isinstance(error, CheckpointError) or not done:
                     shutil.rmtree(partial, ignore_errors=True)  # there is nothing to go on with
                 raise
-            _write_rest(partial, src, upper, config, shards, options)
+            _write_rest(partial, copies, made_config, shards, options)
             _fsync_directory(partial)
             if _job(plan, options, calibration) != job:
                 raise WeightError(f"-src {src} changed while it was converted; convert it again")
@@ -146,19 +160,36 @@ def _check_source(checkpoint: Checkpoint, src: Path) -> None:
         raise WeightError(f"-src {src} is quantised already ({count} int8 weights); name the float checkpoint")
 
 
+def _check_rest(src: Path, config: PllavaConfig, copies: Mapping[str, Path]) -> None:
+    """Raises before the work what would keep the result from loading, in the words that loading has for it."""
+    tokenizer = Tokenizer.from_dir(src, config.image_token_index)
+    turn_end = choose_conversation(None, chatml=tokenizer.is_chatml).assistant_end.strip()
+    if tokenizer.token_id(turn_end) is None:
+        raise ConfigError(f"{src / 'tokenizer.json'} has no token {turn_end}, which ends the answers of this model")
+    PreprocessorConfig.from_dir(src, config.vision.image_size)
+    for file in copies.values():
+        if _content(file).startswith(LFS_POINTER):
+            raise ConfigError(f"{file} {LFS_REMEDY}")
+
+
 def _with_rest_of_clip(checkpoint: Checkpoint, config: PllavaConfig, options: ConvertOptions) -> LoadPlan:
     """What PLLaVA reads, and the layers of CLIP behind that, which other readers of the directory expect."""
     with torch.device("meta"):
         model = Pllava(config, TorchBackend(), torch.float32)
     shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
     unused = unused_vision_layers(config)
-    plan = checkpoint.check(shapes, unused=unused, lora_alpha=options.lora_alpha)
+    plan = checkpoint.check(
+        shapes,
+        unused=unused,
+        lora_alpha=options.lora_alpha,
+        ignore_adapter_config=options.ignore_adapter_config,
+    )
     stored = {**checkpoint.base.tensors, **(checkpoint.delta.tensors if checkpoint.delta else {})}
     rest = {name: t for name, t in stored.items() if name.startswith((*unused, REST_OF_CLIP)) and name not in shapes}
     wrong = [Problem("dtype", name, f"{t.dtype} in {t.file}") for name, t in rest.items() if t.dtype not in DTYPES]
     if wrong:
         raise CheckpointError(checkpoint.where, wrong)
-    return LoadPlan(plan.where, {**plan.items, **{name: LoadItem(t) for name, t in rest.items()}}, plan.lora_alpha)
+    return replace(plan, items={**plan.items, **{name: LoadItem(tensor) for name, tensor in rest.items()}})
 
 
 def _is_int8(name: str, options: ConvertOptions) -> bool:
@@ -179,10 +210,10 @@ def _specs(name: str, item: LoadItem, options: ConvertOptions) -> list[TensorSpe
 
 
 def _job(plan: LoadPlan, options: ConvertOptions, calibration: Sequence[str]) -> dict[str, Any]:
-    """What makes two conversions the same: the options, and the files as they are now."""
+    """What makes two conversions the same: the options, the scale of a LoRA, and the files as they are now."""
     files = sorted({*(part.file for item in plan.items.values() for part in item.parts), *map(Path, calibration)})
     stats = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    return {"options": asdict(options), "files": stats}
+    return {"options": asdict(options), "lora_scale": plan.lora_scale, "files": stats}
 
 
 @contextmanager
@@ -296,8 +327,22 @@ def _write_tensor(writer: ShardWriter, name: str, plan: LoadPlan, options: Conve
             writer.write(name, rounding.floats(name, rows, DTYPES[stored.dtype]), first)
 
 
+def _made_config(configured: Path, config: PllavaConfig, plan: LoadPlan, options: ConvertOptions) -> dict[str, Any]:
+    """The result's config.json, which says how strongly a LoRA was merged."""
+    raw, generation = read_json(configured / "config.json"), configured / "generation_config.json"
+    extra = read_json(generation) if os.path.lexists(generation) else {}
+    made = host_config(raw, extra, config, quantised=options.is_quantised)
+    PllavaConfig.from_json(made, extra)
+    if plan.lora is None:
+        return made
+    lora = plan.lora
+    source = f"{lora.source.parent.name}/{lora.source.name}" if isinstance(lora.source, Path) else lora.source
+    record = {"r": lora.rank, "alpha": lora.alpha, "scale": lora.scale, "use_rslora": lora.use_rslora}
+    return {**made, "merged_lora": {**record, "alpha_from": source}}
+
+
 def _write_rest(
-    partial: Path, src: Path, upper: Path, config: PllavaConfig, shards: Sequence[Shard], options: ConvertOptions
+    partial: Path, copies: Mapping[str, Path], made: Mapping[str, Any], shards: Sequence[Shard], options: ConvertOptions
 ) -> None:
     """Everything but the weights; config.json is last, without it nothing loads."""
     (partial / FACTORS).unlink(missing_ok=True)
@@ -306,27 +351,35 @@ def _write_rest(
         names = [spec.name for shard in shards for spec in shard.specs]
         int8 = {n for name in names if _is_int8(name, options) for n in (name, *companions(name))}
         _write_json(partial / DESCRIPTION, describe(int8, set(names) - int8, options.group_size))
-    for name, file in _files_to_copy(src, upper).items():
-        shutil.copyfile(file, partial / name)
-    raw = read_json(upper / "config.json")
-    generation = upper / "generation_config.json"
-    extra = read_json(generation) if generation.is_file() else {}
-    made = host_config(raw, extra, config, quantised=options.is_quantised)
+    for name, file in copies.items():
+        (partial / name).write_bytes(_content(file))
     if not (partial / "tokenizer_config.json").exists() and (partial / "tokenizer.json").exists():
         _write_json(partial / "tokenizer_config.json", host_tokenizer(read_json(partial / "tokenizer.json"), made))
     _write_json(partial / "config.json", made)
 
 
-def _files_to_copy(src: Path, upper: Path) -> dict[str, Path]:
+def _content(file: Path) -> bytes:
+    """A file as the result has it: JSON without a byte order mark, which other readers of the result refuse."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} {json_file.why_unreadable(file, error)}") from None
+    if file.suffix == ".json" and content.startswith(BYTE_ORDER_MARKS):
+        return json.dumps(json_file.read_json(file), ensure_ascii=False, indent=2).encode()
+    return content
+
+
+def _files_to_copy(src: Path, configured: Path) -> dict[str, Path]:
     """Tokenizer and preprocessor come from the model, as when it runs; generation_config.json goes with config.json."""
     files = {file.name: file for file in src.iterdir() if file.name != "generation_config.json"}
-    files["generation_config.json"] = upper / "generation_config.json"
+    files["generation_config.json"] = configured / "generation_config.json"
     return {
         name: file
         for name, file in files.items()
         if file.is_file()
         and file.suffix in COPIED
         and name not in NOT_COPIED
+        and not name.startswith(".")
         and not name.endswith((".index.json", *PICKLES))
         and file.stat().st_size <= LARGEST_COPY
     }
@@ -357,7 +410,10 @@ def host_config(
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "pad_token_id": token("pad_token_id", 0),
     }
-    merged = {key: value for key, value in raw.items() if key not in ("quantize", "quantization_config")}
+    # RoPE settings that were accepted scale nothing, and the host would look for more in them.
+    dropped = ("quantize", "quantization_config", "rope_scaling", "rope_parameters")
+    merged = {key: value for key, value in raw.items() if key not in dropped}
+    section = {key: value for key, value in section.items() if key not in dropped}
     merged |= {
         "model_type": "pllava",
         "torch_dtype": "float16" if config.dtype == "float32" else config.dtype,

@@ -33,7 +33,7 @@ def companions(name: str) -> tuple[str, str]:
 
 def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8Layers, list[Problem]]:
     """The int8 layers of a directory with these tensors, none where it has no description; and what does not fit."""
-    files = [path / name for name in DESCRIPTIONS if os.path.exists(path / name)]
+    files = [path / name for name in DESCRIPTIONS if os.path.lexists(path / name)]
     if not files:
         return Int8Layers(), []
     try:

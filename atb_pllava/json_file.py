@@ -1,4 +1,4 @@
-"""Files of results: checked before the work, written whole or not at all."""
+"""JSON files: the one reader for all of them, and results that are written whole or not at all."""
 
 import json
 import os
@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LFS_REMEDY = (
+    "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download the directory again"
+)
 
 
 def check_writable(path: str, option: str) -> None:
@@ -50,11 +55,48 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None =
             partial.unlink()
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds. Raises ConfigError naming the file when it cannot be read or is no JSON."""
+def read_json(path: str | os.PathLike[str], largest: int | None = None, distinct_keys: bool = False) -> Any:
+    """What a JSON file holds: UTF-8 with or without a byte order mark, UTF-16 or UTF-32.
+
+    `largest` bounds its bytes; with `distinct_keys` an object that has a key twice is an error.
+    Raises ConfigError naming the file when it cannot be read, is larger, a Git LFS pointer or no JSON.
+    """
+    name = os.fspath(path)
     try:
-        return json.loads(Path(path).read_bytes())
+        with open(path, "rb") as file:
+            content = file.read(-1 if largest is None else largest + 1)
+        if largest is not None and len(content) > largest:
+            raise ConfigError(f"{name} is larger than {largest >> 20} MiB; that is no configuration file")
+        if content.startswith(LFS_POINTER):
+            raise ConfigError(f"{name} {LFS_REMEDY}")
+        # Of bytes, not of a text: json then finds the encoding, and takes a byte order mark.
+        return json.loads(content, object_pairs_hook=_distinct if distinct_keys else None)
     except OSError as error:
-        raise ConfigError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{name} {why_unreadable(path, error)}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{os.fspath(path)} is not valid JSON: {error}") from None
+        raise ConfigError(f"{name} is not valid JSON: {error}") from None
+
+
+def read_object(
+    path: str | os.PathLike[str], largest: int | None = None, distinct_keys: bool = False
+) -> dict[str, Any]:
+    """`read_json` of a file that must hold a JSON object."""
+    value = read_json(path, largest, distinct_keys)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{os.fspath(path)} must contain a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def why_unreadable(path: str | os.PathLike[str], error: OSError) -> str:
+    """Why a file could not be opened; a link to nothing, as half a download leaves it, is named as such."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"is a link to {os.readlink(path)}, which does not exist: the download is not complete, run it again"
+    return f"cannot be read: {error.strerror or error}"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs more than once")
+    return found

@@ -14,6 +14,11 @@ from typing import BinaryIO
 
 from atb_pllava.errors import VideoError
 
+IMAGE_ENDINGS = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])
+VIDEO_ENDINGS = frozenset(
+    [".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".asf"]
+    + [".gif", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".ogv", ".ogg"]
+)
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")  # WebP: see is_image
 
 

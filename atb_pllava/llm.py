@@ -43,18 +43,20 @@ class LLM:
     """PLLaVA on one device or split over several. Not thread-safe: one thread loads and asks.
 
     model_path is a checkpoint directory in any of the published layouts; weight_dir one with LoRA tensors (and
-    possibly more) on top of it; lora_alpha scales them by lora_alpha / rank. num_frames and pooling_shape default to
-    the checkpoint's. sampler, resize and conversation choose among the published pipelines; system replaces the
-    conversation's system text. load_format "random" or "random_w8a16" makes up the weights, and reads none: for
-    benchmarks. world_size splits the model over that many processes, which meet at
-    master_port (None: a free one) or were started by torchrun (workers). All other options are fields of EngineConfig.
+    possibly more) on top of it. lora_alpha scales them by lora_alpha / rank; None takes what PEFT's
+    adapter_config.json beside them says, else 4. A value that contradicts that file is an error unless
+    ignore_adapter_config. num_frames and pooling_shape default to the checkpoint's. sampler, resize and conversation
+    choose among the published pipelines; system replaces the conversation's system text. load_format "random" or
+    "random_w8a16" makes up the weights, and reads none: for benchmarks. world_size splits the model over that many
+    processes, which meet at master_port (None: a free one) or were started by torchrun (workers). All other options
+    are fields of EngineConfig.
     """
 
     def __init__(
         self,
         model_path: str | os.PathLike[str],
         weight_dir: str | os.PathLike[str] | None = None,
-        lora_alpha: float | None = 4,
+        lora_alpha: float | None = None,
         num_frames: int | None = None,
         pooling_shape: Sequence[int] | str | None = None,
         dtype: str = "auto",
@@ -70,6 +72,7 @@ class LLM:
         kernels: str = "auto",
         compiler: str | None = None,
         kernel_dir: str | None = None,
+        ignore_adapter_config: bool = False,
         world_size: int = 1,
         master_port: int | None = None,
         workers: Workers | None = None,
@@ -84,7 +87,7 @@ class LLM:
         check_choice("dtype", dtype, DTYPES)
         options = ModelOptions(
             model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend, load_format,
-            kernels, compiler, kernel_dir)  # fmt: skip
+            kernels, compiler, kernel_dir, ignore_adapter_config)  # fmt: skip
         self.options, self.config = options, options.config()
         self.tokenizer = Tokenizer.from_dir(model_path, self.config.image_token_index)
         self.conversation = choose_conversation(
@@ -123,7 +126,7 @@ class LLM:
         give_back_threads = share_threads(parallel.size)
         try:
             fill_model(model, plan, workers.sign, pack=True)
-            workers.meet(model, plan.fingerprint() + options.described())
+            workers.meet(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
             blocks = self._plan_blocks(model, config)
             choices = blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs
             send_runner_options(parallel, *choices)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
+from atb_pllava.directory import config_directory
 from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, free_memory, get_backend
@@ -27,7 +28,7 @@ class ModelOptions:
 
     model_path: str | os.PathLike[str]
     weight_dir: str | os.PathLike[str] | None = None
-    lora_alpha: float | None = 4
+    lora_alpha: float | None = None
     num_frames: int | None = None
     pooling_shape: Sequence[int] | str | None = None
     dtype: str = "auto"
@@ -36,6 +37,7 @@ class ModelOptions:
     kernels: str = "auto"
     compiler: str | None = None
     kernel_dir: str | None = None
+    ignore_adapter_config: bool = False
 
     def __post_init__(self) -> None:
         check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -58,9 +60,9 @@ class ModelOptions:
         return json.dumps({**asdict(self), **here})
 
     def config(self) -> PllavaConfig:
-        """The model's configuration; a directory with LoRA tensors on top brings its own config.json."""
-        directory = self.model_path if self.weight_dir is None else self.weight_dir
-        return PllavaConfig.from_dir(directory).with_video(self.num_frames, self.pooling_shape)
+        """The model's configuration: weight_dir's own config.json where it has one, else model_path's."""
+        directory, option = config_directory(self.model_path, self.weight_dir)
+        return PllavaConfig.from_dir(directory, option).with_video(self.num_frames, self.pooling_shape)
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | RandomWeights]:
@@ -77,7 +79,12 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     with torch.device("meta"):
         model = Pllava(config, ops, dtype, parallel, checkpoint.int8)
     shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
-    plan = checkpoint.check(shapes, unused=unused_vision_layers(config), lora_alpha=options.lora_alpha)
+    plan = checkpoint.check(
+        shapes,
+        unused=unused_vision_layers(config),
+        lora_alpha=options.lora_alpha,
+        ignore_adapter_config=options.ignore_adapter_config,
+    )
     return model, plan
 
 

@@ -15,15 +15,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from atb_pllava.errors import VideoError
-from atb_pllava.limits import MediaLimits, check_clip_bytes, check_size, is_image, open_media, remedy
+from atb_pllava.limits import (
+    IMAGE_ENDINGS,
+    VIDEO_ENDINGS,
+    MediaLimits,
+    check_clip_bytes,
+    check_size,
+    is_image,
+    open_media,
+    remedy,
+)
 from atb_pllava.video import Clip, check_indices, check_options, read_video
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-IMAGE_ENDINGS = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])
-VIDEO_ENDINGS = frozenset(
-    [".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".asf"]
-    + [".gif", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".ogv", ".ogg"]
-)
 
 
 def read_media(

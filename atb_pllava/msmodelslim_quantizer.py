@@ -65,7 +65,8 @@ class MsModelSlim:
             calibrator = self._calibrator(model, self._options, calib_data=[], disable_level="L0")
             calibrator.run()
             calibrator.save(directory, save_type=["ascendV1"])
-            stored = {n: t for file in Path(directory).glob("*.safetensors") for n, t in load_file(file).items()}
+            files = Path(directory).glob("[!.]*.safetensors")
+            stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
         return {name: self._weight(stored, _LAYER + name) for name in weights}
 
     def _weight(self, stored: Mapping[str, Tensor], name: str) -> Int8Weight:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from atb_pllava.adapter import ADAPTER_CONFIG, AdapterConfig, LoraScale, is_alpha, plain_scale
 from atb_pllava.checkpoint import (
     DTYPES,
     INT8,
@@ -65,11 +66,11 @@ class LoadItem:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """A checkpoint whose headers fit the model, in reading order; `lora_alpha` is None when there is no LoRA."""
+    """A checkpoint whose headers fit the model, in reading order; `lora` is None when there is no LoRA."""
 
     where: str
     items: Mapping[str, LoadItem]
-    lora_alpha: float | None = None
+    lora: LoraScale | None = None
 
     @property
     def lora_ranks(self) -> list[int]:
@@ -77,9 +78,14 @@ class LoadPlan:
         return [item.lora[0].shape[0] for item in self.items.values() if item.lora]
 
     @property
+    def lora_alpha(self) -> float | None:
+        """The alpha that the scale is made of; None when there is no LoRA."""
+        return None if self.lora is None else self.lora.alpha
+
+    @property
     def lora_scale(self) -> float | None:
-        """alpha / r; None when there is no LoRA."""
-        return None if self.lora_alpha is None else self.lora_alpha / self.lora_ranks[0]
+        """alpha / r, or alpha / sqrt(r) where the adapter says so; None when there is no LoRA."""
+        return None if self.lora is None else self.lora.scale
 
     @property
     def bytes_total(self) -> int:
@@ -107,9 +113,8 @@ class LoadPlan:
                 each(name)
         raise_if_any(self.where, problems)
         progress.finish()
-        if scale is not None:
-            r, count = self.lora_ranks[0], len(self.lora_ranks)
-            logger.info("LoRA r=%d alpha=%g scale=%g merged into %d tensors", r, self.lora_alpha, scale, count)
+        if self.lora is not None:
+            logger.info("%s, merged into %d tensors", self.lora, len(self.lora_ranks))
 
     def fingerprint(self) -> str:
         """Of every tensor to be read: name, type, shape and first row. Ranks that load different files differ here."""
@@ -148,14 +153,23 @@ class Checkpoint:
         return self.base.int8
 
     def check(
-        self, shapes: Mapping[str, Sequence[int]], *, unused: Collection[str] = (), lora_alpha: float | None = None
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        unused: Collection[str] = (),
+        lora_alpha: float | None = None,
+        ignore_adapter_config: bool = False,
     ) -> LoadPlan:
         """The plan to fill tensors of these shapes, keyed by canonical name.
 
-        `unused` are prefixes of names that may be present and are never read, beside those of UNUSED.
-        Raises CheckpointError with every problem; then, and only then, the values are scanned as well, because
-        `load_into` scans what it copies.
+        `unused` are prefixes of names that may be present and are never read, beside those of UNUSED. `lora_alpha` None
+        takes that of the adapter_config.json beside the LoRA tensors, else 4; the file counts for nothing with
+        `ignore_adapter_config`.
+        Raises ConfigError for an adapter_config.json that asks for more than a scaled LoRA, or contradicts
+        `lora_alpha`. Raises CheckpointError with every other problem; then, and only then, the values are scanned as
+        well, because `load_into` scans what it copies.
         """
+        adapter = None if ignore_adapter_config else self._adapter_config()
         delta = self.delta.tensors if self.delta else {}
         tensors = {
             name: tensor
@@ -169,8 +183,8 @@ class Checkpoint:
         problems = [*self.base.problems, *(self.delta.problems if self.delta else ()), *self._double_lora()]
         problems += [*_not_zero(biases), *self._mixed_directories()]
         problems += [*_compare(weights, loras, shapes), *lora_problems]
-        if loras:
-            problems += _check_alpha(lora_alpha)
+        if loras and lora_alpha is not None and not is_alpha(lora_alpha):
+            problems.append(Problem("lora", "lora_alpha", f"{lora_alpha!r}, which is not a number above zero"))
         if problems:
             wanted = {name: t for name, t in tensors.items() if t.dtype in DTYPES and (name in shapes or name in loras)}
             raise CheckpointError(self.where, [*problems, *_scan_all(wanted)])
@@ -178,7 +192,25 @@ class Checkpoint:
         items = {name: LoadItem(weights[name], pairs.get(name)) for name in by_file}
         if not pairs and lora_alpha is not None:
             logger.info("the checkpoint has no LoRA: alpha=%g has no effect", lora_alpha)
-        return LoadPlan(self.where, items, lora_alpha if pairs else None)
+        if not pairs:
+            return LoadPlan(self.where, items)
+        rank = next(iter(pairs.values()))[0].shape[0]
+        lora = plain_scale(rank, lora_alpha) if adapter is None else adapter.scale(rank, lora_alpha)
+        return LoadPlan(self.where, items, lora)
+
+    def _adapter_config(self) -> AdapterConfig | None:
+        """The settings beside the LoRA tensors, those of an adapter of another kind included.
+
+        A merged model keeps the file of the adapter that was merged; without LoRA tensors it means nothing.
+        """
+        found = None
+        for directory in filter(None, (self.base, self.delta)):
+            if directory.is_adapter:
+                settings = AdapterConfig.from_dir(directory.path, directory.tensors.keys())
+                found = settings if directory.lora_targets else found
+            elif (directory.path / ADAPTER_CONFIG).exists():
+                logger.info("%s has no LoRA tensors beside it and is not used", directory.path / ADAPTER_CONFIG)
+        return found
 
     def _double_lora(self) -> Iterator[Problem]:
         """A base with LoRA takes no second LoRA, nor weights its LoRA was not trained on."""
@@ -287,14 +319,6 @@ def _pair_loras(
 def _shapes_match(a: Sequence[int], b: Sequence[int], weight: Sequence[int]) -> bool:
     """lora_A [r, in] and lora_B [out, r] make a weight [out, in], with r of at least 1."""
     return len(a) == len(b) == 2 and a[0] == b[1] >= 1 and [b[0], a[1]] == list(weight)
-
-
-def _check_alpha(alpha: object) -> Iterator[Problem]:
-    usable = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= 1e6
-    if not usable:
-        given = "not given" if alpha is None else f"{alpha!r}, which is not a number above zero"
-        detail = "alpha is stored nowhere in a checkpoint; PLLaVA's published scores use 4: pass --lora_alpha 4"
-        yield Problem("lora", "lora_alpha", f"{given}. {detail}")
 
 
 # Values

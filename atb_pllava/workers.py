@@ -206,7 +206,7 @@ def serve_rank(workers: Workers, options: ModelOptions) -> int:
             share_threads(workers.parallel.size)
             model, plan = plan_model(options, workers.parallel)
             fill_model(model, plan, workers.sign, pack=True)
-            workers.meet(model, plan.fingerprint() + options.described())
+            workers.meet(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
         except (PllavaError, MemoryError, RuntimeError) as error:
             workers.fail(str(error) or type(error).__name__)
             return 2

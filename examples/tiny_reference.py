@@ -32,7 +32,7 @@ class Reference:
     """A checkpoint folder loaded into the classes of transformers."""
 
     def __init__(self, folder: Path, alpha: float = LORA_ALPHA) -> None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_bytes())
         tensors: dict[str, Tensor] = {}
         for path in sorted(folder.glob("model-0*.safetensors")):
             tensors |= load_file(path)

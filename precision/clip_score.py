@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -96,8 +97,10 @@ class OpenClip:
     def _register(self, model_name: str) -> str:
         """The name of a built-in model, or of one described by a JSON file, that needs nothing from a hub."""
         if model_name.endswith(".json"):
-            read_json(model_name)
-            self._package.add_model_config(Path(model_name))
+            with tempfile.TemporaryDirectory() as folder:  # a copy, because open_clip takes no byte order mark
+                copy = Path(folder) / Path(model_name).name
+                write_json(copy, read_json(model_name))
+                self._package.add_model_config(copy)
             model_name = Path(model_name).stem
         built_in = not set("/:") & set(model_name)  # other names are addresses on a hub
         config = self._package.get_model_config(model_name) if built_in else None
@@ -273,7 +276,8 @@ class MediaFolder:
     @cached_property
     def by_name(self) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
-        for folder, _, files in os.walk(self.path):
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
             for file in files:
                 found.setdefault(file, []).append(Path(folder) / file)
         return found

@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import takewhile
@@ -51,9 +51,17 @@ from precision.comparison import Agreement, Total, compare_recordings, compare_r
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record
 
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
 # What may stand in a side, and its type. `weights` is LLM's model_path; `recording` and `pooling` are ours.
-KEYS: dict[str, type] = {
-    "weights": str, "weight_dir": str, "lora_alpha": float, "backend": str, "dtype": str, "world_size": int,
+KEYS: dict[str, Callable[[str], Any]] = {
+    "weights": str, "weight_dir": str, "lora_alpha": float, "ignore_adapter_config": _flag, "backend": str,
+    "dtype": str, "world_size": int,
     "num_frames": int, "pooling_shape": str, "sampler": str, "resize": str, "conversation": str, "block_size": int,
     "vision_batch": int, "kv_cache_dtype": str, "pooling": str, "recording": str,
 }  # fmt: skip
@@ -182,7 +190,7 @@ def recorded_errors(folder: Path) -> list[str]:
     index = read_json(folder / "index.json")
     if not isinstance(index, dict) or not isinstance(index.get("errors"), list):
         raise ConfigError(f"{folder / 'index.json'} is not of a recording that --record made")
-    if not index["errors"] and not any(folder.glob("*.safetensors")):
+    if not index["errors"] and not any(folder.glob("[!.]*.safetensors")):
         raise ConfigError(f"{folder} holds no recorded answers; copy the whole directory that --record made")
     return [str(error) for error in index["errors"]]
 
@@ -210,7 +218,7 @@ def run_right(
     text: str, options: dict[str, Any], folder: Path, media: Sequence[str], left_errors: Sequence[str]
 ) -> dict[str, Any]:
     """Force the recorded answers upon a side; its entry."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     places = list_media(*media)
     only = len(media) == 1 and not Path(media[0]).is_dir()
     agreements: list[Agreement] = []
@@ -242,7 +250,8 @@ def parse_side(text: str, model_path: str | None) -> dict[str, Any]:
         try:
             options[key] = KEYS[key](value)
         except ValueError:
-            raise ConfigError(f"{part!r} in side {text!r}: {value!r} is no number") from None
+            wrong = "neither true nor false" if KEYS[key] is _flag else "no number"
+            raise ConfigError(f"{part!r} in side {text!r}: {value!r} is {wrong}") from None
     if options.get("pooling", POOLINGS[0]) not in POOLINGS:
         raise ConfigError(f"pooling is {options['pooling']!r}; it must be one of {', '.join(POOLINGS)}")
     if options.get("pooling") == "matrices" and options.get("world_size", 1) > 1:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import raw_config, write_checkpoint
+from conftest import raw_config, tokenizer_definition, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atb_pllava import convert, shards
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig
+from atb_pllava.config import PllavaConfig, PreprocessorConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.llm import LLM
@@ -153,6 +153,22 @@ def test_merged_is_the_float_checkpoint_again(source: Path, tmp_path: Path) -> N
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantize" not in config and config["model_type"] == "pllava"
     assert not (tmp_path / "out" / "quant_model_description.json").exists()
+
+
+def test_image_and_rope_settings_of_transformers_5_stay_what_they_were(source: Path, tmp_path: Path) -> None:
+    model = copy(source, tmp_path / "model")
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    raw = {**RAW, "text_config": {**RAW["text_config"], "rope_scaling": rope}, "rope_scaling": {"type": "default"}}
+    (model / "config.json").write_text(json.dumps(raw))
+    settings = {"size": {"shortest_edge": 56}, "crop_size": 56, "image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 2]}
+    (model / "processor_config.json").write_text(json.dumps({"image_processor": settings, "shortest_edge": 48}))
+    convert_checkpoint(model, tmp_path / "out", W8A16)
+    before, after = (PreprocessorConfig.from_dir(path, 56) for path in (model, tmp_path / "out"))
+    assert before == after == PreprocessorConfig(56, 48, (0.5, 0.4, 0.3), (1, 1, 2))
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["rope_theta"] == made["text_config"]["rope_theta"] == 5e5
+    assert not [s for s in (made, made["text_config"]) if s.keys() & {"rope_scaling", "rope_parameters"}]
+    assert PllavaConfig.from_dir(tmp_path / "out").text == PllavaConfig.from_dir(model).text
 
 
 def test_lora_is_merged_before_it_is_rounded(source: Path, tmp_path: Path) -> None:
@@ -403,7 +419,7 @@ def test_refusals(source: Path, quantised: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     refuse(ConfigError, "is the source", source, source, W8A16)
     refuse(ConfigError, "is the source", source, f"{source}/../{source.name}/", W8A16)
-    refuse(ConfigError, "is not a directory", tmp_path / "nothing", tmp_path / "out", W8A16)
+    refuse(ConfigError, "not a readable directory; -src names", tmp_path / "nothing", tmp_path / "out", W8A16)
     refuse(ConfigError, "not an empty directory", source, quantised, W8A16)
     refuse(WeightError, "quantised already", quantised, tmp_path / "out", W8A16)
     refuse(ConfigError, "o_proj.*128|128.*o_proj|192 columns", source, tmp_path / "out",
@@ -514,6 +530,7 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
         stream.write(shard.header)
         stream.truncate(shard.num_bytes)
     (directory / "config.json").write_text(json.dumps(raw))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     return directory
 
 

@@ -90,7 +90,7 @@ def python_share(llm: LLM, request: Mapping[str, Any], batch: int, new_tokens: i
 
 def loading(directory: str, load: Callable[[], LLM]) -> Row:
     """Seconds to load a checkpoint whose files are in the page cache, and this process's memory meanwhile."""
-    files = sorted(Path(directory).glob("*.safetensors"))
+    files = sorted(Path(directory).glob("[!.]*.safetensors"))
     size = sum(os.path.getsize(file) for file in files)
     _read(files)  # from the disk, if they were not in memory
     began = time.perf_counter()

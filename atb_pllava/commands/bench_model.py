@@ -28,7 +28,8 @@ NO_PROMPT_OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 # What a shape makes itself, with the values for a checkpoint where none are given.
 _WITHOUT_SHAPE: dict[str, Any] = {
-    "media": None, "prompt": None, "weight_dir": None, "lora_alpha": 4.0, "sampler": "demo",
+    "media": None, "prompt": None, "weight_dir": None, "lora_alpha": None, "ignore_adapter_config": False,
+    "sampler": "demo",
 }  # fmt: skip
 
 

@@ -20,9 +20,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=CONVERT_TYPES,
         help="pllava_w8a16: the decoder's linear layers in int8; pllava_merged: all in float; LoRA merged in both",
     )
-    parser.add_argument("-weight_dir", metavar="DIR", help="directory with LoRA tensors on top of -src")
+    parser.add_argument("-weight_dir", "--weight_dir", metavar="DIR", help="directory with LoRA tensors on top of -src")
     parser.add_argument(
-        "-lora_alpha", type=float, default=4.0, metavar="A", help="LoRA strength (default 4, as published)"
+        "-lora_alpha",
+        "--lora_alpha",
+        type=float,
+        metavar="A",
+        help="LoRA strength, scale = A / rank (default: what adapter_config.json beside the LoRA says, else 4)",
+    )
+    parser.add_argument(
+        "-ignore_adapter_config",
+        "--ignore_adapter_config",
+        action="store_true",
+        help="scale the LoRA by -lora_alpha / rank, or 4 / rank, whatever its adapter_config.json says",
     )
     parser.add_argument("-asymmetric", action="store_true", help="zero points, for weights that are not around 0")
     parser.add_argument(
@@ -46,6 +56,7 @@ def convert(arguments: argparse.Namespace) -> int:
     options = ConvertOptions(
         arguments.type,
         arguments.lora_alpha,
+        ignore_adapter_config=arguments.ignore_adapter_config,
         symmetric=not arguments.asymmetric,
         group_size=arguments.group_size,
         quantizer=arguments.quantizer,

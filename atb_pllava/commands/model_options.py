@@ -31,9 +31,13 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     group.add_argument(
         "--lora_alpha",
         type=float,
-        default=4.0,
         metavar="A",
-        help="LoRA strength, stored in no checkpoint; scale = A / rank (default 4, as published)",
+        help="LoRA strength, scale = A / rank (default: what adapter_config.json beside the LoRA says, else 4)",
+    )
+    group.add_argument(
+        "--ignore_adapter_config",
+        action="store_true",
+        help="scale the LoRA by --lora_alpha / rank, or 4 / rank, whatever its adapter_config.json says",
     )
     group.add_argument(
         "--num_frames", type=int, metavar="T", help="frames of each video (default: the checkpoint's, 16)"
@@ -175,6 +179,7 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         arguments.model_path,
         weight_dir=arguments.weight_dir,
         lora_alpha=arguments.lora_alpha,
+        ignore_adapter_config=arguments.ignore_adapter_config,
         num_frames=arguments.num_frames,
         pooling_shape=arguments.pooling_shape,
         dtype=arguments.dtype,

@@ -128,7 +128,13 @@ def _difference(place: Path) -> str | None:
 
 
 def _sources(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    """Every file of a package; what Python, macOS and editors leave beside them is none."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    return sorted(path for path in files if not any(map(_is_left_over, path.relative_to(root).parts)))
+
+
+def _is_left_over(name: str) -> bool:
+    return name == "__pycache__" or name.startswith(".")
 
 
 def _read_hook(file: Path) -> Registration | None:

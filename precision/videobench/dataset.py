@@ -8,13 +8,13 @@ An id names a question only within its set: 17,036 questions of the 13 sets shar
 is one more set, `sampling_data`, whose questions say under "dataset" which set they are from.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
+from atb_pllava.json_file import read_object
 
 SETS = (
     ("Ucfcrime", "Youcook2", "TVQA", "MSVD", "MSRVTT", "Driving-decision-making", "NBA", "SQA3D", "Driving-exam")
@@ -43,7 +43,8 @@ def find_sets(qa_root: Path) -> list[str]:
     folder = qa_root / "Eval_QA"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; --Eval_QA_root is the folder that holds Eval_QA")
-    names = {path.name.removesuffix(_ENDING) for path in folder.glob(f"*{_ENDING}") if path.name != SAMPLE_QUESTIONS}
+    files = [path.name for path in folder.glob(f"[!.]*{_ENDING}") if path.name != SAMPLE_QUESTIONS]
+    names = {name.removesuffix(_ENDING) for name in files}
     if not names:
         raise ConfigError(f"{folder} holds no <set>{_ENDING}; take them from the Video-Bench repository")
     return [name for name in SETS if name in names] + sorted(names - set(SETS))
@@ -75,15 +76,7 @@ def read_answers(path: Path) -> dict[str, dict[str, str]]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object without repeated keys. Raises ConfigError naming the file and what is wrong with it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must contain a JSON object, not a {type(value).__name__}")
-    return value
+    return read_object(path, distinct_keys=True)
 
 
 def some_of(items: Iterable[str], most: int = 5) -> str:
@@ -91,14 +84,6 @@ def some_of(items: Iterable[str], most: int = 5) -> str:
     every = list(items)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return "; ".join(every[:most]) + more
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs more than once")
-    return found
 
 
 def _question(path: Path, name: str, key: str, item: object) -> Question:
