@@ -1,4 +1,4 @@
-"""Set-up of .venv by find_python.sh, with two small wheels instead of torch: what is said, repaired, refused and shared."""
+"""Set-up of .venv by find_python.sh, with two small wheels in the place of torch."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is n
 
 
 def write_wheel(folder: Path, name: str, files: int) -> None:
-    """A wheel whose dist-info comes first, as some builders write them: an interrupted copy has its METADATA already."""
+    """A wheel whose dist-info comes first, as some builders write it: an interrupted copy has its METADATA."""
     record = f"{name}-1.0.dist-info"
     content = {
         f"{record}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
@@ -178,7 +178,8 @@ def test_no_network_has_a_recipe_that_works(begun: Path, wheels: Path) -> None:
 
 def test_a_read_only_clone_names_the_folder_and_another_way(clone: Path, tmp_path: Path) -> None:
     # Root may write anywhere but on a read-only mount, so the test of bash is replaced for everyone.
-    script = SCRIPT.replace("find_python req", "function [ { if test \"$1\" = -w; then return 1; fi; builtin [ \"$@\"; }; find_python req")  # fmt: skip
+    read_only = 'function [ { if test "$1" = -w; then return 1; fi; builtin [ "$@"; }'
+    script = SCRIPT.replace("find_python req", f"{read_only}; find_python req")
     done = set_up(clone, None, script, HOME=str(tmp_path))
     assert done.returncode == 2 and not (clone / ".venv").exists()
     first, make, install, name = done.stderr.splitlines()

@@ -13,6 +13,7 @@ from atb_pllava.__main__ import main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import host_config
 from atb_pllava.errors import ConfigError
+from atb_pllava.memory import working_bytes
 from atb_pllava.mindie import service_config as service
 from atb_pllava.mindie.cards import list_cards
 from atb_pllava.mindie.weight_memory import weight_bytes
@@ -71,7 +72,7 @@ def test_grouped_heads_on_four_cards() -> None:
     assert service.kv_bytes_per_token(B34, 4) == 2 * 2 * 60 * 2 * 128
     cache = service.plan_cache(B34, lengths, 4, 10 * GIB, 3)
     assert cache.requests == 3 and cache.gib == 1
-    with pytest.raises(ConfigError, match=r"1 requests of 3328 tokens need 1\.62 GiB .* 1\.50 GiB are left"):
+    with pytest.raises(ConfigError, match=r"of 1 request of 3328 tokens takes 1\.62 GiB .* 1\.50 GiB are left"):
         service.plan_cache(B7, lengths, 1, 1.5 * GIB, None)
 
 
@@ -87,9 +88,9 @@ def test_lengths_follow_what_is_asked_and_what_the_model_has() -> None:
 
 
 def test_working_memory_is_at_least_the_tensors_that_exist_at_once() -> None:
-    assert service.working_bytes(B7, 8192, 1) > 2 * 8192 * 2 * 11008  # gate and up of a full prefill
-    assert service.working_bytes(B7, 1, 1) > 2 * 16 * 577 * (4096 + 4096)  # a video's MLP and projection
-    assert service.working_bytes(B7, 8192, 1) < 3 * GIB
+    assert working_bytes(B7, 8192, 1) > 2 * 8192 * 2 * 11008  # gate and up of a full prefill
+    assert working_bytes(B7, 1, 1) > 2 * 16 * 577 * (4096 + 4096)  # a video's MLP and projection
+    assert working_bytes(B7, 8192, 1) < 3 * GIB
 
 
 def test_weights_of_a_card(converted: Path) -> None:
