@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.costs import Costs
+from atb_pllava.engine.kv_cache import blocks_for
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.parallel import TensorParallel
 from atb_pllava.quant import Int8Layers
@@ -55,7 +56,8 @@ def memory_need(
     """What the engine needs with floats of `element` bytes: on rank 0, which has the largest share, or all together."""
     engine = engine or EngineConfig()
     ranks = range(world_size if together else 1)
-    costs = [Costs(config, element, int8, TensorParallel(rank, world_size)) for rank in ranks]
+    int8_kv = engine.kv_cache_dtype == "int8"
+    costs = [Costs(config, element, int8, TensorParallel(rank, world_size), int8_kv=int8_kv) for rank in ranks]
     per_token = sum(cost.kv_bytes_per_token for cost in costs)
     tokens = config.num_video_tokens + TEXT_TOKENS
     frames = config.with_video(min(config.num_frames, engine.vision_batch))
@@ -63,7 +65,7 @@ def memory_need(
     return MemoryNeed(
         weights=sum(cost.weight_bytes for cost in costs),
         clip=(tokens + engine.block_size) * per_token,
-        batch=kv_cache_tokens(config, engine) * per_token,
+        batch=blocks_for(kv_cache_tokens(config, engine), engine.block_size) * engine.block_size * per_token,
         working=working * len(costs),
         caches=2 * engine.video_cache_bytes,
     )

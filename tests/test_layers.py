@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"errors", "config", "model", "ops", "parallel", "quant", "random_weights", "weights"},
     "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"},
     "costs": {"config", "parallel", "quant"},
-    "memory": {"config", "costs", "engine.request", "parallel", "quant"},
+    "memory": {"config", "costs", "engine.kv_cache", "engine.request", "parallel", "quant"},
     "frame_cache": set(),
     "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"},
     "workers": {"errors", "config", "engine", "loading", "model", "ops", "parallel"},
@@ -74,8 +74,8 @@ ALLOWED: dict[str, set[str]] = {
     "json_file": {"errors"},
     "answers": {"errors", "engine.request", "llm"},
     "manifest": {"engine.request", "json_file", "llm"},
-    "doctor": {"config", "costs", "doctor", "host_memory", "memory", "ops", "parallel", "published", "quant"}
-    | {"random_weights", "weights", "words"},
+    "doctor": {"checkpoint", "config", "costs", "doctor", "errors", "host_memory", "memory", "ops", "parallel"}
+    | {"published", "quant", "random_weights", "weights", "words"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"}
     | {"doctor", "host_memory", "words"},
     "bench": {"bench", "config", "costs", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}

@@ -51,7 +51,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         engine = "mindie" if device_files() and atb_llm is not None else "native"
     setting = Setting(
         engine, dict(os.environ), atb_llm, site_directories(arguments.site), arguments.model_path, arguments.config,
-        arguments.world_size, arguments.port, compiler(), kernel_dir())  # fmt: skip
+        arguments.world_size, arguments.port, compiler=compiler(), kernel_dir=kernel_dir())  # fmt: skip
     checks = examine(setting)
     return _print_json(engine, checks) if arguments.json else _print_lines(engine, checks)
 

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from atb_pllava.checkpoint import KINDS, CheckpointError
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.costs import Costs
 from atb_pllava.doctor.check import Check
+from atb_pllava.errors import PllavaError
 from atb_pllava.host_memory import HostMemory
 from atb_pllava.memory import MemoryNeed, memory_need, published_bytes
 from atb_pllava.ops.build import BuildError, default_directory, find_library, try_compiler
@@ -212,6 +214,15 @@ def model_check(model: Model) -> Check:
     layers, hidden = config.text.num_hidden_layers, config.text.hidden_size
     found = f"{model.path}: {layers} layers of {hidden}, {config.num_video_tokens} tokens a video, {kind}"
     return Check("model", True, found)
+
+
+def model_problem(error: PllavaError) -> Check:
+    """The first thing that is wrong with a checkpoint; the whole report is what a load prints."""
+    if not isinstance(error, CheckpointError):
+        return Check("model", False, str(error))
+    first, others = error.problems[0], len(error.problems) - 1
+    more = f" (and {count(others, 'more problem')})" if others else ""
+    return Check("model", False, f"{first.name}: {first.detail}{more}", KINDS[first.kind][1])
 
 
 def _existing(path: Path) -> Path:

@@ -62,9 +62,9 @@ class Setting:
     config: str | None = None
     world_size: int = 1
     port: int | None = None
+    devices: Sequence[str] = field(default_factory=device_files)
     compiler: str | None = None
     kernel_dir: str | None = None
-    devices: Sequence[str] = field(default_factory=device_files)
 
     @property
     def mindie(self) -> bool:
@@ -96,24 +96,23 @@ def examine(setting: Setting) -> Iterator[Check]:
         torch = look_at_torch(setting.on_npu)
     yield torch_check(torch)
     if not setting.mindie:
-        yield from _native(setting, torch)
+        yield from _native(setting, torch, complete=None not in versions.values())
     elif setting.is_elsewhere:
         yield from _files(setting)
     else:
         yield from (*_host(setting), *_files(setting), _ports(setting))
 
 
-def _native(setting: Setting, torch: Torch) -> Iterator[Check]:
-    """What this package needs to run the model by itself."""
+def _native(setting: Setting, torch: Torch, complete: bool) -> Iterator[Check]:
+    """What this package needs to run the model by itself; `complete`: whether no package is missing."""
     cards = list_cards() if setting.devices else []
     yield from _npus(setting, cards)
     if setting.devices:
         yield from (_driver(setting), *_cann(setting))
     else:
         yield from gpu_checks(torch, has_nvidia_driver())
-    if torch.problem:
+    if torch.problem or not complete:
         yield _host_memory()
-        yield Check("model", None, "memory and CPU kernels are looked at when torch can be imported")
         if setting.model_path is not None:
             yield _config_only(setting)
         return
@@ -129,7 +128,7 @@ def _native(setting: Setting, torch: Torch) -> Iterator[Check]:
             model = machine.read_model(setting.model_path, setting.world_size)
             yield machine.model_check(model)
         except PllavaError as error:
-            yield Check("model", False, str(error))
+            yield machine.model_problem(error)
             model = None if os.path.isdir(setting.model_path) else machine.published_model(setting.model_path)
         if model is not None:
             yield machine.disk_check(model, setting.model_path)
@@ -160,7 +159,8 @@ def has_nvidia_driver() -> bool:
 
 def _host_memory() -> Check:
     memory = host_memory()
-    return Check("memory", None, f"{memory.free / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    what = f"{memory.free / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    return Check("memory", None, f"{what}; what a model needs, and the CPU kernels, are looked at with all packages")
 
 
 def _room(setting: Setting, cards: Sequence[Card], torch: Torch) -> "Room":

@@ -156,11 +156,11 @@ def plan_cache(
     held = whole * GIB // request
     wanted = batch_size or 1
     if held < wanted:
+        requests = f"{count(wanted, 'request')} of {lengths.total} tokens"
         raise ConfigError(
-            f"the KV cache of {count(wanted, 'request')} of {lengths.total} tokens takes {size_text(wanted * request)} on "
-            f"each card, and {size_text(max(0.0, budget))} are left there beside weights and activations (MindIE "
-            "counts whole GiB): use more cards (--world_size), W8A16 weights, fewer videos, shorter texts or a smaller "
-            "batch"
+            f"the KV cache of {requests} takes {size_text(wanted * request)} on each card, and "
+            f"{size_text(max(0.0, budget))} are left there beside weights and activations (MindIE counts whole GiB): "
+            "use more cards (--world_size), W8A16 weights, fewer videos, shorter texts or a smaller batch"
         )
     if batch_size is None:
         return CachePlan(whole, min(held, LARGEST_BATCH), request)
