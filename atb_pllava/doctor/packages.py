@@ -51,13 +51,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Torch:
-    """What another process saw of torch. `problem` is empty when it can be imported."""
+    """What another process saw of torch. `problem` is empty when it can be imported; is_missing: nobody looked."""
 
     version: str = ""
     cuda: str | None = None
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
     remedy: str = ""
+    is_missing: bool = False
 
 
 def python_check() -> Check:
@@ -135,13 +136,13 @@ def look_at_torch(on_npu: bool) -> Torch:
     if "torch_npu" in done.stderr:
         remedy = "source CANN's set_env.sh"
         remedy += "" if on_npu else "; without an NPU: export TORCH_DEVICE_BACKEND_AUTOLOAD=0"
-    elif "No module named 'torch'" in done.stderr:
-        remedy = "see packages"
     return Torch(problem=lines[-1][:300], remedy=remedy)
 
 
 def torch_check(torch: Torch) -> Check:
     """Whether torch can be imported."""
+    if torch.is_missing:
+        return Check("import torch", None, "not tried, torch is missing")
     return Check("import torch", not torch.problem, torch.problem or torch.version, torch.remedy)
 
 

@@ -91,7 +91,7 @@ def examine(setting: Setting) -> Iterator[Check]:
     yield python_check()
     versions = {package: installed(package) for package in PACKAGES}
     yield packages_check(versions)
-    torch = Torch(problem="missing", remedy="see packages")
+    torch = Torch(problem="missing", is_missing=True)
     if versions["torch"] is not None:
         torch = look_at_torch(setting.on_npu)
     yield torch_check(torch)

@@ -157,7 +157,8 @@ def _find_compiler(given: str | None) -> list[str]:
     names = words[:1] or list(COMPILERS)
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
-        raise BuildError(f"no C++ compiler: {' nor '.join(names)} was not found")
+        were = "was" if len(names) == 1 else "were"
+        raise BuildError(f"no C++ compiler: {' and '.join(names)} {were} not found")
     return [found, *words[1:]]
 
 
