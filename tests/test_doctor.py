@@ -75,6 +75,16 @@ def test_json_says_the_same(capsys) -> None:
     assert rows["Python"]["status"] == "ok" and "remedy" not in rows["Python"]
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "atb_pllava", "mindie", "doctor", "--json"]
+    root = Path(__file__).parents[1]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.close()
+    with running:
+        assert running.stderr.read() == "" and running.wait(timeout=120) == 141
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--world_size", "9"], "--world_size is 9"), (["--atb_llm", "/nowhere"], "'/nowhere' is no atb_llm")],
@@ -441,6 +451,8 @@ def test_a_checkpoint_is_read_by_its_headers(native: Setting, tmp_path) -> None:
     (check,) = named(replace(native, model_path=str(directory)), "model")
     assert check.status == "problem" and "truncated" in check.found and "download the directory again" in check.remedy
     assert "\n" not in check.found
+    (check,) = named(replace(native, model_path=str(directory)), "memory")
+    assert check.status == "info" and check.found.endswith("what this checkpoint needs is not known")
     (directory / "model.safetensors").unlink()
     (check,) = named(replace(native, model_path=str(directory)), "model")
     assert check.status == "problem" and "no model.safetensors" in check.found

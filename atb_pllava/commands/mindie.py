@@ -154,7 +154,9 @@ def mindie(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.function(arguments))
     except OSError as error:
-        raise ConfigError(f"{error.filename or 'a file'}: {error.strerror}; nothing more was changed") from error
+        if error.filename is None:  # stdout, perhaps closed by `| head`
+            raise
+        raise ConfigError(f"{error.filename}: {error.strerror}; nothing more was changed") from error
 
 
 def _install(arguments: argparse.Namespace) -> int:

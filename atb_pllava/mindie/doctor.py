@@ -132,7 +132,10 @@ def _native(setting: Setting, torch: Torch, complete: bool) -> Iterator[Check]:
             model = None if os.path.isdir(setting.model_path) else machine.published_model(setting.model_path)
         if model is not None:
             yield machine.disk_check(model, setting.model_path)
-    yield from machine.memory_checks(room, model, setting.world_size)
+    if setting.model_path is not None and model is None:
+        yield Check("memory", None, f"{room}; what this checkpoint needs is not known")
+    else:
+        yield from machine.memory_checks(room, model, setting.world_size)
 
 
 def _host(setting: Setting) -> Iterator[Check]:
