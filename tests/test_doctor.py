@@ -291,7 +291,7 @@ def shape(size: str, int8: bool = False) -> machine.Model:
 
 def memory(free: float, model: machine.Model, world_size: int = 1, **more: object) -> Check:
     """The line about memory with `free` of 64 GB free; GB are 10^9 bytes."""
-    room = replace(Room("memory", int(free * 1e9), 64 * 10**9, is_cpu=True), **more)  # type: ignore[arg-type]
+    room = replace(Room("memory", int(free * 1e9), 64 * 10**9, "cpu"), **more)  # type: ignore[arg-type]
     return next(machine.memory_checks(room, model, world_size))
 
 
@@ -324,14 +324,16 @@ def test_a_cpu_without_bfloat16_needs_twice_the_memory(monkeypatch) -> None:
 def test_the_dtype_is_the_one_that_auto_takes() -> None:
     config = PllavaConfig.from_json(PUBLISHED["7b"])
     chosen = choose_dtype("auto", "float16", get_backend("cpu"))
-    assert f"torch.{machine.auto_dtype(config, is_cpu=True)}" == str(chosen)
-    assert machine.auto_dtype(config, is_cpu=False) == "bfloat16"
+    assert machine.auto_dtype(config, "cpu") == str(chosen).removeprefix("torch.")
+    assert machine.auto_dtype(config, "cuda") == machine.auto_dtype(config, "ascend") == "bfloat16"
+    wide = replace(config, dtype="float32")
+    assert (machine.auto_dtype(wide, "cuda"), machine.auto_dtype(wide, "ascend")) == ("float32", "float16")
 
 
 @pytest.mark.usefixtures("with_bfloat16")
 def test_devices_divide_a_model_and_ranks_on_a_cpu_do_not() -> None:
     assert not memory(17.0, shape("7b"), 4).good  # a CPU's ranks share its memory
-    card = {"where": "card 0", "is_cpu": False}
+    card = {"where": "card 0", "backend": "ascend"}
     alone = memory(12, shape("7b"), **card)
     assert not alone.good and "--world_size 2" in alone.remedy and "end other programs" in alone.remedy
     split = memory(12, shape("7b"), 2, **card)
@@ -347,7 +349,7 @@ def test_the_limit_of_a_container_is_named() -> None:
 
 @pytest.mark.usefixtures("with_bfloat16")
 def test_a_full_batch_that_does_not_fit_is_said_and_no_problem() -> None:
-    room = Room("memory", 20 * 10**9, 64 * 10**9, is_cpu=True)
+    room = Room("memory", 20 * 10**9, 64 * 10**9, "cpu")
     _, full = machine.memory_checks(room, shape("7b"), 1)
     assert full.status == "info" and "34.7 GB for 8 requests" in full.found and "the others wait" in full.found
     _, full = machine.memory_checks(replace(room, free=40 * 10**9), shape("7b"), 1)
@@ -465,6 +467,10 @@ def test_a_gpu_is_what_the_model_goes_to(native: Setting, monkeypatch) -> None:
     assert checks["GPU"].found == "0: NVIDIA H100, 70.0 of 80.0 GB free"
     assert "70.0 of 80.0 GB of GPU 0" in checks["memory"].found
     assert "CPU kernels" not in checks and "kernel cache" not in checks
+    (check,) = named(replace(native, world_size=2), "world size")
+    assert check.status == "problem" and "takes one device" in check.found
+    small = memory(12, shape("7b"), where="GPU 0", backend="cuda")
+    assert not small.good and "--world_size" not in small.remedy
 
 
 @pytest.mark.parametrize(

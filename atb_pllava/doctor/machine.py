@@ -34,17 +34,24 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Room:
-    """Memory that weights and KV cache go to: of one device, or of the machine for a CPU. Bytes."""
+    """Memory that weights and KV cache go to: of one device, or of the machine for a CPU. Bytes.
+
+    `backend` is cpu, cuda or ascend.
+    """
 
     where: str
     free: int
     total: int
-    is_cpu: bool = False
+    backend: str
     limited_by: str | None = None
 
     @classmethod
     def of_host(cls, memory: HostMemory) -> "Room":
-        return cls("memory", memory.free, memory.total, True, memory.limited_by)
+        return cls("memory", memory.free, memory.total, "cpu", memory.limited_by)
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.backend == "cpu"
 
     def __str__(self) -> str:
         limit = f" (limit of this container: {self.limited_by})" if self.limited_by else ""
@@ -88,11 +95,11 @@ def published_model(name: str) -> Model | None:
     return None if size is None else Model(PllavaConfig.from_json(PUBLISHED[size]), Int8Layers(), None)
 
 
-def auto_dtype(config: PllavaConfig, is_cpu: bool) -> str:
-    """What `--dtype auto` means, as `ops.choose_dtype` has it."""
-    if not is_cpu:
-        return config.dtype
-    return "bfloat16" if has_native_bfloat16() else "float32"
+def auto_dtype(config: PllavaConfig, backend: str) -> str:
+    """What `--dtype auto` means, as `ops.choose_dtype` has it; NPUs have 16 bits only."""
+    if backend == "cpu":
+        return "bfloat16" if has_native_bfloat16() else "float32"
+    return "float16" if backend == "ascend" and config.dtype == "float32" else config.dtype
 
 
 def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[Check]:
@@ -100,7 +107,7 @@ def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[
     if model is None:
         yield Check("memory", None, f"{room}; --model_path DIR compares it with what a checkpoint needs")
         return
-    dtype = auto_dtype(model.config, room.is_cpu)
+    dtype = auto_dtype(model.config, room.backend)
     element = ELEMENT_BYTES[dtype]
     need = memory_need(model.config, element, model.int8, world_size, together=room.is_cpu)
     kind = f"W8A16 and {dtype}" if model.is_int8 else dtype
@@ -140,7 +147,7 @@ def _ways_to_fit(room: Room, model: Model, element: int, world_size: int, need: 
         halved = memory_need(model.config, 2, model.int8, world_size, together=True)
         if halved.least <= room.total:
             yield f"--dtype bfloat16 needs {gigabytes(halved.least)} GB; this CPU computes it slowly"
-    if not room.is_cpu:
+    if room.backend == "ascend":
         sizes = range(world_size + 1, min(8, model.config.text.num_key_value_heads) + 1)
         fitting = (n for n in sizes if memory_need(model.config, element, model.int8, n).least <= room.free)
         if (enough := next(fitting, None)) is not None:

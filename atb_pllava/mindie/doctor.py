@@ -122,6 +122,9 @@ def _native(setting: Setting, torch: Torch, complete: bool) -> Iterator[Check]:
     if room.is_cpu:
         yield machine.compiler_check(setting.compiler, setting.kernel_dir)
         yield machine.cache_check(setting.kernel_dir)
+    if room.backend == "cuda" and setting.world_size > 1:
+        found = f"--world_size {setting.world_size} on CUDA, which takes one device"
+        yield Check("world size", False, found, "leave --world_size out, or split the model over NPUs or CPU processes")
     model = None
     if setting.model_path is not None:
         try:
@@ -174,9 +177,9 @@ def _room(setting: Setting, cards: Sequence[Card], torch: Torch) -> "Room":
     known = [card for card in mine if card.free_mib is not None and card.memory_mib is not None]
     if known:
         card = min(known, key=lambda one: one.free_mib or 0)
-        return Room(f"card {card.number}", (card.free_mib or 0) * 2**20, (card.memory_mib or 0) * 2**20)
+        return Room(f"card {card.number}", (card.free_mib or 0) * 2**20, (card.memory_mib or 0) * 2**20, "ascend")
     if torch.gpus:
-        return Room("GPU 0", torch.gpus[0].free, torch.gpus[0].total)
+        return Room("GPU 0", torch.gpus[0].free, torch.gpus[0].total, "cuda")
     return Room.of_host(host_memory())
 
 
