@@ -1,15 +1,20 @@
-# Sourced by run_pa.sh and tests/run.sh. `find_python FILE...` sets PYTHON to an interpreter that has every package of
-# the requirements files: $ATB_PLLAVA_PYTHON, the python3 that is active, or one in .venv, which is made when needed.
-# Packages that are installed already, in whatever version, are used as they are and never replaced.
+# Sourced by run_pa.sh, convert_quant_weights.sh and tests/run.sh. `find_python FILE...` sets PYTHON to an interpreter that
+# has every package of the requirements files: $ATB_PLLAVA_PYTHON, the python3 that is active, or one in .venv, which is
+# made when needed. Packages that are installed already, in whatever version, are used as they are and never replaced.
 
-# Prints the requirement lines whose package the interpreter lacks; fails when it cannot say.
+CPU_BUILDS=https://download.pytorch.org/whl/cpu # PyTorch's own index of builds without CUDA
+
+# Prints the requirement lines whose package the interpreter lacks; fails when it cannot say. In .venv a package without
+# INSTALLER counts as missing: pip writes that file after all others, so an installation was interrupted.
 missing_packages() {
-    "$@" - "${requirements[@]}" <<'PY'
+    "$@" - "$venv" "${requirements[@]}" <<'PY'
 import importlib.metadata
+import os
 import re
 import sys
 
-for path in sys.argv[1:]:
+in_venv = os.path.realpath(sys.prefix) == os.path.realpath(sys.argv[1])
+for path in sys.argv[2:]:
     with open(path, encoding="utf-8") as file:
         lines = [line.split("#")[0].strip() for line in file]
     for line in filter(None, lines):
@@ -20,9 +25,29 @@ for path in sys.argv[1:]:
         if "sys_platform" in marker and sys.platform != "linux":
             continue
         try:
-            importlib.metadata.version(re.match(r"[\w-]+", name).group())
+            found = importlib.metadata.distribution(re.match(r"[\w-]+", name).group())
         except importlib.metadata.PackageNotFoundError:
             print(name.strip())
+            continue
+        here = os.path.realpath(found.locate_file("")).startswith(os.path.realpath(sys.prefix) + os.sep)
+        if in_venv and here and found.read_text("INSTALLER") is None:
+            print(name.strip())
+PY
+}
+
+# Removes the records of packages whose installation was interrupted: pip would take them for installed.
+forget_interrupted() {
+    "$PYTHON" - <<'PY'
+import pathlib
+import shutil
+import sys
+import sysconfig
+
+for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+    for record in pathlib.Path(folder).glob("*.dist-info"):
+        if not (record / "INSTALLER").exists():
+            print(f"{record.name.partition('-')[0]} was installed in part only: it is installed again", file=sys.stderr)
+            shutil.rmtree(record)
 PY
 }
 
@@ -34,13 +59,136 @@ offers_only_cuda_torch() {
         2>/dev/null | grep -Eq '"(nvidia|cuda)-'
 }
 
+# Sets download and disk, in MB, to what the missing packages take: measured on x86-64 Linux with Python 3.11. Packages
+# without torch and Triton are too small to matter.
+estimate_size() {
+    download=0 disk=0
+    case $'\n'$missing in *$'\n'torch==*) download=270 disk=1200 ;; esac
+    case $'\n'$missing in *$'\n'triton==*) download=$((download + 240)) disk=$((disk + 900)) ;; esac
+}
+
+# Free MB of the file system that holds a folder.
+free_space() {
+    df -Pk "$1" 2>/dev/null | awk 'NR == 2 {print int($4 / 1024)}'
+}
+
+# Names the first folder whose disk is full among those that pip writes to; fails when none is.
+full_disk() {
+    local folder
+    for folder in "$venv" "${TMPDIR:-/tmp}" "$("$PYTHON" -m pip cache dir 2>/dev/null)"; do
+        while [ -n "$folder" ] && [ ! -d "$folder" ]; do folder=$(dirname "$folder"); done
+        [ -n "$folder" ] && [ "$(free_space "$folder")" -lt 50 ] 2>/dev/null && { echo "$folder"; return 0; }
+    done
+    return 1
+}
+
+# Waits until no other set-up of this clone is running. The lock lies on the folder itself and ends with file descriptor 9.
+lock_clone() {
+    exec 9<"$root"
+    "$base" - "$venv" <<'PY'
+import fcntl
+import signal
+import sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print(f"another shell is setting up {sys.argv[1]}: waiting for it", file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)
+except OSError:
+    pass  # a file system without locks
+PY
+}
+
+has_pip() {
+    "$PYTHON" -m pip --version >/dev/null 2>&1
+}
+
+# Makes .venv, or gives it back its pip. What is installed in a .venv that works stays there.
+make_venv() {
+    local options=()
+    if [ -x "$PYTHON" ] && "$PYTHON" -c '' 2>/dev/null; then
+        forget_interrupted || return 2
+        has_pip && return 0
+        "$PYTHON" -m ensurepip >/dev/null 2>&1 && has_pip && return 0
+        echo "$venv has no pip that works: it is made anew" >&2
+    fi
+    if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
+        echo "error: $base cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+        return 2
+    fi
+    "$base" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' &&
+        options=(--system-site-packages)
+    echo "setting up $venv with $base${options:+, using the torch that is installed}" >&2
+    "$base" -m venv --clear ${options[@]+"${options[@]}"} "$venv" >&2 && return 0
+    explain_failure "$base -m venv failed, see above"
+    return 2
+}
+
+# Says why nothing can be written below the clone, if that is so, and where .venv can be instead.
+check_writable() {
+    local folder=$root elsewhere=${HOME:-/tmp}/atb_pllava-venv
+    [ -d "$venv" ] && folder=$venv
+    [ -w "$folder" ] && return 0
+    echo "error: $folder is read-only, so $venv cannot be set up. Set it up elsewhere and name it:" >&2
+    echo "  $base -m venv $elsewhere" >&2
+    echo "  $elsewhere/bin/python -m pip install ${requirements[*]/#/-r } --extra-index-url $CPU_BUILDS" >&2
+    echo "  export ATB_PLLAVA_PYTHON=$elsewhere/bin/python" >&2
+    return 2
+}
+
+# An error that says so where the cause is a full disk; otherwise the cause that is given.
+explain_failure() {
+    local full
+    if full=$(full_disk); then
+        echo "error: the disk of $full is full; free some space and run the same command again" >&2
+    else
+        echo "error: $1" >&2
+    fi
+}
+
+set_up() {
+    local options=() download disk free names=("${requirements[@]#"$root/"}")
+    PYTHON=$venv/bin/python
+    [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0 # by another shell
+    check_writable || return 2
+    missing=$(missing_packages "$base") || return 2 # when .venv is new; looked up again below
+    [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON" 2>/dev/null)
+    estimate_size
+    free=$(free_space "$root")
+    if [ -n "$free" ] && [ "$free" -lt "$disk" ]; then
+        echo "error: $venv needs about $disk MB, and $root has $free MB free; free some space and run the same command again" >&2
+        return 2
+    fi
+    make_venv || return 2
+    missing=$(missing_packages "$PYTHON") || return 2
+    estimate_size
+    if [ "$disk" -gt 0 ]; then
+        echo "installing into $venv (once; about $download MB to download, $disk MB on disk):" $missing >&2
+    else
+        echo "installing into $venv (once):" $missing >&2
+    fi
+    offers_only_cuda_torch && options=(--extra-index-url "$CPU_BUILDS")
+    # shellcheck disable=SC2086
+    "$PYTHON" -m pip install --disable-pip-version-check ${options[@]+"${options[@]}"} $missing >&2 && return 0
+    [ -n "$interrupted" ] && return 130
+    explain_failure "pip could not install the packages above"
+    full_disk >/dev/null && return 2
+    echo "without a network, on a machine that has one, the same system and $("$PYTHON" --version), in a clone of this repository:" >&2
+    echo "  python3 -m pip download ${names[*]/#/-r } -d wheels --extra-index-url $CPU_BUILDS" >&2
+    echo "then bring the folder wheels here, and begin the same command with: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels" >&2
+    echo "or install the packages into a Python of your own, and name it in ATB_PLLAVA_PYTHON" >&2
+    return 2
+}
+
 find_python() {
-    local root requirements=("$@") missing base venv options=()
+    local root requirements=("$@") missing base venv status=0 interrupted=""
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     venv=$root/.venv
     if [ -n "${ATB_PLLAVA_PYTHON:-}" ]; then
         PYTHON=$ATB_PLLAVA_PYTHON
-        missing=$(missing_packages "$PYTHON") ||
+        missing=$(missing_packages "$PYTHON" 2>/dev/null) ||
             { echo "error: ATB_PLLAVA_PYTHON=$PYTHON is no Python that runs; unset it or name another" >&2; return 2; }
         [ -z "$missing" ] && return 0
         echo "error: ATB_PLLAVA_PYTHON=$PYTHON lacks" $missing "- install them there, or unset the variable" >&2
@@ -56,24 +204,13 @@ find_python() {
     missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0
     PYTHON=$venv/bin/python
     [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0
-
-    if [ ! -x "$PYTHON" ] || ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
-        "$base" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' &&
-            options=(--system-site-packages)
-        echo "setting up $venv with $base${options:+, using the torch that is installed}" >&2
-        "$base" -m venv --clear "${options[@]}" "$venv" ||
-            { echo "error: $base -m venv failed; on Debian and Ubuntu install python3-venv" >&2; return 2; }
+    trap 'interrupted=yes' INT # what is interrupted returns first
+    { lock_clone && set_up; } || status=$?
+    exec 9<&-
+    trap - INT
+    if [ -n "$interrupted" ]; then
+        echo "set-up interrupted; the same command goes on with it" >&2
+        return 130
     fi
-    missing=$(missing_packages "$PYTHON") || return 2
-    echo "installing into $venv (once):" $missing >&2
-    if offers_only_cuda_torch; then
-        options=(--extra-index-url https://download.pytorch.org/whl/cpu)
-    else
-        options=()
-    fi
-    # shellcheck disable=SC2086
-    if ! "$PYTHON" -m pip install --quiet --disable-pip-version-check "${options[@]}" $missing >&2; then
-        echo "error: pip could not install the packages above; install them yourself and set ATB_PLLAVA_PYTHON" >&2
-        return 2
-    fi
+    return "$status"
 }

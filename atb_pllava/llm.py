@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice
+from atb_pllava.costs import Costs
 from atb_pllava.engine.engine import Engine
 from atb_pllava.engine.kv_cache import plan_blocks
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
@@ -25,6 +26,7 @@ from atb_pllava.frame_cache import FrameCache
 from atb_pllava.inputs import Media, PreparedVideo, VideoReader
 from atb_pllava.limits import MediaLimits
 from atb_pllava.loading import ModelOptions, fill_model, plan_model
+from atb_pllava.memory import kv_cache_tokens
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import free_memory
 from atb_pllava.parallel import TensorParallel
@@ -330,14 +332,9 @@ class LLM:
 
     def _plan_blocks(self, model: Pllava, config: EngineConfig) -> int:
         """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
-        text, element = self.config.text, torch.empty(0, dtype=model.dtype).element_size()
-        per_head = text.head_dim + 4 if config.kv_cache_dtype == "int8" else text.head_dim * element  # 4: its scale
-        per_token = 2 * text.num_hidden_layers * model.language.kv_heads * per_head
-        longest = max(text.max_position_embeddings, self.config.num_video_tokens + 1024)
-        if config.max_input_length is not None:
-            longest = config.max_input_length + (config.max_output_length or SamplingParams.max_tokens)
-        # A block more for each request: lengths are rounded up to whole blocks.
-        wanted = config.max_batch_size * (longest + config.block_size)
+        element, int8 = torch.empty(0, dtype=model.dtype).element_size(), config.kv_cache_dtype == "int8"
+        per_token = Costs(self.config, element, parallel=model.parallel, int8_kv=int8).kv_bytes_per_token
+        wanted = kv_cache_tokens(self.config, config)
         free = free_memory(model.ops) // (model.parallel.size if model.ops.name == "cpu" else 1)
         blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free)
         logger.info(

@@ -18,7 +18,6 @@ from atb_pllava import LLM
 from atb_pllava.__main__ import main
 from atb_pllava.bench import machine
 from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
-from atb_pllava.bench.costs import Cost, Costs
 from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS
 from atb_pllava.bench.machine import Limits
 from atb_pllava.bench.plot import COLORS, nice_scale, plot_sweep
@@ -29,6 +28,7 @@ from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
+from atb_pllava.costs import Cost, Costs
 from atb_pllava.errors import BackendError
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend

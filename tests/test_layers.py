@@ -22,7 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {"errors", "config"},
     "prompt": {"errors", "config", "tokenizer"},
     "quant": {"errors"},
-    "ops": {"errors", "ops", "quant"},
+    "words": set(),
+    "host_memory": set(),
+    "published": set(),
+    "ops": {"errors", "host_memory", "ops", "quant"},
     "parallel": {"errors", "config"},
     "model": {"errors", "config", "ops.interface", "parallel", "quant", "model"},
     "adapter": {"config", "errors"},
@@ -55,34 +58,40 @@ ALLOWED: dict[str, set[str]] = {
     "random_weights": {"config", "errors", "parallel", "quant"},
     "loading": {"directory", "errors", "config", "model", "ops", "parallel", "quant", "random_weights", "weights"},
     "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"},
+    "costs": {"config", "parallel", "quant"},
+    "memory": {"config", "costs", "engine.kv_cache", "engine.request", "parallel", "quant"},
     "frame_cache": set(),
     "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"},
     "workers": {"errors", "config", "engine", "loading", "model", "ops", "parallel"},
     "llm": {
         "errors",
         "config",
+        "costs",
         "engine",
         "frame_cache",
         "inputs",
         "limits",
         "loading",
+        "memory",
         "model",
         "ops",
         "parallel",
         "prompt",
     }
     | {"tokenizer", "workers"},
-    "words": set(),
     "progress": {"words"},
     "answers": {"errors", "engine.request", "llm", "progress", "words"},
     "manifest": {"engine.request", "json_file", "llm"},
-    "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
-    "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
-    | {"hugging_face", "limits", "media", "random_weights", "tokenizer"},
+    "doctor": {"checkpoint", "config", "costs", "doctor", "errors", "host_memory", "memory", "ops", "parallel"}
+    | {"published", "quant", "random_weights", "weights", "words"},
+    "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"}
+    | {"doctor", "host_memory", "words"},
+    "bench": {"bench", "config", "costs", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
+    | {"published", "hugging_face", "limits", "media", "random_weights", "tokenizer"},
     "__init__": {"errors", "engine.request", "limits", "llm", "requirements"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}
-    | {"requirements", "tokenizer", "words", "workers"},
+    | {"doctor", "memory", "requirements", "tokenizer", "words", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

@@ -13,6 +13,7 @@ from atb_pllava.__main__ import main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import host_config
 from atb_pllava.errors import ConfigError
+from atb_pllava.memory import working_bytes
 from atb_pllava.mindie import service_config as service
 from atb_pllava.mindie.cards import list_cards
 from atb_pllava.mindie.weight_memory import weight_bytes
@@ -71,7 +72,7 @@ def test_grouped_heads_on_four_cards() -> None:
     assert service.kv_bytes_per_token(B34, 4) == 2 * 2 * 60 * 2 * 128
     cache = service.plan_cache(B34, lengths, 4, 10 * GIB, 3)
     assert cache.requests == 3 and cache.gib == 1
-    with pytest.raises(ConfigError, match=r"1 requests of 3328 tokens need 1\.62 GiB .* 1\.50 GiB are left"):
+    with pytest.raises(ConfigError, match=r"of 1 request of 3328 tokens takes 1\.62 GiB .* 1\.50 GiB are left"):
         service.plan_cache(B7, lengths, 1, 1.5 * GIB, None)
 
 
@@ -87,9 +88,9 @@ def test_lengths_follow_what_is_asked_and_what_the_model_has() -> None:
 
 
 def test_working_memory_is_at_least_the_tensors_that_exist_at_once() -> None:
-    assert service.working_bytes(B7, 8192, 1) > 2 * 8192 * 2 * 11008  # gate and up of a full prefill
-    assert service.working_bytes(B7, 1, 1) > 2 * 16 * 577 * (4096 + 4096)  # a video's MLP and projection
-    assert service.working_bytes(B7, 8192, 1) < 3 * GIB
+    assert working_bytes(B7, 8192, 1) > 2 * 8192 * 2 * 11008  # gate and up of a full prefill
+    assert working_bytes(B7, 1, 1) > 2 * 16 * 577 * (4096 + 4096)  # a video's MLP and projection
+    assert working_bytes(B7, 8192, 1) < 3 * GIB
 
 
 def test_weights_of_a_card(converted: Path) -> None:
@@ -106,7 +107,9 @@ def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     status, out, err = run(
         capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--write", target, "--port", 2025,
         "--resize", "res672")  # fmt: skip
-    assert status == 0 and out == "" and "8 tokens" in err
+    assert status == 0 and out == "" and "each request: 1 video of 8 tokens" in err and "note: " not in err
+    # 5 + 4 blocks of 128 tokens, each 2 * 2 layers * one KV head of 16 * 2 bytes on each of two cards.
+    assert "200 requests of 144 KiB" in err and "0.00" not in err
     assert stat.S_IMODE(target.stat().st_mode) == 0o640 and list(tmp_path.iterdir()) == [target]
     config = json.loads(target.read_text())
     deploy, one, _ = parts(config)
@@ -117,9 +120,27 @@ def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     assert (server["port"], server["managementPort"], server["metricsPort"]) == (2025, 2026, 2027)
     assert server["ipAddress"] == "127.0.0.1" and server["httpsEnabled"] is False
     assert list(service.find_problems(config, PllavaConfig.from_dir(converted))) == []
-    status, out, _ = run(capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025,
-                         "--resize", "res672")  # fmt: skip
-    assert status == 0 and json.loads(out) == config
+    status, out, err = run(capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025,
+                           "--resize", "res672")  # fmt: skip
+    assert status == 0 and json.loads(out) == config and "mode 640; --write FILE makes it so" in err
+
+
+@pytest.mark.parametrize(
+    ("videos", "batch", "words"),
+    [(1, 1, ("1 video of", "1 request of")), (3, 2, ("3 videos of", "2 requests of"))],
+)
+def test_numbers_have_the_noun_that_fits(capsys, converted, videos, batch, words) -> None:
+    given = ("--card_memory", 64, "--max_videos", videos, "--max_batch_size", batch)
+    status, _, err = run(capsys, "--model_path", converted, *given)
+    assert status == 0 and all(text in err for text in words)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 KiB"), (1, "1 KiB"), (147456, "144 KiB"), (3 * 2**20 + 1, "4 MiB"), (1.625 * GIB, "1.62 GiB")],
+)
+def test_sizes_have_the_unit_that_fits(size: float, text: str) -> None:
+    assert service.size_text(size) == text
 
 
 @pytest.mark.parametrize(
@@ -166,7 +187,7 @@ def test_the_config_the_host_ships_rejects_every_video() -> None:
     [
         ([], "no NPU found"),
         (["--card_memory", "0"], "--card_memory is 0"),
-        (["--card_memory", "0.01"], "GiB are left there"),
+        (["--card_memory", "0.01"], "are left there"),
         (["--card_memory", "64", "--memory_fraction", "1.5"], "--memory_fraction is 1.5"),
         (["--card_memory", "64", "--max_videos", "0"], "--max_videos is 0"),
         (["--card_memory", "64", "--max_batch_size", "0"], "--max_batch_size is 0"),

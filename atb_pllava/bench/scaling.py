@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atb_pllava.bench.costs import Costs
 from atb_pllava.bench.roofline import Machine, Prediction, largest_batch, predict
 from atb_pllava.bench.shapes import shape_config
+from atb_pllava.costs import Costs
 from atb_pllava.parallel import TensorParallel, check_world_size
 from atb_pllava.quant import Int8Layers
 from atb_pllava.random_weights import random_int8

@@ -7,32 +7,11 @@ from typing import Any
 
 from atb_pllava.config import PllavaConfig, read_json
 from atb_pllava.errors import ConfigError
+from atb_pllava.published import PUBLISHED, sizes_json
 from atb_pllava.tokenizer import IMAGE_TOKEN
 
-_CLIP_L_336 = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "image_size": 336, "patch_size": 14,
-}  # fmt: skip
-
-
-def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, words: int, **text: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llava", "torch_dtype": "bfloat16", "num_frames": 16, "pooling_shape": [16, 12, 12],
-        "image_token_index": 32000 if words < 64000 else 64002, "vision_config": _CLIP_L_336,
-        "text_config": {
-            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": words,
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **text},
-    }  # fmt: skip
-
-
 # The published models, and a decoder of 0.95 billion parameters for machines that hold no 7B.
-SHAPES = {
-    "1b": _shape(2048, 5632, 16, 16, 16, 32064),
-    "7b": _shape(4096, 11008, 32, 32, 32, 32064),
-    "13b": _shape(5120, 13824, 40, 40, 40, 32064),
-    "34b": _shape(7168, 20480, 60, 56, 8, 64064, rope_theta=5e6),
-}
+SHAPES = {"1b": sizes_json(2048, 5632, 16, 16, 16, 32064), **PUBLISHED}
 
 
 def shape_json(name: str) -> dict[str, Any]:

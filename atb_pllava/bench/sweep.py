@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from atb_pllava.bench.costs import Cost, Costs
 from atb_pllava.bench.machine import Limits
 from atb_pllava.bench.rounds import Round, run_round
 from atb_pllava.bench.timing import percentile
+from atb_pllava.costs import Cost, Costs
 from atb_pllava.engine.kv_cache import blocks_for
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.llm import LLM

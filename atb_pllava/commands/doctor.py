@@ -7,15 +7,19 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable
 
+from atb_pllava.commands.environment import compiler, kernel_dir
+from atb_pllava.doctor.check import Check
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie.cards import device_files
-from atb_pllava.mindie.doctor import Check, Setting, examine
+from atb_pllava.mindie.doctor import Setting, examine
 from atb_pllava.mindie.locate import find_atb_llm, site_directories
+from atb_pllava.words import counted
 
-WORDS = {True: "ok", False: "FAIL", None: "-"}
-COLOURS = {True: "32", False: "31", None: "0"}
+WORDS = {"ok": "ok", "problem": "FAIL", "warning": "warn", "info": "-"}
+COLOURS = {"ok": "32", "problem": "31", "warning": "33", "info": "0"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what is to run here (default auto: mindie where there are an NPU and MindIE, otherwise native)",
     )
-    parser.add_argument("--model_path", metavar="DIR", help="also check this checkpoint")
+    parser.add_argument(
+        "--model_path", metavar="DIR", help="also compare memory and disk with what this checkpoint needs"
+    )
     parser.add_argument("--config", metavar="FILE", help="also check this config.json of MindIE Service")
     parser.add_argument("--world_size", type=int, default=1, metavar="N", help="cards that are to be used (default 1)")
     parser.add_argument("--port", type=int, metavar="N", help="port of the service (default: the config's, or 1025)")
@@ -45,31 +51,32 @@ def doctor(arguments: argparse.Namespace) -> int:
         engine = "mindie" if device_files() and atb_llm is not None else "native"
     setting = Setting(
         engine, dict(os.environ), atb_llm, site_directories(arguments.site), arguments.model_path, arguments.config,
-        arguments.world_size, arguments.port)  # fmt: skip
+        arguments.world_size, arguments.port, compiler=compiler(), kernel_dir=kernel_dir())  # fmt: skip
     checks = examine(setting)
     return _print_json(engine, checks) if arguments.json else _print_lines(engine, checks)
 
 
 def _print_lines(engine: str, checks: Iterable[Check]) -> int:
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    problems = 0
+    said: Counter[str] = Counter()
     print(f"for the {engine} engine:")
     for check in checks:
-        problems += check.good is False
-        word = f"{WORDS[check.good]:<4}"
+        said[check.status] += 1
+        word = f"{WORDS[check.status]:<4}"
         if colour:
-            word = f"\033[{COLOURS[check.good]}m{word}\033[0m"
+            word = f"\033[{COLOURS[check.status]}m{word}\033[0m"
         print(f"{word}  {check.name:<18} {check.found}", flush=True)
-        if check.good is False and check.remedy:
+        if check.status in ("problem", "warning") and check.remedy:
             print(f"      {'':<18} remedy: {check.remedy}", flush=True)
-    print(f"{problems} problems" if problems else f"the {engine} engine can run here")
-    return 1 if problems else 0
+    warnings = f", with {counted(said['warning'], 'warning')}" if said["warning"] else ""
+    print(counted(said["problem"], "problem") if said["problem"] else f"the {engine} engine can run here{warnings}")
+    return 1 if said["problem"] else 0
 
 
 def _print_json(engine: str, checks: Iterable[Check]) -> int:
     rows = [
-        {"check": c.name, "status": {True: "ok", False: "problem", None: "info"}[c.good], "found": c.found}
-        | ({"remedy": c.remedy} if c.good is False else {})
+        {"check": c.name, "status": c.status, "found": c.found}
+        | ({"remedy": c.remedy} if c.status in ("problem", "warning") else {})
         for c in checks
     ]
     usable = all(row["status"] != "problem" for row in rows)

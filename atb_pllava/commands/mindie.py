@@ -24,11 +24,12 @@ from atb_pllava.mindie.service_config import (
     plan_cache,
     plan_lengths,
     prefill_tokens,
-    working_bytes,
+    size_text,
 )
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
+from atb_pllava.words import counted
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -154,7 +155,9 @@ def mindie(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.function(arguments))
     except OSError as error:
-        raise ConfigError(f"{error.filename or 'a file'}: {error.strerror}; nothing more was changed") from error
+        if error.filename is None:  # stdout, perhaps closed by `| head`
+            raise
+        raise ConfigError(f"{error.filename}: {error.strerror}; nothing more was changed") from error
 
 
 def _install(arguments: argparse.Namespace) -> int:
@@ -206,7 +209,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace) -> int:
     """Print a config.json for MindIE Service, its limits computed from frames, pooling, model and card memory"""
-    from atb_pllava.mindie.weight_memory import weight_bytes  # the other actions need no torch, and may be without one
+    # The other actions need no torch, and may be without one.
+    from atb_pllava.memory import working_bytes
+    from atb_pllava.mindie.weight_memory import weight_bytes
 
     model = read_host_model(arguments.model_path, arguments.world_size)
     if arguments.write is not None:
@@ -223,10 +228,11 @@ def _config(arguments: argparse.Namespace) -> int:
         arguments.model_path, arguments.model_name, lengths, cache, size, port=arguments.port, ip=arguments.ip,
         https=arguments.https, options={name: value for name, value in given.items() if value is not None})  # fmt: skip
     print(
-        f"requests: {videos} videos of {model.num_video_tokens} tokens and text, {lengths.input} tokens; "
-        f"{lengths.output} for the answer\n"
-        f"each card: {usable / GIB:.1f} GiB usable, {weights / GIB:.2f} for weights, {working / GIB:.2f} for "
-        f"activations, {cache.gib} for the KV cache: {cache.requests} requests of {cache.request_bytes / GIB:.2f} GiB",
+        f"each request: {counted(videos, 'video')} of {model.num_video_tokens} tokens and text, {lengths.input} tokens"
+        f"; {counted(lengths.output, 'token')} for the answer\n"
+        f"each card: {usable / GIB:.1f} GiB usable, {size_text(weights)} for weights, {size_text(working)} for "
+        f"activations, {cache.gib} GiB for the KV cache: {counted(cache.requests, 'request')} of "
+        f"{size_text(cache.request_bytes)}",
         file=sys.stderr,
     )
     if lengths.total > model.text.max_position_embeddings:
@@ -238,6 +244,7 @@ def _config(arguments: argparse.Namespace) -> int:
     if not arguments.https and arguments.ip not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: {arguments.ip} without --https: requests and answers travel in the open", file=sys.stderr)
     if arguments.write is None:
+        print("note: MindIE wants the file with mode 640; --write FILE makes it so, or chmod 640 FILE", file=sys.stderr)
         print(json.dumps(config, ensure_ascii=False, indent=1))
     else:
         write_json(arguments.write, config, mode=0o640)

@@ -1,36 +1,47 @@
 """What a machine lacks to answer about videos, one check a line with what fixes it; nothing is loaded or changed.
 
-Every check reads files, runs a small program or binds a port for a moment. Torch is imported by another process: it may
-be what is broken.
+Every check reads files, runs a small program or binds a port for a moment. Torch is imported by another process first:
+it may be what is broken. What the native engine needs is in `doctor`; here is what MindIE needs, and the order of all.
 """
 
 import errno
 import os
-import platform
 import re
+import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atb_pllava.config import PllavaConfig, read_json
+from atb_pllava.doctor.check import Check
+from atb_pllava.doctor.packages import (
+    PACKAGES,
+    Torch,
+    gpu_checks,
+    installed,
+    look_at_torch,
+    packages_check,
+    python_check,
+    torch_check,
+)
 from atb_pllava.errors import PllavaError
-from atb_pllava.mindie.cards import DEVICES, device_files, list_cards
+from atb_pllava.host_memory import host_memory
+from atb_pllava.mindie import places
+from atb_pllava.mindie.cards import DEVICES, Card, device_files, list_cards
 from atb_pllava.mindie.contract import CONTRACT, check_contract
 from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import find_registrations
 from atb_pllava.mindie.permissions import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
 from atb_pllava.mindie.service_config import find_problems
+from atb_pllava.words import counted
 
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "av", "pillow")
-IMPORT_SECONDS = 120
+if TYPE_CHECKING:  # imports torch, which may be what is broken
+    from atb_pllava.doctor.machine import Room
+
 LEAST_SHARED_MEMORY = 256 * 2**20  # a few dozen videos on their way; Docker's default of 64 MiB is too little
 MEDIA_ROOT = Path("/data/multimodal_inputs")  # mindie_llm/tokenizer/tokenizer.py: local paths are read below this only
-DRIVER = Path("/usr/local/Ascend/driver/version.info")
 
 # CANN releases and the torch_npu made for them, from the metadata of torch_npu's wheels.
 CANN_PAIRS = {
@@ -52,6 +63,8 @@ class Setting:
     world_size: int = 1
     port: int | None = None
     devices: Sequence[str] = field(default_factory=device_files)
+    compiler: str | None = None
+    kernel_dir: str | None = None
 
     @property
     def mindie(self) -> bool:
@@ -61,90 +74,130 @@ class Setting:
     def on_npu(self) -> bool:
         return bool(self.devices) or self.mindie
 
-
-@dataclass(frozen=True)
-class Check:
-    """One line: `good` is None for what is only said. A remedy belongs to what is not good."""
-
-    name: str
-    good: bool | None
-    found: str
-    remedy: str = ""
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether MindIE is asked about on a machine that has nothing of Ascend's."""
+        return self.mindie and not (self.devices or self.atb_llm or places.is_installed(self.variables))
 
 
 def examine(setting: Setting) -> Iterator[Check]:
     """All checks that concern `setting`, cheap ones first."""
-    yield Check("Python", sys.version_info >= (3, 10), f"{platform.python_version()}, {sys.executable}", "Python 3.10")
-    yield from _packages()
-    yield _torch(setting)
-    yield from _npus(setting)
-    if setting.on_npu:
-        yield _driver()
-        yield from _cann(setting)
-    if setting.mindie:
-        yield from _libraries(setting)
-        yield from _plugin(setting)
-        yield _shared_memory()
-        yield _media_root()
+    if setting.is_elsewhere:
+        found = f"this is no Ascend machine: no {DEVICES}, no driver, no CANN and no MindIE"
+        remedy = (
+            "run doctor there, in MindIE's container; for this machine: python -m atb_pllava doctor --engine native"
+        )
+        yield Check("machine", False, found, remedy)
+    yield python_check()
+    versions = {package: installed(package) for package in PACKAGES}
+    yield packages_check(versions)
+    torch = Torch(problem="missing", is_missing=True)
+    if versions["torch"] is not None:
+        torch = look_at_torch(setting.on_npu)
+    yield torch_check(torch)
+    if not setting.mindie:
+        yield from _native(setting, torch, complete=None not in versions.values())
+    elif setting.is_elsewhere:
+        yield from _files(setting)
+    else:
+        yield from (*_host(setting), *_files(setting), _ports(setting))
+
+
+def _native(setting: Setting, torch: Torch, complete: bool) -> Iterator[Check]:
+    """What this package needs to run the model by itself; `complete`: whether no package is missing."""
+    cards = list_cards() if setting.devices else []
+    yield from _npus(setting, cards)
+    if setting.devices:
+        yield from (_driver(setting), *_cann(setting))
+    else:
+        yield from gpu_checks(torch, has_nvidia_driver())
+    if torch.problem or not complete:
+        yield _host_memory()
+        if setting.model_path is not None:
+            yield _config_only(setting)
+        return
+    from atb_pllava.doctor import machine  # imports torch
+
+    room = _room(setting, cards, torch)
+    if room.is_cpu:
+        yield machine.compiler_check(setting.compiler, setting.kernel_dir)
+        yield machine.cache_check(setting.kernel_dir)
+    if room.backend == "cuda" and setting.world_size > 1:
+        found = f"--world_size {setting.world_size} on CUDA, which takes one device"
+        yield Check("world size", False, found, "leave --world_size out, or split the model over NPUs or CPU processes")
+    model = None
     if setting.model_path is not None:
-        yield from _model(setting)
+        try:
+            model = machine.read_model(setting.model_path, setting.world_size)
+            yield machine.model_check(model)
+        except PllavaError as error:
+            yield machine.model_problem(error)
+            model = None if os.path.isdir(setting.model_path) else machine.published_model(setting.model_path)
+        if model is not None:
+            yield machine.disk_check(model, setting.model_path)
+    if setting.model_path is not None and model is None:
+        yield Check("memory", None, f"{room}; what this checkpoint needs is not known")
+    else:
+        yield from machine.memory_checks(room, model, setting.world_size)
+
+
+def _host(setting: Setting) -> Iterator[Check]:
+    """What MindIE needs of the machine, and this package of MindIE."""
+    yield from _npus(setting, list_cards())
+    yield from (_driver(setting), *_cann(setting), *_libraries(setting), *_plugin(setting))
+    yield from (_shared_memory(), _media_root())
+
+
+def _files(setting: Setting) -> Iterator[Check]:
+    """The checkpoint and MindIE Service's config.json, wherever they are to be used."""
+    if setting.model_path is not None:
+        yield _config_only(setting)
     if setting.config is not None:
         yield from _service(setting)
-    if setting.mindie:
+    if not setting.is_elsewhere or setting.model_path is not None or setting.config is not None:
         yield from _permissions(setting)
-        yield _ports(setting)
 
 
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is here, whatever torch makes of it."""
+    return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
 
 
-def _packages() -> Iterator[Check]:
-    found = {package: _installed(package) for package in PACKAGES}
-    missing = [package for package, number in found.items() if number is None]
-    named = ", ".join(f"{package} {number}" for package, number in found.items() if number is not None)
-    what = f"{', '.join(missing)} missing" if missing else named
-    yield Check("packages", not missing, what, f"{sys.executable} -m pip install {' '.join(missing)}")
+def _host_memory() -> Check:
+    memory = host_memory()
+    what = f"{memory.free / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    return Check("memory", None, f"{what}; what a model needs, and the CPU kernels, are looked at with all packages")
 
 
-def _torch(setting: Setting) -> Check:
-    code = "import torch; print(torch.__version__)"
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return Check("import torch", False, f"takes more than {IMPORT_SECONDS} s", "look at what the driver waits for")
-    except OSError as error:
-        return Check("import torch", False, f"{sys.executable}: {error.strerror}", "install Python again")
-    if done.returncode == 0:
-        return Check("import torch", True, done.stdout.strip())
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-    remedy = "install torch again"
-    if "torch_npu" in done.stderr:
-        remedy = "source CANN's set_env.sh"
-        remedy += "" if setting.on_npu else "; without an NPU: export TORCH_DEVICE_BACKEND_AUTOLOAD=0"
-    return Check("import torch", False, lines[-1][:300], remedy)
+def _room(setting: Setting, cards: Sequence[Card], torch: Torch) -> "Room":
+    """Where the native engine would put the model: the fullest of its NPUs, else the first GPU, else a CPU's memory."""
+    from atb_pllava.doctor.machine import Room
+
+    mine = [card for card in cards if str(card.number) in _visible(setting, cards)][: setting.world_size]
+    known = [card for card in mine if card.free_mib is not None and card.memory_mib is not None]
+    if known:
+        card = min(known, key=lambda one: one.free_mib or 0)
+        return Room(f"card {card.number}", (card.free_mib or 0) * 2**20, (card.memory_mib or 0) * 2**20, "ascend")
+    if torch.gpus:
+        return Room("GPU 0", torch.gpus[0].free, torch.gpus[0].total, "cuda")
+    return Room.of_host(host_memory())
 
 
-def _npus(setting: Setting) -> Iterator[Check]:
+def _npus(setting: Setting, cards: Sequence[Card]) -> Iterator[Check]:
     if not setting.devices:
         if setting.mindie:
             remedy = f"install the driver; in a container pass --device=/dev/davinci0 and so on: there is no {DEVICES}"
             yield Check("NPU", False, "no NPU found", remedy)
         else:
-            yield Check("NPU", None, "no NPU found; the native engine runs on this machine's CPU, or on CUDA")
+            yield Check("NPU", None, "no NPU found")
         return
-    yield Check("NPU", True, f"{len(setting.devices)} device files: {', '.join(setting.devices)}")
-    cards = list_cards()
+    yield Check("NPU", True, f"{counted(len(setting.devices), 'device file')}: {', '.join(setting.devices)}")
     if not cards:
         yield Check("npu-smi", False, "no answer from npu-smi", "install the driver's tools, or mount npu-smi")
     for card in cards:
         free = card.free_mib
         yield Check("card", free is None or free > 2048, str(card), "end the programs that use it: npu-smi info")
-    visible = setting.variables.get("ASCEND_RT_VISIBLE_DEVICES")
-    seen = visible.split(",") if visible else [str(card.number) for card in cards]
+    seen = _visible(setting, cards)
     known = {str(card.number) for card in cards}
     if cards and (not set(seen) <= known or len(seen) < setting.world_size):
         yield Check(
@@ -152,34 +205,32 @@ def _npus(setting: Setting) -> Iterator[Check]:
             "name existing cards in ASCEND_RT_VISIBLE_DEVICES, or a smaller world size")  # fmt: skip
 
 
-def _driver() -> Check:
-    number = _value_in(DRIVER, "Version")
-    if number is None:
-        return Check("driver", False, f"{DRIVER} is not there", "install the driver, or mount /usr/local/Ascend/driver")
-    return Check("driver", True, number)
+def _visible(setting: Setting, cards: Sequence[Card]) -> list[str]:
+    """Numbers of the cards that programs may use."""
+    named = setting.variables.get("ASCEND_RT_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(card.number) for card in cards]
 
 
-def _value_in(file: Path, key: str) -> str | None:
-    """`key=value` of a file of the vendor's, None where there is none."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(rf"^\s*{key}\s*=\s*\[?([^\s\]]+)", text, re.MULTILINE | re.IGNORECASE)
-    return found.group(1) if found else None
+def _driver(setting: Setting) -> Check:
+    file = places.find_driver(setting.variables)
+    if file is not None:
+        return Check("driver", True, f"{places.value_in(file, 'Version') or 'of an unknown version'}, {file.parent}")
+    looked = " and ".join(str(folder / "driver") for folder in places.ascend_folders(setting.variables))
+    remedy = "install the driver; in a container mount its folder and /etc/ascend_install.info, which names it"
+    return Check("driver", False, f"no version.info in {looked}", remedy)
 
 
 def _cann(setting: Setting) -> Iterator[Check]:
     home = setting.variables.get("ASCEND_TOOLKIT_HOME") or setting.variables.get("ASCEND_HOME_PATH")
-    remedy = "source /usr/local/Ascend/ascend-toolkit/set_env.sh (or /usr/local/Ascend/cann/set_env.sh)"
+    remedy = places.source_command(places.CANN, setting.variables)
     if home is None or not os.path.isdir(home):
         what = "ASCEND_TOOLKIT_HOME is not set" if home is None else f"{home} is not there"
         yield Check("CANN", False, what, remedy)
         return
     files = [*Path(home).glob("*-linux/ascend_toolkit_install.info"), Path(home, "compiler/version.info")]
-    number = next((found for file in files if (found := _value_in(file, "version")) is not None), None)
+    number = next((found for file in files if (found := places.value_in(file, "version")) is not None), None)
     yield Check("CANN", True, f"{number or 'of an unknown version'}, {home}")
-    torch, npu = _installed("torch"), _installed("torch_npu")
+    torch, npu = installed("torch"), installed("torch_npu")
     if npu is None:
         yield Check("torch_npu", False, "not installed", f"pip install torch_npu=={_release(torch or '')} --no-deps")
         return
@@ -197,11 +248,12 @@ def _release(number: str) -> str:
 
 
 def _libraries(setting: Setting) -> Iterator[Check]:
-    for name, variable, library, folder in (
-        ("ATB", "ATB_HOME_PATH", "libatb.so", "nnal/atb"),
-        ("ATB models", "ATB_SPEED_HOME_PATH", "libatb_speed_torch.so", "atb-models"),
+    for name, variable, library, scripts in (
+        ("ATB", "ATB_HOME_PATH", "libatb.so", places.ATB),
+        ("ATB models", "ATB_SPEED_HOME_PATH", "libatb_speed_torch.so", places.ATB_MODELS),
     ):
-        home, remedy = setting.variables.get(variable), f"source /usr/local/Ascend/{folder}/set_env.sh"
+        home = setting.variables.get(variable)
+        remedy = places.source_command(scripts, setting.variables)
         if home is None:
             yield Check(name, False, f"{variable} is not set", remedy)
             continue
@@ -240,15 +292,17 @@ def _media_root() -> Check:
     return Check("local media", True if there else None, what)
 
 
-def _model(setting: Setting) -> Iterator[Check]:
+def _config_only(setting: Setting) -> Check:
+    """The checkpoint by its config.json, as MindIE takes it or as this package does."""
     assert setting.model_path is not None
     try:
-        read = read_host_model if setting.mindie else lambda path, size: PllavaConfig.from_dir(path)
-        config = read(setting.model_path, setting.world_size)
+        if setting.mindie:
+            config = read_host_model(setting.model_path, setting.world_size)
+        else:
+            config = PllavaConfig.from_dir(setting.model_path)
     except PllavaError as error:
-        yield Check("model", False, str(error))
-        return
-    yield Check("model", True, f"{setting.model_path}: {config.num_video_tokens} tokens a video, {config.dtype}")
+        return Check("model", False, str(error))
+    return Check("model", True, f"{setting.model_path}: {config.num_video_tokens} tokens a video, {config.dtype}")
 
 
 def _service(setting: Setting) -> Iterator[Check]:
@@ -294,7 +348,8 @@ def _permissions(setting: Setting) -> Iterator[Check]:
     for what, remedy in problems[:10]:
         yield Check("permissions", False, what, remedy)
     if len(problems) > 10:
-        yield Check("permissions", False, f"{len(problems) - 10} more files like these", "the same for them")
+        more = counted(len(problems) - 10, "more file")
+        yield Check("permissions", False, f"{more} like these", "the same for them")
     if not problems:
         yield Check("permissions", True, "as MindIE wants them")
 
@@ -309,7 +364,7 @@ def _ports(setting: Setting) -> Check:
             pass  # said by the checks of the config itself
     taken = [f"{port}: {reason}" for port in ports if (reason := _why_not_bound(ip, port)) is not None]
     return Check(
-        "ports", not taken, "; ".join(taken) if taken else f"{ip} {', '.join(map(str, ports))} are free",
+        "ports", not taken, "; ".join(taken) if taken else f"{ip}: free: {', '.join(map(str, ports))}",
         "end the program that has it (ss -ltnp), or take another: mindie config --port N")  # fmt: skip
 
 

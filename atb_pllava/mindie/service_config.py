@@ -16,6 +16,7 @@ from typing import Any
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie.host_model import check_host_path
+from atb_pllava.words import counted
 
 GIB = 2**30
 BLOCK_SIZE = 128
@@ -126,19 +127,11 @@ def kv_bytes_per_token(config: PllavaConfig, world_size: int) -> int:
     return 2 * 2 * text.num_hidden_layers * math.ceil(text.num_key_value_heads / world_size) * text.head_dim
 
 
-def working_bytes(config: PllavaConfig, tokens_at_once: int, world_size: int) -> int:
-    """An estimate of activations at their peak, in 16 bits: one video in the vision tower, or a full prefill.
-
-    Vision: the MLP's and four hidden-sized tensors of all frames, attention weights in 32 bits where no fused kernel
-    avoids them, three projected tensors. Prefill: three MLP-sized and six hidden-sized tensors of every token.
-    """
-    vision, text, frames = config.vision, config.text, config.num_frames
-    patches = vision.grid**2 + 1
-    tower = 2 * frames * patches * (vision.intermediate_size + 4 * vision.hidden_size)
-    scores = 4 * frames * vision.num_attention_heads * patches**2
-    projected = 3 * 2 * frames * patches * text.hidden_size
-    prefill = 2 * tokens_at_once * (3 * math.ceil(text.intermediate_size / world_size) + 6 * text.hidden_size)
-    return max(tower + scores + projected, prefill)
+def size_text(size: float) -> str:
+    """Bytes in the unit that suits them: `1.62 GiB`, `38 MiB`, `36 KiB`."""
+    if size >= GIB / 10:
+        return f"{size / GIB:.2f} GiB"
+    return f"{math.ceil(size / 2**20)} MiB" if size >= 2**20 else f"{math.ceil(size / 2**10)} KiB"
 
 
 @dataclass(frozen=True)
@@ -163,10 +156,11 @@ def plan_cache(
     held = whole * GIB // request
     wanted = batch_size or 1
     if held < wanted:
+        requests = f"{counted(wanted, 'request')} of {lengths.total} tokens"
         raise ConfigError(
-            f"{wanted} requests of {lengths.total} tokens need {wanted * request / GIB:.2f} GiB of KV cache on each "
-            f"card, and {max(0.0, budget / GIB):.2f} GiB are left there beside weights and activations (MindIE counts "
-            "whole GiB): use more cards (--world_size), W8A16 weights, fewer videos, shorter texts or a smaller batch"
+            f"the KV cache of {requests} takes {size_text(wanted * request)} on each card, and "
+            f"{size_text(max(0.0, budget))} are left there beside weights and activations (MindIE counts whole GiB): "
+            "use more cards (--world_size), W8A16 weights, fewer videos, shorter texts or a smaller batch"
         )
     if batch_size is None:
         return CachePlan(whole, min(held, LARGEST_BATCH), request)

@@ -2,11 +2,11 @@
 
 import importlib.util
 import logging
-import os
 
 import torch
 
 from atb_pllava.errors import BackendError
+from atb_pllava.host_memory import host_memory
 from atb_pllava.ops.ascend import AscendBackend, import_torch_npu
 from atb_pllava.ops.build import BuildError, load_library
 from atb_pllava.ops.cpu import TorchBackend, has_native_bfloat16
@@ -108,9 +108,4 @@ def free_memory(backend: Backend) -> int:
     if backend.device.type != "cpu":
         # By number, None being the current one: before torch 2.7 this takes no "cuda" without one.
         return int(getattr(torch, backend.device.type).mem_get_info(backend.device.index)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return host_memory().free

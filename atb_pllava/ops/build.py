@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,12 @@ LEVELS = {
     "portable": (),
 }
 _SECONDS_TO_COMPILE = 600
+_TRIAL = """#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+extern "C" std::int64_t trial(std::int64_t n) { return std::vector<std::int64_t>(n).size(); }
+"""
 
 
 class BuildError(Exception):
@@ -57,6 +63,12 @@ def best_level() -> str:
     return next(level for level, words in LEVELS.items() if here.issuperset(words))
 
 
+def levels_from_best() -> list[str]:
+    """The levels that this CPU has, best first."""
+    names = list(LEVELS)
+    return names[names.index(best_level()) :]
+
+
 def cpu_words() -> frozenset[str]:
     """What /proc/cpuinfo says this CPU can do; nothing where there is no such file."""
     try:
@@ -77,8 +89,7 @@ def load_library(
     Raises BuildError, and OSError where files cannot be made or locked.
     """
     if level is None:
-        names = list(LEVELS)
-        *better, last = names[names.index(best_level()) :]
+        *better, last = levels_from_best()
         for name in better:
             try:
                 return load_library(compiler, directory, name)
@@ -86,7 +97,7 @@ def load_library(
                 logger.info("no CPU kernels for %s: %s", name, error)
         return load_library(compiler, directory, last)
     command = _find_compiler(compiler)
-    flags = [*COMMON_FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[level])]
+    flags = _flags(level)
     name = _library_name(command, flags)
     try:
         folder = _private_directory(Path(directory) if directory is not None else default_directory())
@@ -102,6 +113,41 @@ def load_library(
     return _open(path)
 
 
+def find_library(compiler: str | None = None, directory: str | os.PathLike[str] | None = None) -> Path | None:
+    """The library that `load_library` would load without compiling; None where it would compile first.
+
+    Raises BuildError where there is no compiler: the name of a library says what compiled it.
+    """
+    command = _find_compiler(compiler)
+    folder = Path(directory) if directory is not None else default_directory()
+    for level in levels_from_best():
+        path = folder / _library_name(command, _flags(level))
+        if path.exists():
+            return path
+    return None
+
+
+def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> list[str]:
+    """The compiler's command line, after it has made a small library in `directory` with the flags of the kernels.
+
+    Raises BuildError where there is none, or where it cannot: its headers or its linker may be missing.
+    """
+    command = _find_compiler(compiler)
+    source, library = Path(directory) / "try.cpp", Path(directory) / "try.so"
+    source.write_text(_TRIAL, encoding="utf-8")
+    *better, last = levels_from_best()
+    for level in better:
+        with suppress(CompilerError):  # perhaps older than the CPU
+            _run([*command, *_flags(level), str(source), "-o", str(library)], "failed")
+            return command
+    _run([*command, *_flags(last), str(source), "-o", str(library)], "failed")
+    return command
+
+
+def _flags(level: str) -> list[str]:
+    return [*COMMON_FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[level])]
+
+
 def _find_compiler(given: str | None) -> list[str]:
     """The compiler as a command line, its first word a full path."""
     try:
@@ -111,7 +157,8 @@ def _find_compiler(given: str | None) -> list[str]:
     names = words[:1] or list(COMPILERS)
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
-        raise BuildError(f"no C++ compiler: {' nor '.join(names)} was not found")
+        were = "was" if len(names) == 1 else "were"
+        raise BuildError(f"no C++ compiler: {' and '.join(names)} {were} not found")
     return [found, *words[1:]]
 
 
