@@ -32,7 +32,7 @@ from atb_pllava import LLM, ConfigError, PllavaError
 from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.run import DEFAULT_PROMPT
-from atb_pllava.json_file import check_writable, read_json, write_json
+from atb_pllava.json_file import check_writable, read_json, read_rows, write_json
 from atb_pllava.manifest import manifest_of
 from atb_pllava.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
@@ -113,7 +113,7 @@ def compare_files(left: str, right: str) -> dict[str, Any]:
 
 
 def _rows_of(file: str) -> dict[tuple[str | None, str], dict[str, Any]]:
-    rows = read_json(file)
+    rows = read_rows(file)
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ConfigError(f"{file} is no file of `python -m atb_pllava run --output_json` with answers in it")
     by_question = {(row["media"], row["prompt"]): row for row in rows}
