@@ -31,6 +31,7 @@ from atb_pllava.ops import free_memory
 from atb_pllava.parallel import TensorParallel
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.words import counted
 from atb_pllava.workers import Workers, send_runner_options, share_threads
 
 logger = logging.getLogger(__name__)
@@ -276,7 +277,8 @@ class LLM:
                             ahead.append((number, name, reader.submit(self._request, request, params, name)))
                     while ahead and (ahead[0][2].done() or not numbers):
                         number, name, reading = ahead.popleft()
-                        progress.start(name, "reading the media")
+                        if not reading.done():
+                            progress.start(name, "reading the media")
                         try:
                             ready = reading.result()
                             self._engine.add(ready)
@@ -288,8 +290,8 @@ class LLM:
                     if on_text is not None:
                         for running, number in numbers.items():
                             on_text(number, running.answer.text)
-                    progress.stop()
                     for done in [request for request in numbers if request.is_finished]:
+                        progress.stop()  # whoever asks may take their time
                         yield numbers.pop(done), done.error or done.output()
         finally:
             progress.stop()
@@ -481,7 +483,7 @@ def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] |
         return media, [None] * len(media)
     wanted = [_whole_numbers(part) for part in (indices if _is_nested(indices) else [indices])]
     if len(wanted) != len(media):
-        raise RequestError(f"frame_indices is given for {len(wanted)} video(s), the request has {len(media)}")
+        raise RequestError(f"frame_indices is given for {counted(len(wanted), 'video')}, the request has {len(media)}")
     return media, list(wanted)
 
 

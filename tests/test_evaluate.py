@@ -121,7 +121,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     for broken in ("broken.mp4", "missing.mp4", "start_seconds 5.0", "'start' is None", "'a cow' is not among",
                    "'question' is None", "it is a str, not an object", "empty: holds no frames"):  # fmt: skip
         assert broken in err, broken
-    assert "8 questions have no answer; they count as wrong" in err
+    assert "8 questions without an answer, counted as wrong" in err
     results, log = read(tmp_path / "out" / "all_results.json"), log_of(tmp_path / "out")
     assert [row["task_type"] for row in results["result_list"]] == (
         ["Action Sequence"] * 10 + ["Episodic Reasoning"] * 3 + ["My Own Task"] * 2

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1] / "atb_pllava"
 # Each part with all it may import, from the bottom up.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "words": set(),
     "config": {"errors"},
     "sampling": {"errors"},
     "pixels": {"errors"},
@@ -22,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "ops", "quant"},
     "parallel": {"errors", "config"},
     "model": {"errors", "config", "ops.interface", "parallel", "quant", "model"},
-    "checkpoint": {"errors", "config", "quant"},
+    "checkpoint": {"errors", "config", "quant", "words"},
     "description": {"checkpoint", "config", "errors", "quant"},
     "weights": {"checkpoint", "config", "description", "parallel", "quant"},
     "shards": {"checkpoint"},
@@ -43,12 +44,14 @@ ALLOWED: dict[str, set[str]] = {
         "rounding",
         "shards",
         "weights",
+        "words",
     },
     "random_weights": {"config", "errors", "parallel", "quant"},
     "loading": {"errors", "config", "model", "ops", "parallel", "quant", "random_weights", "weights"},
-    "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"},
+    "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"}
+    | {"words"},
     "frame_cache": set(),
-    "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"},
+    "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"} | {"words"},
     "workers": {"errors", "config", "engine", "loading", "model", "ops", "parallel"},
     "llm": {
         "errors",
@@ -63,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
         "parallel",
         "prompt",
     }
-    | {"tokenizer", "workers"},
+    | {"tokenizer", "words", "workers"},
     "json_file": {"errors"},
     "answers": {"errors", "engine.request", "llm"},
     "manifest": {"engine.request", "json_file", "llm"},
@@ -72,7 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"hugging_face", "limits", "media", "random_weights", "tokenizer"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
-    | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},
+    | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"}
+    | {"engine.progress", "words"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from atb_pllava.commands.environment import compiler, kernel_dir, master_port, started_by_torchrun
@@ -17,7 +17,7 @@ from atb_pllava.ops import BACKENDS, KERNELS
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
-from atb_pllava.words import count
+from atb_pllava.words import counted
 from atb_pllava.workers import Workers, serve_rank
 
 # What each prompt format is; the epilog of --help lists them.
@@ -36,11 +36,34 @@ CONVERSATION_WORDS = {
 }
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Option names and their help on one line where 80 columns allow it; the epilog as it is written."""
+class HelpFormatter(argparse.HelpFormatter):
+    """Option names and their help on one line where 80 columns allow it; a usage line with what is required only.
+
+    Paragraphs of the description and the epilog are wrapped, unless they have lines of their own.
+    """
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        if usage is None:
+            wanted = [f"{a.option_strings[0]} {a.metavar}" for a in actions if a.required and a.option_strings]
+            usage = " ".join(["%(prog)s", *wanted, "[OPTION ...]"])
+            if len(f"usage: {usage % {'prog': self._prog}}") > self._width:
+                usage = usage.replace("%(prog)s ", "%(prog)s\n           ")
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            p if "\n" in p else super(HelpFormatter, self)._fill_text(p, width, indent) for p in paragraphs
+        )
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -205,13 +228,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore_eos", action="store_true", help="always generate --max_output_length tokens")
 
 
-def check_question(text: str) -> str:
-    """A question of the command line. Raises ConfigError for one that is empty."""
-    if not text.strip():
-        raise ConfigError(f"--prompt is {text!r}, an empty question; ask something, or leave the option out")
-    return text
-
-
 def model_options(arguments: argparse.Namespace) -> ModelOptions:
     """What every rank has to know."""
     return ModelOptions(**{name: getattr(arguments, name) for name in ModelOptions.__dataclass_fields__})
@@ -265,8 +281,8 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
         print(_loaded(llm), file=sys.stderr)
         print(
-            f"ready after {time.perf_counter() - began:.1f} s: {count(frames, 'frame')} pooled to {shape} = "
-            f"{count(llm.config.num_video_tokens, 'video token')}",
+            f"ready after {time.perf_counter() - began:.1f} s: {counted(frames, 'frame')} pooled to {shape} = "
+            f"{counted(llm.config.num_video_tokens, 'video token')}",
             file=sys.stderr,
         )
     return llm

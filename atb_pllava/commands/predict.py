@@ -20,6 +20,7 @@ from atb_pllava.commands.model_options import (
     load_model,
     sampling_params,
 )
+from atb_pllava.commands.question import question
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--media", "--image_path", required=True, metavar="PATH", help="a video, an image, or a directory of them"
     )
     group.add_argument(
-        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
+        "--prompt", type=question, default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
     )
     add_prompt_options(parser)
     add_engine_options(parser)

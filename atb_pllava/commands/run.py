@@ -13,18 +13,18 @@ from atb_pllava.commands.model_options import (
     add_model_options,
     add_prompt_options,
     add_sampling_options,
-    check_question,
     join_torchrun,
     load_model,
     sampling_params,
 )
+from atb_pllava.commands.question import question
 from atb_pllava.commands.screen import Screen, is_same_file
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import RowFile, check_writable
 from atb_pllava.llm import LLM
 from atb_pllava.media import list_media
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--media", metavar="PATH", help="a video, an image, or a directory of them (default: text only)")
     group.add_argument(
         "--prompt",
+        type=question,
         action="append",
         metavar="TEXT",
         help=f"question about each, repeatable (default, PLLaVA's own words: {DEFAULT_PROMPT!r})",
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         return workers
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json")
-    prompts = [check_question(prompt) for prompt in arguments.prompt or [DEFAULT_PROMPT]]
+    prompts = arguments.prompt or [DEFAULT_PROMPT]
     media = [None] if arguments.media is None else list_media(arguments.media)
     if arguments.logprobs is not None and (arguments.output_json is None or arguments.logprobs < 1):
         raise ConfigError(f"--logprobs {arguments.logprobs} must be at least 1 and needs --output_json to write to")
@@ -141,9 +142,9 @@ def _failure(number: int, row: Mapping[str, Any], total: int) -> str:
 def _summary(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
     timings = [row["timings"] for row in rows if "timings" in row]
     tokens = sum(t["output_tokens"] for t in timings)
-    first = f"first token after {sum(t['ttft'] for t in timings) / len(timings):.2f} s on average, " if timings else ""
+    first = f"first token after {sum(t['ttft'] for t in timings) / len(timings):.2f} s (mean), " if timings else ""
     failed = f", {len(rows) - len(timings)} failed" if len(timings) < len(rows) else ""
     return (
-        f"{count(len(timings), 'answer')}{failed}, {count(tokens, 'token')} in {seconds:.1f} s: "
+        f"{counted(len(timings), 'answer')}{failed}, {counted(tokens, 'token')} in {seconds:.1f} s: "
         f"{first}{tokens / seconds:.1f} tokens/s"
     )

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from atb_pllava.commands.environment import terminal_moves_its_cursor
-from atb_pllava.engine import progress
+from atb_pllava.engine.progress import SECONDS_BETWEEN_LINES
+from atb_pllava.engine.progress import logger as progress_log
 from atb_pllava.engine.request import RequestOutput
 from atb_pllava.errors import PllavaError
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 _ANSWER = "  answer:   "
 # Escape sequences of every terminal since the VT100. ROOM_BELOW makes sure that there is a line below the cursor and
@@ -115,11 +116,11 @@ class Screen:
     def _lets_pass(self, record: logging.LogRecord) -> bool:
         """Whether a handler prints this record below what is on the screen now; progress is drawn here instead."""
         with self._lock:
-            if record.name != progress.logger.name:
+            if record.name != progress_log.name:
                 self._clear_status()
                 self._end_line()
                 return True
-            if time.monotonic() - self._printed < progress.SECONDS_BETWEEN_LINES:
+            if time.monotonic() - self._printed < SECONDS_BETWEEN_LINES:
                 return False  # the answers themselves show that something happens
             if not terminal_moves_its_cursor():
                 return not self._mid_line
@@ -148,9 +149,8 @@ def is_same_file(one: TextIO, other: TextIO) -> bool:
 
 def _timing(answer: RequestOutput) -> str:
     of = answer.metrics
-    cut = " (cut off there: --max_output_length)" if answer.finish_reason == "length" else ""
-    tokens = f"{count(of.output_tokens, 'token')}{cut}"
-    return f"{tokens} in {of.latency:.2f} s, the first after {of.ttft:.2f} s"
+    cut = "; cut off by --max_output_length" if answer.finish_reason == "length" else ""
+    return f"{counted(of.output_tokens, 'token')} in {of.latency:.2f} s, the first after {of.ttft:.2f} s{cut}"
 
 
 def _cut_to(text: str, columns: int) -> str:

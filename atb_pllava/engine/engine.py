@@ -19,6 +19,7 @@ from atb_pllava.engine.video_cache import VideoCache
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import PreparedVideo
 from atb_pllava.ops.interface import finish
+from atb_pllava.words import counted
 
 
 class Engine:
@@ -50,7 +51,7 @@ class Engine:
         if longest_prompt is not None and request.prompt_length > longest_prompt:
             video = sum(span.length for span in request.spans)
             raise RequestError(
-                f"the prompt is {request.prompt_length} tokens ({video} of them from video), the limit is "
+                f"the prompt is {counted(request.prompt_length, 'token')} ({video} of them from video), the limit is "
                 f"{longest_prompt}: raise --max_input_length, pool to a smaller shape, or shorten the text"
             )
         if longest_answer is not None and request.params.max_tokens > longest_answer:
@@ -200,7 +201,7 @@ class Engine:
             request, each = step.prefill[0][0], self._seconds_per_token
             self.progress.start(
                 request.name,
-                f"prefilling the prompt, {request.num_computed} of {len(request.token_ids)} tokens done",
+                f"prefilling the prompt, {request.num_computed} of {counted(len(request.token_ids), 'token')} done",
                 None if each is None else each * request.remaining,
                 answers=len(step.decode),
             )

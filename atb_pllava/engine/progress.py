@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from atb_pllava.words import counted
+
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_UNTIL_REPEATED = 15.0  # of a line about the same piece of work
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,15 @@ class Activity:
         """For example `[2/3] b.mp4: encoding frames 9 to 16 of 16, about 70 s left; 1 answer ..., 0.4 tokens/s`."""
         spent = now - self.began
         left = 0.0 if self.seconds_left is None else self.seconds_left - spent
-        time_left = f"{self.how_sure} {_duration(left)} left" if left >= 1 else f"for {_duration(spent)} so far"
-        line = f"{self.request}: {self.doing}, {time_left}"
+        line = f"{self.request}: {self.doing}"
+        if left >= 1:
+            line += f", {self.how_sure} {_duration(left)} left"
+        elif spent >= SECONDS_BETWEEN_LINES:
+            line += f", for {_duration(spent)} so far"
         if self.answers:
-            written = "1 answer is" if self.answers == 1 else f"{self.answers} answers are"
-            line += f"; {written} being written, {tokens_per_second:.1f} tokens/s"
+            line += f"; {counted(self.answers, 'answer')} being written"
+            if tokens_per_second > 0:
+                line += f", {tokens_per_second:.{1 if tokens_per_second >= 1 else 2}f} tokens/s"
         return line
 
 
@@ -79,13 +86,18 @@ class Progress:
             thread.join()
 
     def _log_until(self, ended: threading.Event) -> None:
-        said, tokens = time.monotonic(), self.tokens
+        said = time.monotonic()
+        tokens = self.tokens
+        last: Activity | None = None
         while not ended.wait(SECONDS_BETWEEN_LINES):
-            now, activity = time.monotonic(), self.activity
-            rate = (self.tokens - tokens) / (now - said)
-            said, tokens = now, self.tokens
-            if activity is not None:
-                logger.info("%s", activity.line(now, rate))
+            now = time.monotonic()
+            activity = self.activity
+            if activity is None or (activity is last and now - said < _SECONDS_UNTIL_REPEATED):
+                continue
+            logger.info("%s", activity.line(now, (self.tokens - tokens) / (now - said)))
+            said = now
+            tokens = self.tokens
+            last = activity
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ from atb_pllava.commands.model_options import (
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
 from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.words import counted
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge
@@ -113,17 +114,20 @@ def _report(summary: dict[str, Any], result_list: Sequence[dict[str, Any]], argu
     """Say how it went; the exit status."""
     judged = summary.get("judge")
     lines = mvbench.lines(summary) if "accuracy" in summary else videoqa.lines(summary) if judged else []
-    print("\n".join([*lines, f"{summary['questions']} questions, results in {arguments.output_dir}"]))
+    print("\n".join([*lines, f"{counted(summary['questions'], 'question')}, results in {arguments.output_dir}"]))
     errors = list(dict.fromkeys(result["error"] for result in result_list if "error" in result))
     for error in errors[:MOST_NAMED]:
         print(f"error: {error}", file=sys.stderr)
     if len(errors) > MOST_NAMED:
         print(f"and {len(errors) - MOST_NAMED} more, all in the results", file=sys.stderr)
     if summary["without_answer"]:
-        counted = "; they count as wrong" if lines else ""
-        print(f"{summary['without_answer']} questions have no answer{counted}", file=sys.stderr)
+        verdict = ", counted as wrong" if lines else ""
+        print(f"{counted(summary['without_answer'], 'question')} without an answer{verdict}", file=sys.stderr)
     if judged and judged["failed"]:
-        print(f"the judge failed on {judged['failed']} of {judged['cases']} cases; they count nowhere", file=sys.stderr)
+        print(
+            f"the judge failed on {judged['failed']} of {counted(judged['cases'], 'case')}, not counted",
+            file=sys.stderr,
+        )
     if summary["without_answer"] or (judged and judged["failed"]):
         print("the same command tries these again", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from atb_pllava.answers import Row
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.json_file import write_json
+from atb_pllava.words import counted
 from precision.evaluate.questions import Question, read_questions, seconds, select, text
 
 ANSWER_PREFIX = "Best option:("
@@ -140,7 +141,10 @@ def write_results(directory: Path, result_list: Sequence[Mapping[str, Any]]) -> 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary for people."""
     table = [f"{name:26} {value:6.2f} %" for name, value in summary["accuracy"].items()]
-    return [*table, f"{summary['unparseable']} answers name no option; they count as wrong, as in the original"]
+    return [
+        *table,
+        f"{counted(summary['unparseable'], 'answer')} without an option, counted as wrong as in the original",
+    ]
 
 
 def _in_order(paths: Any) -> list[Path]:
