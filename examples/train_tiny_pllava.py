@@ -54,7 +54,6 @@ from tiny_data import (
 )  # fmt: skip
 from tiny_export import LORA_ALPHA, LORA_RANK, export
 from tiny_model import Pllava, Sizes
-from tiny_reference import reference
 from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -424,6 +423,8 @@ def main() -> None:
         "--resume", choices=("vision", "answers", "hard", "order", "choice", "lora"), help="continue after this phase"
     )
     options = parser.parse_args()
+    from tiny_reference import reference  # needs transformers: after --help, and long before its turn at the end
+
     state_file = options.work / f"{options.resume}.pt"
     if options.resume and not state_file.is_file():
         parser.error(f"--resume {options.resume}: {state_file} does not exist; leave --resume out or give its --work")

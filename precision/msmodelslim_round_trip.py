@@ -1,11 +1,12 @@
 """Files made by the real msModelSlim load, and every weight is within half a step of the float checkpoint.
 
-    python precision/msmodelslim_round_trip.py FLOAT_DIR
+    python -m precision.msmodelslim_round_trip FLOAT_DIR
 
 Needs an environment of its own with `pip install msmodelslim transformers` beside our packages; a tiny checkpoint is
 enough. Exit status 1 when a weight is further off.
 """
 
+import argparse
 import sys
 import tempfile
 from importlib.metadata import version
@@ -50,4 +51,6 @@ def main(source: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Compare files of the real msModelSlim with float weights.")
+    parser.add_argument("source", metavar="FLOAT_DIR", help="a float checkpoint, a tiny one is enough")
+    sys.exit(main(parser.parse_args().source))

@@ -490,6 +490,30 @@ def test_help_fits_a_terminal(capsys, monkeypatch) -> None:
     assert "\nexamples:\n" in text and "Describe the video in details." in text.replace("\n" + " " * 26, " ")
 
 
+def test_help_of_what_is_no_verb() -> None:
+    """None of them installs, loads or needs anything, and none is a traceback."""
+    for command in (
+        [sys.executable, "-m", "precision", "--help"],
+        [sys.executable, "-m", "precision.msmodelslim_round_trip", "--help"],
+        ["bash", "tests/run.sh", "--help"],
+        ["bash", "run_pa.sh", "--help"],
+    ):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.startswith("usage: ") and not done.stderr, command
+    text = subprocess.run([sys.executable, "-m", "precision"], cwd=ROOT, capture_output=True, text=True).stdout
+    for name in re.findall(r"precision[./]\w+(?:/\w+)?", text):
+        assert any(ROOT.glob(f"{name.replace('.', '/')}*")), name
+
+
+def test_training_needs_transformers_for_more_than_help(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for arguments, status in ((["--help"], 0), (["--work", str(tmp_path)], 1)):
+        done = subprocess.run([sys.executable, "examples/train_tiny_pllava.py", *arguments], cwd=ROOT, env=environment,
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == status and ("no transformers here" in done.stderr) == (status == 1)
+
+
 def test_the_examples_of_help_are_commands(capsys, monkeypatch) -> None:
     """Each is parsed as it is printed; what they would load is not there."""
     import shlex
