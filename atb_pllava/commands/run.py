@@ -27,8 +27,6 @@ from atb_pllava.media import list_media
 from atb_pllava.words import counted
 
 DEFAULT_PROMPT = "Describe the video in details."
-
-
 EXAMPLES = """examples:
   python -m atb_pllava run --model_path examples/tiny_pllava \\
       --media examples/videos --prompt "Describe the video."
