@@ -18,6 +18,7 @@ from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, WeightError
 from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY, why_unreadable
 from atb_pllava.quant import Int8Layers
+from atb_pllava.words import counted
 
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_STEM = "quant_model_weight"  # what msModelSlim calls its weight files, sharded or not
@@ -149,12 +150,12 @@ class WeightDir:
             layout = "PEFT-wrapped names"
         else:
             layout = "plain LLaVA names" if not any(k.startswith("model.") for k in keys) else "transformers 5 names"
-        lora = f", LoRA for {len(self.lora_targets)} tensors" if self.lora_targets else ", no LoRA"
+        lora = f", LoRA for {counted(len(self.lora_targets), 'tensor')}" if self.lora_targets else ", no LoRA"
         if self.int8.names:
             groups = f"groups of {self.int8.group_size} columns" if self.int8.group_size else "rows"
-            lora = f", W8A16: {len(self.int8.names)} int8 weights, scales for {groups}"
+            lora = f", W8A16: {counted(len(self.int8.names), 'int8 weight')}, scales for {groups}"
         files = {t.file for t in self.tensors.values()}
-        return f"{self.path}: {len(keys)} tensors in {len(files)} files, {layout}{lora}"
+        return f"{self.path}: {counted(len(keys), 'tensor')} in {counted(len(files), 'file')}, {layout}{lora}"
 
 
 def canonical_name(key: str) -> str:
@@ -242,7 +243,7 @@ def _choose_files(
 def _explain_absence(names: Sequence[str]) -> str:
     pickles = [n for n in names if n.endswith(PICKLES)]
     if not pickles:
-        what = f"{len(names)} other files" if names else "nothing at all"
+        what = f"{counted(len(names), 'other file')}" if names else "nothing at all"
         return f"no model.safetensors, model-*.safetensors or {INDEX_FILE} here, but {what}"
     return (
         f"only pickle files ({', '.join(pickles[:3])}); they can run any code and are never loaded. Where you trust "

@@ -40,6 +40,7 @@ from atb_pllava.rounding import MsModelSlimRounding, OwnRounding, Rounding
 from atb_pllava.shards import Shard, ShardWriter, TensorSpec, checksum, plan_shards, write_index
 from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.weights import Checkpoint, LoadItem, LoadPlan, Progress, open_checkpoint, unused_vision_layers
+from atb_pllava.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def convert_checkpoint(
     except OSError as error:
         raise ConfigError(f"{error.filename or partial}: {error.strerror or error}; nothing was converted") from None
     size = sum(shard.num_bytes for shard in shards) / 1e9
-    logger.info("wrote %s: %.2f GB in %d shards, %.0f s", dst, size, len(shards), time.monotonic() - began)
+    logger.info("wrote %s: %.2f GB in %s, %.0f s", dst, size, counted(len(shards), "shard"), time.monotonic() - began)
 
 
 def _check_destination(dst: Path, sources: Sequence[Path]) -> None:
@@ -247,7 +248,7 @@ def _finished_shards(partial: Path, job: Mapping[str, Any]) -> dict[str, int]:
         if leftover.name not in (RECORD, *([FACTORS] if same else []), *done):
             leftover.unlink()
     if done:
-        logger.info("going on in %s: %d shards are done and intact", partial, len(done))
+        logger.info("going on in %s: %s done and intact", partial, counted(len(done), "shard"))
     _save_record(partial, job, done)
     return done
 

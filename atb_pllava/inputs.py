@@ -18,6 +18,7 @@ from atb_pllava.media import read_media
 from atb_pllava.pixels import RESIZE_MODES, normalize, resize_frames
 from atb_pllava.sampling import SAMPLERS, sample_frame_indices
 from atb_pllava.video import Clip, check_indices
+from atb_pllava.words import counted
 
 Media = str | os.PathLike[str] | bytes | np.ndarray
 
@@ -99,8 +100,8 @@ class VideoReader:
     def _read(self, item: Media, wanted: Sequence[int] | None) -> Clip:
         if wanted is not None and len(wanted) != self.num_frames:
             raise VideoError(
-                f"frame_indices names {len(wanted)} frames, the model takes {self.num_frames}: name exactly that many, "
-                "or load the model with another num_frames"
+                f"frame_indices names {counted(len(wanted), 'frame')}, the model takes {self.num_frames}: name "
+                "exactly that many, or load the model with another num_frames"
             )
         if isinstance(item, np.ndarray):
             return _clip_of_array(item, self.num_frames, wanted, self.limits)
@@ -132,8 +133,8 @@ def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | 
     if wanted is None:
         if total > num_frames:
             raise VideoError(
-                f"frames holds {total} frames, the model takes {num_frames}: choose that many, or name them in "
-                "frame_indices"
+                f"frames holds {counted(total, 'frame')}, the model takes {num_frames}: choose that many, or "
+                "name them in frame_indices"
             )
         wanted = range(total) if total == num_frames else sample_frame_indices(total, num_frames)
     indices = check_indices(wanted, total, "frames")

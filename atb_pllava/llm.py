@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from operator import index
 from typing import Any
 
@@ -32,17 +33,23 @@ from atb_pllava.ops import free_memory
 from atb_pllava.parallel import TensorParallel
 from atb_pllava.prompt import choose_conversation, expand_placeholders, render
 from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.words import counted
 from atb_pllava.workers import Workers, send_runner_options, share_threads
 
 logger = logging.getLogger(__name__)
 
 _READ_AHEAD = 2  # requests whose media are read while others are in work
 _MEDIA_KEYS = ("video", "image", "frames")
-_REQUEST_KEYS = ("prompt", "question", *_MEDIA_KEYS, "frame_indices", "history", "answer_prefix")
+_REQUEST_KEYS = ("prompt", "question", *_MEDIA_KEYS, "frame_indices", "history", "answer_prefix", "id")
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
 
 class LLM:
     """PLLaVA on one device or split over several. Not thread-safe: one thread loads and asks.
+
+    `chat` asks one question, `stream` does too and yields the answer while it is written, `generate` answers a batch,
+    `serve` does too and yields each answer when it is finished. How tokens are chosen is a SamplingParams, or its
+    fields as keywords: `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
 
     model_path is a checkpoint directory in any of the published layouts; weight_dir one with LoRA tensors (and
     possibly more) on top of it. lora_alpha scales them by lora_alpha / rank; None takes what PEFT's
@@ -138,7 +145,7 @@ class LLM:
             give_back_threads()
             raise
         text = self.config.text
-        logger.info(
+        logger.debug(
             "%d ranks: a token costs each of them %d all-reduces of %d values, and a gather of %d logits",
             parallel.size, 2 * text.num_hidden_layers + 1, text.hidden_size, text.vocab_size)  # fmt: skip
         team = Team(runner, parallel, lambda: _stop_all(workers))
@@ -160,6 +167,16 @@ class LLM:
         if self._finalizer is not None:
             self._finalizer()
 
+    def __repr__(self) -> str:
+        """Which checkpoint, in what dtype, on which device."""
+        model = self.model
+        on_top = "" if self.options.weight_dir is None else f", weight_dir={self.options.weight_dir!r}"
+        ranks = "" if model.parallel.size == 1 else f", world_size={model.parallel.size}"
+        return (
+            f"LLM({self.options.model_path!r}{on_top}, dtype={str(model.dtype).removeprefix('torch.')}, "
+            f"backend={model.ops.name}, device={model.ops.device}{ranks}, num_frames={self.config.num_frames})"
+        )
+
     def __enter__(self) -> "LLM":
         return self
 
@@ -174,12 +191,14 @@ class LLM:
         *,
         history: Sequence[tuple[str, str]] = (),
         answer_prefix: str | None = None,
+        **sampling: Any,
     ) -> RequestOutput:
         """Ask one question in the model's conversation format. media None asks without a video.
 
         history is earlier (question, answer) turns about the same media; answer_prefix is text the answer starts with.
-        An `<image>` in the question is plain text.
+        An `<image>` in the question is plain text. sampling are fields of SamplingParams, in place of params.
         """
+        params = self._params(params, sampling)
         return self.generate([_chat(media, question, history, answer_prefix)], params)[0]
 
     def stream(
@@ -190,26 +209,33 @@ class LLM:
         *,
         history: Sequence[tuple[str, str]] = (),
         answer_prefix: str | None = None,
+        **sampling: Any,
     ) -> Iterator[str]:
         """Like `chat`, but yields the answer piece by piece as it is generated; closing the iterator ends the request.
 
         Joined, the pieces are the text `chat` returns. A bad request raises here, before the first piece is asked for.
         """
-        request = self._request(_chat(media, question, history, answer_prefix), self._params(params))
+        request = self._request(_chat(media, question, history, answer_prefix), self._params(params, sampling))
         self._engine.check(request)
         return self._stream(request)
 
     def generate(
-        self, requests: Iterable[Mapping[str, Any]] | Mapping[str, Any], params: SamplingParams | None = None
+        self,
+        requests: Iterable[Mapping[str, Any]] | Mapping[str, Any],
+        params: SamplingParams | None = None,
+        **sampling: Any,
     ) -> list[RequestOutput]:
         """Continue prompts, batched; the answers come in the order of the requests.
 
         A request has "prompt", taken literally, in which `<image>` stands once for each of its media; or "question",
         which is put into the conversation format as `chat` does, with "history" and "answer_prefix" if wanted. Its
         media are "video" or "image" (a path, a file's bytes, or a list of them) or "frames" (uint8
-        [frames, height, width, 3] or a list); "frame_indices" (a list, or one for each video) fixes the frames.
-        Raises what the first bad request raises, and then returns none of the others.
+        [frames, height, width, 3] or a list); "frame_indices" (a list, or one for each video) fixes the frames. An
+        "id" (text or a whole number) comes back as the answer's request_id, and names the request in progress lines.
+        sampling are fields of SamplingParams, in place of params.
+        Raises what the first bad request raises, and then returns none of the others; `serve` goes on instead.
         """
+        params = self._params(params, sampling)
         answers: dict[int, RequestOutput] = {}
         for number, answer in self.serve([requests] if isinstance(requests, Mapping) else requests, params):
             if isinstance(answer, PllavaError):
@@ -218,39 +244,62 @@ class LLM:
         return [answers[number] for number in sorted(answers)]
 
     def serve(
-        self, requests: Iterable[Mapping[str, Any]], params: SamplingParams | None = None
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        **sampling: Any,
     ) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
         """Like `generate`, but yields (number of the request, answer or error) as each one ends.
 
         Requests are taken from the iterable, and their videos decoded, only when there is room for them soon; that
-        happens in a thread of its own, while the model works. A bad request does not end the others. Closing the
-        iterator drops what is under way.
+        happens in a thread of its own, while the model works. A bad request is yielded as its error and does not end
+        the others. Closing the iterator drops what is under way. on_text is called with (number, text so far) after
+        every step, for each request that is being answered.
         """
-        params = self._params(params)
+        return self._serve(requests, self._params(params, sampling), on_text)
+
+    def _serve(
+        self,
+        requests: Iterable[Mapping[str, Any]],
+        params: SamplingParams,
+        on_text: Callable[[int, str], None] | None,
+    ) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
         source = enumerate(requests)
-        ahead: deque[tuple[int, Future[Request]]] = deque()
+        ahead: deque[tuple[int, str, Future[Request]]] = deque()
         numbers: dict[Request, int] = {}
         more = True
-        reader = ThreadPoolExecutor(1, "read media")
+        reader, progress = ThreadPoolExecutor(1, "read media"), self._engine.progress
         try:
-            while more or ahead or numbers:
-                while more and len(ahead) < _READ_AHEAD and self._has_room(len(ahead) + len(numbers)):
-                    number, request = next(source, (-1, None))
-                    more = number >= 0
-                    if more:
-                        ahead.append((number, reader.submit(self._request, request, params)))
-                while ahead and (ahead[0][1].done() or not numbers):
-                    number, reading = ahead.popleft()
-                    try:
-                        ready = reading.result()
-                        self._engine.add(ready)
-                        numbers[ready] = number
-                    except PllavaError as error:
-                        yield number, error
-                self._engine.step()
-                for done in [request for request in numbers if request.is_finished]:
-                    yield numbers.pop(done), done.error or done.output()
+            with progress.logged():
+                while more or ahead or numbers:
+                    while more and len(ahead) < _READ_AHEAD and self._has_room(len(ahead) + len(numbers)):
+                        number, request = next(source, (-1, None))
+                        more = number >= 0
+                        if more:
+                            name = _name_of(request, number)
+                            ahead.append((number, name, reader.submit(self._request, request, params, name)))
+                    while ahead and (ahead[0][2].done() or not numbers):
+                        number, name, reading = ahead.popleft()
+                        if not reading.done():
+                            progress.start(name, "reading the media")
+                        try:
+                            ready = reading.result()
+                            self._engine.add(ready)
+                            numbers[ready] = number
+                        except PllavaError as error:
+                            progress.stop()
+                            yield number, error
+                    self._engine.step()
+                    if on_text is not None:
+                        for running, number in numbers.items():
+                            on_text(number, running.answer.text)
+                    for done in [request for request in numbers if request.is_finished]:
+                        progress.stop()  # whoever asks may take their time
+                        yield numbers.pop(done), done.error or done.output()
         finally:
+            progress.stop()
             reader.shutdown(wait=False, cancel_futures=True)
             for unfinished in numbers:
                 self._engine.abort(unfinished)
@@ -263,37 +312,48 @@ class LLM:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
         return self._engine.encode_video(self.reader.prepare([media], [frame_indices])[0])
 
-    def prepare(self, request: Mapping[str, Any], params: SamplingParams | None = None) -> Request:
+    def prepare(self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any) -> Request:
         """A request as `generate` takes it, checked and with its media decoded: ready for `engine.add`."""
-        return self._request(request, self._params(params))
+        return self._request(request, self._params(params, sampling))
 
     def _stream(self, request: Request) -> Iterator[str]:
         self._engine.add(request)  # here and not in `stream`: an iterator nobody starts costs nothing
         sent = 0
         try:
-            while True:
-                finished, text = request.is_finished, request.answer.text
-                if len(text) > sent:
-                    yield text[sent:]
-                    sent = len(text)
-                elif not finished:
-                    self._engine.step()
-                if finished:
-                    request.output()  # raises what made it fail
-                    return
+            with self._engine.progress.logged():
+                while True:
+                    finished, text = request.is_finished, request.answer.text
+                    if len(text) > sent:
+                        self._engine.progress.stop()
+                        yield text[sent:]
+                        sent = len(text)
+                    elif not finished:
+                        self._engine.step()
+                    if finished:
+                        request.output()  # raises what made it fail
+                        return
         finally:
+            self._engine.progress.stop()
             self._engine.abort(request)
 
-    def _params(self, params: SamplingParams | None) -> SamplingParams:
+    def _params(self, params: SamplingParams | None, fields: Mapping[str, Any] | None = None) -> SamplingParams:
+        """`params`, or one with these fields; by default an answer is as long as the engine allows, at most 200."""
+        fields = fields or {}
+        unknown = sorted(set(fields) - set(_SAMPLING))
+        if unknown:
+            raise TypeError(f"unexpected arguments {unknown}; fields of SamplingParams are {', '.join(_SAMPLING)}")
         if params is None:
             longest = self._engine.config.max_output_length
-            return SamplingParams(max_tokens=min(SamplingParams.max_tokens, longest or SamplingParams.max_tokens))
+            usual = min(SamplingParams.max_tokens, longest or SamplingParams.max_tokens)
+            return SamplingParams(**{"max_tokens": usual, **fields})
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params is a {type(params).__name__}; it must be a SamplingParams")
+        if fields:
+            raise RequestError(f"params is given and {', '.join(sorted(fields))} too; put all into one of them")
         return params
 
-    def _request(self, request: object, params: SamplingParams) -> Request:
-        """Check a request, decode its media and expand its prompt; ready for the engine."""
+    def _request(self, request: object, params: SamplingParams, name: str = "the request") -> Request:
+        """Check a request, decode its media and expand its prompt; ready for the engine. `name`: for progress lines."""
         arrival = time.perf_counter()
         request = _checked(request)
         media, indices = _media_of(request)
@@ -312,8 +372,8 @@ class LLM:
                 "%d prompt tokens and up to %d more exceed the %d positions the model was trained on; "
                 "the quality beyond them is untested", len(expanded), params.max_tokens, longest)  # fmt: skip
         return Request.create(
-            token_ids, expanded, spans, videos, params, stops, self.tokenizer, arrival, decode_seconds
-        )
+            token_ids, expanded, spans, videos, params, stops, self.tokenizer, arrival, decode_seconds,
+            request.get("id"), name)  # fmt: skip
 
     def _prompt_of(self, request: Mapping[str, Any], videos: int) -> tuple[list[int], list[int]]:
         """Token ids with one image token for each video, and the tokens that end the answer."""
@@ -337,7 +397,7 @@ class LLM:
         wanted = kv_cache_tokens(self.config, config)
         free = free_memory(model.ops) // (model.parallel.size if model.ops.name == "cpu" else 1)
         blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free)
-        logger.info(
+        logger.debug(
             "KV cache: %d blocks of %d tokens, %.2f GB", blocks, config.block_size,
             blocks * config.block_size * per_token / 1e9)  # fmt: skip
         return blocks
@@ -362,6 +422,12 @@ def _close(owner: int, team: Team, workers: Workers, give_back_threads: Callable
     give_back_threads()
 
 
+def _name_of(request: object, number: int) -> str:
+    """What progress lines call request `number`, counted from 0: its id, or that number counted from 1."""
+    given = request.get("id") if isinstance(request, Mapping) else None
+    return f"request {number + 1}" if given is None else str(given)
+
+
 def _chat(
     media: Media | Sequence[Media] | None, question: str, history: Sequence[tuple[str, str]], answer_prefix: str | None
 ) -> dict[str, Any]:
@@ -380,7 +446,11 @@ def _checked(request: object) -> Mapping[str, Any]:
         raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(_REQUEST_KEYS)}")
     if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
         raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
-    _text(request, "prompt" if "prompt" in request else "question")
+    text = _text(request, "prompt" if "prompt" in request else "question")
+    if "prompt" not in request and not text.strip():
+        raise RequestError(f"the question is {text!r}, an empty text; ask something")
+    if not isinstance(request.get("id"), str | int | None) or isinstance(request.get("id"), bool):
+        raise RequestError(f"id is a {type(request['id']).__name__}; it must be a text or a whole number")
     if request.get("answer_prefix") is not None:
         _text(request, "answer_prefix")
     history = request.get("history") or ()
@@ -413,7 +483,7 @@ def _media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] |
         return media, [None] * len(media)
     wanted = [_whole_numbers(part) for part in (indices if _is_nested(indices) else [indices])]
     if len(wanted) != len(media):
-        raise RequestError(f"frame_indices is given for {len(wanted)} video(s), the request has {len(media)}")
+        raise RequestError(f"frame_indices is given for {counted(len(wanted), 'video')}, the request has {len(media)}")
     return media, list(wanted)
 
 

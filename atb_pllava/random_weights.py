@@ -60,7 +60,7 @@ class RandomWeights:
                 each(name)
         seconds = time.perf_counter() - began
         if seconds > _NOT_WORTH_A_WORD:
-            logger.info("random weights: %.2f GB made in %.1f s", self.bytes_total / 1e9, seconds)
+            logger.debug("random weights: %.2f GB made in %.1f s", self.bytes_total / 1e9, seconds)
 
     def fingerprint(self) -> str:
         """What ranks compare; `load_into` has no other input."""

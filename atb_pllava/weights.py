@@ -114,7 +114,7 @@ class LoadPlan:
         raise_if_any(self.where, problems)
         progress.finish()
         if self.lora is not None:
-            logger.info("%s, merged into %d tensors", self.lora, len(self.lora_ranks))
+            logger.debug("%s, merged into %d tensors", self.lora, len(self.lora_ranks))
 
     def fingerprint(self) -> str:
         """Of every tensor to be read: name, type, shape and first row. Ranks that load different files differ here."""
@@ -191,7 +191,7 @@ class Checkpoint:
         by_file = sorted(shapes, key=lambda name: (weights[name].file, weights[name].key))
         items = {name: LoadItem(weights[name], pairs.get(name)) for name in by_file}
         if not pairs and lora_alpha is not None:
-            logger.info("the checkpoint has no LoRA: alpha=%g has no effect", lora_alpha)
+            logger.debug("the checkpoint has no LoRA: alpha=%g has no effect", lora_alpha)
         if not pairs:
             return LoadPlan(self.where, items)
         rank = next(iter(pairs.values()))[0].shape[0]
@@ -238,7 +238,7 @@ def open_checkpoint(model_dir: str | os.PathLike[str], weight_dir: str | os.Path
     found = [_open_directory(path, problems) for path in paths]
     raise_if_any(" with ".join(map(str, paths)), problems)
     for directory in found:
-        logger.info("checkpoint %s", directory.describe())
+        logger.debug("checkpoint %s", directory.describe())
     return Checkpoint(*found)
 
 
@@ -404,7 +404,10 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 class Progress:
-    """Log lines for a load that takes more than a few seconds: `loading weights 12/15 shards, 9.8 of 13.5 GB, ...`."""
+    """Log lines for a load that takes more than a few seconds: `loading weights 12/15 shards, 9.8 of 13.5 GB, ...`.
+
+    The last line of a load that takes less is logged as DEBUG.
+    """
 
     def __init__(self, what: str, items: Iterable[LoadItem]) -> None:
         items = list(items)
@@ -419,13 +422,14 @@ class Progress:
             self._say(self.files.index(item.weight.file) + 1)
 
     def finish(self) -> None:
-        self._say(len(self.files))
+        was_long = time.monotonic() - self.started >= SECONDS_BETWEEN_PROGRESS
+        self._say(len(self.files), logging.INFO if was_long else logging.DEBUG)
 
-    def _say(self, file: int) -> None:
+    def _say(self, file: int, level: int = logging.INFO) -> None:
         self.said = time.monotonic()
         unit, size = ("GB", 1e9) if self.total >= 1e9 else ("MB", 1e6)
         rate = self.done / size / max(self.said - self.started, 1e-9)
         done, total = self.done / size, self.total / size
-        logger.info(
-            "%s %d/%d shards, %.1f of %.1f %s, %.1f %s/s",
+        logger.log(
+            level, "%s %d/%d shards, %.1f of %.1f %s, %.1f %s/s",
             self.what, file, len(self.files), done, total, unit, rate, unit)  # fmt: skip

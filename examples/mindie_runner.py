@@ -53,6 +53,7 @@ from atb_pllava.json_file import write_json, write_text
 from atb_pllava.media import list_media
 from atb_pllava.prompt import choose_conversation, render
 from atb_pllava.tokenizer import IMAGE_TOKEN, Tokenizer
+from atb_pllava.words import counted
 
 BLOCK_SIZE = 128
 PERFORMANCE_COLUMNS = (*LLAVA_COLUMNS, "media_and_vision_time(ms)")
@@ -103,8 +104,8 @@ class PllavaRunner(MultimodalPARunner):
         request = request_from_multimodalinputs(self.processor, self.model, params)
         if request.input_length > self.max_input_length:
             raise RequestError(
-                f"{job.media}: the prompt is {request.input_length} tokens, the limit is {self.max_input_length}: "
-                "raise MAX_INPUT_LENGTH or take fewer frames"
+                f"{job.media}: the prompt is {counted(request.input_length, 'token')}, the limit is "
+                f"{self.max_input_length}: raise MAX_INPUT_LENGTH or take fewer frames"
             )
         return request
 
@@ -122,7 +123,7 @@ class PllavaRunner(MultimodalPARunner):
         if requests:
             generate_req(requests, self.model, len(requests), self.max_prefill_tokens, self.cache_manager)
         used = NpuHbmInfo.get_hbm_usage(self.local_rank, self.world_size, self.model.soc_info.need_nz)
-        tell(f"warmed up with {len(requests)} requests, {used:.0%} of the card's memory in use")
+        tell(f"warmed up with {counted(len(requests), 'request')}, {used:.0%} of the card's memory in use")
 
     def answer(self, jobs: Sequence[Job]) -> tuple[list[Answer], float]:
         """Answers in the order of the jobs, and the seconds that media and the vision tower took."""
@@ -177,12 +178,15 @@ def ask(runner: PllavaRunner, jobs: Sequence[Job], batch_size: int, output_json:
         done += answers
         for number, (job, answer) in enumerate(zip(batch, answers, strict=True), first + 1):
             say(f"[{number}/{len(jobs)}] {job.media}\n  question: {job.question}")
-            tokens = f"\n  {len(answer.token_ids)} tokens"
+            tokens = f"\n  {counted(len(answer.token_ids), 'token')}"
             say(f"  error: {answer.error}" if answer.error else f"  answer:   {answer.text}{tokens}")
     seconds, total = time.perf_counter() - began, sum(len(answer.token_ids) for answer in done)
     failed = sum(answer.error is not None for answer in done)
     missing = f", {failed} failed" if failed else ""
-    say(f"{len(done) - failed} answers{missing}, {total} tokens in {seconds:.1f} s: {total / seconds:.1f} tokens/s")
+    say(
+        f"{counted(len(done) - failed, 'answer')}{missing}, {counted(total, 'token')} in {seconds:.1f} s: "
+        f"{total / seconds:.1f} tokens/s"
+    )
     if output_json is not None and ENV.rank == 0:
         pairs = zip(jobs, done, strict=True)
         write_json(output_json, dict(sorted((job.media, answer.text) for job, answer in pairs if not answer.error)))

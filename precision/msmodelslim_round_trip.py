@@ -1,6 +1,6 @@
 """Files made by the real msModelSlim load, and every weight is within half a step of the float checkpoint.
 
-    python precision/msmodelslim_round_trip.py FLOAT_DIR
+    python -m precision.msmodelslim_round_trip FLOAT_DIR
 
 Needs an environment of its own with `pip install msmodelslim transformers` beside our packages; a tiny checkpoint is
 enough. Exit status 1 when a weight is further off.

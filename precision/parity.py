@@ -42,11 +42,14 @@ from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.media_option import add_media
 from atb_pllava.commands.parser import Parser
+from atb_pllava.commands.question import question
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import manifest_of
 from atb_pllava.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
+from atb_pllava.row_file import read_rows
+from atb_pllava.words import counted
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record
@@ -118,7 +121,7 @@ def compare_files(left: str, right: str) -> dict[str, Any]:
         (right, *key) for key in theirs.keys() - ours.keys()
     ]
     if alone:
-        raise ConfigError(f"{len(alone)} questions are in one of the files only: {min(map(str, alone))}")
+        raise ConfigError(f"{counted(len(alone), 'question')} in one of the files only: {min(map(str, alone))}")
     agreements, errors = [], []
     for key, row in ours.items():
         try:
@@ -132,7 +135,7 @@ def compare_files(left: str, right: str) -> dict[str, Any]:
 
 
 def _rows_of(file: str) -> dict[tuple[str | None, str], dict[str, Any]]:
-    rows = read_json(file)
+    rows = read_rows(file)
     if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
         raise ConfigError(f"{file} is no file of `python -m atb_pllava run --output_json` with answers in it")
     by_question = {(row["media"], row["prompt"]): row for row in rows}
@@ -400,8 +403,8 @@ def _check_form(arguments: argparse.Namespace) -> None:
     sides = [f"--{name}" for name in names if getattr(arguments, name) not in (None, [])]
     if arguments.files and (len(arguments.files) != 2 or sides):
         raise ConfigError(
-            f"given are {len(arguments.files)} files{' and ' if sides else ''}{', '.join(sides)}; compare two files, "
-            "or --left and --right"
+            f"given are {counted(len(arguments.files), 'file')}{' and ' if sides else ''}{', '.join(sides)}; compare "
+            "two files, or --left and --right"
         )
     if not arguments.files and not arguments.right and not arguments.record:
         raise ConfigError("nothing to compare: name two files of `run --output_json`, or --right, or --record")
@@ -426,7 +429,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_media(parser, default="text only")
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help=f"question, repeatable (default {DEFAULT_PROMPT!r})"
+        "--prompt",
+        type=question,
+        action="append",
+        metavar="TEXT",
+        help=f"question, repeatable (default {DEFAULT_PROMPT!r})",
     )
     parser.add_argument("--max_tokens", type=int, metavar="N", help=f"longest answer (default {DEFAULT_TOKENS})")
     parser.add_argument("--record", metavar="DIR", help="keep the left side's states for --left recording=DIR")

@@ -1,6 +1,18 @@
 #!/usr/bin/env bash
 # Style, types and tests. Arguments go to pytest: `bash tests/run.sh -k video`.
 set -euo pipefail
+case ${1:-} in
+-h | --help)
+    cat <<'END'
+usage: bash tests/run.sh [PYTEST_ARGUMENT...]
+
+Runs ruff, mypy and pytest, and without arguments then the Ascend backend's tests on the real torch_npu.
+Packages that are missing are installed into .venv first (see run_pa.sh --help, ATB_PLLAVA_PYTHON).
+  bash tests/run.sh -k video    only the tests with "video" in their names
+END
+    exit 0
+    ;;
+esac
 unset CDPATH
 case ${1:-} in
 -h | --help)

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"errors", "config"},
     "model": {"errors", "config", "ops.interface", "parallel", "quant", "model"},
     "adapter": {"config", "errors"},
-    "checkpoint": {"errors", "config", "json_file", "quant"},
+    "checkpoint": {"errors", "config", "json_file", "quant", "words"},
     "description": {"checkpoint", "config", "errors", "quant"},
     "weights": {"adapter", "checkpoint", "config", "description", "parallel", "quant"},
     "shards": {"checkpoint"},
@@ -54,14 +54,16 @@ ALLOWED: dict[str, set[str]] = {
         "shards",
         "tokenizer",
         "weights",
+        "words",
     },
     "random_weights": {"config", "errors", "parallel", "quant"},
     "loading": {"directory", "errors", "config", "model", "ops", "parallel", "quant", "random_weights", "weights"},
-    "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"},
+    "engine": {"errors", "config", "inputs", "prompt", "tokenizer", "ops.interface", "parallel", "model", "engine"}
+    | {"words"},
     "costs": {"config", "parallel", "quant"},
     "memory": {"config", "costs", "engine.kv_cache", "engine.request", "parallel", "quant"},
     "frame_cache": set(),
-    "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"},
+    "inputs": {"errors", "config", "frame_cache", "limits", "media", "pixels", "sampling", "video"} | {"words"},
     "workers": {"errors", "config", "engine", "loading", "model", "ops", "parallel"},
     "llm": {
         "errors",
@@ -78,7 +80,8 @@ ALLOWED: dict[str, set[str]] = {
         "parallel",
         "prompt",
     }
-    | {"tokenizer", "workers"},
+    | {"tokenizer", "words", "workers"},
+    "row_file": {"errors", "json_file"},
     "progress": {"words"},
     "answers": {"errors", "engine.request", "llm", "progress", "words"},
     "manifest": {"engine.request", "json_file", "llm"},
@@ -91,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "engine.request", "limits", "llm", "requirements"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}
-    | {"doctor", "memory", "requirements", "tokenizer", "words", "workers"},
+    | {"doctor", "engine.progress", "memory", "requirements", "row_file", "tokenizer", "words", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

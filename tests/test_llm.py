@@ -100,7 +100,7 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"prompt": "no placeholder", "video": "clip2.mp4"}, RequestError, "0 <image> and the request 1"),
         ({"prompt": PROMPT}, RequestError, "1 <image> and the request 0"),
         ({"prompt": PROMPT, "video": ["clip2.mp4", "clip2.mp4"]}, RequestError, "1 <image> and the request 2"),
-        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [1]}, VideoError, "names 1 frames"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [1]}, VideoError, "names 1 frame, "),
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [0, 1, 2, 12]}, VideoError, "12"),
         ({"prompt": PROMPT, "video": "nothing.mp4"}, VideoError, "nothing.mp4"),
         ({"prompt": PROMPT, "video": "notes.txt"}, VideoError, "notes.txt"),

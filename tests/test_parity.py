@@ -305,7 +305,7 @@ def test_two_files_of_run(capsys, weights, media, tmp_path) -> None:
     assert 0 < total["mean_error"] < 1 and 0 < total["kl"] < 0.5
     (tmp_path / "b.json").write_text(json.dumps(rows[:2]))
     status, _, err = parity(capsys, tmp_path / "a.json", tmp_path / "b.json")
-    assert status == 2 and "1 questions are in one of the files only" in err
+    assert status == 2 and "1 question in one of the files only" in err
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_bad_sides_are_refused(capsys, weights, media, side: str, message: str) 
     ("arguments", "message"),
     [
         ([], "nothing to compare"),
-        (["a.json"], "given are 1 files"),
+        (["a.json"], "given are 1 file;"),
         (["a.json", "b.json", "--right", "x"], "given are 2 files and --right"),
         (["none.json", "none.json"], "none.json cannot be read"),
         (["--right", "dtype=float32"], "has no weights"),

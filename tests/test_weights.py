@@ -691,7 +691,7 @@ def test_log_says_what_was_found_and_done(
 ) -> None:
     monkeypatch.setattr(weights, "SECONDS_BETWEEN_PROGRESS", 0.0)
     save_sharded(tmp_path, {**tensors(), **lora(rank=2)})
-    with caplog.at_level(logging.INFO, logger="atb_pllava.weights"):
+    with caplog.at_level(logging.DEBUG, logger="atb_pllava.weights"):
         fill(open_checkpoint(tmp_path).check(SHAPES, lora_alpha=4))
     assert "8 tensors in 2 files, PEFT-wrapped names, LoRA for 2 tensors" in caplog.text
     assert "LoRA r=2 alpha=4 scale=2 (alpha from --lora_alpha), merged into 2 tensors" in caplog.text
@@ -699,7 +699,7 @@ def test_log_says_what_was_found_and_done(
 
 
 def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="atb_pllava.weights"):
+    with caplog.at_level(logging.DEBUG, logger="atb_pllava.weights"):
         plan = open_checkpoint(save(tmp_path, tensors())).check(SHAPES, lora_alpha=4)
     assert plan.lora_scale is None and "no effect" in caplog.text
 

@@ -45,8 +45,9 @@ def run_round(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingP
     try:
         for request in ready:
             llm.engine.add(request)
-        while not all(request.is_finished for request in ready):
-            steps.append(llm.engine.step())
+        with llm.engine.progress.logged():
+            while not all(request.is_finished for request in ready):
+                steps.append(llm.engine.step())
     finally:
         for request in ready:
             llm.engine.abort(request)

@@ -12,6 +12,7 @@ import numpy as np
 from atb_pllava.bench.shapes import SHAPES, made_up_words, write_shape
 from atb_pllava.commands.media_option import add_media, check_order
 from atb_pllava.commands.model_options import add_model_options, add_prompt_options, join_torchrun, load_model
+from atb_pllava.commands.question import question
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.config import KV_CACHE_DTYPES
 from atb_pllava.errors import ConfigError
@@ -58,7 +59,9 @@ def add_model_and_input(parser: argparse.ArgumentParser) -> None:
     add_bench_model(parser)
     group = parser.add_argument_group("input")
     add_media(group, default="none; they are taken in turns")
-    group.add_argument("--prompt", metavar="TEXT", help=f"question about --media (default {DEFAULT_PROMPT!r})")
+    group.add_argument(
+        "--prompt", type=question, metavar="TEXT", help=f"question about --media (default {DEFAULT_PROMPT!r})"
+    )
     add_prompt_options(parser)
     parser.set_defaults(**dict.fromkeys(_WITHOUT_SHAPE))
 

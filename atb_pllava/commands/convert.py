@@ -11,6 +11,7 @@ from atb_pllava.quant import GROUP_SIZES
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `convert`."""
     parser.allow_abbrev = False
+    parser.set_defaults(verbose=True)  # what was found in -src decides what is made of it
     # One dash, as convert_quant_weights.sh of MindIE's models has them.
     parser.add_argument("-src", required=True, metavar="DIR", help="float checkpoint, any published layout")
     parser.add_argument("-dst", required=True, metavar="DIR", help="directory to make; it must be new or empty")

@@ -1,15 +1,26 @@
-"""How every command ends: status 0 done, 2 an error of the user's (one message, no traceback), 130 for Ctrl-C."""
+"""How every command ends: status 0 done, 2 an error of the user's (one message, no traceback), 130 for Ctrl-C.
+
+SIGTERM ends a command as Ctrl-C does, with status 143: what was answered is written.
+"""
 
 import argparse
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
-from atb_pllava.commands.environment import rank
-from atb_pllava.errors import PllavaError
+from atb_pllava.commands.environment import rank, started_by_torchrun
+from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.requirements import REQUIRED, missing_package
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; whatever cleans up after Ctrl-C cleans up after it too."""
 
 
 def run_command(
@@ -28,9 +39,9 @@ def run_command(
     try:
         arguments = parse()
         logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-        level = logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO
-        logging.getLogger("atb_pllava").setLevel(level if rank() == 0 else logging.ERROR)
-        status = work(arguments)
+        logging.getLogger("atb_pllava").setLevel(_level(arguments) if rank() == 0 else logging.ERROR)
+        with _terminable():
+            status = work(arguments)
         sys.stdout.flush()
         return status
     except PllavaError as error:
@@ -51,7 +62,36 @@ def run_command(
         what = no_stdout if error.filename is None else f"{error.filename} could not be used"
         print(f"error: {what}: {error.strerror}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
         if rank() == 0:  # torchrun, where it started us, hands the signal to all and ends in a traceback of its own
             print(interrupted, file=sys.stderr)
-        return 130
+        return 143 if isinstance(end, Terminated) else 130
+
+
+def _level(arguments: argparse.Namespace) -> int:
+    """The least important kind of message that is shown: --quiet, --verbose, or neither of them."""
+    quiet, verbose = getattr(arguments, "quiet", False), getattr(arguments, "verbose", False)
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose contradict each other; leave one out")
+    return logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated in the body, unless somebody else handles it.
+
+    Not under torchrun, whose ranks wait for each other where no signal is seen: there it ends a process at once.
+    """
+    is_ours = threading.current_thread() is threading.main_thread() and not started_by_torchrun(None)
+    if not is_ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -47,3 +47,8 @@ def host_benchmark() -> str | None:
         raise ConfigError(f"ATB_LLM_BENCHMARK_ENABLE is {enabled!r}; it must be 0 or 1")
     wanted = os.environ.get("ATB_LLM_BENCHMARK_FILEPATH") or os.path.join("benchmark_result", "benchmark.csv")
     return wanted if enabled in ("1", "true") else None
+
+
+def terminal_moves_its_cursor() -> bool:
+    """Whether the terminal, if there is one, understands escape sequences, by its name."""
+    return os.environ.get("TERM", "dumb") not in ("", "dumb")

@@ -10,6 +10,7 @@ from atb_pllava.commands.doctor import add_options as add_options_of_doctor
 from atb_pllava.commands.doctor import doctor
 from atb_pllava.commands.environment import master_port
 from atb_pllava.commands.media_option import add_media, check_order
+from atb_pllava.commands.question import question
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.mindie.cards import list_cards
@@ -118,7 +119,11 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
     parser.add_argument("--model_path", required=True, metavar="DIR", help="a directory of convert_quant_weights.sh")
     add_media(parser)
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help=f"question, repeatable (default: {DEFAULT_PROMPT!r})"
+        "--prompt",
+        type=question,
+        action="append",
+        metavar="TEXT",
+        help=f"question, repeatable (default: {DEFAULT_PROMPT!r})",
     )
     parser.add_argument(
         "--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help="prompt format, as in `run` (default: its)"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from atb_pllava.commands.environment import compiler, kernel_dir, master_port, started_by_torchrun
@@ -17,17 +17,65 @@ from atb_pllava.ops import BACKENDS, KERNELS
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
+from atb_pllava.words import counted
 from atb_pllava.workers import Workers, serve_rank
+
+# What each prompt format is; the epilog of --help lists them.
+CONVERSATION_WORDS = {
+    "plain": "USER: and ASSISTANT:, no system text (default)",
+    "demo": "PLLaVA's demo: system text, video in its own turn",
+    "npu": "PLLaVA-NPU's script: demo, the question first",
+    "eval_vcgbench": "PLLaVA's script for VCGBench: long answers",
+    "eval_mvbench": "PLLaVA's script for MVBench: multiple choice",
+    "eval_recaption": "PLLaVA's script for captions",
+    "eval_videoqabench": "PLLaVA's script for MSVD and others: short answers",
+    "eval_vcg_llavanext": "eval_vcgbench for 34B (default there)",
+    "eval_mvbench_llavanext": "eval_mvbench for 34B",
+    "eval_recaption_llavanext": "eval_recaption for 34B",
+    "eval_videoqa_llavanext": "eval_videoqabench for 34B",
+}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Option names and their help on one line where 80 columns allow it; a usage line with what is required only.
+
+    Paragraphs of the description and the epilog are wrapped, unless they have lines of their own.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        if usage is None:
+            wanted = [f"{a.option_strings[0]} {a.metavar}" for a in actions if a.required and a.option_strings]
+            usage = " ".join(["%(prog)s", *wanted, "[OPTION ...]"])
+            if len(f"usage: {usage % {'prog': self._prog}}") > self._width:
+                usage = usage.replace("%(prog)s ", "%(prog)s\n           ")
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            p if "\n" in p else super(HelpFormatter, self)._fill_text(p, width, indent) for p in paragraphs
+        )
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Which model, and where it runs; `required`: whether there must be a checkpoint."""
+    parser.formatter_class = HelpFormatter
     parser.set_defaults(load_format="safetensors", compiler=compiler(), kernel_dir=kernel_dir())
+    parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what is found, chosen and loaded")
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model_path", required=required, metavar="DIR", help="checkpoint directory, any published layout"
+        "--model_path", required=required, metavar="DIR", help="checkpoint directory, in any published layout"
     )
-    group.add_argument("--weight_dir", metavar="DIR", help="directory with LoRA tensors on top of --model_path")
+    group.add_argument("--weight_dir", metavar="DIR", help="training output (LoRA, projector) on top of it")
     group.add_argument(
         "--lora_alpha",
         type=float,
@@ -45,54 +93,66 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     group.add_argument(
         "--pooling_shape",
         metavar="T-H-W",
-        help="video tokens as frames-rows-columns (default: the checkpoint's, 16-12-12)",
+        help="video tokens: frames-rows-columns (default: the checkpoint's, 16-12-12)",
     )
     group.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="auto: the checkpoint's on an accelerator; on a CPU bfloat16 if it is native, else float32",
+        metavar="NAME",
+        help="float32, bfloat16, float16 or auto (default): as stored; on a CPU bfloat16 where native, else float32",
     )
-    group.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: an NPU or a GPU, else the cpu")
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, ascend or auto (default): NPU, GPU, else CPU",
+    )
     group.add_argument(
         "--kernels",
         choices=KERNELS,
         default="auto",
-        help="native: ours, on a CPU compiled once with $CXX or the compiler found, on CUDA with Triton; torch: plain "
-        "torch, slow; auto: native where there is a compiler or Triton",
+        metavar="NAME",
+        help="native (compiled with $CXX; Triton on CUDA), torch (none, slow) or auto (default): native if it works",
     )
     group.add_argument("--world_size", type=int, metavar="N", help="devices to split the model over (default 1)")
     group.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="accepted for compatibility; no code from a checkpoint is ever executed",
+        "--trust_remote_code", action="store_true", help="accepted, no effect: no code in a checkpoint is run"
     )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """How media become frames, and questions prompts."""
     group = parser.add_argument_group("frames and prompts")
-    group.add_argument("--sampler", choices=SAMPLERS, default="demo", help="which frames of a video are taken")
-    group.add_argument("--resize", choices=RESIZE_MODES, default="clip", help="how frames become squares")
     group.add_argument(
-        "--conversation",
-        choices=tuple(CONVERSATIONS),
+        "--sampler",
+        choices=SAMPLERS,
+        default="demo",
         metavar="NAME",
-        help=f"prompt format (default: plain, for 34B eval_vcg_llavanext): {', '.join(CONVERSATIONS)}",
+        help="which frames: demo (default), the middle of each of T equal parts of the video; eval, the same between a "
+        "question's start and end; npu, the beginning of each part",
     )
+    group.add_argument(
+        "--resize",
+        choices=RESIZE_MODES,
+        default="clip",
+        metavar="NAME",
+        help="frames to squares: clip (default), scale the short side and crop; res672, first scale it to 672; squash, "
+        "stretch",
+    )
+    group.add_argument("--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help="prompt format, see below")
     group.add_argument("--system", metavar="TEXT", help="system text instead of the conversation's own")
     group.add_argument(
-        "--video_caption",
-        action="store_true",
-        help="PLLaVA-NPU's captioning mode: its prompt order and a system text that asks for a caption",
+        "--video_caption", action="store_true", help="PLLaVA-NPU's captioning: its turns and a system text"
     )
+    limits = ", ".join(f"{name}={value}" for name, value in vars(MediaLimits()).items())
     group.add_argument(
-        "--media_limit",
-        action="append",
-        default=[],
-        metavar="NAME=NUMBER",
-        help="change a limit on media: " + ", ".join(f"{name}={value}" for name, value in vars(MediaLimits()).items()),
+        "--media_limit", action="append", default=[], metavar="NAME=N", help=f"change a limit, repeatable: {limits}"
     )
+    words = "\n".join(f"  {name:26}{words}" for name, words in CONVERSATION_WORDS.items())
+    own = f"\n\n{parser.epilog}" if parser.epilog else ""
+    parser.epilog = f"conversations:\n{words}{own}"
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +163,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--max_input_length",
         type=int,
         metavar="N",
-        help="longest prompt in tokens, video tokens included (default: what the KV cache holds)",
+        help="longest prompt in tokens, video included (default: what the KV cache holds)",
     )
     group.add_argument(
         "--max_output_length",
@@ -116,32 +176,35 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv_cache_bytes",
         type=int,
         metavar="N",
-        help="memory for the KV cache (default: what a full batch needs, at most half the free memory)",
+        help="memory for the KV cache (default: a full batch's, at most half of what is free)",
     )
     group.add_argument(
         "--kv_cache_dtype",
         choices=KV_CACHE_DTYPES,
         default="auto",
-        help="int8: half the memory and traffic of bfloat16 keys and values, slightly other numbers; CPU only",
+        metavar="NAME",
+        help="int8: keys and values in half the memory, slightly other numbers, CPU only; auto (default): as --dtype",
     )
     group.add_argument(
         "--video_cache_bytes",
         type=int,
         default=EngineConfig.video_cache_bytes,
         metavar="N",
-        help="memory for the tokens of videos seen before, and again for their frames (default 1 GiB; 0: none)",
+        help="memory for videos seen before: their tokens, and as much for their frames (default 1 GiB; 0: none)",
     )
     group.add_argument(
         "--prefix_cache",
         choices=("on", "off"),
         default="on",
-        help="whether prompts that begin alike, video included, share keys and values (default on)",
+        metavar="on|off",
+        help="share keys and values of prompts that begin alike, video included (default on)",
     )
     group.add_argument(
         "--decode_graphs",
         choices=("on", "off"),
         default="on",
-        help="whether a device that can record a decode step launches it as one (default on; NPUs can)",
+        metavar="on|off",
+        help="launch a decode step as one graph where the device can (default on)",
     )
 
 
@@ -149,11 +212,23 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How the next token is chosen."""
     defaults = SamplingParams()
     group = parser.add_argument_group("generation")
-    group.add_argument("--temperature", type=float, default=defaults.temperature, help="0 (default): greedy")
-    group.add_argument("--top_p", type=float, default=defaults.top_p, help="keep the likeliest tokens up to this sum")
-    group.add_argument("--top_k", type=int, default=defaults.top_k, help="keep the K likeliest tokens (0: all)")
-    group.add_argument("--repetition_penalty", type=float, default=defaults.repetition_penalty)
-    group.add_argument("--seed", type=int, help="makes sampled answers repeatable")
+    group.add_argument(
+        "--temperature", type=float, default=defaults.temperature, metavar="X", help="0 (default): the likeliest token"
+    )
+    group.add_argument(
+        "--top_p", type=float, default=defaults.top_p, metavar="X", help="sample from the likeliest up to this sum"
+    )
+    group.add_argument(
+        "--top_k", type=int, default=defaults.top_k, metavar="K", help="sample from the K likeliest (0: all)"
+    )
+    group.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=defaults.repetition_penalty,
+        metavar="X",
+        help="above 1: fewer repetitions (default 1: off)",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampled answers repeatable")
     group.add_argument("--ignore_eos", action="store_true", help="always generate --max_output_length tokens")
 
 
@@ -209,12 +284,26 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
     )
     if not arguments.quiet:
         frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
+        print(_loaded(llm), file=sys.stderr)
         print(
-            f"ready after {time.perf_counter() - began:.1f} s: {frames} frames pooled to {shape} = "
-            f"{llm.config.num_video_tokens} video tokens",
+            f"ready after {time.perf_counter() - began:.1f} s: {counted(frames, 'frame')} pooled to {shape} = "
+            f"{counted(llm.config.num_video_tokens, 'video token')}",
             file=sys.stderr,
         )
     return llm
+
+
+def _loaded(llm: LLM) -> str:
+    """What was loaded, where to, and the strength of its LoRA."""
+    model, given = llm.model, llm.options
+    what = given.model_path if given.load_format == "safetensors" else "random weights"
+    on_top = "" if given.weight_dir is None else f" with {given.weight_dir}"
+    dtype = str(model.dtype).removeprefix("torch.")
+    weights = f"8-bit weights, {dtype}" if model.int8.names else dtype
+    ranks = "" if model.parallel.size == 1 else f", {model.parallel.size} ranks"
+    alpha, scale = llm.weights.lora_alpha, llm.weights.lora_scale
+    lora = "no LoRA" if alpha is None else f"LoRA alpha {alpha:g}, scale {scale:g}"
+    return f"loaded {what}{on_top}: {weights} on {model.ops.name}{ranks}, {lora}"
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:

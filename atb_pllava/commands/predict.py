@@ -28,6 +28,7 @@ from atb_pllava.commands.model_options import (
     load_model,
     sampling_params,
 )
+from atb_pllava.commands.question import question
 from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.commands.run import DEFAULT_PROMPT
 from atb_pllava.engine.request import SamplingParams
@@ -56,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("input")
     add_media(group, also=["--image_path"])
     group.add_argument(
-        "--prompt", default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
+        "--prompt", type=question, default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
     )
     add_prompt_options(parser)
     add_engine_options(parser)

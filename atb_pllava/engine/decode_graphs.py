@@ -56,7 +56,7 @@ class DecodeGraphs:
             logger.warning("decoding without graphs: %s", error)
         else:
             self._recorded[size] = inputs, captured
-            logger.info("recorded the decode step of %d sequences", size)
+            logger.debug("recorded the decode step of %d sequences", size)
         return logits
 
 

@@ -1,12 +1,15 @@
-"""The step loop: admit, encode videos, run the model, sample. One thread, no hidden state."""
+"""The step loop: admit, encode videos, run the model, sample. One thread, no hidden state.
 
-import logging
+What a step is doing is in `Engine.progress`, for a thread that logs it.
+"""
+
 import time
 
 from torch import Tensor
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.kv_cache import BlockPool
+from atb_pllava.engine.progress import Progress
 from atb_pllava.engine.request import Request, VideoState
 from atb_pllava.engine.sampler import sample
 from atb_pllava.engine.scheduler import Scheduler, Step
@@ -16,10 +19,7 @@ from atb_pllava.engine.video_cache import VideoCache
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.inputs import PreparedVideo
 from atb_pllava.ops.interface import finish
-
-logger = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_REPORTS = 5.0
+from atb_pllava.words import counted
 
 
 class Engine:
@@ -30,8 +30,10 @@ class Engine:
         self.pool = BlockPool(team.runner.blocks)
         self.scheduler = Scheduler(config, self.pool)
         self.videos = VideoCache(config.video_cache_bytes // team.runner.bytes_per_video, team.forget)
-        self._reported = time.perf_counter()
-        self._tokens_since = 0
+        self.progress = Progress()
+        self._seconds_per_frame: float | None = None  # of the last video, other work of its steps included
+        self._seconds_per_token: float | None = None  # of the last step that prefilled
+        self._seconds_per_decode: float | None = None  # of the last step that did not
 
     @property
     def has_work(self) -> bool:
@@ -40,8 +42,6 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` raises."""
         self.check(request)
-        if not self.has_work:
-            self._reported, self._tokens_since = time.perf_counter(), 0
         request.states = [self.videos.acquire(video) for video in request.videos]
         self.scheduler.add(request)
 
@@ -51,7 +51,7 @@ class Engine:
         if longest_prompt is not None and request.prompt_length > longest_prompt:
             video = sum(span.length for span in request.spans)
             raise RequestError(
-                f"the prompt is {request.prompt_length} tokens ({video} of them from video), the limit is "
+                f"the prompt is {counted(request.prompt_length, 'token')} ({video} of them from video), the limit is "
                 f"{longest_prompt}: raise --max_input_length, pool to a smaller shape, or shorten the text"
             )
         if longest_answer is not None and request.params.max_tokens > longest_answer:
@@ -80,11 +80,15 @@ class Engine:
 
     def _run(self, step: Step) -> float:
         """Put a step through the model and take its tokens; the seconds the model took."""
-        self._report(f"decoding {len(step.decode)} requests, prefilling {sum(n for _, n in step.prefill)} tokens")
+        self._say_what_runs(step)
         began = time.perf_counter()
         due = self._forward(step)
         finish(self.team.runner.device)
         seconds = time.perf_counter() - began
+        if step.prefill:
+            self._seconds_per_token = seconds / sum(tokens for _, tokens in step.prefill)
+        else:
+            self._seconds_per_decode = seconds
         for request, _ in step.prefill:
             request.prefill += seconds
         for request, logits in due:
@@ -99,7 +103,7 @@ class Engine:
         decoding = any(other.is_decoding for other in self.scheduler.running)
         for state in request.missing_videos:
             while state.video is not None:
-                self._report(f"encoding frame {state.frames_done + 1} of {len(state.video)}")
+                self._say_what_is_encoded(request, state, len(state.video))
                 began = time.perf_counter()
                 self._encode_some(state, state.video)
                 request.vision_encode += time.perf_counter() - began
@@ -108,13 +112,14 @@ class Engine:
 
     def _encode_some(self, state: VideoState, video: PreparedVideo) -> None:
         """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
-        at_once = self.config.vision_batch * self.team.parallel.size
-        pixels = video.some_pixels(state.frames_done, state.frames_done + at_once)
+        pixels = video.some_pixels(state.frames_done, state.frames_done + self._frames_at_once)
         self.team.encode_frames(state.number, pixels)
         state.frames_done += len(pixels)
         if state.frames_done == len(video):
             self.team.pool_frames(state.number, video.frame_of)
             state.video = None
+            if state.began is not None:
+                self._seconds_per_frame = (time.monotonic() - state.began) / state.frames_done
         finish(self.team.runner.device)
 
     def encode_video(self, video: PreparedVideo) -> Tensor:
@@ -146,7 +151,7 @@ class Engine:
         if not request.num_generated:
             request.first_token = time.perf_counter()
         request.token_ids.append(token)
-        self._tokens_since += 1
+        self.progress.tokens += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
         ended, full = token in request.stop_token_ids, request.num_generated == request.params.max_tokens
@@ -171,11 +176,42 @@ class Engine:
             self.videos.release(state)
         request.states = []
 
-    def _report(self, doing: str) -> None:
-        """Say on the log every few seconds where a long run stands."""
-        now = time.perf_counter()
-        seconds = now - self._reported
-        if seconds >= _SECONDS_BETWEEN_REPORTS:
-            waiting, speed = len(self.scheduler.waiting), self._tokens_since / seconds
-            logger.info("%s, %d waiting; %.1f tokens/s in the last %.0f s", doing, waiting, speed, seconds)
-            self._reported, self._tokens_since = now, 0
+    @property
+    def _frames_at_once(self) -> int:
+        return self.config.vision_batch * self.team.parallel.size
+
+    def _say_what_is_encoded(self, request: Request, state: VideoState, frames: int) -> None:
+        """Into `progress`: which frames come next, and the time until the last one is done."""
+        now = time.monotonic()
+        if state.began is None:
+            state.began = now
+        done, last = state.frames_done, min(state.frames_done + self._frames_at_once, frames)
+        each = (now - state.began) / done if done else self._seconds_per_frame
+        which = f"frame {last}" if last == done + 1 else f"frames {done + 1} to {last}"
+        self.progress.start(
+            request.name,
+            f"encoding {which} of {frames}",
+            None if each is None else each * (frames - done),
+            answers=sum(other.is_decoding for other in self.scheduler.running),
+        )
+
+    def _say_what_runs(self, step: Step) -> None:
+        """Into `progress`: the oldest prompt that is prefilled, or else the oldest answer that is written."""
+        if step.prefill:
+            request, each = step.prefill[0][0], self._seconds_per_token
+            self.progress.start(
+                request.name,
+                f"prefilling the prompt, {request.num_computed} of {counted(len(request.token_ids), 'token')} done",
+                None if each is None else each * request.remaining,
+                answers=len(step.decode),
+            )
+            return
+        request, each = step.decode[0], self._seconds_per_decode
+        left = request.params.max_tokens - request.num_generated
+        self.progress.start(
+            request.name,
+            f"token {request.num_generated + 1} of at most {request.params.max_tokens}",
+            None if each is None else each * left,
+            how_sure="at most",
+            answers=len(step.decode),
+        )

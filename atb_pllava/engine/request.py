@@ -77,14 +77,15 @@ class Metrics:
     preemptions: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """A finished answer.
+    """A finished answer. Printed, it is its text and a summary.
 
     prompt_token_ids has one image token for each video; metrics.prompt_tokens counts them expanded. token_ids includes
-    the end-of-sequence token when there was one. frame_indices has a list for each video (one list when there is one
-    video). logprobs has an entry a generated token: {token id: log-probability} of the best, best first, or a float32
-    array over the vocabulary.
+    the end-of-sequence token when there was one. finish_reason is "stop" (the model or a stop string ended the answer)
+    or "length" (max_tokens did). frame_indices has a list for each video (one list when there is one video). logprobs
+    has an entry a generated token: {token id: log-probability} of the best, best first, or a float32 array over the
+    vocabulary. request_id is the request's "id", None without one.
     """
 
     text: str
@@ -95,6 +96,16 @@ class RequestOutput:
     num_cached_tokens: int
     metrics: Metrics
     logprobs: list[TokenLogprobs] | None = None
+    request_id: str | int | None = None
+
+    def __repr__(self) -> str:
+        who = "" if self.request_id is None else f"request_id={self.request_id!r}, "
+        of = self.metrics
+        return (
+            f"RequestOutput({who}text={self.text!r}, finish_reason={self.finish_reason!r}, "
+            f"prompt_tokens={of.prompt_tokens}, output_tokens={of.output_tokens}, ttft={of.ttft:.3f}, "
+            f"latency={of.latency:.3f})"
+        )
 
 
 @dataclass(eq=False)
@@ -109,6 +120,7 @@ class VideoState:
     video: PreparedVideo | None
     users: int = 0
     frames_done: int = 0
+    began: float | None = None  # when its first frame was begun, a time of time.monotonic
 
     @property
     def ready(self) -> bool:
@@ -130,6 +142,8 @@ class Request:
     generator: torch.Generator | None = None
     arrival: float = field(default_factory=time.perf_counter)
     video_decode: float = 0.0
+    request_id: str | int | None = None
+    name: str = "the request"  # in progress lines
 
     states: list[VideoState] = field(default_factory=list)  # of its videos, while the engine has it
     blocks: list[int] = field(default_factory=list)
@@ -153,6 +167,7 @@ class Request:
     def create(
         cls, prompt_ids: Sequence[int], token_ids: list[int], spans: list[VideoSpan], videos: Sequence[PreparedVideo],
         params: SamplingParams, eos: Sequence[int], tokenizer: Tokenizer, arrival: float, video_decode: float,
+        request_id: str | int | None = None, name: str = "the request",
     ) -> "Request":  # fmt: skip
         generator = None
         if params.temperature > 0:
@@ -164,7 +179,7 @@ class Request:
         return cls(
             prompt_ids, token_ids, spans, list(videos), params,
             frozenset() if params.ignore_eos else frozenset(eos), AnswerDecoder(tokenizer, params.stop), generator,
-            arrival, video_decode,
+            arrival, video_decode, request_id, name,
         )  # fmt: skip
 
     @property
@@ -226,6 +241,7 @@ class Request:
                 preemptions=self.preemptions,
             ),
             logprobs=self.logprobs if self.params.logprobs is not None else None,
+            request_id=self.request_id,
         )
 
 

@@ -13,6 +13,7 @@ from atb_pllava.config import EngineConfig
 from atb_pllava.engine.kv_cache import BlockPool, blocks_for, full_block_keys
 from atb_pllava.engine.request import Request
 from atb_pllava.errors import RequestError
+from atb_pllava.words import counted
 
 # Prompt tokens in one step while nobody is decoding: bounds the step's activations, not its fairness.
 _LONGEST_CHUNK = 4096
@@ -51,9 +52,10 @@ class Scheduler:
         longest = request.prompt_length + request.params.max_tokens - 1  # the last token is never fed back
         if blocks_for(longest, block_size) > self.pool.total:
             raise RequestError(
-                f"the prompt is {request.prompt_length} tokens and up to {request.params.max_tokens} more are wanted, "
-                f"but the KV cache holds {self.pool.total * block_size} tokens in all: ask for fewer tokens, use "
-                "a smaller pooling shape, or give the KV cache more memory (kv_cache_bytes)"
+                f"the prompt is {counted(request.prompt_length, 'token')} and up to "
+                f"{request.params.max_tokens} more are wanted, but the KV cache holds {self.pool.total * block_size} "
+                "tokens in all: ask for fewer tokens, use a smaller pooling shape, or give the KV cache more "
+                "memory (kv_cache_bytes)"
             )
 
     def admit(self) -> None:

@@ -74,17 +74,18 @@ def _device_backend(name: str, rank: int) -> Backend:
 
 def _best_backend(rank: int) -> Backend:
     """Ascend, CUDA or CPU, in this order."""
-    missing = "no torch_npu"
+    missing, level = "no torch_npu", logging.DEBUG
     if importlib.util.find_spec("torch_npu") is not None:
         try:
             import_torch_npu()
         except BackendError as error:
             missing = str(error)
+            level = logging.INFO  # whoever installed it wants to know why it is not used
         else:
-            logger.info("backend auto: ascend")
+            logger.debug("backend auto: ascend")
             return AscendBackend(rank)
     name = "cuda" if torch.cuda.is_available() else "cpu"
-    logger.info("backend auto: %s (%s%s)", name, missing, "" if name == "cuda" else ", no CUDA device")
+    logger.log(level, "backend auto: %s (%s%s)", name, missing, "" if name == "cuda" else ", no CUDA device")
     return TorchBackend(name)
 
 
@@ -97,7 +98,7 @@ def choose_dtype(name: str, stored: str, backend: Backend) -> torch.dtype:
         name = backend.choose_dtype(name, stored)
     if name == "auto":
         name = stored if backend.name != "cpu" else "bfloat16" if has_native_bfloat16() else "float32"
-        logger.info("dtype auto: %s on %s", name, backend.name)
+        logger.debug("dtype auto: %s on %s", name, backend.name)
     if name == "float16" and backend.name == "cpu":
         logger.warning("float16 matrix products have no fast kernel on most CPUs; bfloat16 or float32 is faster")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

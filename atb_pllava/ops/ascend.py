@@ -75,13 +75,13 @@ class AscendBackend:
         self._widened = False
         self._pool: Any = None
         self._slots, self._tables, self._lens, self._angles = Latest(), Latest(), Latest(), Latest()
-        logger.info("NPU %d: %s, Ascend %s", rank, self._npu.npu.get_device_name(rank), self.chip.name)
+        logger.debug("NPU %d: %s, Ascend %s", rank, self._npu.npu.get_device_name(rank), self.chip.name)
 
     def choose_dtype(self, name: str, stored: str) -> str:
         """`name`, or for "auto" the checkpoint's dtype where the chip has it; BackendError for one it has not."""
         if name == "auto":
             name = stored if stored in self.chip.dtypes else self.chip.dtypes[0]
-            logger.info("dtype auto: %s on ascend", name)
+            logger.debug("dtype auto: %s on ascend", name)
         if name not in self.chip.dtypes:
             raise BackendError(
                 f"dtype {name}: Ascend {self.chip.name} computes attention in {' or '.join(self.chip.dtypes)}; "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from atb_pllava.answers import Row
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.json_file import write_json
+from atb_pllava.words import counted
 from precision.evaluate.judge_prompts import ANSWER, Case
 from precision.evaluate.questions import Question, find_video, percent, read_list, read_questions, select, text
 
@@ -54,7 +55,10 @@ def _read_set(name: str, part: Set, data: Path, ratio: float | None) -> list[Que
     answers = read_list(folder / "test_a.json")
     asked = len(read_list(folder / "test_q.json"))
     if len(answers) != asked:
-        raise ConfigError(f"{folder}: test_q.json has {asked} entries and test_a.json {len(answers)}; they go together")
+        raise ConfigError(
+            f"{folder}: test_q.json has {counted(asked, 'entry', 'entries')} and test_a.json {len(answers)}; they go "
+            "together"
+        )
 
     def make(number: int, entry: Mapping[str, Any]) -> list[Question]:
         answer = answers[number]

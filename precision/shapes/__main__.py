@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
+from atb_pllava.words import counted
 from precision.shapes.dataset import FIRST_SEED, write_shapes
 
 
@@ -30,8 +31,8 @@ def write(arguments: argparse.Namespace) -> int:
     """Write the set and say what is in it; the exit status."""
     counts = write_shapes(arguments.output, arguments.clips, arguments.seed)
     for name, count in counts.items():
-        print(f"{name:20} {count:4} questions")
-    print(f"{arguments.clips} clips, {sum(counts.values())} questions in {arguments.output}")
+        print(f"{name:20} {count:4} {'question' if count == 1 else 'questions'}")
+    print(f"{counted(arguments.clips, 'clip')}, {counted(sum(counts.values()), 'question')} in {arguments.output}")
     return 0
 
 

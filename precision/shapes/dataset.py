@@ -16,6 +16,7 @@ import numpy as np
 
 from atb_pllava.answers import Progress
 from atb_pllava.errors import ConfigError
+from atb_pllava.words import counted
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))  # scripts that import each other by bare name
 from render_shapes import Clip, make_clip, render, write_video  # noqa: E402
@@ -45,8 +46,8 @@ def write_shapes(output: Path, clips: int = 200, seed: int = FIRST_SEED) -> dict
     """
     if clips < 1 or seed not in HELD_OUT or seed + clips > HELD_OUT.stop:
         raise ConfigError(
-            f"{clips} clips from seed {seed}: at least 1 clip, seeds from {HELD_OUT.start} to {HELD_OUT.stop - 1}; "
-            "all others may have been in the tiny model's training"
+            f"{counted(clips, 'clip')} from seed {seed}: at least 1 clip, seeds from {HELD_OUT.start} to "
+            f"{HELD_OUT.stop - 1}; all others may have been in the tiny model's training"
         )
     entries: dict[str, list[dict[str, Any]]] = {name: [] for name in SUB_TASKS}
     progress = Progress("clips", clips)

@@ -34,6 +34,7 @@ from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
+from atb_pllava.words import counted
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,
@@ -53,7 +54,9 @@ Answers = Mapping[str, Mapping[str, str]]
 def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
     """`count` of the questions, chosen by the seed, in their old order. Raises ConfigError when there are less."""
     if not 1 <= count <= len(questions):
-        raise ConfigError(f"--nums is {count}; there are {len(questions)} questions: give 1 to {len(questions)}")
+        raise ConfigError(
+            f"--nums is {count}; the sets have {counted(len(questions), 'question')}: give 1 to {len(questions)}"
+        )
     return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), count))]
 
 
@@ -94,18 +97,23 @@ def extract(arguments: argparse.Namespace) -> int:
     sample_name = sample_names(questions)
     if arguments.skip_missing:
         gaps = find_gaps(questions, arguments.Eval_Video_root, answers)
-        print(f"{len(gaps)} of {len(questions)} questions left out: {some_of(gaps.values())}", file=sys.stderr)
+        print(
+            f"{len(gaps)} of {counted(len(questions), 'question')} left out: {some_of(gaps.values())}", file=sys.stderr
+        )
         questions = [question for question in questions if question not in gaps]
     drawn = draw(questions, arguments.nums, arguments.seed)
     gaps = find_gaps(drawn, arguments.Eval_Video_root, answers)
     if gaps:
         raise ConfigError(
-            f"{len(gaps)} of {len(drawn)} drawn questions cannot be used: {some_of(gaps.values())}. --Eval_Video_root "
-            "is the folder that holds Eval_video; fetch what is missing, or draw from what is there with --skip_missing"
+            f"{len(gaps)} of {counted(len(drawn), 'drawn question')} cannot be used: {some_of(gaps.values())}. "
+            "--Eval_Video_root is the folder that holds Eval_video; fetch what is missing, or draw from what "
+            "is there with --skip_missing"
         )
     _write(arguments, {question: sample_name[question] for question in drawn}, answers)
     counts = Counter(question.dataset for question in drawn)
-    print(f"{len(drawn)} questions, seed {arguments.seed}: " + ", ".join(f"{n} {c}" for n, c in counts.items()))
+    print(
+        f"{counted(len(drawn), 'question')}, seed {arguments.seed}: " + ", ".join(f"{n} {c}" for n, c in counts.items())
+    )
     return 0
 
 

@@ -28,6 +28,7 @@ from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
+from atb_pllava.words import counted
 from precision.videobench.dataset import read_answers, read_json, some_of
 from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
 
@@ -194,9 +195,9 @@ def full_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, An
     print(f"\n{table(report)}\n\n{paired_line(report['npu_minus_gpu'])}")
     strange = report["without_right_answer"]
     if strange:
-        print(f"{len(strange)} questions do not count: {some_of(strange)}")
+        print(f"{counted(len(strange), 'question')} not counted: {some_of(strange)}")
     if report["asked_on_no_side"]:
-        print(f"{report['asked_on_no_side']} questions of these sets were asked on no side and do not count")
+        print(f"{counted(report['asked_on_no_side'], 'question')} of these sets asked on no side, not counted")
     return report
 
 

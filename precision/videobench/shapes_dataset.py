@@ -30,6 +30,7 @@ from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
+from atb_pllava.words import counted
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),
@@ -102,7 +103,7 @@ def make(arguments: argparse.Namespace) -> int:
         questions = write_dataset(arguments.out, arguments.clips, arguments.seed)
     except OSError as error:
         raise ConfigError(f"{error.filename or arguments.out} could not be written: {error.strerror}") from None
-    print(f"{questions} questions about {arguments.clips * len(SETS)} clips in {arguments.out}")
+    print(f"{counted(questions, 'question')} about {counted(arguments.clips * len(SETS), 'clip')} in {arguments.out}")
     return 0
 
 
