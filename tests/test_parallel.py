@@ -170,7 +170,7 @@ def test_a_rank_says_what_memory_it_could_not_have(monkeypatch: pytest.MonkeyPat
         raise OutOfMemoryError("atb_linear needs 5.0 MB")
 
     monkeypatch.setattr(logging.getLogger("atb_pllava"), "setLevel", lambda _: None)
-    monkeypatch.setattr(workers, "plan_model", lambda *_: (None, SimpleNamespace(fingerprint=str)))
+    monkeypatch.setattr(workers, "plan_model", lambda *_: (None, SimpleNamespace(fingerprint=str, lora_scale=None)))
     monkeypatch.setattr(workers.Workers, "meet", lambda *_: None)
     for name in ("fill_model", "Runner"):
         monkeypatch.setattr(workers, name, lambda *_, **__: None)
