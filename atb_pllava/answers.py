@@ -441,7 +441,7 @@ def answer_all(
                 keep(name, error_row(error))
                 continue
             asked.append(name)
-            yield request
+            yield {"id": name, **request}
 
     with progress:
         for number, answer in llm.serve(requests(), params):

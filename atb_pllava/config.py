@@ -28,6 +28,7 @@ DEFAULT_POOLING_SHAPE = (16, 12, 12)
 _MAX_JSON_BYTES = 10 * 2**20
 _LARGEST = {"num_hidden_layers": 1024, "vocab_size": 2**24}
 _LARGEST_SIZE = 2**20
+_LONGEST_NOTICE = 500  # characters
 
 # What preprocessor_config.json may say besides sizes, mean and deviation; 3 is Pillow's bicubic filter.
 _PREPROCESSING = {
@@ -122,6 +123,7 @@ class PllavaConfig:
     vision_feature_layer: int = -2
     eos_token_ids: tuple[int, ...] = (2,)
     dtype: str = "float32"  # as stored: what "auto" means on an accelerator
+    notice: str = ""  # one line that whoever made the checkpoint wants its users to read
 
     def __post_init__(self) -> None:
         check_num_frames(self.num_frames)
@@ -188,6 +190,7 @@ class PllavaConfig:
             vision_feature_layer=raw.get("vision_feature_layer", -2),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
             dtype=_stored_dtype(raw, text_raw),
+            notice=_notice(raw),
         )
 
     @classmethod
@@ -457,6 +460,14 @@ def _known(cls: type, raw: Mapping[str, Any], also: Mapping[str, Any] | None = N
 
 def _first(*sources: Mapping[str, Any], key: str, default: Any) -> Any:
     return next((s[key] for s in sources if s.get(key) is not None), default)
+
+
+def _notice(raw: Mapping[str, Any]) -> str:
+    """The notice of config.json as one printable line."""
+    notice = raw.get("notice", "")
+    if not isinstance(notice, str) or len(notice) > _LONGEST_NOTICE:
+        raise ConfigError(f"config.json: notice must be a text of at most {_LONGEST_NOTICE} characters")
+    return "".join(letter if letter.isprintable() else " " for letter in notice).strip()
 
 
 def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str:

@@ -11,6 +11,10 @@ from tiny_tokenizer import write_tokenizer
 
 LORA_RANK, LORA_ALPHA = 128, 4
 SHARD_BYTES = 4_500_000
+NOTICE = (
+    "this small test model knows coloured shapes that move and nothing else: "
+    "about any other video its answers are wrong"
+)
 
 
 def _write(path: Path, content: dict) -> None:
@@ -26,6 +30,7 @@ def model_config(s: Sizes, image: int) -> dict:
         "ignore_index": -100,
         "image_token_index": image,
         "model_type": "llava",
+        "notice": NOTICE,
         "num_frames": s.frames,
         "pooling_method": "avg",
         "pooling_shape": [s.frames, s.pool, s.pool],

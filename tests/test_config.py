@@ -279,3 +279,12 @@ def test_engine_options(option: str) -> None:
     for bad in (0, -1, 1.5, "8", True):
         with pytest.raises(ConfigError, match=f"{option} is"):
             EngineConfig(**{option: bad})
+
+
+def test_a_notice_is_one_printable_line() -> None:
+    assert PllavaConfig.from_json(raw_config()).notice == ""
+    told = PllavaConfig.from_json({**raw_config(), "notice": " only\nshapes\x1b[31m "})
+    assert told.notice == "only shapes [31m"
+    for wrong in (7, ["a"], "a" * 501):
+        with pytest.raises(ConfigError, match="notice must be a text of at most 500 characters"):
+            PllavaConfig.from_json({**raw_config(), "notice": wrong})
