@@ -40,6 +40,7 @@ class RandomWeights:
     """Takes the place of `weights.LoadPlan` where there is no checkpoint; it has no LoRA."""
 
     bytes_total: int
+    lora: None = None
     lora_alpha: float | None = None
     lora_scale: float | None = None
 

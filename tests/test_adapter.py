@@ -165,26 +165,29 @@ def test_a_contradiction_is_refused_unless_the_file_is_ignored(adapters: Path, t
 
 COMMANDS = [
     ["run", "--media", CLIP],
-    ["predict", "--media", CLIP, "--output_json", "OUT/p.json"],
+    ["predict", "--media", CLIP, "--output_json", "OUT.json"],
     ["bench", "sweep", "--media", CLIP, "--batches", "1", "--max_output_length", "2"],
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_the_commands_have_the_options(
-    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     command: list[str],
 ) -> None:  # fmt: skip
-    command = [word.replace("OUT", str(tmp_path)) for word in command]
+    monkeypatch.chdir(tmp_path)
     model = ["--model_path", str(adapters / "base"), "--weight_dir", str(adapters / "alpha16"), "--backend", "cpu"]
-    assert main([*command, *model, "--lora_alpha", "4"]) == 2
-    err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith("error: --lora_alpha 4 contradicts") and "Traceback" not in err
-    assert main([*command, *model, "--lora_alpha", "4", "--ignore_adapter_config"]) == 0
-    assert "LoRA r=128 alpha=4 scale=0.03125 (alpha from --lora_alpha)" in caplog.text
-    assert "scale=0.125" not in caplog.text
-    assert main([*command, *model]) == 0
-    assert "scale=0.125" in caplog.text
+    for number, (options, status, told) in enumerate(
+        [
+            (["--lora_alpha", "4"], 2, "error: --lora_alpha 4 contradicts"),
+            (["--lora_alpha", "4", "--ignore_adapter_config"], 0, "alpha=4 scale=0.03125 (alpha from --lora_alpha)"),
+            ([], 0, f"alpha=16 scale=0.125 (alpha from {adapters / 'alpha16' / 'adapter_config.json'})"),
+        ]
+    ):
+        words = [word.replace("OUT", f"out{number}") for word in command]
+        assert main([*words, *model, *options]) == status
+        err = capsys.readouterr().err
+        assert told in err and "Traceback" not in err
 
 
 def test_a_side_of_parity_has_them(adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:

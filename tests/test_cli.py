@@ -49,7 +49,8 @@ def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, t
     ), lines[-1]
     assert lines[3].startswith("  3 tokens in ") and lines[3].endswith("; cut off by --max_output_length")
     first, second, third = err.splitlines()  # nothing more without --verbose
-    assert first == f"loaded {options[1]}: float32 on cpu, LoRA alpha 4, scale 2" or "no LoRA" in first
+    lora = "LoRA r=2 alpha=4 scale=2 (alpha from PLLaVA's published scores)"
+    assert first == f"loaded {options[1]}: float32 on cpu, {lora}" or "no LoRA" in first
     assert re.fullmatch(r"ready after \S+ s: 4 frames pooled to 2-2-2 = 8 video tokens", second)
     assert third == f"wrote {target}"
     rows = json.loads(target.read_text())
@@ -405,7 +406,8 @@ def test_a_tree_of_sixty_media_with_four_broken_ones(options, media: Path, tmp_p
     done = script("--run", "--engine", "native", options[1], tree, *more)
     assert done.returncode == 2 and "57 answers, 4 failed" in done.stdout and "[61/61]" in done.stdout
     for name in ("a/torn.mp4", "text.mp4", "gone.mp4", "loop.mp4"):
-        assert f"error: {tree / name}: " in done.stderr
+        assert f"  error: {tree / name}: " in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: 4 of 61 failed, the first: [")
     assert "Traceback" not in done.stderr
 
 

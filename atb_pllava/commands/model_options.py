@@ -303,9 +303,7 @@ def _loaded(llm: LLM) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     weights = f"8-bit weights, {dtype}" if model.int8.names else dtype
     ranks = "" if model.parallel.size == 1 else f", {model.parallel.size} ranks"
-    alpha, scale = llm.weights.lora_alpha, llm.weights.lora_scale
-    lora = "no LoRA" if alpha is None else f"LoRA alpha {alpha:g}, scale {scale:g}"
-    return f"loaded {what}{on_top}: {weights} on {model.ops.name}{ranks}, {lora}"
+    return f"loaded {what}{on_top}: {weights} on {model.ops.name}{ranks}, {llm.weights.lora or 'no LoRA'}"
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
