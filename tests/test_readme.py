@@ -55,10 +55,13 @@ def test_options_exist(capsys) -> None:
         assert any(option in text for text in texts), f"{option} is no option of anything"
 
 
-def test_python_examples_run() -> None:
-    for code in blocks("python"):
+def test_python_examples_print_what_is_shown() -> None:
+    examples = blocks("python")
+    assert len(examples) == len(blocks("text")) == 1
+    for code, shown in zip(examples, blocks("text"), strict=True):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+        assert done.stdout == shown
 
 
 def test_the_shown_answers_are_the_real_ones(tmp_path: Path) -> None:
