@@ -5,7 +5,9 @@ Callers are `video.py` and `media.py`. Every number a limit refuses is told toge
 
 import io
 import os
+import re
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import BinaryIO
 from atb_pllava.errors import VideoError
 
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")  # WebP: see is_image
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS holds instead of a file
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # os.fspath of a Path has one slash left
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,27 @@ def check_length(seconds: float, frames: int, name: str, limits: MediaLimits) ->
         raise VideoError(f"{name}: {frames} frames or more, the limit is {limits.max_frames} (MediaLimits.max_frames)")
 
 
+def check_deadline(expires: float, name: str, limits: MediaLimits) -> None:
+    """Raises VideoError when time.monotonic() is past `expires`."""
+    if time.monotonic() > expires:
+        limit = limits.max_decode_seconds
+        raise VideoError(f"{name}: not read within {limit:g} seconds (MediaLimits.max_decode_seconds)")
+
+
+def explain_failure(name: str, error: OSError | ValueError) -> VideoError:
+    """The error for a file or folder that cannot be opened."""
+    if isinstance(error, ValueError):
+        return VideoError(f"{name!r} is not a file name")
+    if isinstance(error, FileNotFoundError) and URL.match(name):
+        return VideoError(f"{name}: URLs are not fetched; download the file first")
+    return VideoError(f"{name}: cannot be opened: {error.strerror}")
+
+
 @contextmanager
 def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> Iterator[tuple[BinaryIO, str]]:
-    """Opens a regular file, or content given as bytes, with its name for messages. The file is opened only once.
+    """Opens a regular file, or content given as bytes, with its name for messages.
 
-    Raises VideoError for anything but a regular file and for one that is empty or too large.
+    Raises VideoError for anything but a regular file and for one that is empty, too large, or a Git LFS pointer.
     """
     if isinstance(source, bytes):
         name, size, file = "the given bytes", len(source), io.BytesIO(source)
@@ -77,6 +97,9 @@ def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> I
             raise VideoError(f"{name}: is empty")
         if size > limits.max_bytes:
             raise VideoError(f"{name}: {size} bytes, the limit is {limits.max_bytes} (MediaLimits.max_bytes)")
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise VideoError(f"{name}: is a Git LFS pointer, not the media; run `git lfs pull` where it was cloned")
+        file.seek(0)
         yield file, name
 
 
@@ -93,10 +116,8 @@ def _open_regular_file(name: str) -> tuple[BinaryIO, int]:
     try:
         # Without O_NONBLOCK opening a FIFO would wait for a writer.
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise VideoError(f"{name}: cannot be opened: {error.strerror}") from None
-    except ValueError:
-        raise VideoError(f"{name!r} is not a file name") from None
+    except (OSError, ValueError) as error:
+        raise explain_failure(name, error) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

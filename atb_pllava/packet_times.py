@@ -31,24 +31,24 @@ class Length(NamedTuple):
 
     seconds: float
     rate: float  # frames a second; 0.0: the times do not tell
-    has_leaps: bool
 
 
-def presentation_order(packets: Sequence[Packet], first_key: int, has_b_frames: bool) -> list[Packet] | None:
-    """The packets in the order of their pts, from the first key packet's pts `first_key` on.
+def presentation_order(packets: Sequence[Packet], first_key: Packet, has_b_frames: bool) -> list[Packet] | None:
+    """The packets in the order of their pts, or None: the decoder may show the frames in another order.
 
-    Frames before that one refer to frames that were cut off. None: the times contradict each other, so that the
-    decoder may show the frames in another order.
+    Frames stored or shown before the file's first key packet refer to frames that were cut off. They are left out.
     """
     times = {packet.pts for packet in packets}
-    if None in times or len(times) < len(packets):
+    if first_key.pts is None or None in times or len(times) < len(packets):
         return None
     decoding_times = [packet.dts for packet in packets if packet.dts is not None]
     if any(after < before for before, after in pairwise(decoding_times)):
         return None
-    frames = [packet for packet in packets if packet.pts is not None and packet.pts >= first_key]
+    frames = [packet for packet in packets if packet.position >= first_key.position]
     ordered = sorted(frames, key=_pts)
-    return ordered if _keys_follow(frames) and _can_be_shown(frames, ordered, has_b_frames) else None
+    if not _keys_follow(frames) or not _can_be_shown(frames, ordered, has_b_frames):
+        return None
+    return [packet for packet in ordered if _pts(packet) >= first_key.pts]
 
 
 def find_jumps(packets: Sequence[Packet]) -> list[int]:
@@ -73,7 +73,6 @@ def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
     known = [(i, p.dts if by_dts else p.pts) for i, p in enumerate(packets)]
     clock = [(i, time) for i, time in known if time is not None]
     frames = ticks = filled = 0
-    has_leaps = False
     for (i, time), (next_i, next_time) in pairwise(clock):
         step = next_time - time
         if 0 <= step * unit <= packets[i].duration * unit + LONGEST_STEP:
@@ -81,10 +80,8 @@ def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
             frames += next_i - i
         else:
             filled += packets[i].duration
-            has_leaps = True
     filled += packets[-1].duration if packets else 0
-    rate = float(frames / (ticks * unit)) if ticks else 0.0
-    return Length(float((ticks + filled) * unit), rate, has_leaps)
+    return Length(float((ticks + filled) * unit), float(frames / (ticks * unit)) if ticks else 0.0)
 
 
 def _keys_follow(frames: Sequence[Packet]) -> bool:
@@ -99,17 +96,29 @@ def _keys_follow(frames: Sequence[Packet]) -> bool:
 
 def _can_be_shown(frames: Sequence[Packet], ordered: Sequence[Packet], has_b_frames: bool) -> bool:
     """Whether a decoder that holds back as many frames as this stream needs can show the frames in this order."""
-    delay = _decoding_delay(frames, ordered) if has_b_frames else 0
-    furthest = 4 * REORDERED if has_b_frames else 0  # a frame is shown after so many that are stored behind it
     shown_as = {frame.position: number for number, frame in enumerate(ordered)}
-    return all(-furthest <= number - shown_as[frame.position] <= delay for number, frame in enumerate(frames))
+    held_back = [number - shown_as[frame.position] for number, frame in enumerate(frames)]
+    if not has_b_frames:
+        return not any(held_back)
+    return max(held_back) <= _decoding_delay(frames, ordered) and not _is_any_far_ahead(frames)
 
 
 def _decoding_delay(frames: Sequence[Packet], ordered: Sequence[Packet]) -> int:
     """How many frames are decoded and not yet shown, most of the time; REORDERED when there is no dts."""
     times = [_pts(frame) for frame in ordered]
-    waiting = [i - bisect_left(times, frame.dts) for i, frame in enumerate(frames) if frame.dts is not None]
-    return int(median(waiting)) if waiting else REORDERED
+    waiting = sorted(i - bisect_left(times, frame.dts) for i, frame in enumerate(frames) if frame.dts is not None)
+    # A wrong pts far ahead adds one behind it, a lost packet takes one away near it: neither counts in the lower part.
+    return waiting[len(waiting) // 4] if waiting else REORDERED
+
+
+def _is_any_far_ahead(frames: Sequence[Packet]) -> bool:
+    """Whether a frame is shown after more of those stored behind it than encoders put between two references."""
+    decoded = [frame for frame in frames if frame.dts is not None]
+    clock = [_dts(frame) for frame in decoded]
+    steps = [after - before for before, after in pairwise(clock)]
+    usual = median(steps) if steps else 0
+    clock += [clock[-1] + round(usual * k) for k in range(1, 2 * REORDERED + 1)] if clock else []
+    return any(_pts(frame) > clock[i + 2 * REORDERED] for i, frame in enumerate(decoded))
 
 
 def _pts(packet: Packet) -> int:

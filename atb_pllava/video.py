@@ -20,8 +20,16 @@ import numpy as np
 from av.error import FFmpegError
 
 from atb_pllava.errors import VideoError
-from atb_pllava.limits import MediaLimits, check_clip_bytes, check_length, check_size, is_image, open_media
-from atb_pllava.packet_times import REORDERED, Length, Packet, find_jumps, measure_length, presentation_order
+from atb_pllava.limits import (
+    MediaLimits,
+    check_clip_bytes,
+    check_deadline,
+    check_length,
+    check_size,
+    is_image,
+    open_media,
+)
+from atb_pllava.packet_times import REORDERED, Packet, find_jumps, measure_length, presentation_order
 from atb_pllava.sampling import check_count, check_sampler, sample_frame_indices
 
 logger = logging.getLogger(__name__)
@@ -71,41 +79,58 @@ def read_video(
     `frame_indices`, when given, win over sampling. Frame k is the k-th frame shown. The total is the number of frames
     the file's packets show, which for mp4 is the header's count and decord's `len` unless an edit list hides some; a
     frame at the very end that is announced but missing is replaced by the last one there is.
+    Among several video streams FFmpeg's best is read. As in the original (decord), the sample aspect ratio is ignored:
+    frames are not stretched to square pixels. Interlaced frames are not deinterlaced.
+    `start_seconds` and `end_seconds` become frame numbers by the average frame rate, so pauses and leaps of the file's
+    clock do not count.
     Raises VideoError for options out of range, a file that is no video, is damaged where it is needed, or is larger
     than `limits`.
     """
-    check_options(num_frames, frame_indices, sampler, start_seconds, end_seconds, limits)
+    choice = FrameChoice(num_frames, sampler, frame_indices, start_seconds, end_seconds)
+    choice.check(limits)
     with open_media(source, limits) as (file, name):
-        reading = _Reading(file, name, limits, time.monotonic() + limits.max_decode_seconds)
+        return read_open_video(file, name, choice, limits)
 
-        def choose(table: _FrameTable) -> list[int]:
-            if frame_indices is not None:
-                return check_indices(frame_indices, table.total, name)
-            between = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-            indices = sample_frame_indices(table.total, num_frames or 0, sampler, fps=table.fps, **between)
-            # The original collects the set of indices of a GIF, then repeats the whole sequence.
-            return _tile(sorted(set(indices)), len(indices)) if sampler == "eval" and table.is_gif else indices
 
-        table, clip = _read_frames(reading, choose)
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a clip are wanted, as `read_video` takes it."""
+
+    num_frames: int | None
+    sampler: str
+    frame_indices: Sequence[int] | None
+    start_seconds: float | None
+    end_seconds: float | None
+
+    def check(self, limits: MediaLimits) -> None:
+        """Raises VideoError for what is wrong whatever the file is."""
+        check_sampler(self.sampler, self.start_seconds, self.end_seconds)
+        if self.frame_indices is not None:
+            check_count("the number of frame_indices", len(self.frame_indices), limits.max_sampled_frames)
+        else:
+            check_count("num_frames", self.num_frames, limits.max_sampled_frames)
+
+    def of(self, total: int, fps: float, name: str, is_gif: bool = False) -> list[int]:
+        """The frame numbers in a clip of `total` frames. Raises VideoError when there are no such frames."""
+        if self.frame_indices is not None:
+            return check_indices(self.frame_indices, total, name)
+        between = {"start_seconds": self.start_seconds, "end_seconds": self.end_seconds}
+        indices = sample_frame_indices(total, self.num_frames or 0, self.sampler, fps=fps, **between)
+        # The original collects the set of indices of a GIF, then repeats the whole sequence.
+        return _tile(sorted(set(indices)), len(indices)) if self.sampler == "eval" and is_gif else indices
+
+
+def read_open_video(file: BinaryIO, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
+    """Reads a video as `read_video` does, from an open file; `name` is for messages."""
+    reading = _Reading(file, name, limits, time.monotonic() + limits.max_decode_seconds)
+
+    def choose(table: _FrameTable) -> list[int]:
+        return choice.of(table.total, table.fps, name, table.is_gif)
+
+    table, clip = _read_frames(reading, choose)
     if clip.concealed:
         logger.warning("%s: damaged; the decoder filled in what %d frames lack", name, clip.concealed)
     return Clip(clip.pixels(), clip.indices, table.total, table.fps, name)
-
-
-def check_options(
-    num_frames: int | None,
-    frame_indices: Sequence[int] | None,
-    sampler: str,
-    start_seconds: float | None,
-    end_seconds: float | None,
-    limits: MediaLimits,
-) -> None:
-    """Raises VideoError for what is wrong whatever the file is."""
-    check_sampler(sampler, start_seconds, end_seconds)
-    if frame_indices is not None:
-        check_count("the number of frame_indices", len(frame_indices), limits.max_sampled_frames)
-    else:
-        check_count("num_frames", num_frames, limits.max_sampled_frames)
 
 
 def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[int]:
@@ -127,9 +152,7 @@ class _Reading:
     faults: int = 0  # packets that could not be read or decoded
 
     def check_deadline(self) -> None:
-        if time.monotonic() > self.expires:
-            limit = self.limits.max_decode_seconds
-            raise VideoError(f"{self.name}: not read within {limit:g} seconds (MediaLimits.max_decode_seconds)")
+        check_deadline(self.expires, self.name, self.limits)
 
 
 class _Key(NamedTuple):
@@ -286,7 +309,7 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
     name, limits = reading.name, reading.limits
     if not set(container.format.name.split(",")) & set(DEMUXERS):
         raise _not_a_video(reading)
-    stream = _best_stream(container)
+    stream = best_stream(container)
     if stream is None:
         raise VideoError(f"{name}: has no video stream")
     codec = stream.codec_context.name if stream.codec_context is not None else "unknown"
@@ -302,7 +325,7 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
     return stream
 
 
-def _best_stream(container: Any) -> Any | None:
+def best_stream(container: Any) -> Any | None:
     """The stream that FFmpeg calls best, as decord and so the original take it; never an attached picture."""
     films = [stream for stream in container.streams.video if not _is_cover(stream)]
     find_best = getattr(container.streams, "best", None)  # absent before PyAV 13
@@ -336,52 +359,43 @@ def _packets(container: Any, stream: Any, reading: _Reading) -> Iterator[Any]:
 def _index_packets(reading: _Reading) -> _FrameTable:
     """The frame table from the packets' times, without decoding."""
     shown: list[Packet] = []
-    keys: list[_Key] = []
-    first_key: int | None = None
+    keys: list[Packet] = []
     seen = 0
     end = 0
     reading.faults = 0
     with _open_stream(reading) as (container, stream):
         is_gif = container.format.name == "gif"
-        for position, packet in enumerate(_packets(container, stream, reading)):
+        for position, raw in enumerate(_packets(container, stream, reading)):
             seen = position + 1
             check_length(0.0, seen, reading.name, reading.limits)
-            pts, dts, duration, is_key = packet.pts, packet.dts, packet.duration or 0, bool(packet.is_keyframe)
-            if is_key and first_key is None:
-                first_key = position
-            if is_key and pts is not None:
-                keys.append(_Key(pts, pts if dts is None else dts, position))
-            if _is_shown(packet, stream.codec_context.name):
-                shown.append(Packet(position, pts, dts, duration, is_key))
-                end = max(end, (pts or 0) + duration)
+            packet = Packet(position, raw.pts, raw.dts, raw.duration or 0, bool(raw.is_keyframe))
+            if packet.is_key:
+                keys.append(packet)
+            if _is_shown(raw, stream.codec_context.name):
+                shown.append(packet)
+                end = max(end, (packet.pts or 0) + packet.duration)
         has_b_frames = bool(stream.codec_context.has_b_frames)
         # AVI, and AVI's streams inside matroska, store decoding times only; FFmpeg then makes up the others.
         made_up = has_b_frames and bool({"avi", "matroska"} & set(container.format.name.split(",")))
         announced = stream.frames
         length = measure_length(shown, stream.time_base)
-        fps = _frame_rate(stream, length)
+        fps = float(stream.average_rate or length.rate or stream.guessed_rate or 0)
         # Edit lists lower the duration but not the count, so only both together mean that frames are missing.
         declared_end = (stream.start_time or 0) + (stream.duration or 0)
         shortfall = float((declared_end - end) * stream.time_base) * (fps or 25.0)
     check_length(length.seconds, seen, reading.name, reading.limits)
     missing = max(0, announced - seen) if shortfall > 0.5 else 0
     truncated = missing > TAIL
-    frames = presentation_order(shown, keys[0].pts, has_b_frames) if keys else None
+    frames = presentation_order(shown, keys[0], has_b_frames) if keys else None
     if frames is None or (made_up and frames == sorted(frames)):
-        total = sum(packet.position >= (first_key or 0) for packet in shown)
+        first = keys[0].position if keys else 0
+        total = sum(packet.position >= first for packet in shown)
         return _FrameTable(total + missing, fps, is_gif, None, [], [], [], truncated)
     times = [frame.pts for frame in frames if frame.pts is not None]
     positions = [frame.position for frame in frames]
     jumps = find_jumps(shown) if has_b_frames else []
-    return _FrameTable(len(frames) + missing, fps, is_gif, times, positions, sorted(keys), jumps, truncated)
-
-
-def _frame_rate(stream: Any, length: Length) -> float:
-    """Frames a second; 0.0 when neither the file nor its clock tells. FFmpeg's average may count leaps of the clock."""
-    average = float(stream.average_rate or 0)
-    if average and not length.has_leaps:
-        return average
-    return length.rate or average or float(stream.guessed_rate or 0)
+    starts = [_Key(k.pts, k.pts if k.dts is None else k.dts, k.position) for k in keys if k.pts is not None]
+    return _FrameTable(len(frames) + missing, fps, is_gif, times, positions, sorted(starts), jumps, truncated)
 
 
 def _is_shown(packet: Any, codec: str) -> bool:

@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     "limits": {"errors"},
     "packet_times": set(),
     "video": {"errors", "limits", "packet_times", "sampling"},
-    "media": {"errors", "limits", "video"},
+    "pictures": {"errors", "limits"},
+    "media": {"errors", "limits", "pictures", "video"},
     "tokenizer": {"errors", "config"},
     "prompt": {"errors", "config", "tokenizer"},
     "quant": {"errors"},
@@ -70,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "manifest": {"engine.request", "json_file", "llm"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"},
     "bench": {"bench", "config", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
-    | {"hugging_face", "limits", "media", "random_weights", "tokenizer"},
+    | {"hugging_face", "limits", "media", "random_weights", "tokenizer", "video"},
     "__init__": {"errors", "engine.request", "limits", "llm"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "quant", "sampling", "workers"},
