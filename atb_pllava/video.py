@@ -351,9 +351,15 @@ def _packets(container: Any, stream: Any, reading: _Reading) -> Iterator[Any]:
             reading.check_deadline()
             if packet.size == 0 and packet.dts is None:  # PyAV's marker of the end
                 return
-            yield packet
+            if not _is_theora_header(packet, stream):
+                yield packet
     except FFmpegError:
         reading.faults += 1
+
+
+def _is_theora_header(packet: Any, stream: Any) -> bool:
+    """Whether it describes the stream once more, where Ogg files are joined (Theora specification, 6.1)."""
+    return stream.codec_context.name == "theora" and packet.size > 0 and bool(memoryview(packet)[0] & 0x80)
 
 
 def _index_packets(reading: _Reading) -> _FrameTable:

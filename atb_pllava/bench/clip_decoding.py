@@ -49,9 +49,8 @@ def compare_decoding(path: str, num_frames: int, rounds: int) -> dict[str, Any]:
 
 def _decode_all(path: str, wanted: set[int]) -> dict[int, np.ndarray]:
     frames = {}
-    container: Any
     with av.open(path) as container:
-        stream = best_stream(container)
+        stream: Any = best_stream(container)
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
