@@ -7,8 +7,9 @@
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -53,8 +54,9 @@ def read_media(
         if not is_image(file):
             return read_open_video(file, name, choice, limits)
         with open_picture(file, name, limits) as picture:
-            read = _read_animation if is_animation(picture) else _read_still
-            return read(picture, name, choice, limits)
+            if not is_animation(picture):
+                return _read_still(picture, name, choice, limits)
+        return _read_animation(file, name, choice, limits)
 
 
 def read_image(
@@ -100,28 +102,30 @@ def _read_still(picture: Image.Image, name: str, choice: FrameChoice, limits: Me
     return Clip(np.broadcast_to(pixels, (len(indices), *pixels.shape)), indices, 1, 0.0, name)
 
 
-def _read_animation(animation: Image.Image, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
-    """The chosen frames of an animation, as Pillow draws them. It is decoded twice: first for its length."""
-    total = count_frames(animation)
-    check_length(0.0, total, name, limits)
+def _read_animation(file: BinaryIO, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
+    """The chosen frames of an animation, as Pillow draws them.
+
+    It is decoded twice, for its length and for its frames, and opened anew: Pillow loses the palette when it rewinds.
+    """
     expires = time.monotonic() + limits.max_decode_seconds
-    seconds = sum(frame.info.get("duration", 0) for frame in _play_in_time(animation, name, limits, expires)) / 1000
-    check_length(seconds, total, name, limits)
-    fps = total / seconds if seconds else 0.0
-    indices = choice.of(total, fps, name)
-    check_clip_bytes(len(indices), animation.width, animation.height, name, limits)
-    frames = {
-        number: to_pixels(frame)
-        for number, frame in enumerate(_play_in_time(animation, name, limits, expires))
-        if number in indices
-    }
-    return Clip(np.stack([frames[number] for number in indices]), indices, total, fps, name)
-
-
-def _play_in_time(animation: Image.Image, name: str, limits: MediaLimits, expires: float) -> Iterator[Image.Image]:
-    for frame in play(animation):
-        check_deadline(expires, name, limits)
-        yield frame
+    milliseconds = 0.0
+    with open_picture(file, name, limits) as animation:
+        total = count_frames(animation)
+        check_length(0.0, total, name, limits)
+        for frame in play(animation):
+            check_deadline(expires, name, limits)
+            milliseconds += frame.info.get("duration", 0)
+        check_length(milliseconds / 1000, total, name, limits)
+        fps = 1000 * total / milliseconds if milliseconds else 0.0
+        indices = choice.of(total, fps, name)
+        check_clip_bytes(len(indices), animation.width, animation.height, name, limits)
+    pixels: dict[int, np.ndarray] = {}
+    with open_picture(file, name, limits) as animation:
+        for number, frame in enumerate(play(animation)):
+            check_deadline(expires, name, limits)
+            if number in indices:
+                pixels[number] = to_pixels(frame)
+    return Clip(np.stack([pixels[number] for number in indices]), indices, total, fps, name)
 
 
 def _natural_order(name: str) -> list[tuple[int, int, str]]:

@@ -48,6 +48,8 @@ def presentation_order(packets: Sequence[Packet], first_key: Packet, has_b_frame
     ordered = sorted(frames, key=_pts)
     if not _keys_follow(frames) or not _can_be_shown(frames, ordered, has_b_frames):
         return None
+    if any(_pts(frame) < first_key.pts and frame.dts is not None and _pts(frame) < frame.dts for frame in frames):
+        return None  # shown before the first key packet, but also before it is decoded
     return [packet for packet in ordered if _pts(packet) >= first_key.pts]
 
 

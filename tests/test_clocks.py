@@ -118,6 +118,7 @@ CLOCKS: dict[str, Change] = {
     "outlier-in-early-pts": outliers({3: 33.3}, also_dts=False),
     "outlier-in-first-pts": outliers({0: 0.5}, also_dts=False),
     "outlier-in-pts-back": outliers({31: -0.3}, also_dts=False),
+    "outlier-in-second-pts-back": outliers({1: -0.5}, also_dts=False),
     "two-outliers": outliers({10: 33, 40: -33}),
     "many-outliers": outliers({5: 3, 9: -2, 22: 7, 33: 100, 47: 1}),
     "step-back": steps((25, -0.7)),
