@@ -74,10 +74,11 @@ def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
     by_dts = any(packet.dts is not None for packet in packets)
     known = [(i, p.dts if by_dts else p.pts) for i, p in enumerate(packets)]
     clock = [(i, time) for i, time in known if time is not None]
+    longest = int(LONGEST_STEP / unit)
     frames = ticks = filled = 0
     for (i, time), (next_i, next_time) in pairwise(clock):
         step = next_time - time
-        if 0 <= step * unit <= packets[i].duration * unit + LONGEST_STEP:
+        if 0 <= step <= packets[i].duration + longest:
             ticks += step
             frames += next_i - i
         else:
@@ -102,7 +103,7 @@ def _can_be_shown(frames: Sequence[Packet], ordered: Sequence[Packet], has_b_fra
     held_back = [number - shown_as[frame.position] for number, frame in enumerate(frames)]
     if not has_b_frames:
         return not any(held_back)
-    return max(held_back) <= _decoding_delay(frames, ordered) and not _is_any_far_ahead(frames)
+    return max(held_back, default=0) <= _decoding_delay(frames, ordered) and not _is_any_far_ahead(frames)
 
 
 def _decoding_delay(frames: Sequence[Packet], ordered: Sequence[Packet]) -> int:

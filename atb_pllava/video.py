@@ -312,7 +312,7 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
     stream = best_stream(container)
     if stream is None:
         raise VideoError(f"{name}: has no video stream")
-    codec = stream.codec_context.name if stream.codec_context is not None else "unknown"
+    codec = _codec_name(stream)
     if codec not in DECODERS:
         raise VideoError(f"{name}: video codec {codec} is not accepted; convert it, to H.264 for example")
     width, height = stream.codec_context.width, stream.codec_context.height
@@ -330,9 +330,15 @@ def best_stream(container: Any) -> Any | None:
     films = [stream for stream in container.streams.video if not _is_cover(stream)]
     find_best = getattr(container.streams, "best", None)  # absent before PyAV 13
     best = find_best("video") if find_best else None
-    if best in films:
-        return best
-    return max(films, key=lambda stream: (_disposition(stream) & DEFAULT_STREAM, stream.frames != 1), default=None)
+    return best if best in films else max(films, key=_likeness_to_film, default=None)
+
+
+def _likeness_to_film(stream: Any) -> tuple[bool, bool, bool]:
+    return bool(_disposition(stream) & DEFAULT_STREAM), stream.frames != 1, _codec_name(stream) != "mjpeg"
+
+
+def _codec_name(stream: Any) -> str:
+    return stream.codec_context.name if stream.codec_context is not None else "unknown"
 
 
 def _is_cover(stream: Any) -> bool:
