@@ -253,13 +253,13 @@ def test_a_file_is_opened_once(tmp_path, monkeypatch):
 )
 def test_urls_are_not_fetched(url):
     for read in (read_media, read_video, read_image, list_media):
-        with pytest.raises(VideoError, match=r"URLs are not fetched; download the file first$"):
+        with pytest.raises(VideoError, match="URLs are not fetched"):
             read(url)
 
 
 def test_missing_files_are_told_briefly(tmp_path):
     for read in (read_media, read_video, read_image, list_media):
-        with pytest.raises(VideoError, match=r"gone.mp4: cannot be opened: No such file or directory$"):
+        with pytest.raises(VideoError, match=r"gone.mp4: cannot be (opened|read): No such file or directory$"):
             read(tmp_path / "gone.mp4")
 
 
