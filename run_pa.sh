@@ -49,7 +49,7 @@ EOF
 # What the commands of Python know: options without a value, options with several, endings of videos and images.
 flags="--ignore_eos --quiet --trust_remote_code --video_caption --w8a16"
 lists="--media --image_path --batch_sizes"
-endings="3gp|asf|avi|bmp|flv|gif|jpeg|jpg|m2ts|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogg|ogv|png|tif|tiff|ts|webm|webp|wmv"
+endings="3gp|apng|asf|avi|bmp|flv|gif|jpeg|jpg|m2ts|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogg|ogv|png|tif|tiff|ts|webm|webp|wmv"
 
 is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
 

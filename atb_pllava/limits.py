@@ -7,6 +7,7 @@ import io
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import BinaryIO
 
 from atb_pllava.errors import VideoError
 
-IMAGE_ENDINGS = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"])
+IMAGE_ENDINGS = frozenset([".jpg", ".jpeg", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff"])
 VIDEO_ENDINGS = frozenset(
     [".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".asf"]
     + [".gif", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".ogv", ".ogg"]
 )
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")  # WebP: see is_image
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS holds instead of a file
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # os.fspath of a Path has one slash left
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,37 @@ def check_length(seconds: float, frames: int, name: str, limits: MediaLimits) ->
         raise VideoError(f"{name}: {frames} frames or more, the limit is {limits.max_frames} (MediaLimits.max_frames)")
 
 
+def check_deadline(expires: float, name: str, limits: MediaLimits) -> None:
+    """Raises VideoError when time.monotonic() is past `expires`."""
+    if time.monotonic() > expires:
+        limit = limits.max_decode_seconds
+        raise VideoError(f"{name}: not read within {limit:g} seconds (MediaLimits.max_decode_seconds)")
+
+
+def explain_failure(name: str, error: OSError | ValueError) -> VideoError:
+    """The error for a file or folder that cannot be opened, with what to do about it where that is known."""
+    if isinstance(error, ValueError):
+        return VideoError(f"{name!r} is not a file name")
+    if isinstance(error, FileNotFoundError) and URL.match(name):
+        return VideoError(f"{name}: URLs are not fetched; download the file first, and name it")
+    return VideoError(f"{name}: cannot be opened: {error.strerror}{_remedy(name)}")
+
+
+def _remedy(name: str) -> str:
+    if os.path.islink(name):
+        return f"; it is a link to {os.readlink(name)}"
+    if name.startswith("~") and os.path.exists(os.path.expanduser(name)):
+        return f"; the shell has not replaced ~: write {os.path.expanduser(name)}"
+    if re.search(r"[*?\[]", name) and not os.path.lexists(name):
+        return "; a pattern matches no file here, or quotes keep the shell from replacing it: name the folder"
+    return ""
+
+
 @contextmanager
 def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> Iterator[tuple[BinaryIO, str]]:
-    """Opens a regular file, or content given as bytes, with its name for messages. The file is opened only once.
+    """Opens a regular file, or content given as bytes, with its name for messages.
 
-    Raises VideoError for anything but a regular file and for one that is empty or too large.
+    Raises VideoError for anything but a regular file and for one that is empty, too large, or a Git LFS pointer.
     """
     if isinstance(source, bytes):
         name, size, file = "the given bytes", len(source), io.BytesIO(source)
@@ -83,6 +112,9 @@ def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> I
             raise VideoError(f"{name}: is empty")
         if size > limits.max_bytes:
             raise VideoError(f"{name}: {size} bytes, the limit is {limits.max_bytes} (MediaLimits.max_bytes)")
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise VideoError(f"{name}: is a Git LFS pointer, not the media; run `git lfs pull` where it was cloned")
+        file.seek(0)
         yield file, name
 
 
@@ -94,28 +126,13 @@ def is_image(file: BinaryIO) -> bool:
     return head.startswith(IMAGE_SIGNATURES) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def remedy(name: str) -> str:
-    """What may be wrong with a name that cannot be opened, and what to do; empty when nothing is known."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
-        return "; URLs are not fetched: download it first, and name the file"
-    if os.path.islink(name):
-        return f"; it is a link to {os.readlink(name)}"
-    if name.startswith("~") and os.path.exists(os.path.expanduser(name)):
-        return f"; the shell has not replaced ~: write {os.path.expanduser(name)}"
-    if re.search(r"[*?\[]", name) and not os.path.lexists(name):
-        return "; a pattern matches no file here, or quotes keep the shell from replacing it: name the folder"
-    return ""
-
-
 def _open_regular_file(name: str) -> tuple[BinaryIO, int]:
     """The open file and its size in bytes."""
     try:
         # Without O_NONBLOCK opening a FIFO would wait for a writer.
         descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as error:
-        raise VideoError(f"{name}: cannot be opened: {error.strerror}{remedy(name)}") from None
-    except ValueError:
-        raise VideoError(f"{name!r} is not a file name") from None
+    except (OSError, ValueError) as error:
+        raise explain_failure(name, error) from None
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

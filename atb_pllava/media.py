@@ -1,18 +1,19 @@
-"""Images, and folders of images and videos: what a user may name besides a single video file.
+"""What a user may name as media: a video, an image, an animation, or a folder of them.
 
-`read_media` decides by content, `list_media` by the usual endings. Videos are read in `video.py`.
+`read_media` decides by content, `list_media` by the usual endings. Videos are read in `video.py`, pictures in
+`pictures.py`.
 """
 
 import os
 import re
-import struct
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from atb_pllava.errors import VideoError
 from atb_pllava.limits import (
@@ -20,14 +21,14 @@ from atb_pllava.limits import (
     VIDEO_ENDINGS,
     MediaLimits,
     check_clip_bytes,
-    check_size,
+    check_deadline,
+    check_length,
+    explain_failure,
     is_image,
     open_media,
-    remedy,
 )
-from atb_pllava.video import Clip, check_indices, check_options, read_video
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+from atb_pllava.pictures import count_frames, is_animation, open_picture, play, still_pixels, to_pixels
+from atb_pllava.video import Clip, FrameChoice, read_open_video
 
 
 def read_media(
@@ -40,28 +41,19 @@ def read_media(
     end_seconds: float | None = None,
     limits: MediaLimits = MediaLimits(),  # noqa: B008 -- frozen
 ) -> Clip:
-    """Reads a video, or an image as a video of one frame that is repeated `num_frames` times.
+    """Reads a video, an animated PNG or WebP, or an image as a video of one frame that is repeated `num_frames` times.
 
     Raises VideoError as `read_video` and `read_image` do, and for time bounds given with an image.
     """
+    choice = FrameChoice(num_frames, sampler, frame_indices, start_seconds, end_seconds)
+    choice.check(limits)
     with open_media(source, limits) as (file, name):
-        if is_image(file):
-            check_options(num_frames, frame_indices, sampler, start_seconds, end_seconds, limits)
-            if start_seconds is not None or end_seconds is not None:
-                raise VideoError(f"{name}: start_seconds and end_seconds do not apply to an image")
-            indices = [0] * int(num_frames or 0) if frame_indices is None else check_indices(frame_indices, 1, name)
-            pixels = _decode_image(file, name, limits)
-            check_clip_bytes(1, pixels.shape[1], pixels.shape[0], name, limits)
-            return Clip(np.broadcast_to(pixels, (len(indices), *pixels.shape)), indices, 1, 0.0, name)
-    return read_video(
-        source,
-        num_frames,
-        sampler=sampler,
-        frame_indices=frame_indices,
-        start_seconds=start_seconds,
-        end_seconds=end_seconds,
-        limits=limits,
-    )
+        if not is_image(file):
+            return read_open_video(file, name, choice, limits)
+        with open_picture(file, name, limits) as picture:
+            if not is_animation(picture):
+                return _read_still(picture, name, choice, limits)
+        return _read_animation(file, name, choice, limits)
 
 
 def read_image(
@@ -72,8 +64,8 @@ def read_image(
 
     Raises VideoError for anything that is not a readable still image or is larger than `limits`.
     """
-    with open_media(source, limits) as (file, name):
-        pixels = _decode_image(file, name, limits)
+    with open_media(source, limits) as (file, name), open_picture(file, name, limits) as picture:
+        pixels = still_pixels(picture, name)
     return Clip(pixels[None], [0], 1, 0.0, name)
 
 
@@ -96,10 +88,8 @@ def _media_at(path: str) -> list[str]:
             os.stat(path)
             return [path]
         found, others = _walk(path)
-    except ValueError:
-        raise VideoError(f"{path!r} is not a file name") from None
-    except OSError as error:
-        raise VideoError(f"{path}: cannot be read: {error.strerror}{remedy(path)}") from None
+    except (OSError, ValueError) as error:
+        raise explain_failure(path, error) from None
     if not found:
         accepted = " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))
         raise VideoError(f"{path}: holds no image or video, {_summary(others)}; accepted are {accepted}")
@@ -165,28 +155,40 @@ def _summary(others: Counter[str]) -> str:
     return f"but {files} ({', '.join(named + more)})"
 
 
-def _decode_image(file: BinaryIO, name: str, limits: MediaLimits) -> np.ndarray:
-    """uint8 [H, W, 3], upright RGB."""
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            check_size(image.width, image.height, name, limits)
-            # A JPEG of several pictures is a phone's photo with its thumbnails, the others are animations or documents.
-            if image.format in ("PNG", "WEBP", "TIFF") and getattr(image, "n_frames", 1) > 1:
-                raise VideoError(f"{name}: holds more than one picture; convert it to a video")
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise VideoError(f"{name}: more than {limits.max_pixels} pixels (MediaLimits.max_pixels)") from None
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, struct.error):
-        raise VideoError(
-            f"{name}: cannot be read as an image; it is another kind of file, truncated or damaged. "
-            "Accepted are JPEG, PNG, WebP, BMP and TIFF"
-        ) from None
+def _read_still(picture: Image.Image, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
+    """The image as a clip of one frame that repeats."""
+    if choice.start_seconds is not None or choice.end_seconds is not None:
+        raise VideoError(f"{name}: start_seconds and end_seconds do not apply to an image")
+    indices = [0] * int(choice.num_frames or 0) if choice.frame_indices is None else choice.of(1, 0.0, name)
+    pixels = still_pixels(picture, name)
+    check_clip_bytes(1, pixels.shape[1], pixels.shape[0], name, limits)
+    return Clip(np.broadcast_to(pixels, (len(indices), *pixels.shape)), indices, 1, 0.0, name)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+def _read_animation(file: BinaryIO, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
+    """The chosen frames of an animation, as Pillow draws them.
+
+    It is decoded twice, for its length and for its frames, and opened anew: Pillow loses the palette when it rewinds.
+    """
+    expires = time.monotonic() + limits.max_decode_seconds
+    milliseconds = 0.0
+    with open_picture(file, name, limits) as animation:
+        total = count_frames(animation)
+        check_length(0.0, total, name, limits)
+        for frame in play(animation):
+            check_deadline(expires, name, limits)
+            milliseconds += frame.info.get("duration", 0)
+        check_length(milliseconds / 1000, total, name, limits)
+        fps = 1000 * total / milliseconds if milliseconds else 0.0
+        indices = choice.of(total, fps, name)
+        check_clip_bytes(len(indices), animation.width, animation.height, name, limits)
+    pixels: dict[int, np.ndarray] = {}
+    with open_picture(file, name, limits) as animation:
+        for number, frame in enumerate(play(animation)):
+            check_deadline(expires, name, limits)
+            if number in indices:
+                pixels[number] = to_pixels(frame)
+    return Clip(np.stack([pixels[number] for number in indices]), indices, total, fps, name)
 
 
 def _natural_order(name: str) -> list[tuple[int, int, str]]:

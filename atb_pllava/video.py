@@ -20,7 +20,16 @@ import numpy as np
 from av.error import FFmpegError
 
 from atb_pllava.errors import VideoError
-from atb_pllava.limits import MediaLimits, check_clip_bytes, check_length, check_size, is_image, open_media
+from atb_pllava.limits import (
+    MediaLimits,
+    check_clip_bytes,
+    check_deadline,
+    check_length,
+    check_size,
+    is_image,
+    open_media,
+)
+from atb_pllava.packet_times import REORDERED, Packet, find_jumps, measure_length, presentation_order
 from atb_pllava.sampling import check_count, check_sampler, sample_frame_indices
 
 logger = logging.getLogger(__name__)
@@ -37,6 +46,7 @@ DECODERS = frozenset(
     + ["mpeg1video", "mpeg2video", "mpegvideo", "gif", "mjpeg", "prores", "dnxhd", "dvvideo", "svq1", "svq3", "qtrle"]
     + ["ffv1", "huffyuv", "ffvhuff", "rawvideo", "cinepak", "indeo4", "indeo5"]
 )
+DEFAULT_STREAM = 0x1  # AV_DISPOSITION_DEFAULT
 ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a cover, not a video
 FULL_RANGE, ITU601 = 2, 5  # AVCOL_RANGE_JPEG; SWS_CS_ITU601
 SMALLEST_SEEK = 8  # packets; a shorter way is decoded through, for a seek throws away the decoder's pipeline
@@ -69,41 +79,58 @@ def read_video(
     `frame_indices`, when given, win over sampling. Frame k is the k-th frame shown. The total is the number of frames
     the file's packets show, which for mp4 is the header's count and decord's `len` unless an edit list hides some; a
     frame at the very end that is announced but missing is replaced by the last one there is.
+    Among several video streams FFmpeg's best is read. As in the original (decord), the sample aspect ratio is ignored:
+    frames are not stretched to square pixels. Interlaced frames are not deinterlaced.
+    `start_seconds` and `end_seconds` become frame numbers by the average frame rate, so pauses and leaps of the file's
+    clock do not count.
     Raises VideoError for options out of range, a file that is no video, is damaged where it is needed, or is larger
     than `limits`.
     """
-    check_options(num_frames, frame_indices, sampler, start_seconds, end_seconds, limits)
+    choice = FrameChoice(num_frames, sampler, frame_indices, start_seconds, end_seconds)
+    choice.check(limits)
     with open_media(source, limits) as (file, name):
-        reading = _Reading(file, name, limits, time.monotonic() + limits.max_decode_seconds)
+        return read_open_video(file, name, choice, limits)
 
-        def choose(table: _FrameTable) -> list[int]:
-            if frame_indices is not None:
-                return check_indices(frame_indices, table.total, name)
-            between = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-            indices = sample_frame_indices(table.total, num_frames or 0, sampler, fps=table.fps, **between)
-            # The original collects the set of indices of a GIF, then repeats the whole sequence.
-            return _tile(sorted(set(indices)), len(indices)) if sampler == "eval" and table.is_gif else indices
 
-        table, clip = _read_frames(reading, choose)
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a clip are wanted, as `read_video` takes it."""
+
+    num_frames: int | None
+    sampler: str
+    frame_indices: Sequence[int] | None
+    start_seconds: float | None
+    end_seconds: float | None
+
+    def check(self, limits: MediaLimits) -> None:
+        """Raises VideoError for what is wrong whatever the file is."""
+        check_sampler(self.sampler, self.start_seconds, self.end_seconds)
+        if self.frame_indices is not None:
+            check_count("the number of frame_indices", len(self.frame_indices), limits.max_sampled_frames)
+        else:
+            check_count("num_frames", self.num_frames, limits.max_sampled_frames)
+
+    def of(self, total: int, fps: float, name: str, is_gif: bool = False) -> list[int]:
+        """The frame numbers in a clip of `total` frames. Raises VideoError when there are no such frames."""
+        if self.frame_indices is not None:
+            return check_indices(self.frame_indices, total, name)
+        between = {"start_seconds": self.start_seconds, "end_seconds": self.end_seconds}
+        indices = sample_frame_indices(total, self.num_frames or 0, self.sampler, fps=fps, **between)
+        # The original collects the set of indices of a GIF, then repeats the whole sequence.
+        return _tile(sorted(set(indices)), len(indices)) if self.sampler == "eval" and is_gif else indices
+
+
+def read_open_video(file: BinaryIO, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
+    """Reads a video as `read_video` does, from an open file; `name` is for messages."""
+    reading = _Reading(file, name, limits, time.monotonic() + limits.max_decode_seconds)
+
+    def choose(table: _FrameTable) -> list[int]:
+        return choice.of(table.total, table.fps, name, table.is_gif)
+
+    table, clip = _read_frames(reading, choose)
     if clip.concealed:
         logger.warning("%s: damaged; the decoder filled in what %d frames lack", name, clip.concealed)
     return Clip(clip.pixels(), clip.indices, table.total, table.fps, name)
-
-
-def check_options(
-    num_frames: int | None,
-    frame_indices: Sequence[int] | None,
-    sampler: str,
-    start_seconds: float | None,
-    end_seconds: float | None,
-    limits: MediaLimits,
-) -> None:
-    """Raises VideoError for what is wrong whatever the file is."""
-    check_sampler(sampler, start_seconds, end_seconds)
-    if frame_indices is not None:
-        check_count("the number of frame_indices", len(frame_indices), limits.max_sampled_frames)
-    else:
-        check_count("num_frames", num_frames, limits.max_sampled_frames)
 
 
 def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[int]:
@@ -125,9 +152,7 @@ class _Reading:
     faults: int = 0  # packets that could not be read or decoded
 
     def check_deadline(self) -> None:
-        if time.monotonic() > self.expires:
-            limit = self.limits.max_decode_seconds
-            raise VideoError(f"{self.name}: not read within {limit:g} seconds (MediaLimits.max_decode_seconds)")
+        check_deadline(self.expires, self.name, self.limits)
 
 
 class _Key(NamedTuple):
@@ -148,10 +173,15 @@ class _FrameTable:
     times: list[int] | None  # pts of each frame; None: frames are known only by counting
     positions: list[int]  # number of each frame's packet in file order
     keys: list[_Key]  # by pts
+    jumps: list[int]  # positions behind which only the decoder knows the frames' order
     truncated: bool  # `total` frames are announced, fewer are there
 
 
 _Choice = Callable[[_FrameTable], list[int]]  # the frame numbers wanted of a clip
+
+
+class _ClockError(Exception):
+    """The decoder shows frames in another order than their times say."""
 
 
 class _ClipBuffer:
@@ -189,6 +219,15 @@ def _read_frames(reading: _Reading, choose: _Choice) -> tuple[_FrameTable, _Clip
     table = _index_packets(reading)
     if table.times is None:
         return _read_by_counting(reading, table, choose)
+    try:
+        return _read_by_times(reading, table, choose)
+    except _ClockError:
+        return _read_by_counting(reading, replace(table, times=None), choose)
+
+
+def _read_by_times(reading: _Reading, table: _FrameTable, choose: _Choice) -> tuple[_FrameTable, _ClipBuffer]:
+    """Seeks to the wanted frames and tells them by their times."""
+    assert table.times is not None
     clip = _ClipBuffer(choose(table), reading)
     readable = len(table.times)
     if table.truncated and max(clip.indices) >= readable:
@@ -208,19 +247,21 @@ def _read_frames(reading: _Reading, choose: _Choice) -> tuple[_FrameTable, _Clip
 
 
 def _read_by_counting(reading: _Reading, table: _FrameTable, choose: _Choice) -> tuple[_FrameTable, _ClipBuffer]:
-    """Decodes from the beginning and counts, for files whose packets have no times to tell frames by.
+    """Decodes the whole file and counts, for files whose packet times do not tell the order of frames.
 
-    When fewer frames come out than the table says, without a fault, the choice is repeated with their true number.
+    When another number of frames comes out than the table says, the choice is repeated with that number.
     """
     reading.faults, total, latest = 0, 0, None
     clip = _ClipBuffer(choose(table), reading)
+    faults_before = 0  # up to the last wanted frame
     for latest in _all_frames(reading):
         if total in clip.missing:
             clip.store(total, latest)
+            faults_before = reading.faults
         total += 1
-        if not clip.missing:
-            clip.concealed += reading.faults
-            return table, clip
+    clip.concealed += faults_before
+    if not clip.missing and (total == table.total or reading.faults):
+        return table, clip
     if latest is None or table.truncated or (reading.faults and total < table.total - TAIL):
         raise _unreadable(reading, min(clip.missing), table.total, total)
     return _read_by_counting(reading, replace(table, total=total), choose)
@@ -268,31 +309,45 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
     name, limits = reading.name, reading.limits
     if not set(container.format.name.split(",")) & set(DEMUXERS):
         raise _not_a_video(reading)
-    streams = [s for s in container.streams.video if not _is_cover(s)]
-    if not streams:
+    stream = best_stream(container)
+    if stream is None:
         raise VideoError(f"{name}: has no video stream")
-    stream = streams[0]
-    codec = stream.codec_context.name if stream.codec_context is not None else "unknown"
+    codec = _codec_name(stream)
     if codec not in DECODERS:
         raise VideoError(f"{name}: video codec {codec} is not accepted; convert it, to H.264 for example")
     width, height = stream.codec_context.width, stream.codec_context.height
     if not width or not height:
         raise VideoError(f"{name}: the picture size cannot be read; the file is damaged, or the size is absurd")
     check_size(width, height, name, limits)
-    check_length(_seconds(container, stream), stream.frames, name, limits)
+    # A header that counts the frames also states their length; FFmpeg guesses that of others from the clock.
+    stated = float(stream.duration * stream.time_base) if stream.frames and stream.duration else 0.0
+    check_length(stated, stream.frames, name, limits)
     return stream
 
 
+def best_stream(container: Any) -> Any | None:
+    """The stream that FFmpeg calls best, as decord and so the original take it; never an attached picture."""
+    films = [stream for stream in container.streams.video if not _is_cover(stream)]
+    find_best = getattr(container.streams, "best", None)  # absent before PyAV 13
+    best = find_best("video") if find_best else None
+    return best if best in films else max(films, key=_likeness_to_film, default=None)
+
+
+def _likeness_to_film(stream: Any) -> tuple[bool, bool, bool]:
+    return bool(_disposition(stream) & DEFAULT_STREAM), stream.frames != 1, _codec_name(stream) != "mjpeg"
+
+
+def _codec_name(stream: Any) -> str:
+    return stream.codec_context.name if stream.codec_context is not None else "unknown"
+
+
 def _is_cover(stream: Any) -> bool:
+    return bool(_disposition(stream) & ATTACHED_PICTURE)
+
+
+def _disposition(stream: Any) -> int:
     disposition = getattr(stream, "disposition", 0)  # absent before PyAV 14, then a flag, then a number
-    return bool(int(getattr(disposition, "value", disposition)) & ATTACHED_PICTURE)
-
-
-def _seconds(container: Any, stream: Any) -> float:
-    """Duration as the header tells it; 0.0 when it does not."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return (container.duration or 0) / 1_000_000
+    return int(getattr(disposition, "value", disposition))
 
 
 def _packets(container: Any, stream: Any, reading: _Reading) -> Iterator[Any]:
@@ -302,43 +357,57 @@ def _packets(container: Any, stream: Any, reading: _Reading) -> Iterator[Any]:
             reading.check_deadline()
             if packet.size == 0 and packet.dts is None:  # PyAV's marker of the end
                 return
-            yield packet
+            if not _is_theora_header(packet, stream):
+                yield packet
     except FFmpegError:
         reading.faults += 1
 
 
+def _is_theora_header(packet: Any, stream: Any) -> bool:
+    """Whether it describes the stream once more, where Ogg files are joined (Theora specification, 6.1)."""
+    return stream.codec_context.name == "theora" and packet.size > 0 and bool(memoryview(packet)[0] & 0x80)
+
+
 def _index_packets(reading: _Reading) -> _FrameTable:
     """The frame table from the packets' times, without decoding."""
-    shown: list[tuple[int | None, int]] = []
-    keys: list[_Key] = []
-    seen, end = 0, 0
+    shown: list[Packet] = []
+    keys: list[Packet] = []
+    seen = 0
+    end = 0
     reading.faults = 0
     with _open_stream(reading) as (container, stream):
-        fps, is_gif = float(stream.average_rate or 0), container.format.name == "gif"
-        for position, packet in enumerate(_packets(container, stream, reading)):
+        is_gif = container.format.name == "gif"
+        for position, raw in enumerate(_packets(container, stream, reading)):
             seen = position + 1
             check_length(0.0, seen, reading.name, reading.limits)
-            if packet.is_keyframe and packet.pts is not None:
-                keys.append(_Key(packet.pts, packet.pts if packet.dts is None else packet.dts, position))
-            if _is_shown(packet, stream.codec_context.name):
-                shown.append((packet.pts, position))
-                end = max(end, (packet.pts or 0) + (packet.duration or 0))
+            packet = Packet(position, raw.pts, raw.dts, raw.duration or 0, bool(raw.is_keyframe))
+            if packet.is_key:
+                keys.append(packet)
+            if _is_shown(raw, stream.codec_context.name):
+                shown.append(packet)
+                end = max(end, (packet.pts or 0) + packet.duration)
+        has_b_frames = bool(stream.codec_context.has_b_frames)
         # AVI, and AVI's streams inside matroska, store decoding times only; FFmpeg then makes up the others.
-        reordered = stream.codec_context.has_b_frames and {"avi", "matroska"} & set(container.format.name.split(","))
+        made_up = has_b_frames and bool({"avi", "matroska"} & set(container.format.name.split(",")))
         announced = stream.frames
+        length = measure_length(shown, stream.time_base)
+        fps = float(stream.average_rate or length.rate or stream.guessed_rate or 0)
         # Edit lists lower the duration but not the count, so only both together mean that frames are missing.
         declared_end = (stream.start_time or 0) + (stream.duration or 0)
         shortfall = float((declared_end - end) * stream.time_base) * (fps or 25.0)
-        seconds = float((end - (shown[0][0] or 0)) * stream.time_base) if shown else 0.0
-    check_length(seconds, seen, reading.name, reading.limits)
+    check_length(length.seconds, seen, reading.name, reading.limits)
     missing = max(0, announced - seen) if shortfall > 0.5 else 0
     truncated = missing > TAIL
-    if not keys or not _have_distinct_times(shown) or (reordered and shown == sorted(shown)):
-        return _FrameTable(len(shown) + missing, fps, is_gif, None, [], [], truncated)
-    # What is shown before the first key packet refers to frames that were cut off.
-    frames = sorted((pts, position) for pts, position in shown if pts is not None and pts >= keys[0].pts)
-    times, positions = [pts for pts, _ in frames], [position for _, position in frames]
-    return _FrameTable(len(times) + missing, fps, is_gif, times, positions, sorted(keys), truncated)
+    frames = presentation_order(shown, keys[0], has_b_frames) if keys else None
+    if frames is None or (made_up and frames == sorted(frames)):
+        first = keys[0].position if keys else 0
+        total = sum(packet.position >= first for packet in shown)
+        return _FrameTable(total + missing, fps, is_gif, None, [], [], [], truncated)
+    times = [frame.pts for frame in frames if frame.pts is not None]
+    positions = [frame.position for frame in frames]
+    jumps = find_jumps(shown) if has_b_frames else []
+    starts = [_Key(k.pts, k.pts if k.dts is None else k.dts, k.position) for k in keys if k.pts is not None]
+    return _FrameTable(len(frames) + missing, fps, is_gif, times, positions, sorted(starts), jumps, truncated)
 
 
 def _is_shown(packet: Any, codec: str) -> bool:
@@ -347,11 +416,6 @@ def _is_shown(packet: Any, codec: str) -> bool:
         return False
     # VP8 keeps reference-only frames in packets of their own: bit 4 of the frame tag is show_frame (RFC 6386, 9.1).
     return not codec.startswith(("vp8", "libvpx")) or codec == "libvpx-vp9" or bool(memoryview(packet)[0] & 0x10)
-
-
-def _have_distinct_times(shown: list[tuple[int | None, int]]) -> bool:
-    times = {pts for pts, _ in shown}
-    return bool(times) and None not in times and len(times) == len(shown)
 
 
 class _Run(NamedTuple):
@@ -376,12 +440,21 @@ def _plan_runs(table: _FrameTable, targets: set[int]) -> list[_Run]:
         at = bisect_right(key_times, table.times[index]) - 1
         while at > 0 and table.keys[at].position > position:
             at -= 1
-        key, wanted = table.keys[at], frozenset([position])
+        key = table.keys[at]
+        last = _last_to_decode(table, position)
+        wanted = frozenset(range(position, last + 1))
         if runs and key.position <= runs[-1].last + SMALLEST_SEEK:
-            runs[-1] = _Run(runs[-1].key, max(runs[-1].last, position), (runs[-1].wanted or frozenset()) | wanted)
+            runs[-1] = _Run(runs[-1].key, max(runs[-1].last, last), (runs[-1].wanted or frozenset()) | wanted)
         else:
-            runs.append(_Run(None if key.position <= SMALLEST_SEEK else key, position, wanted))
+            runs.append(_Run(None if key.position <= SMALLEST_SEEK else key, last, wanted))
     return runs
+
+
+def _last_to_decode(table: _FrameTable, position: int) -> int:
+    """The last packet a frame needs: its own, or where the clock soon jumps, one by which the decoder has shown it."""
+    soon = bisect_right(table.jumps, position)
+    jumps_soon = soon < len(table.jumps) and table.jumps[soon] <= position + REORDERED
+    return position + REORDERED if jumps_soon else position
 
 
 def _decode_runs(reading: _Reading, table: _FrameTable, runs: list[_Run], clip: _ClipBuffer) -> Any | None:
@@ -392,9 +465,13 @@ def _decode_runs(reading: _Reading, table: _FrameTable, runs: list[_Run], clip: 
     with _open_stream(reading) as (container, stream):
         for run in runs:
             packets = _packets_from(container, stream, reading, table, run.key)
+            before = None
             for frame in _decode_run(packets, stream, run, reading):
                 if frame.pts is None:
                     continue
+                if before is not None and frame.pts < before:
+                    raise _ClockError
+                before = frame.pts
                 index = index_at.get(frame.pts)
                 if index in clip.missing:
                     clip.store(index, frame)

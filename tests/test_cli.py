@@ -95,7 +95,7 @@ def test_one_bad_file_among_good_ones(capsys, options, media: Path, tmp_path: Pa
         (["--world_size", "0"], "world_size is 0"),
         (["--output_json", "/nowhere/x.json"], "--output_json '/nowhere/x.json' cannot be written"),
         (["--output_json", ""], "--output_json '' cannot be written"),
-        (["--media", ""], "cannot be read"),
+        (["--media", ""], "cannot be opened"),
         (["--prompt", "half a \udcff pair"], "not Unicode text"),
         (["--media_limit", "max_size=3"], "max_bytes"),
         (["--media_limit", "max_side=-3"], "max_side=-3"),

@@ -17,8 +17,10 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"errors"},
     "pixels": {"errors"},
     "limits": {"errors"},
-    "video": {"errors", "limits", "sampling"},
-    "media": {"errors", "limits", "video"},
+    "packet_times": set(),
+    "video": {"errors", "limits", "packet_times", "sampling"},
+    "pictures": {"errors", "limits"},
+    "media": {"errors", "limits", "pictures", "video"},
     "tokenizer": {"errors", "config"},
     "prompt": {"errors", "config", "tokenizer"},
     "quant": {"errors"},
@@ -90,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"}
     | {"doctor", "host_memory", "words"},
     "bench": {"bench", "config", "costs", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}
-    | {"published", "hugging_face", "limits", "media", "random_weights", "tokenizer"},
+    | {"published", "hugging_face", "limits", "media", "random_weights", "tokenizer", "video"},
     "__init__": {"errors", "engine.request", "limits", "llm", "requirements"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}

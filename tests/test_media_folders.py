@@ -137,7 +137,7 @@ def test_a_subfolder_that_cannot_be_listed_is_named(common_user: Path) -> None:
     for name in ("locked", "blind/v.mp4", "there"):
         with pytest.raises(VideoError, match=f"{name}: cannot be opened: Permission denied"):
             read_media(common_user / name)
-    with pytest.raises(VideoError, match="locked: cannot be read: Permission denied"):
+    with pytest.raises(VideoError, match="locked: cannot be opened: Permission denied"):
         list_media(common_user / "locked")
 
 
@@ -164,7 +164,7 @@ def test_a_folder_without_media_says_what_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("https://example.com/cat.mp4", "URLs are not fetched: download it first, and name the file"),
+        ("https://example.com/cat.mp4", "URLs are not fetched; download the file first, and name it"),
         ("file:///clips/cat.mp4", "URLs are not fetched"),
         ("s3://bucket/clips", "URLs are not fetched"),
         ("~", "the shell has not replaced ~: write HOME"),

@@ -288,7 +288,10 @@ def test_things_that_are_not_regular_files(tmp_path):
     refused("/dev/zero", "not a regular file")
     refused(tmp_path / "absent.mp4", "cannot be opened: No such file")
     refused("a\0.mp4", "not a file name")
-    refused("http://127.0.0.1:9/a.mp4", "cannot be opened")
+    for url in ["http://127.0.0.1:9/a.mp4", "https://a.b/c.gif", "s3://bucket/a.mp4", "file:///tmp/a.mp4"]:
+        refused(url, "URLs are not fetched")
+        with pytest.raises(VideoError, match="URLs are not fetched"):
+            list_media(url)
     (tmp_path / "empty.mp4").touch()
     refused(tmp_path / "empty.mp4", "is empty")
     refused(b"", "is empty")
@@ -526,7 +529,7 @@ def test_folders_without_media(tmp_path):
     (tmp_path / ".hidden.mp4").touch()
     with pytest.raises(VideoError, match=r"no image or video, but 1 other file \(1 hidden\); accepted are .*\.mp4"):
         list_media(tmp_path)
-    with pytest.raises(VideoError, match=r"absent: cannot be read: No such file or directory$"):
+    with pytest.raises(VideoError, match=r"absent: cannot be opened: No such file or directory$"):
         list_media(tmp_path / "absent")
 
 

@@ -13,6 +13,7 @@ from atb_pllava.bench.timing import interleaved, ratio
 from atb_pllava.errors import VideoError
 from atb_pllava.limits import MediaLimits
 from atb_pllava.media import read_media
+from atb_pllava.video import best_stream
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def compare_decoding(path: str, num_frames: int, rounds: int) -> dict[str, Any]:
 def _decode_all(path: str, wanted: set[int]) -> dict[int, np.ndarray]:
     frames = {}
     with av.open(path) as container:
-        stream = container.streams.video[0]
+        stream: Any = best_stream(container)
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
