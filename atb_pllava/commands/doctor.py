@@ -16,7 +16,7 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.mindie.cards import device_files
 from atb_pllava.mindie.doctor import Setting, examine
 from atb_pllava.mindie.locate import find_atb_llm, site_directories
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 WORDS = {"ok": "ok", "problem": "FAIL", "warning": "warn", "info": "-"}
 COLOURS = {"ok": "32", "problem": "31", "warning": "33", "info": "0"}
@@ -68,8 +68,8 @@ def _print_lines(engine: str, checks: Iterable[Check]) -> int:
         print(f"{word}  {check.name:<18} {check.found}", flush=True)
         if check.status in ("problem", "warning") and check.remedy:
             print(f"      {'':<18} remedy: {check.remedy}", flush=True)
-    warnings = f", with {count(said['warning'], 'warning')}" if said["warning"] else ""
-    print(count(said["problem"], "problem") if said["problem"] else f"the {engine} engine can run here{warnings}")
+    warnings = f", with {counted(said['warning'], 'warning')}" if said["warning"] else ""
+    print(counted(said["problem"], "problem") if said["problem"] else f"the {engine} engine can run here{warnings}")
     return 1 if said["problem"] else 0
 
 

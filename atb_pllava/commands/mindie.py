@@ -28,7 +28,7 @@ from atb_pllava.mindie.service_config import (
 from atb_pllava.pixels import RESIZE_MODES
 from atb_pllava.prompt import CONVERSATIONS
 from atb_pllava.sampling import SAMPLERS
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 DEFAULT_PROMPT = "Describe the video in details."
 
@@ -226,11 +226,12 @@ def _config(arguments: argparse.Namespace) -> int:
     config = make_config(
         arguments.model_path, arguments.model_name, lengths, cache, size, port=arguments.port, ip=arguments.ip,
         https=arguments.https, options={name: value for name, value in given.items() if value is not None})  # fmt: skip
+    video = counted(videos, "video")
     print(
-        f"each request: {count(videos, 'video')} of {model.num_video_tokens} tokens and text, {lengths.input} tokens; "
-        f"{count(lengths.output, 'token')} for the answer\n"
+        f"each request: {video} of {model.num_video_tokens} tokens and text, {lengths.input} tokens, "
+        f"and {counted(lengths.output, 'token')} for the answer\n"
         f"each card: {usable / GIB:.1f} GiB usable, {size_text(weights)} for weights, {size_text(working)} for "
-        f"activations, {cache.gib} GiB for the KV cache: {count(cache.requests, 'request')} of "
+        f"activations, {cache.gib} GiB for the KV cache: {counted(cache.requests, 'request')} of "
         f"{size_text(cache.request_bytes)}",
         file=sys.stderr,
     )

@@ -26,7 +26,7 @@ from atb_pllava.published import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.quant import Int8Layers
 from atb_pllava.random_weights import random_int8
 from atb_pllava.weights import open_checkpoint
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 LIBRARY_BYTES = 50_000_000  # for compiled kernels and what the compiler keeps for a moment; the library is below 1 MB
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -119,7 +119,7 @@ def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[
         yield Check("memory", False, found, "; ".join(_ways_to_fit(room, model, element, world_size, need)))
         return
     yield Check("memory", True, found)
-    size = count(EngineConfig.max_batch_size, "request")
+    size = counted(EngineConfig.max_batch_size, "request")
     full = f"{gigabytes(need.default)} GB for {size} of the longest kind at a time, and full caches of videos"
     if need.default > room.free:
         full += "; the KV cache takes at most half of what weights leave, and the others wait"
@@ -217,7 +217,7 @@ def disk_check(model: Model, named: str) -> Check:
 def model_check(model: Model) -> Check:
     """What kind of model it is."""
     config = model.config
-    kind = f"W8A16 ({count(len(model.int8.names), 'int8 tensor')})" if model.is_int8 else config.dtype
+    kind = f"W8A16 ({counted(len(model.int8.names), 'int8 tensor')})" if model.is_int8 else config.dtype
     layers, hidden = config.text.num_hidden_layers, config.text.hidden_size
     found = f"{model.path}: {layers} layers of {hidden}, {config.num_video_tokens} tokens a video, {kind}"
     return Check("model", True, found)
@@ -228,7 +228,7 @@ def model_problem(error: PllavaError) -> Check:
     if not isinstance(error, CheckpointError):
         return Check("model", False, str(error))
     first, others = error.problems[0], len(error.problems) - 1
-    more = f" (and {count(others, 'more problem')})" if others else ""
+    more = f" (and {counted(others, 'more problem')})" if others else ""
     return Check("model", False, f"{first.name}: {first.detail}{more}", KINDS[first.kind][1])
 
 

@@ -35,7 +35,7 @@ from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import find_registrations
 from atb_pllava.mindie.permissions import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
 from atb_pllava.mindie.service_config import find_problems
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 if TYPE_CHECKING:  # imports torch, which may be what is broken
     from atb_pllava.doctor.machine import Room
@@ -191,7 +191,7 @@ def _npus(setting: Setting, cards: Sequence[Card]) -> Iterator[Check]:
         else:
             yield Check("NPU", None, "no NPU found")
         return
-    yield Check("NPU", True, f"{count(len(setting.devices), 'device file')}: {', '.join(setting.devices)}")
+    yield Check("NPU", True, f"{counted(len(setting.devices), 'device file')}: {', '.join(setting.devices)}")
     if not cards:
         yield Check("npu-smi", False, "no answer from npu-smi", "install the driver's tools, or mount npu-smi")
     for card in cards:
@@ -348,7 +348,7 @@ def _permissions(setting: Setting) -> Iterator[Check]:
     for what, remedy in problems[:10]:
         yield Check("permissions", False, what, remedy)
     if len(problems) > 10:
-        more = count(len(problems) - 10, "more file")
+        more = counted(len(problems) - 10, "more file")
         yield Check("permissions", False, f"{more} like these", "the same for them")
     if not problems:
         yield Check("permissions", True, "as MindIE wants them")

@@ -16,7 +16,7 @@ from typing import Any
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie.host_model import check_host_path
-from atb_pllava.words import count
+from atb_pllava.words import counted
 
 GIB = 2**30
 BLOCK_SIZE = 128
@@ -156,7 +156,7 @@ def plan_cache(
     held = whole * GIB // request
     wanted = batch_size or 1
     if held < wanted:
-        requests = f"{count(wanted, 'request')} of {lengths.total} tokens"
+        requests = f"{counted(wanted, 'request')} of {lengths.total} tokens"
         raise ConfigError(
             f"the KV cache of {requests} takes {size_text(wanted * request)} on each card, and "
             f"{size_text(max(0.0, budget))} are left there beside weights and activations (MindIE counts whole GiB): "
