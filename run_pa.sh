@@ -47,7 +47,7 @@ EOF
 . "$root/atb_pllava/script_arguments.sh"
 
 # What the commands of Python know: options without a value, options with several, endings of videos and images.
-flags="--ignore_eos --quiet --trust_remote_code --video_caption --w8a16"
+flags="--ignore_adapter_config --ignore_eos --overwrite --quiet --trust_remote_code --verbose --video_caption --w8a16 -v"
 lists="--media --image_path --batch_sizes"
 endings="3gp|apng|asf|avi|bmp|flv|gif|jpeg|jpg|m2ts|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogg|ogv|png|tif|tiff|ts|webm|webp|wmv"
 

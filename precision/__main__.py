@@ -13,6 +13,7 @@ COMMANDS = {
     "bash precision/videobench/run_pa_videobench.sh": "answer a set of Video-Bench",
     "bash precision/videobench/run_pa_videobench_gpu.sh": "answer it on the reference side",
     "python precision/videobench/precision_test.py": "compare both sides' answers to Video-Bench",
+    "python precision/tokenizer_check.py": "prompts and answers with LLaMA's real vocabulary, from npm",
     "python precision/msmodelslim_round_trip.py": "check files that msModelSlim made",
 }
 
@@ -24,7 +25,7 @@ def main() -> int:
         print(f"error: {given[0]!r} is no command of precision; see `python -m precision --help`", file=sys.stderr)
         return 2
     width = max(map(len, COMMANDS))
-    print("The precision tests; each takes --help:")
+    print("usage: python -m precision [--help]\n\nThe precision tests; each takes --help:")
     print("\n".join(f"  {command:<{width}}  {summary}" for command, summary in COMMANDS.items()))
     return 0
 

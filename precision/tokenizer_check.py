@@ -35,9 +35,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
+from atb_pllava.requirements import require_packages
+
+if __name__ == "__main__":
+    require_packages()
+
 import tokenizers
 
 from atb_pllava.commands.ending import run_command
+from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.prompt import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
 from atb_pllava.tokenizer import AnswerDecoder, Piece, Tokenizer
@@ -551,7 +557,7 @@ def _write(file: Path, value: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="python precision/tokenizer_check.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--package", metavar="TGZ", help="llama-tokenizer-js-1.2.2.tgz (default: `npm pack` fetches it)"
     )

@@ -11,7 +11,7 @@ import pytest
 from conftest import raw_config, tokenizer_definition, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from atb_pllava.answers import AnswerLog
+from atb_pllava.answers import AnswerLog, Key
 from atb_pllava.commands.predict import existing_answers
 from atb_pllava.config import PllavaConfig, PreprocessorConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
@@ -160,15 +160,19 @@ def test_the_description_of_a_judge_too(tmp_path: Path) -> None:
 
 def test_a_log_of_answers_that_an_editor_saved_with_a_mark(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
-    with AnswerLog(file, {"a": 1}) as log:
-        log.add("1", {"text": "one"})
-        log.add("2", {"text": "two"})
+    settings = {"a": 1}
+    with AnswerLog(file) as log:
+        log.begin(settings)
+        log.add(Key("1"), {"text": "one"})
+        log.add(Key("2"), {"text": "two"})
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
-    with AnswerLog(file, {"a": 1}) as log:
-        assert log.rows == {"1": {"text": "one"}, "2": {"text": "two"}}
-        log.add("3", {"text": "three"})
-    with AnswerLog(file, {"a": 1}) as log:
-        assert log.answered == {"1", "2", "3"}
+    with AnswerLog(file) as log:
+        log.begin(settings)
+        assert log.row(Key("1")) == {"text": "one"} and log.row(Key("2")) == {"text": "two"}
+        log.add(Key("3"), {"text": "three"})
+    with AnswerLog(file) as log:
+        log.begin(settings)
+        assert log.answered_ids() == {"1", "2", "3"}
 
 
 # Git LFS pointers and half a download

@@ -232,9 +232,10 @@ def _config(arguments: argparse.Namespace) -> int:
     config = make_config(
         arguments.model_path, arguments.model_name, lengths, cache, size, port=arguments.port, ip=arguments.ip,
         https=arguments.https, options={name: value for name, value in given.items() if value is not None})  # fmt: skip
+    video = counted(videos, "video")
     print(
-        f"each request: {counted(videos, 'video')} of {model.num_video_tokens} tokens and text, {lengths.input} tokens"
-        f"; {counted(lengths.output, 'token')} for the answer\n"
+        f"each request: {video} of {model.num_video_tokens} tokens and text, {lengths.input} tokens, "
+        f"and {counted(lengths.output, 'token')} for the answer\n"
         f"each card: {usable / GIB:.1f} GiB usable, {size_text(weights)} for weights, {size_text(working)} for "
         f"activations, {cache.gib} GiB for the KV cache: {counted(cache.requests, 'request')} of "
         f"{size_text(cache.request_bytes)}",
