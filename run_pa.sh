@@ -49,7 +49,7 @@ EOF
 # What the commands of Python know: options without a value, options with several, endings of videos and images.
 flags="--ignore_adapter_config --ignore_eos --overwrite --quiet --trust_remote_code --verbose --video_caption --w8a16 -v"
 lists="--media --image_path --batch_sizes"
-endings="3gp|apng|asf|avi|bmp|flv|gif|jpeg|jpg|m2ts|m4v|mkv|mov|mp4|mpeg|mpg|mts|ogg|ogv|png|tif|tiff|ts|webm|webp|wmv"
+endings="3g2|3gp|apng|asf|avi|avif|bmp|divx|f4v|flv|gif|heic|heif|jfif|jpe|jpeg|jpg|m2t|m2ts|m4v|mkv|mov|mp4|mpe|mpeg|mpg|mts|ogg|ogm|ogv|png|qt|tif|tiff|ts|vob|webm|webp|wmv"
 
 is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
 

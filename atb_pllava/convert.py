@@ -171,6 +171,8 @@ def _check_rest(src: Path, config: PllavaConfig, copies: Mapping[str, Path]) -> 
     for file in copies.values():
         if _content(file).startswith(LFS_POINTER):
             raise ConfigError(f"{file} {LFS_REMEDY}")
+        if file.suffix == ".json":
+            json_file.read_json(file)
 
 
 def _with_rest_of_clip(checkpoint: Checkpoint, config: PllavaConfig, options: ConvertOptions) -> LoadPlan:
@@ -377,13 +379,18 @@ def _files_to_copy(src: Path, configured: Path) -> dict[str, Path]:
     return {
         name: file
         for name, file in files.items()
-        if file.is_file()
+        if (file.is_file() or _leads_nowhere(file))
         and file.suffix in COPIED
         and name not in NOT_COPIED
         and not name.startswith(".")
         and not name.endswith((".index.json", *PICKLES))
-        and file.stat().st_size <= LARGEST_COPY
+        and (_leads_nowhere(file) or file.stat().st_size <= LARGEST_COPY)
     }
+
+
+def _leads_nowhere(file: Path) -> bool:
+    """Whether this is a link to nothing, as half a download leaves it: reading it says so, leaving it out would not."""
+    return file.is_symlink() and not file.exists()
 
 
 def host_config(

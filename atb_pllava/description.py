@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.checkpoint import DTYPES, INT8, Problem, StoredTensor, canonical_name
+from atb_pllava.checkpoint import DTYPES, INT8, CheckpointError, Problem, StoredTensor, canonical_name
 from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError
 from atb_pllava.quant import GROUP_SIZES, Int8Layers
@@ -32,14 +32,17 @@ def companions(name: str) -> tuple[str, str]:
 
 
 def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8Layers, list[Problem]]:
-    """The int8 layers of a directory with these tensors, none where it has no description; and what does not fit."""
+    """The int8 layers of a directory with these tensors, none where it has no description; and what does not fit.
+
+    Raises CheckpointError for a description that cannot be read: every int8 tensor would be a problem more.
+    """
     files = [path / name for name in DESCRIPTIONS if os.path.lexists(path / name)]
     if not files:
         return Int8Layers(), []
     try:
         raw = read_json(files[0])
     except ConfigError as error:
-        return Int8Layers(), [Problem("quant", str(files[0]), str(error))]
+        raise CheckpointError(str(path), [Problem("quant", str(files[0]), str(error))]) from None
     # Every tensor's name has a dot in it and no other field's has.
     types = {canonical_name(key): value for key, value in raw.items() if "." in key}
     problems = [*_check_fields(files[0], {key: value for key, value in raw.items() if "." not in key})]

@@ -52,7 +52,8 @@ def check_has_config(directory: Path, option: str = "--model_path") -> Path:
     if os.path.lexists(directory / _ADAPTER_CONFIG):
         missing = (
             f"{config} does not exist; {directory} holds a PEFT adapter: give it as {_ON_TOP.get(option, option)}, and "
-            f"its base model as {option}"
+            f"its base model as {option}. Where only one directory is taken, merge the two first: "
+            "convert_quant_weights.sh -src BASE -weight_dir ADAPTER"
         )
     elif _holds_media(directory):
         missing = (

@@ -15,10 +15,18 @@ from typing import BinaryIO
 
 from atb_pllava.errors import VideoError
 
-IMAGE_ENDINGS = frozenset([".jpg", ".jpeg", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff"])
+# What is looked for in a folder. A file is read by its content, whatever its ending is.
+IMAGE_ENDINGS = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"]
+)
 VIDEO_ENDINGS = frozenset(
-    [".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".asf"]
-    + [".gif", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv", ".ogv", ".ogg"]
+    [".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".f4v", ".flv"]
+    + [".gif", ".ts", ".mts", ".m2ts", ".m2t", ".mpg", ".mpeg", ".mpe", ".vob", ".ogv", ".ogg", ".ogm"]
+)
+# Media that are not read: in a folder they are named with an error, not left out.
+REFUSED_ENDINGS = frozenset(
+    [".mxf", ".rm", ".rmvb", ".dv", ".wtv", ".nut", ".m1v", ".m2v", ".h264", ".264", ".h265", ".265", ".hevc"]
+    + [".jp2", ".jxl"]
 )
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")  # WebP: see is_image
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS holds instead of a file

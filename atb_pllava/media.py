@@ -18,6 +18,7 @@ from PIL import Image
 from atb_pllava.errors import VideoError
 from atb_pllava.limits import (
     IMAGE_ENDINGS,
+    REFUSED_ENDINGS,
     VIDEO_ENDINGS,
     MediaLimits,
     check_clip_bytes,
@@ -29,6 +30,8 @@ from atb_pllava.limits import (
 )
 from atb_pllava.pictures import count_frames, is_animation, open_picture, play, still_pixels, to_pixels
 from atb_pllava.video import Clip, FrameChoice, read_open_video
+
+_LISTED = IMAGE_ENDINGS | VIDEO_ENDINGS | REFUSED_ENDINGS
 
 
 def read_media(
@@ -126,7 +129,7 @@ def _walk(root: str) -> tuple[list[str], Counter[str]]:
                 folders.append(entry.path)
             elif _leads_to_folder(entry):
                 links.append(entry.path)
-            elif ending in IMAGE_ENDINGS | VIDEO_ENDINGS or (not ending and not os.path.exists(entry.path)):
+            elif ending in _LISTED or (not ending and not os.path.exists(entry.path)):
                 found.append(entry.path)
             else:
                 others[ending or "without an ending"] += 1

@@ -33,6 +33,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # run is let through after this many bytes: whole answers in scripts outside the vocabulary must still stream.
 _LONGEST_HELD_RUN = 12
 _FOLLOWED = "this package follows tokenizer.json, the original follows tokenizer_config.json"
+_MOST_DIGITS = 9  # of a token's id
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -72,7 +73,7 @@ class Tokenizer:
     def from_dir(cls, model_dir: str | os.PathLike[str], image_token_index: int) -> "Tokenizer":
         """Read tokenizer.json of a checkpoint directory and check its image token against config.json."""
         path = Path(model_dir) / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ConfigError(
                 f"{path} does not exist; PLLaVA needs the tokenizer.json the checkpoint was published with "
                 "(take it from the base model when a training output lacks it)"
@@ -184,7 +185,7 @@ class Tokenizer:
         The original reads both and follows tokenizer_config.json where they differ. They agree when transformers 4
         saved them together, and may not when somebody edited one.
         """
-        if not config_file.is_file():
+        if not os.path.lexists(config_file):
             return
         try:
             config = read_json(config_file)
@@ -197,7 +198,7 @@ class Tokenizer:
             yield f"{config_file}: added_tokens_decoder is no JSON object; only tokenizer.json is used"
             return
         for number, token in tokens.items():
-            there = self._added.get(int(number)) if number.isdecimal() else None
+            there = self._added.get(int(number)) if number.isdecimal() and len(number) <= _MOST_DIGITS else None
             stated = token if isinstance(token, dict) else {"content": token}
             name = json.dumps(stated.get("content"))
             if there is None or there.content != stated.get("content"):

@@ -40,6 +40,8 @@ except TypeError:  # PyAV 12
     av.logging.set_level(av.logging.PANIC)
 
 DEMUXERS = ("mov", "matroska", "avi", "asf", "gif", "mpegts", "mpeg", "flv", "ogg")
+COVER_CODECS = frozenset(["png", "bmp", "webp", "tiff"])  # of covers; no film that is accepted is in them
+PICTURE_BRANDS = frozenset(["heic", "heix", "mif1", "avif"])  # of ISO base media files: streams are parts of a picture
 DECODERS = frozenset(
     ["av1", "libdav1d", "libaom-av1", "h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "vp3", "vp6", "vp6f"]
     + ["mpeg4", "msmpeg4", "msmpeg4v1", "msmpeg4v2", "wmv1", "wmv2", "wmv3", "vc1", "flv", "h261", "h263", "theora"]
@@ -312,6 +314,8 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
     stream = best_stream(container)
     if stream is None:
         raise VideoError(f"{name}: has no video stream")
+    if container.metadata.get("major_brand") in PICTURE_BRANDS and len(container.streams.video) > 1:
+        raise VideoError(f"{name}: holds a picture in tiles, or several pictures; convert it, to JPEG for example")
     codec = _codec_name(stream)
     if codec not in DECODERS:
         raise VideoError(f"{name}: video codec {codec} is not accepted; convert it, to H.264 for example")
@@ -326,15 +330,22 @@ def _check_stream(container: Any, reading: _Reading) -> Any:
 
 
 def best_stream(container: Any) -> Any | None:
-    """The stream that FFmpeg calls best, as decord and so the original take it; never an attached picture."""
+    """The stream that FFmpeg calls best, as decord and so the original take it.
+
+    Never an attached picture, nor one in a format of pictures when there is another stream.
+    """
     films = [stream for stream in container.streams.video if not _is_cover(stream)]
     find_best = getattr(container.streams, "best", None)  # absent before PyAV 13
     best = find_best("video") if find_best else None
-    return best if best in films else max(films, key=_likeness_to_film, default=None)
+    if best in films and _codec_name(best) not in COVER_CODECS:
+        return best
+    return max(films, key=_likeness_to_film, default=None)
 
 
-def _likeness_to_film(stream: Any) -> tuple[bool, bool, bool]:
-    return bool(_disposition(stream) & DEFAULT_STREAM), stream.frames != 1, _codec_name(stream) != "mjpeg"
+def _likeness_to_film(stream: Any) -> tuple[bool, bool, bool, bool]:
+    codec = _codec_name(stream)
+    is_default = bool(_disposition(stream) & DEFAULT_STREAM)
+    return codec not in COVER_CODECS, is_default, stream.frames != 1, codec != "mjpeg"
 
 
 def _codec_name(stream: Any) -> str:

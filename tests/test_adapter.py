@@ -437,3 +437,11 @@ def test_weights_are_those_that_peft_merges(peft_model: Any, base: Path, tmp_pat
 
 def test_adapter_config_reads_nothing_where_there_is_nothing(tmp_path: Path) -> None:
     assert AdapterConfig.from_dir(tmp_path, ()) is None
+
+
+def test_a_key_that_occurs_twice_is_refused(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "alpha16", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha"', '"lora_alpha": 4, "lora_alpha"', 1))
+    with pytest.raises(ConfigError, match="not valid JSON: the key 'lora_alpha' occurs more than once"):
+        answer(adapters / "base", tmp_path / "adapter")

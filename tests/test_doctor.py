@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -541,3 +542,15 @@ def test_doctor_runs_where_another_package_is_missing(native: Setting, monkeypat
     checks = {check.name: check for check in examine(replace(native, model_path=str(TINY)))}
     assert checks["packages"].status == "problem" and checks["model"].status == "ok"
     assert checks["memory"].status == "info" and "are looked at with all packages" in checks["memory"].found
+
+
+def test_companions_and_links_to_nothing_do_not_count(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    assert main(["doctor", "--engine", "native", "--model_path", str(model), "--json"]) in (0, 1)
+    before = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["check"] == "disk"]
+    (model / "consolidated.safetensors").symlink_to("/nowhere/consolidated.safetensors")
+    (model / "._model.safetensors").write_bytes(bytes(10_000_000))
+    assert main(["doctor", "--engine", "native", "--model_path", str(model), "--json"]) in (0, 1)
+    after = [check for check in json.loads(capsys.readouterr().out)["checks"] if check["check"] == "disk"]
+    assert [check["found"].split(";")[0] for check in after] == [check["found"].split(";")[0] for check in before] != []

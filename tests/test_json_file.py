@@ -337,3 +337,18 @@ def test_the_copy_of_a_file_without_a_mark_is_exact(model: Path, tmp_path: Path)
     convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_merged"))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+def test_conversion_refuses_files_it_could_not_copy_rightly(model: Path, tmp_path: Path, name: str) -> None:
+    """A link to nothing and broken JSON: left out or copied, the result would not be the checkpoint's."""
+    file = model / name
+    for break_file, message in (
+        (lambda: file.symlink_to("/nowhere/blob"), "is a link to /nowhere/blob, which does not exist"),
+        (lambda: file.write_text("{bad"), "is not valid JSON"),
+    ):
+        file.unlink(missing_ok=True)
+        break_file()
+        with pytest.raises(ConfigError, match=f"{name} {message}"):
+            convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_merged"))
+        assert not list(tmp_path.glob("out*"))

@@ -36,7 +36,7 @@ def write_streams(path, parts, default):
         for number, (codec, _, _) in enumerate(parts):
             stream = container.add_stream(codec, rate=25)
             stream.width, stream.height = 96, 32
-            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.pix_fmt = {"mjpeg": "yuvj420p", "png": "rgb24"}.get(codec, "yuv420p")
             stream.disposition = int(number == default)
             streams.append(stream)
         for stream, (_, first, count) in zip(streams, parts, strict=True):
@@ -271,3 +271,26 @@ def test_git_lfs_pointers_are_named(tmp_path, name):
         for read in (read_media, read_video, read_image):
             with pytest.raises(VideoError, match="is a Git LFS pointer, not the media; run `git lfs pull`"):
                 read(source)
+
+
+
+def test_a_picture_marked_as_the_film_does_not_hide_it(tmp_path):
+    """FFmpeg calls a PNG best when it is marked default, and nobody means it."""
+    clip = read_video(write_streams(tmp_path / "a.mp4", [("png", 900, 1), ("libx264", 0, 30)], 0), 8)
+    assert clip.total_frames == 30 and numbers(clip) == clip.frame_indices
+
+
+@pytest.mark.parametrize("brand", ["heic", "heix", "mif1", "avif"])
+def test_a_picture_in_several_streams_is_refused(tmp_path, brand):
+    """FFmpeg has a stream for each tile of a HEIC picture; one of them is not the picture."""
+    for parts, is_read in (([("libx264", 7, 1)], True), ([("libx264", 7, 1), ("libx264", 8, 1)], False)):
+        write_streams(tmp_path / "film.mp4", parts, 0)
+        content = (tmp_path / "film.mp4").read_bytes()
+        assert content[4:8] == b"ftyp"
+        picture = tmp_path / "picture.heic"
+        picture.write_bytes(content[:8] + brand.encode() + content[12:])
+        if is_read:
+            assert numbers(read_media(picture, 1)) == [7]
+            continue
+        with pytest.raises(VideoError, match="holds a picture in tiles, or several pictures; convert it, to JPEG"):
+            read_media(picture)

@@ -146,7 +146,7 @@ def test_a_folder_without_media_says_what_it_holds(tmp_path: Path) -> None:
         with pytest.raises(VideoError) as raised:
             list_media(tmp_path)
         text = str(raised.value)
-        assert text.startswith(f"{tmp_path}: holds no image or video, ") and "; accepted are .3gp " in text
+        assert text.startswith(f"{tmp_path}: holds no image or video, ") and "; accepted are .3g2 " in text
         return text.split(", ", 1)[1].split("; accepted")[0]
 
     assert message() == "nor any other file"
@@ -181,3 +181,15 @@ def test_a_name_that_is_no_file_says_what_to_do(name: str, what: str, monkeypatc
         assert what.replace("HOME", str(tmp_path)) in str(raised.value) and ".3gp" not in str(raised.value)
     (tmp_path / "odd [1]*.mp4").touch()
     assert list_media(tmp_path / "odd [1]*.mp4") == [str(tmp_path / "odd [1]*.mp4")]
+
+
+def test_media_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """Whatever has a medium's ending is read or has its error; nothing in a folder is skipped without a word."""
+    read = ("a.jfif", "b.3g2", "c.f4v", "d.mpe", "e.qt", "f.vob", "g.heic", "h.avif", "i.jpe", "j.m2t")
+    refused = ("k.mxf", "l.rmvb", "m.m2v", "n.jxl", "o.h264")
+    for name in (*read, *refused, "notes.txt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    assert below(tmp_path, list_media(tmp_path)) == [*read, *refused]
+    for name in refused:
+        with pytest.raises(VideoError, match=f"{name}: cannot be read as a video; it is another kind of file"):
+            read_media(tmp_path / name)

@@ -19,7 +19,7 @@ from conftest import IMAGE_ID, raw_config, tokenizer_definition, write_checkpoin
 
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.engine import engine as engine_module
-from atb_pllava.errors import RequestError
+from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.prompt import CONVERSATIONS, choose_conversation, render
 from atb_pllava.tokenizer import AnswerDecoder, Piece, Tokenizer
 
@@ -426,3 +426,19 @@ def test_the_check_says_what_it_cannot_use(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == "" and said in done.stderr, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_links_to_nothing_and_absurd_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a download is named as such; an id of thousands of digits is no added token."""
+    (tmp_path / "tokenizer.json").symlink_to("/nowhere/tokenizer.json")
+    with pytest.raises(ConfigError, match="tokenizer.json is a link to /nowhere/tokenizer.json, which does not exist"):
+        Tokenizer.from_dir(tmp_path, IMAGE_ID)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
+    (tmp_path / "tokenizer_config.json").symlink_to("/nowhere/tokenizer_config.json")
+    Tokenizer.from_dir(tmp_path, IMAGE_ID)
+    assert "tokenizer_config.json is a link to /nowhere" in caplog.text
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"9" * 5000: "<a>"}}))
+    Tokenizer.from_dir(tmp_path, IMAGE_ID)
+    assert "no added token of that id" in caplog.text

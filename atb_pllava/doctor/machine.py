@@ -199,7 +199,7 @@ def disk_check(model: Model, named: str) -> Check:
         free, needed = shutil.disk_usage(".").free, published_bytes(model.config, LORA_RANK)
         what = f"the download takes {gigabytes(needed)} GB, {gigabytes(free)} GB are free in {os.getcwd()}"
         return Check("disk", free > needed, what, "download to a larger disk: hf download --local-dir")
-    stored = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    stored = sum(file.stat().st_size for file in model.path.glob("[!.]*.safetensors") if file.is_file())
     size = f"{named} takes {gigabytes(stored)} GB"
     if model.is_int8:
         return Check("disk", True, f"{size}, in 8 bits already")

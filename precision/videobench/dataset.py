@@ -8,6 +8,7 @@ An id names a question only within its set: 17,036 questions of the 13 sets shar
 is one more set, `sampling_data`, whose questions say under "dataset" which set they are from.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,8 @@ def questions_file(qa_root: Path, name: str) -> Path:
 def read_questions(qa_root: Path, name: str) -> list[Question]:
     """The questions of one set, in the order of its file. Raises ConfigError naming the file and the question."""
     path = questions_file(qa_root, name)
-    if not path.is_file():
-        there = [*find_sets(qa_root), *([SAMPLE] if questions_file(qa_root, SAMPLE).is_file() else [])]
+    if not os.path.lexists(path):
+        there = [*find_sets(qa_root), *([SAMPLE] if os.path.lexists(questions_file(qa_root, SAMPLE)) else [])]
         raise ConfigError(f"there is no set {name!r}: {path} does not exist; there are {', '.join(there)}")
     return [_question(path, name, key, item) for key, item in read_json(path).items()]
 
