@@ -50,8 +50,8 @@ def test_options_exist(capsys) -> None:
             texts.append(capsys.readouterr().out)
     scripts = (*ROOT.glob("*.sh"), *(ROOT / "examples").glob("*.py"), *(ROOT / "precision").rglob("*.py"))
     texts += [path.read_text(encoding="utf-8") for path in scripts]
-    torchrun = {"--nproc_per_node"}
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", README)) - torchrun:
+    others = {"--nproc_per_node", "--local"}  # torchrun's; of `hf download --local-dir`
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", README)) - others:
         assert any(option in text for text in texts), f"{option} is no option of anything"
 
 
