@@ -372,6 +372,27 @@ def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, mon
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", [
+    ["sweep", "--shape", "1b", "--csv"], ["sweep", "--shape", "1b", "--host_csv"], ["sweep", "--shape", "1b", "--plot"],
+    ["cache", "--shape", "1b", "--json"], ["video", "--keep"], ["video", "other.mp4", "--json"], ["scaling", "--json"],
+], ids=" ".join)  # fmt: skip
+def test_no_table_replaces_a_medium(command: list[str], media: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip2.mp4", "red.png"):
+        shutil.copy(media / name, name)
+        before = Path(name).read_bytes()
+        assert bench(*command, name) == 2
+        assert f"{command[-1]} '{name}' is a video or image; name another file" in capsys.readouterr().err
+        assert Path(name).read_bytes() == before
+
+
+def test_a_plot_of_an_earlier_run_may_be_replaced(sweep_rows, tmp_path: Path) -> None:
+    plot_sweep(tmp_path / "speed.png", sweep_rows, "title")
+    check_writable(str(tmp_path / "speed.png"), "--plot")
+    plot_errors(tmp_path / "errors.png", {"side": {"vision 0": 0.1, "decoder 0": 0.1}})
+    check_writable(str(tmp_path / "errors.png"), "--plot")
+
+
 def test_a_shape_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("atb_pllava.loading.free_memory", lambda _: 10**9)
     assert bench("--shape", "1b", "--dtype", "bfloat16", "--backend", "cpu", "--csv", tmp_path / "t.csv") == 2

@@ -54,7 +54,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     benchmark_csv = host_benchmark()
     for option, path in (("--csv", arguments.csv), ("--host_csv", arguments.host_csv), ("--plot", arguments.plot)):
         if path is not None:
-            check_writable(path, option)
+            check_writable(path, option, arguments.media or ())
     if benchmark_csv is not None:
         _make_folder(benchmark_csv)
     threads = torch.get_num_threads()  # of all ranks together; each takes its share when the model is loaded
