@@ -22,6 +22,7 @@ A row is an answer, or the reason why there is none:
     mtime_ns    its modification time, in ns since 1970; null where there is no file
     settings    the digest of the header
     place       real path of the file when the answer was made; absent where there is no file. It is not in the key
+    moved_from  in a row that `settle` wrote again: the place, or null, whose row it takes over
     text, token_ids, finish_reason, frame_indices    the answer; judge, CLIP score and benchmarks have other fields
     error       instead of an answer: the message
     kind        of the error, a stable word: media, request, backend, judge, other
@@ -36,8 +37,9 @@ Files in two folders may have one key, so the rows of a key are kept for each pl
    place may be about any.
 
 So a folder that was moved goes on, and two folders that are both there have answers of their own, whichever came
-first. A copy whose original is still there is asked about again. Rule 2 takes a file for the one that is gone if it
-has the same id, size and time.
+first. `settle` gives the row to the new place for good, so a third folder does not get it as well. A copy whose
+original is still there is asked about again. Rule 2 takes a file for the one that is gone if it has the same id, size
+and time.
 
 Rows of versions before this one have no place, and headers no `kernels`: both count as not recorded, and a run goes on.
 
@@ -70,7 +72,7 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 FORMAT = 1
 KINDS: dict[type[PllavaError], str] = {VideoError: "media", RequestError: "request", BackendError: "backend"}
-_KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "place")
+_KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "place", "moved_from")
 _LATER_SETTINGS = ("kernels",)  # which headers of earlier versions do not have
 _SECONDS_BETWEEN_WORDS = 4.0
 _PIECE = 2**14  # bytes read at a time to find the end of a row
@@ -140,6 +142,11 @@ class _Part:
             if not other[key]:
                 del other[key]
         kept.setdefault(key, {})[key.place] = offset
+
+    def move(self, key: Key, place: str | None, offset: int) -> None:
+        """What was at `place` is at the key's place, and its row at `offset`."""
+        self.answers.get(key, {}).pop(place, None)
+        self.take(key, offset, is_error=False)
 
 
 def _find(rows: Mapping[Key, Mapping[str | None, int]], key: Key) -> int | None:
@@ -283,6 +290,23 @@ class AnswerLog:
             if os.fstat(self._file).st_size > offset:
                 self._part.take(key, offset, "error" in row)
 
+    def settle(self, keys: Iterable[Key]) -> None:
+        """Write the answers of files that were moved again, with their new places; raises ConfigError as `add`."""
+        written = False
+        for key in keys:
+            places = self._part.answers.get(key, {})
+            if key.place is None or key.place in places or len(places) != 1:
+                continue
+            [(place, old)] = places.items()
+            if place is not None and os.path.exists(place):
+                continue
+            offset = os.fstat(self._file).st_size
+            self._append({**json.loads(self._line_at(old)), "place": key.place, "moved_from": place}, wait=False)
+            self._part.move(key, place, offset)
+            written = True
+        if written:
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Let others have the file; safe to call twice."""
         if self._file >= 0:
@@ -303,13 +327,14 @@ class AnswerLog:
         self._append(header)
         self._take_header(header)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Mapping[str, Any], wait: bool = True) -> None:
         line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
         before = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file)
+            if wait:
+                os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, before)
             raise ConfigError(
@@ -372,7 +397,11 @@ class AnswerLog:
         is_key = isinstance(key.id, str) and isinstance(key.size, int | None) and isinstance(key.mtime_ns, int | None)
         if not key.id or not is_key or not isinstance(key.place, str | None):
             raise self._no_row(number, line)
-        self._parts.setdefault(row["settings"], _Part()).take(key, offset, "error" in row)
+        part = self._parts.setdefault(row["settings"], _Part())
+        if "moved_from" in row and "error" not in row and isinstance(row["moved_from"], str | None):
+            part.move(key, row["moved_from"], offset)
+        else:
+            part.take(key, offset, "error" in row)
 
     def _take_header(self, header: Mapping[str, Any]) -> None:
         digest = header["settings"]
@@ -501,6 +530,7 @@ def answer_all(
     if len({key.id for key in keys}) != len(keys):
         twice = len(keys) - len({key.id for key in keys})
         raise ConfigError(f"{counted(twice, 'question id')} of {what} occur{'s' * (twice == 1)} more than once")
+    log.settle(keys)
     todo = {key.id: key for key in keys if key not in log}
     progress = Progress(what, len(keys), len(keys) - len(todo), quiet)
     _say_changed(todo, log, progress)

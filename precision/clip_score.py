@@ -212,6 +212,8 @@ def score_file(
     """Every item's score or error, and their mean (None when there is no score); what `log` has is not scored again."""
     paths = {name: media.look_up(name) for name in answers}
     keys = {name: _key(name, text, paths[name]) for name, text in answers.items()}
+    if log is not None:
+        log.settle(keys.values())
     kept = set() if log is None else {name for name, key in keys.items() if key in log}
     rows: dict[str, Row] = {}
     with Progress(f"scores of {file}", len(answers), len(kept)) as progress:

@@ -225,6 +225,33 @@ def test_each_place_has_a_row_of_its_own(tmp_path: Path) -> None:
         assert log.row(z) == {"text": "x"}  # it was moved there
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_moved_file_keeps_its_answer_for_itself(llm: LLM, tmp_path: Path, known: bool) -> None:
+    def key_at(name: str) -> Key:
+        return key_of("1", tmp_path / name)
+
+    def ask(name: str) -> Row | None:
+        key = key_at(name)
+        with begun(tmp_path / "log.jsonl") as log:
+            answer_all(llm, [key], lambda _: request_of(name), PARAMS, log)
+            return log.row(key)
+
+    (tmp_path / "a").write_text("1")
+    os.utime(tmp_path / "a", ns=(0, 5))
+    key = key_at("a")
+    with begun(tmp_path / "log.jsonl") as log:
+        log.add(key if known else Key("1", key.size, key.mtime_ns), {"text": "of a"})
+    for old, new in (("a", "b"), ("b", "c")):  # moved, and moved again
+        (tmp_path / old).rename(tmp_path / new)
+        assert ask(new) == ask(new) == {"text": "of a"}
+    (tmp_path / "other").write_text("2")
+    os.utime(tmp_path / "other", ns=(0, 5))
+    assert key_at("other") == key_at("c")
+    assert ask("other") == ask("other") != {"text": "of a"}
+    assert ask("c") == {"text": "of a"}
+    assert len(rows_of(tmp_path / "log.jsonl")) == 4  # of a, b, c and other
+
+
 def test_rows_without_a_place_go_on(tmp_path: Path) -> None:
     (tmp_path / "1").write_text("1")
     key = key_of("1", tmp_path / "1")
