@@ -18,11 +18,11 @@ LFS_REMEDY = (
 )
 
 
-def check_writable(path: str, option: str, media: Iterable[str] = ()) -> None:
+def check_writable(path: str, option: str, inputs: Iterable[str] = ()) -> None:
     """Complain before the work instead of after it; `option` is what named the file.
 
     Raises ConfigError for what is no place for a file, and for an existing file that no result may replace: a video, an
-    image that was not drawn here, weights, and each of the `media` of this run.
+    image that was not drawn here, weights, and each of the `inputs`, which this run reads.
     """
     folder = os.path.dirname(os.path.realpath(path))
     usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
@@ -33,9 +33,10 @@ def check_writable(path: str, option: str, media: Iterable[str] = ()) -> None:
     endings = {os.path.splitext(name)[1].lower() for name in (path, os.path.realpath(path))}
     if endings & WEIGHT_ENDINGS:
         raise ConfigError(f"{option} {path!r} is a file of weights; name another file")
-    is_media = bool(endings & (IMAGE_ENDINGS | VIDEO_ENDINGS)) and not _is_our_plot(path)
-    if is_media or any(os.path.exists(name) and os.path.samefile(name, path) for name in media):
+    if endings & (IMAGE_ENDINGS | VIDEO_ENDINGS) and not _is_our_plot(path):
         raise ConfigError(f"{option} {path!r} is a video or image; name another file")
+    if any(os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
+        raise ConfigError(f"{option} {path!r} is a file that this command reads; name another file")
 
 
 def _is_our_plot(path: str) -> bool:

@@ -150,7 +150,7 @@ def clip_score(arguments: argparse.Namespace) -> int:
     if arguments.num_frames < 1:
         raise ConfigError(f"--num_frames is {arguments.num_frames}; it must be at least 1")
     if arguments.output_json is not None:
-        check_writable(arguments.output_json, "--output_json")
+        check_writable(arguments.output_json, "--output_json", arguments.image_info)
     files = {file: read_answers(file) for file in arguments.image_info}
     media = MediaFolder(arguments.dataset_path)
     device = choose_device(arguments.device)

@@ -388,7 +388,8 @@ def test_neither_media_nor_weights_are_replaced(capsys, options, media: Path, tm
         (tmp_path / name).write_bytes(b"x")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     status, out, err = run(capsys, *options, "--output_json", tmp_path / target, "--media", tmp_path / "frame")
-    what = "a file of weights" if target.startswith("weights") else "a video or image"
+    others = {"weights.safetensors": "a file of weights", "frame": "a file that this command reads"}
+    what = others.get(target, "a video or image")
     assert status == 2 and out == ""
     assert err == f"error: --output_json '{tmp_path / target}' is {what}; name another file\n"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
