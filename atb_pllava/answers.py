@@ -21,6 +21,8 @@ A row is an answer, or the reason why there is none:
     size        of the file, in bytes, when the run began; null where there is no file
     mtime_ns    its modification time, in ns since 1970; null where there is no file
     settings    the digest of the header
+    place       real path of the file when the answer was made; absent where there is no file. It is not in the key
+    moved_from  in a row that `settle` wrote again: the place, or null, whose row it takes over
     text, token_ids, finish_reason, frame_indices    the answer; judge, CLIP score and benchmarks have other fields
     error       instead of an answer: the message
     kind        of the error, a stable word: media, request, backend, judge, other
@@ -28,10 +30,24 @@ A row is an answer, or the reason why there is none:
 The key of a row is (id, size, mtime_ns, settings). The last row of a key counts. An error is no answer: the next run
 tries again. A file of another size or time has another key, so it is asked about again. The bytes are not read.
 
+Files in two folders may have one key, so the rows of a key are kept for each place, and a lookup takes, in this order:
+
+1. the row of the file's own place;
+2. if one other place has a row: that row, when its file is gone or is this very file by another name. A row without a
+   place may be about any.
+
+So a folder that was moved goes on, and two folders that are both there have answers of their own, whichever came
+first. `settle` gives the row to the new place for good, so a third folder does not get it as well. A copy whose
+original is still there is asked about again. Rule 2 takes a file for the one that is gone if it has the same id, size
+and time.
+
+Rows of versions before this one have no place, and headers no `kernels`: both count as not recorded, and a run goes on.
+
 Logs of versions before this format have rows without size and time, and no header. A log that may be shared by several
 settings goes on from such rows where there is no file. A log of one set of settings refuses them.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -40,12 +56,13 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError
+from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY
 from atb_pllava.llm import LLM
 from atb_pllava.progress import Progress as Progress
 from atb_pllava.words import counted
@@ -55,19 +72,25 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 FORMAT = 1
 KINDS: dict[type[PllavaError], str] = {VideoError: "media", RequestError: "request", BackendError: "backend"}
-_KEY_FIELDS = ("id", "size", "mtime_ns", "settings")
+_KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "place", "moved_from")
+_LATER_SETTINGS = ("kernels",)  # which headers of earlier versions do not have
 _SECONDS_BETWEEN_WORDS = 4.0
 _PIECE = 2**14  # bytes read at a time to find the end of a row
 _SHOWN = 60  # characters of a setting that a message repeats
 _MOST_NAMED = 3  # changed files that a message names
 
 
-class Key(NamedTuple):
-    """What an answer is about, besides its settings: an id, and the size and time of its file where there is one."""
+@dataclass(frozen=True)
+class Key:
+    """What an answer is about, besides its settings: an id, and the size and time of its file where there is one.
+
+    `place` is the file's real path. It does not count when keys are compared; see the rules of a lookup above.
+    """
 
     id: str
     size: int | None = None
     mtime_ns: int | None = None
+    place: str | None = field(default=None, compare=False)
 
 
 def key_of(name: str, path: str | os.PathLike[str]) -> Key:
@@ -79,13 +102,14 @@ def key_of(name: str, path: str | os.PathLike[str]) -> Key:
     try:
         found = os.stat(path)
         if not os.path.isdir(path):
-            return Key(name, found.st_size, found.st_mtime_ns)
+            return Key(name, found.st_size, found.st_mtime_ns, os.path.realpath(path))
         with os.scandir(path) as entries:
             files = [entry.stat() for entry in entries]
     except (OSError, ValueError):
         return Key(name)
     times = [file.st_mtime_ns for file in files]
-    return Key(name, sum(file.st_size for file in files), max([found.st_mtime_ns, *times]))
+    size = sum(file.st_size for file in files)
+    return Key(name, size, max([found.st_mtime_ns, *times]), os.path.realpath(path))
 
 
 def keys_of(files: Iterable[tuple[str, str | os.PathLike[str]]], total: int, quiet: bool = False) -> list[Key]:
@@ -98,7 +122,7 @@ def keys_of(files: Iterable[tuple[str, str | os.PathLike[str]]], total: int, qui
             progress.begin(place)
             if place not in known:
                 known[place] = key_of(name, place)
-            keys.append(known[place]._replace(id=name))
+            keys.append(replace(known[place], id=name))
             progress.add(name=place)
     return keys
 
@@ -108,13 +132,42 @@ class _Part:
     """The rows of one digest of settings: where in the file each of them begins."""
 
     values: Mapping[str, Any] | None = None  # None: there is no header
-    answers: dict[Key, int] = field(default_factory=dict)
-    errors: dict[Key, int] = field(default_factory=dict)
+    answers: dict[Key, dict[str | None, int]] = field(default_factory=dict)  # by place
+    errors: dict[Key, dict[str | None, int]] = field(default_factory=dict)
 
     def take(self, key: Key, offset: int, is_error: bool) -> None:
         kept, other = (self.errors, self.answers) if is_error else (self.answers, self.errors)
-        other.pop(key, None)
-        kept[key] = offset
+        if key in other:
+            other[key].pop(key.place, None)
+            if not other[key]:
+                del other[key]
+        kept.setdefault(key, {})[key.place] = offset
+
+    def move(self, key: Key, place: str | None, offset: int) -> None:
+        """What was at `place` is at the key's place, and its row at `offset`."""
+        self.answers.get(key, {}).pop(place, None)
+        self.take(key, offset, is_error=False)
+
+
+def _find(rows: Mapping[Key, Mapping[str | None, int]], key: Key) -> int | None:
+    """Where the row of a key begins that is about its file; None when there is none."""
+    places = rows.get(key, {})
+    if key.place in places:
+        return places[key.place]
+    if len(places) != 1:
+        return None
+    [(place, offset)] = places.items()
+    return offset if _may_be_at(key, place) else None
+
+
+def _may_be_at(key: Key, place: str | None) -> bool:
+    """Whether the file of a key may be the one that was at `place`: neither is known, moved from there, or the same."""
+    if place is None or key.place is None or not os.path.exists(place):
+        return True
+    try:
+        return os.path.samefile(place, key.place)
+    except OSError:  # one of them went away just now
+        return False
 
 
 class AnswerLog:
@@ -162,7 +215,10 @@ class AnswerLog:
             )
         part = self._parts[self._last]
         assert part.values is not None  # it has a header
-        if self._last != settings_digest(settings):
+        if self._last != self._digest(settings):
+            settings = {
+                name: value for name, value in settings.items() if name in part.values or name not in _LATER_SETTINGS
+            }
             old = {name: value for name, value in part.values.items() if name in settings or not only}
             check_settings(self.path, old, settings, self.remedy)
 
@@ -176,10 +232,11 @@ class AnswerLog:
         """
         if not (shared or overwrite):
             self.check(settings)
-        digest = settings_digest(settings)
+        digest = settings_digest(settings) if overwrite else self._digest(settings)
         part = self._parts.get(digest)
         if overwrite or part is None or part.values is None or not (shared or digest == self._last):
-            header: Row = {"log": FORMAT, "settings": digest, "values": dict(settings)}
+            values = settings if part is None or part.values is None else part.values
+            header: Row = {"log": FORMAT, "settings": digest, "values": dict(values)}
             if overwrite:
                 header.update(overwrite=True, replaces=replaces)
             self._write_header(header)
@@ -192,20 +249,29 @@ class AnswerLog:
             self._write_header({"log": FORMAT, "settings": self.settings, "values": self._part.values})
 
     def __contains__(self, key: Key) -> bool:
-        """Whether there is an answer; an error is none."""
-        return key in self._part.answers
+        """Whether there is an answer about this file; an error is none."""
+        return _find(self._part.answers, key) is not None
 
     def __len__(self) -> int:
         """How many answers there are."""
-        return len(self._part.answers)
+        return sum(map(len, self._part.answers.values()))
 
-    def answered_ids(self) -> set[str]:
-        """Ids with an answer about some state of their file; made anew by each call."""
-        return {key.id for key in self._part.answers}
+    def answered_places(self) -> dict[str, set[str | None]]:
+        """Ids with an answer about some state of a file, and the places of these files; made anew by each call."""
+        found: dict[str, set[str | None]] = {}
+        for key, places in self._part.answers.items():
+            found.setdefault(key.id, set()).update(places)
+        return found
+
+    def is_of_another_file(self, key: Key) -> bool:
+        """Whether there is an answer of this key, but not about the file at its place."""
+        return key in self._part.answers and key not in self
 
     def row(self, key: Key) -> Row | None:
         """The answer or the error that counts, read from the file; None when there is neither."""
-        offset = self._part.answers.get(key, self._part.errors.get(key))
+        offset = _find(self._part.answers, key)
+        if offset is None:
+            offset = _find(self._part.errors, key)
         if offset is None:
             return None
         row: Row = json.loads(self._line_at(offset))
@@ -214,12 +280,32 @@ class AnswerLog:
     def add(self, key: Key, row: Mapping[str, Any]) -> None:
         """Append a row and wait until it is on the disk. Raises ConfigError when the disk does not take it."""
         offset = os.fstat(self._file).st_size
-        full = {"id": key.id, "size": key.size, "mtime_ns": key.mtime_ns, "settings": self.settings, **row}
+        full = {"id": key.id, "size": key.size, "mtime_ns": key.mtime_ns, "settings": self.settings}
+        if key.place is not None:
+            full["place"] = key.place
+        full.update(row)
         try:
             self._append(full)
         finally:  # an interrupt behind the write must not hide a row that is on the disk
             if os.fstat(self._file).st_size > offset:
                 self._part.take(key, offset, "error" in row)
+
+    def settle(self, keys: Iterable[Key]) -> None:
+        """Write the answers of files that were moved again, with their new places; raises ConfigError as `add`."""
+        written = False
+        for key in keys:
+            places = self._part.answers.get(key, {})
+            if key.place is None or key.place in places or len(places) != 1:
+                continue
+            [(place, old)] = places.items()
+            if place is not None and os.path.exists(place):
+                continue
+            offset = os.fstat(self._file).st_size
+            self._append({**json.loads(self._line_at(old)), "place": key.place, "moved_from": place}, wait=False)
+            self._part.move(key, place, offset)
+            written = True
+        if written:
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Let others have the file; safe to call twice."""
@@ -241,13 +327,14 @@ class AnswerLog:
         self._append(header)
         self._take_header(header)
 
-    def _append(self, row: Mapping[str, Any]) -> None:
+    def _append(self, row: Mapping[str, Any], wait: bool = True) -> None:
         line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
         before = os.fstat(self._file).st_size
         try:
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file)
+            if wait:
+                os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, before)
             raise ConfigError(
@@ -279,6 +366,8 @@ class AnswerLog:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
+                    if not b'{"'.startswith(line[:2]):  # not of ours, so not ours to cut off
+                        raise self._no_row(number, line)
                     logger.warning("%s: the last line was cut off when a run ended; it is dropped", self.path)
                     os.ftruncate(self._file, offset)
                     break
@@ -294,20 +383,25 @@ class AnswerLog:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("settings"), str):
-            raise self._no_row(number)
+            raise self._no_row(number, line)
         if "log" in row:
             if row["log"] != FORMAT:
                 raise ConfigError(
                     f"{self.path} line {number} has format {row['log']!r}; this version reads {FORMAT}; {self.remedy}"
                 )
             if not isinstance(row.get("values"), dict):
-                raise self._no_row(number)
+                raise self._no_row(number, line)
             self._take_header(row)
             return
-        key = Key(row.get("id", ""), row.get("size"), row.get("mtime_ns"))
-        if not key.id or not isinstance(key.id, str) or not all(isinstance(n, int | None) for n in key[1:]):
-            raise self._no_row(number)
-        self._parts.setdefault(row["settings"], _Part()).take(key, offset, "error" in row)
+        key = Key(row.get("id", ""), row.get("size"), row.get("mtime_ns"), row.get("place"))
+        is_key = isinstance(key.id, str) and isinstance(key.size, int | None) and isinstance(key.mtime_ns, int | None)
+        if not key.id or not is_key or not isinstance(key.place, str | None):
+            raise self._no_row(number, line)
+        part = self._parts.setdefault(row["settings"], _Part())
+        if "moved_from" in row and "error" not in row and isinstance(row["moved_from"], str | None):
+            part.move(key, row["moved_from"], offset)
+        else:
+            part.take(key, offset, "error" in row)
 
     def _take_header(self, header: Mapping[str, Any]) -> None:
         digest = header["settings"]
@@ -317,7 +411,20 @@ class AnswerLog:
         self._last = digest
         self.replaces = header.get("replaces")
 
-    def _no_row(self, number: int) -> ConfigError:
+    def _digest(self, settings: Mapping[str, Any]) -> str:
+        """The digest of the rows that count for these settings: theirs, or of a header that lacks some."""
+        digest = settings_digest(settings)
+        earlier = settings_digest({name: settings[name] for name in settings if name not in _LATER_SETTINGS})
+        return earlier if digest not in self._parts and earlier in self._parts else digest
+
+    def _no_row(self, number: int, line: bytes) -> ConfigError:
+        if line.startswith(LFS_POINTER):
+            return ConfigError(f"{self.path} {LFS_REMEDY}")
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
+            return ConfigError(
+                f"{self.path} line {number} is not UTF-8, as PowerShell leaves a file that it has written: save the "
+                f"file as UTF-8 again, or {self.remedy}"
+            )
         return ConfigError(f"{self.path} line {number} is no row of answers; {self.remedy}")
 
     def _line_at(self, offset: int) -> bytes:
@@ -423,6 +530,7 @@ def answer_all(
     if len({key.id for key in keys}) != len(keys):
         twice = len(keys) - len({key.id for key in keys})
         raise ConfigError(f"{counted(twice, 'question id')} of {what} occur{'s' * (twice == 1)} more than once")
+    log.settle(keys)
     todo = {key.id: key for key in keys if key not in log}
     progress = Progress(what, len(keys), len(keys) - len(todo), quiet)
     _say_changed(todo, log, progress)
@@ -451,10 +559,19 @@ def answer_all(
 
 
 def _say_changed(todo: Mapping[str, Key], log: AnswerLog, progress: Progress) -> None:
-    """Name what was answered when its file was another one."""
-    known = log.answered_ids() if todo else set()
-    changed = [name for name in todo if name in known]
-    if changed:
-        more = ", ..." if len(changed) > _MOST_NAMED else ""
-        names = ", ".join(changed[:_MOST_NAMED]) + more
-        progress.say(f"asked again, as the file has another size or time than when it was answered: {names}")
+    """Name what was answered when its file was another one, and what has the key of a file in another folder."""
+    known = log.answered_places() if todo else {}
+    changed = []
+    elsewhere = []
+    for name, key in todo.items():
+        if log.is_of_another_file(key):
+            elsewhere.append(name)
+        elif any(_may_be_at(key, place) for place in known.get(name, ())):
+            changed.append(name)
+    for names, why in (
+        (changed, "asked again, as the file has another size or time than when it was answered"),
+        (elsewhere, "asked, as the answer there is about a file of another folder with the same name, size and time"),
+    ):
+        if names:
+            more = ", ..." if len(names) > _MOST_NAMED else ""
+            progress.say(f"{why}: {', '.join(names[:_MOST_NAMED])}{more}")

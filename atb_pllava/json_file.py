@@ -2,24 +2,50 @@
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
+from atb_pllava.limits import IMAGE_ENDINGS, VIDEO_ENDINGS
 
+PLOT_TITLE = "atb_pllava plot"  # in the PNG files that are drawn here, which a later run may replace
+WEIGHT_ENDINGS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".gguf"])
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 LFS_REMEDY = (
     "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download the directory again"
 )
 
 
-def check_writable(path: str, option: str) -> None:
-    """Complain before the work instead of after it; `option` is what named the file."""
+def check_writable(path: str, option: str, inputs: Iterable[str] = ()) -> None:
+    """Complain before the work instead of after it; `option` is what named the file.
+
+    Raises ConfigError for what is no place for a file, and for an existing file that no result may replace: a video, an
+    image that was not drawn here, weights, and each of the `inputs`, which this run reads.
+    """
     folder = os.path.dirname(os.path.realpath(path))
     usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
     if not path or not usable or os.path.isdir(path) or not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{option} {path!r} cannot be written; name a file in an existing, writable directory")
+    if not os.path.exists(path):
+        return
+    endings = {os.path.splitext(name)[1].lower() for name in (path, os.path.realpath(path))}
+    if endings & WEIGHT_ENDINGS:
+        raise ConfigError(f"{option} {path!r} is a file of weights; name another file")
+    if endings & (IMAGE_ENDINGS | VIDEO_ENDINGS) and not _is_our_plot(path):
+        raise ConfigError(f"{option} {path!r} is a video or image; name another file")
+    if any(os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
+        raise ConfigError(f"{option} {path!r} is a file that this command reads; name another file")
+
+
+def _is_our_plot(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:
+        return False
+    return head.startswith(b"\x89PNG") and PLOT_TITLE.encode() in head
 
 
 def write_json(path: str | os.PathLike[str], value: object, mode: int | None = None) -> None:
@@ -61,20 +87,30 @@ def read_json(path: str | os.PathLike[str], largest: int | None = None, distinct
     `largest` bounds its bytes; with `distinct_keys` an object that has a key twice is an error.
     Raises ConfigError naming the file when it cannot be read, is larger, a Git LFS pointer or no JSON.
     """
+    text = read_text(path, largest)
+    try:
+        return json.loads(text, object_pairs_hook=_distinct if distinct_keys else None)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{os.fspath(path)} is not valid JSON: {error}") from None
+
+
+def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
+    """The text of a JSON file, or of one with JSON lines, without a byte order mark; otherwise as `read_json`."""
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
             content = file.read(-1 if largest is None else largest + 1)
-        if largest is not None and len(content) > largest:
-            raise ConfigError(f"{name} is larger than {largest >> 20} MiB; that is no configuration file")
-        if content.startswith(LFS_POINTER):
-            raise ConfigError(f"{name} {LFS_REMEDY}")
-        # Of bytes, not of a text: json then finds the encoding, and takes a byte order mark.
-        return json.loads(content, object_pairs_hook=_distinct if distinct_keys else None)
     except OSError as error:
         raise ConfigError(f"{name} {why_unreadable(path, error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from None
+    if largest is not None and len(content) > largest:
+        raise ConfigError(f"{name} is larger than {largest >> 20} MiB; that is no configuration file")
+    if content.startswith(LFS_POINTER):
+        raise ConfigError(f"{name} {LFS_REMEDY}")
+    try:
+        return content.decode(json.detect_encoding(content), "surrogatepass")
+    except UnicodeDecodeError:
+        why = "it is a binary file, or text in another encoding than Unicode"
+        raise ConfigError(f"{name} is not valid JSON: {why}") from None
 
 
 def read_object(

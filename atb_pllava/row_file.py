@@ -3,13 +3,13 @@
 import errno
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import read_json, why_unreadable, write_text
+from atb_pllava.json_file import read_json, read_text, write_text
 
 _SECONDS_BETWEEN_WRITES = 5.0
 
@@ -98,12 +98,9 @@ def read_rows(path: str | os.PathLike[str]) -> Any:
     """What a file of rows holds: the lines of a `.jsonl` as a list, any other file's JSON. Raises as `read_json`."""
     if not is_jsonl(path):
         return read_json(path)
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{os.fspath(path)} {why_unreadable(path, error)}") from None
     rows = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not `splitlines`, which also splits where a string holds a separator that JSON allows in it, such as U+2028.
+    for number, line in enumerate(re.split("\r\n|\r|\n", read_text(path)), start=1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:

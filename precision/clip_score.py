@@ -150,7 +150,7 @@ def clip_score(arguments: argparse.Namespace) -> int:
     if arguments.num_frames < 1:
         raise ConfigError(f"--num_frames is {arguments.num_frames}; it must be at least 1")
     if arguments.output_json is not None:
-        check_writable(arguments.output_json, "--output_json")
+        check_writable(arguments.output_json, "--output_json", arguments.image_info)
     files = {file: read_answers(file) for file in arguments.image_info}
     media = MediaFolder(arguments.dataset_path)
     device = choose_device(arguments.device)
@@ -212,6 +212,8 @@ def score_file(
     """Every item's score or error, and their mean (None when there is no score); what `log` has is not scored again."""
     paths = {name: media.look_up(name) for name in answers}
     keys = {name: _key(name, text, paths[name]) for name, text in answers.items()}
+    if log is not None:
+        log.settle(keys.values())
     kept = set() if log is None else {name for name, key in keys.items() if key in log}
     rows: dict[str, Row] = {}
     with Progress(f"scores of {file}", len(answers), len(kept)) as progress:

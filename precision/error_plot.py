@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from atb_pllava import ConfigError
+from atb_pllava.bench.plot import plot_title
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 SIZE, LEFT, TOP, BOTTOM, GAP = (1200, 560), 70, 60, 70, 40
@@ -33,7 +34,7 @@ def plot_errors(path: Path, sides: Mapping[str, Mapping[str, float]]) -> None:
         draw.line((x, y + 6, x + 24, y + 6), fill=colour, width=3)
         draw.text((x + 30, y), side[:56], fill="black")
     try:
-        image.save(path, "PNG")
+        image.save(path, "PNG", pnginfo=plot_title())
     except OSError as error:
         raise ConfigError(f"{path} could not be written: {error.strerror or error}") from None
 

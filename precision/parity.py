@@ -90,7 +90,7 @@ def parity(arguments: argparse.Namespace) -> int:
     """Compare, print the table, write what was asked for; the exit status."""
     for option in ("output_json", "plot"):
         if getattr(arguments, option) is not None:
-            check_writable(getattr(arguments, option), f"--{option}")
+            check_writable(getattr(arguments, option), f"--{option}", [*arguments.files, *(arguments.media or ())])
     _check_form(arguments)
     arguments.left = arguments.left or DEFAULT_LEFT
     arguments.max_tokens = DEFAULT_TOKENS if arguments.max_tokens is None else arguments.max_tokens

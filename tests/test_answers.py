@@ -105,7 +105,7 @@ def test_every_cut_of_the_file_resumes_to_the_same_rows(tmp_path: Path) -> None:
                 {"text": f"of {name}\n"} for name in names[:complete]]  # fmt: skip
             log.add(Key("new"), {"text": "x"})
         with begun(path) as log:
-            assert log.answered_ids() == {*names[:complete], "new"} and log.row(Key("new")) == {"text": "x"}
+            assert set(log.answered_places()) == {*names[:complete], "new"} and log.row(Key("new")) == {"text": "x"}
 
 
 def test_errors_are_rows_and_are_tried_again(llm: LLM, tmp_path: Path, capsys) -> None:
@@ -139,7 +139,7 @@ def test_an_interrupted_run_keeps_what_was_finished(llm: LLM, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt), begun(tmp_path / "log.jsonl") as log:
         answer_all(llm, keys(*names), stop_at, PARAMS, log)
     with begun(tmp_path / "log.jsonl") as log:
-        assert log.answered_ids() and log.answered_ids() <= set(names[:17])
+        assert set(log.answered_places()) and set(log.answered_places()) <= set(names[:17])
 
 
 def test_an_interrupt_behind_the_write_does_not_hide_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,20 +183,99 @@ def test_a_file_of_another_size_or_time_is_asked_about_again(llm: LLM, tmp_path:
 def test_the_key_of_a_file_a_folder_and_nothing(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
     os.utime(tmp_path / "x", ns=(0, 77))
-    assert key_of("a", tmp_path / "x") == ("a", 5, 77)
+    assert key_of("a", tmp_path / "x") == Key("a", 5, 77)
     (tmp_path / "link").symlink_to(tmp_path / "x")
-    assert key_of("a", tmp_path / "link") == ("a", 5, 77)
-    assert key_of("a", tmp_path / "none") == key_of("a", "") == key_of("a", "a\0b") == ("a", None, None)
+    assert key_of("a", tmp_path / "link") == Key("a", 5, 77)
+    assert key_of("a", tmp_path / "none") == key_of("a", "") == key_of("a", "a\0b") == Key("a")
     folder = tmp_path / "frames"
     folder.mkdir()
     for name in ("00001.jpg", "00002.jpg"):
         (folder / name).write_bytes(b"123")
         os.utime(folder / name, ns=(0, 10))
     os.utime(folder, ns=(0, 5))
-    assert key_of("f", folder) == ("f", 6, 10)
+    assert key_of("f", folder) == Key("f", 6, 10)
     os.utime(folder / "00002.jpg", ns=(0, 11))  # a file written anew does not touch the folder's time
-    assert key_of("f", folder) == ("f", 6, 11)
-    assert keys_of([("1", folder), ("2", folder)], 2) == [("1", 6, 11), ("2", 6, 11)]
+    assert key_of("f", folder) == Key("f", 6, 11)
+    assert keys_of([("1", folder), ("2", folder)], 2) == [Key("1", 6, 11), Key("2", 6, 11)]
+
+
+def test_each_place_has_a_row_of_its_own(tmp_path: Path) -> None:
+    files = [tmp_path / name / "1" for name in "xyz"]
+    for number, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(str(number))
+        os.utime(file, ns=(0, 5))
+    x, y, z = (key_of("1", file) for file in files)
+    assert x == y == z and [key.place for key in (x, y)] == [str(file) for file in files[:2]]
+    with begun(tmp_path / "log.jsonl") as log:
+        log.add(x, {"text": "x"})
+        assert y not in log and log.is_of_another_file(y) and log.row(y) is None
+        log.add(y, {"error": "no", "kind": "media"})
+        assert y not in log and log.row(y) == {"error": "no", "kind": "media"} and log.row(x) == {"text": "x"}
+        log.add(y, {"text": "y"})
+    assert [row["place"] for row in rows_of(tmp_path / "log.jsonl")] == [x.place, y.place, y.place]
+    with begun(tmp_path / "log.jsonl") as log:
+        assert [log.row(key) for key in (x, y, z)] == [{"text": "x"}, {"text": "y"}, None] and len(log) == 2
+        assert log.answered_places() == {"1": {x.place, y.place}}
+        files[0].unlink()
+        files[1].unlink()
+        assert z not in log  # it may be either
+    with begun(tmp_path / "other.jsonl") as log:
+        log.add(x, {"text": "x"})
+        assert log.row(z) == {"text": "x"}  # it was moved there
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_moved_file_keeps_its_answer_for_itself(llm: LLM, tmp_path: Path, known: bool) -> None:
+    def key_at(name: str) -> Key:
+        return key_of("1", tmp_path / name)
+
+    def ask(name: str) -> Row | None:
+        key = key_at(name)
+        with begun(tmp_path / "log.jsonl") as log:
+            answer_all(llm, [key], lambda _: request_of(name), PARAMS, log)
+            return log.row(key)
+
+    (tmp_path / "a").write_text("1")
+    os.utime(tmp_path / "a", ns=(0, 5))
+    key = key_at("a")
+    with begun(tmp_path / "log.jsonl") as log:
+        log.add(key if known else Key("1", key.size, key.mtime_ns), {"text": "of a"})
+    for old, new in (("a", "b"), ("b", "c")):  # moved, and moved again
+        (tmp_path / old).rename(tmp_path / new)
+        assert ask(new) == ask(new) == {"text": "of a"}
+    (tmp_path / "other").write_text("2")
+    os.utime(tmp_path / "other", ns=(0, 5))
+    assert key_at("other") == key_at("c")
+    assert ask("other") == ask("other") != {"text": "of a"}
+    assert ask("c") == {"text": "of a"}
+    assert len(rows_of(tmp_path / "log.jsonl")) == 4  # of a, b, c and other
+
+
+def test_rows_without_a_place_go_on(tmp_path: Path) -> None:
+    (tmp_path / "1").write_text("1")
+    key = key_of("1", tmp_path / "1")
+    with begun(tmp_path / "log.jsonl") as log:
+        log.add(Key("1", key.size, key.mtime_ns), {"text": "old"})
+    with begun(tmp_path / "log.jsonl") as log:
+        assert log.row(key) == {"text": "old"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer"),
+        ('{"log": 1}\r\n'.encode("utf-16"), "line 1 is not UTF-8, as PowerShell"),
+        ('{"log": 1}\n'.encode("utf-16-be"), "line 1 is not UTF-8, as PowerShell"),
+        (b"\0\0\0\x18ftypmp42", "line 1 is not UTF-8"),
+        (b"no end of a line", "line 1 is no row of answers"),
+    ],
+)
+def test_a_file_that_is_no_log_is_named_and_left_alone(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "log.jsonl").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        AnswerLog(tmp_path / "log.jsonl")
+    assert (tmp_path / "log.jsonl").read_bytes() == content
 
 
 # Settings
@@ -340,7 +419,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
         assert Key("2") not in log and log.row(Key("2")) is None
         log.add(Key("3"), {"text": "z"})
     with begun(tmp_path / "log.jsonl") as log:
-        assert log.answered_ids() == {"1", "3"}
+        assert set(log.answered_places()) == {"1", "3"}
 
 
 def test_resuming_20000_rows_takes_seconds(llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -352,7 +431,7 @@ def test_resuming_20000_rows_takes_seconds(llm: LLM, tmp_path: Path, caplog: pyt
     with open(path, "w") as file:
         file.write(json.dumps({"log": 1, "settings": digest, "values": {}}) + "\n")
         for key in asked[:-1]:
-            file.write(json.dumps({**key._asdict(), **rest}) + "\n")
+            file.write(json.dumps({"id": key.id, "size": key.size, "mtime_ns": key.mtime_ns, **rest}) + "\n")
     caplog.set_level(logging.INFO)
     began = time.monotonic()
     with begun(path) as log:

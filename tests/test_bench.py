@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import ConvertOptions, convert_checkpoint
 from atb_pllava.costs import Cost, Costs
 from atb_pllava.errors import BackendError
+from atb_pllava.json_file import check_writable
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from atb_pllava.parallel import TensorParallel
 from atb_pllava.quant import Int8Layers
 from atb_pllava.random_weights import random_int8
+from precision.error_plot import plot_errors
 
 SMALL = PllavaConfig.from_json(raw_config())
 
@@ -370,6 +373,27 @@ def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, mon
     named = bool(arguments) and not arguments[0].startswith("-")
     assert bench(*arguments if named else ["sweep", *arguments]) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [
+    ["sweep", "--shape", "1b", "--csv"], ["sweep", "--shape", "1b", "--host_csv"], ["sweep", "--shape", "1b", "--plot"],
+    ["cache", "--shape", "1b", "--json"], ["video", "--keep"], ["video", "other.mp4", "--json"], ["scaling", "--json"],
+], ids=" ".join)  # fmt: skip
+def test_no_table_replaces_a_medium(command: list[str], media: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip2.mp4", "red.png"):
+        shutil.copy(media / name, name)
+        before = Path(name).read_bytes()
+        assert bench(*command, name) == 2
+        assert f"{command[-1]} '{name}' is a video or image; name another file" in capsys.readouterr().err
+        assert Path(name).read_bytes() == before
+
+
+def test_a_plot_of_an_earlier_run_may_be_replaced(sweep_rows, tmp_path: Path) -> None:
+    plot_sweep(tmp_path / "speed.png", list(sweep_rows), "title")
+    check_writable(str(tmp_path / "speed.png"), "--plot")
+    plot_errors(tmp_path / "errors.png", {"side": {"vision 0": 0.1, "decoder 0": 0.1}})
+    check_writable(str(tmp_path / "errors.png"), "--plot")
 
 
 def test_a_shape_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys) -> None:

@@ -20,6 +20,7 @@ from atb_pllava.json_file import read_json, read_object
 from atb_pllava.llm import LLM
 from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import _sources
+from atb_pllava.row_file import read_rows
 from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.weights import CheckpointError, open_checkpoint
 from precision.clip_score import MediaFolder, OpenClip, read_answers
@@ -172,7 +173,16 @@ def test_a_log_of_answers_that_an_editor_saved_with_a_mark(tmp_path: Path) -> No
         log.add(Key("3"), {"text": "three"})
     with AnswerLog(file) as log:
         log.begin(settings)
-        assert log.answered_ids() == {"1", "2", "3"}
+        assert set(log.answered_places()) == {"1", "2", "3"}
+
+
+@pytest.mark.parametrize("content", [b"\0\0\0\x18ftypmp42\0\0\0\0\xff\xfe", b"\xff\xd8\xff\xe0\0\x10JFIF"])
+def test_a_binary_file_is_named_as_such(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "predict_result.json").write_bytes(content)
+    for read in (read_json, read_rows):
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path / "predict_result.json")
+        assert "predict_result.json is not valid JSON: it is a binary file" in str(caught.value)
 
 
 # Git LFS pointers and half a download

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1] / "atb_pllava"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "requirements": set(),
-    "json_file": {"errors"},
+    "json_file": {"errors", "limits"},
     "directory": {"errors", "limits"},
     "config": {"directory", "errors", "json_file"},
     "sampling": {"errors"},
@@ -85,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"tokenizer", "words", "workers"},
     "row_file": {"errors", "json_file"},
     "progress": {"words"},
-    "answers": {"errors", "engine.request", "llm", "progress", "words"},
+    "answers": {"errors", "engine.request", "json_file", "llm", "progress", "words"},
     "manifest": {"engine.request", "json_file", "llm"},
     "doctor": {"checkpoint", "config", "costs", "doctor", "errors", "host_memory", "memory", "ops", "parallel"}
     | {"published", "quant", "random_weights", "weights", "words"},

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import raw_config, write_checkpoint
+from PIL import Image
 
 from atb_pllava import LLM, ConfigError, SamplingParams
 from atb_pllava.__main__ import main
-from atb_pllava.answers import AnswerLog
+from atb_pllava.answers import AnswerLog, settings_digest
 from atb_pllava.commands import predict as predict_module
 from atb_pllava.commands.model_options import load_model, sampling_params
 from atb_pllava.commands.predict import add_options, given_media
@@ -195,6 +196,87 @@ def test_other_settings_are_refused_before_the_model_is_loaded(capsys, options, 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
+def test_plain_torch_in_place_of_kernels_is_another_setting(capsys, options, clips: Path, tmp_path: Path) -> None:
+    target, log = tmp_path / "out.json", tmp_path / "out.json.answers.jsonl"
+    command = [*options, "--media", clips, "--output_json", target]
+    assert predict(capsys, *command, "--kernels", "native")[0] == 0
+    status, err = predict(capsys, *command, "--kernels", "torch")
+    assert status == 2 and 'kernels: "native" -> "torch"' in err and "loaded" not in err
+    assert json.loads((tmp_path / "out.json.manifest.json").read_text())["kernels"] == "native"
+    header, *rows = map(json.loads, log.read_text().splitlines())  # as the version before wrote it
+    del header["values"]["kernels"]
+    header["settings"] = settings_digest(header["values"])
+    lines = [header, *({**row, "settings": header["settings"]} for row in rows)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, err = predict(capsys, *command, "--kernels", "native")
+    assert status == 0 and asked(err) == "predictions 2/2 were there already"
+
+
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """x/001.bmp and y/001.bmp of one size and time, one black and one white."""
+    for name, color in (("x", "black"), ("y", "white")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 48), color).save(tmp_path / name / "001.bmp")
+        os.utime(tmp_path / name / "001.bmp", ns=(0, 10**18))
+    return tmp_path / "x", tmp_path / "y"
+
+
+def test_a_file_of_another_folder_has_its_own_answer(capsys, checkpoint: Path, tmp_path: Path) -> None:
+    x, y = two_folders(tmp_path)
+    target = tmp_path / "out.json"
+    common = ["--model_path", checkpoint, "--dtype", "float32", "--backend", "cpu", "--prompt", PROMPT,
+              "--max_output_length", 8, "--output_json", target]  # fmt: skip
+    llm = LLM(checkpoint, dtype="float32", backend="cpu")
+    black, white = (llm.chat(folder / "001.bmp", PROMPT, SamplingParams(max_tokens=8)).text for folder in (x, y))
+    assert black != white
+    assert predict(capsys, *common, "--media", x)[0] == 0
+    status, err = predict(capsys, *common, "--media", y)
+    assert status == 0 and "predictions 1/1, " in err and "another size or time" not in err
+    assert err.count("a file of another folder with the same name, size and time: 001.bmp") == 1
+    both = {str(x / "001.bmp"): black, str(y / "001.bmp"): white}
+    assert json.loads(target.read_text()) == both
+    for folder in (x, y, x):  # never asked back and forth
+        status, err = predict(capsys, *common, "--media", folder)
+        assert status == 0 and asked(err) == "predictions 1/1 were there already" and "another folder" not in err
+    assert json.loads(target.read_text()) == both
+
+
+def test_a_folder_that_was_moved_or_is_a_link_goes_on(capsys, options, clips: Path, tmp_path: Path) -> None:
+    command = [*options, "--output_json", tmp_path / "out.json"]
+    assert predict(capsys, *command, "--media", clips)[0] == 0
+    (tmp_path / "link").symlink_to(clips)
+    status, err = predict(capsys, *command, "--media", tmp_path / "link")
+    assert status == 0 and asked(err) == "predictions 2/2 were there already"
+    moved = clips.rename(tmp_path / "moved")
+    status, err = predict(capsys, *command, "--media", moved)
+    assert status == 0 and asked(err) == "predictions 2/2 were there already"
+    shutil.copytree(moved, clips)
+    status, err = predict(capsys, *command, "--media", clips)  # a copy, whose bytes may be others
+    assert status == 0 and asked(err) == "predictions 2/2" and "a file of another folder" in err
+    for folder in (moved, clips):
+        status, err = predict(capsys, *command, "--media", folder)
+        assert status == 0 and asked(err) == "predictions 2/2 were there already"
+
+
+def test_a_path_of_another_working_directory_is_plain(capsys, options, clips: Path, tmp_path, monkeypatch) -> None:
+    target = tmp_path / "out.json"
+    monkeypatch.chdir(clips)
+    assert predict(capsys, *options, "--media", ".", "--output_json", target)[0] == 0
+    assert set(json.loads(target.read_text())) == {"./1.mp4", "./2.mp4"}
+    (tmp_path / "more").mkdir()
+    shutil.copy(clips / "1.mp4", tmp_path / "more" / "3.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert predict(capsys, *options, "--media", "more", "--output_json", target)[0] == 0
+    assert set(json.loads(target.read_text())) == {f"{clips}/1.mp4", f"{clips}/2.mp4", "more/3.mp4"}
+
+
+def test_no_medium_is_replaced_by_results(capsys, options, clips: Path) -> None:
+    before = (clips / "1.mp4").read_bytes()
+    status, err = predict(capsys, *options, "--media", clips / "2.mp4", "--output_json", clips / "1.mp4")
+    assert status == 2 and err == f"error: --output_json '{clips}/1.mp4' is a video or image; name another file\n"
+    assert (clips / "1.mp4").read_bytes() == before and len(list(clips.iterdir())) == 2
+
+
 def test_other_weights_are_refused(capsys, options, clips: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.json"
     assert predict(capsys, *options, "--media", clips, "--output_json", target)[0] == 0
@@ -220,7 +302,8 @@ def test_what_is_known_before_loading_is_part_of_the_settings(checkpoint: Path) 
     add_options(parser)
     given = ["--model_path", str(checkpoint), "--media", "x", "--num_frames", "2", "--pooling_shape", "2-1-1",
              "--sampler", "eval", "--resize", "squash", "--conversation", "eval_mvbench", "--system", "Be brief.",
-             "--dtype", "bfloat16", "--backend", "cpu", "--temperature", "1", "--quiet"]  # fmt: skip
+             "--dtype", "bfloat16", "--backend", "cpu", "--kernels", "torch", "--temperature", "1",
+             "--quiet"]  # fmt: skip
     arguments = parser.parse_args(given)
     params = sampling_params(arguments)
     planned = planned_settings(arguments, params, None)

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import raw_config, write_checkpoint
 
 from atb_pllava import LLM, RequestError, SamplingParams
 from atb_pllava.__main__ import VERBS, main
@@ -368,10 +370,48 @@ def test_a_disk_that_is_full_leaves_whole_rows(tmp_path: Path, monkeypatch, endi
     assert read_rows(tmp_path / f"a.{ending}") == [{"n": 0}, {"n": 1}]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_rows_of_every_unicode(tmp_path: Path, encoding: str) -> None:
+    rows = [{"text": "a\u2028b"}, {"text": "\u732b"}]
+    for end in ("\n", "\r\n"):
+        text = end.join(json.dumps(row, ensure_ascii=False) for row in rows) + end
+        (tmp_path / "a.jsonl").write_bytes(text.encode(encoding))
+        assert read_rows(tmp_path / "a.jsonl") == rows
+
+
+@pytest.mark.parametrize("target", ["1.mp4", "2.MP4", "3.png", "weights.safetensors", "link.json", "frame"])
+def test_neither_media_nor_weights_are_replaced(capsys, options, media: Path, tmp_path: Path, target: str) -> None:
+    shutil.copy(media / "clip2.mp4", tmp_path / "1.mp4")
+    (tmp_path / "link.json").symlink_to(tmp_path / "1.mp4")
+    shutil.copy(media / "red.png", tmp_path / "frame")  # its content says that it is an image
+    for name in ("2.MP4", "3.png", "weights.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    status, out, err = run(capsys, *options, "--output_json", tmp_path / target, "--media", tmp_path / "frame")
+    others = {"weights.safetensors": "a file of weights", "frame": "a file that this command reads"}
+    what = others.get(target, "a video or image")
+    assert status == 2 and out == ""
+    assert err == f"error: --output_json '{tmp_path / target}' is {what}; name another file\n"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "answers.json").write_text("[]")
+    media_and_more = ["--media", tmp_path / "frame", "--max_output_length", 2]
+    assert run(capsys, *options, "--output_json", tmp_path / "answers.json", *media_and_more)[0] == 0
+
+
+def test_the_note_of_a_checkpoint_is_no_small_talk(capsys, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", {**raw_config(), "notice": "knows shapes only"})
+    given = ["--model_path", model, "--backend", "cpu", "--max_output_length", 1]
+    assert run(capsys, *given, "--quiet")[2] == "note: knows shapes only\n"
+    assert run(capsys, *given)[2].count("note: knows shapes only\n") == 1
+
+
 def test_files_of_rows_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"n": 0}\n\n{"n": \n')
     with pytest.raises(ConfigError, match=r"a\.jsonl line 3 is not valid JSON"):
         read_rows(tmp_path / "a.jsonl")
+    (tmp_path / "p.jsonl").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    with pytest.raises(ConfigError, match=r"p\.jsonl is a Git LFS pointer"):
+        read_rows(tmp_path / "p.jsonl")
     with pytest.raises(ConfigError, match=r"b\.jsonl cannot be read"):
         read_rows(tmp_path / "b.jsonl")
     write_rows(tmp_path / "c.json", [])

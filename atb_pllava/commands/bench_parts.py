@@ -271,7 +271,8 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _check_json(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
-        check_writable(arguments.json, "--json")
+        named = [*(getattr(arguments, "media", None) or ()), *filter(None, [getattr(arguments, "file", None)])]
+        check_writable(arguments.json, "--json", named)
 
 
 def _check_number(arguments: argparse.Namespace, name: str, largest: int) -> None:

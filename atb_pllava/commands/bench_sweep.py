@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,9 +55,9 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     benchmark_csv = host_benchmark()
     for option, path in (("--csv", arguments.csv), ("--host_csv", arguments.host_csv), ("--plot", arguments.plot)):
         if path is not None:
-            check_writable(path, option)
+            check_writable(path, option, arguments.media or ())
     if benchmark_csv is not None:
-        _make_folder(benchmark_csv)
+        _make_folder(benchmark_csv, arguments.media or ())
     threads = torch.get_num_threads()  # of all ranks together; each takes its share when the model is loaded
     engine = {"max_batch_size": max(batches), "max_input_length": arguments.max_input_length}
     with open_model(arguments, **engine, max_output_length=arguments.max_output_length) as llm:
@@ -106,10 +107,10 @@ def _batches(arguments: argparse.Namespace) -> list[int]:
     return sizes
 
 
-def _make_folder(path: str) -> None:
+def _make_folder(path: str, media: Sequence[str]) -> None:
     """MindIE's default is in a folder of its own."""
     try:
         os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
     except OSError as error:
         raise ConfigError(f"ATB_LLM_BENCHMARK_FILEPATH {path!r} cannot be written: {error.strerror}") from None
-    check_writable(path, "ATB_LLM_BENCHMARK_FILEPATH")
+    check_writable(path, "ATB_LLM_BENCHMARK_FILEPATH", media)

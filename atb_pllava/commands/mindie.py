@@ -304,7 +304,7 @@ def _run(arguments: argparse.Namespace) -> int:
     }
     for name in ("csv", "output_json"):
         if name in options:
-            check_writable(str(options[name]), f"--{name}")
+            check_writable(str(options[name]), f"--{name}", arguments.media)
     master_port()  # refuses what is no port
     command, variables = runner_command(atb_llm, options, arguments.world_size, os.environ)
     sys.stdout.flush()

@@ -283,10 +283,11 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         workers=workers,
     )
     if not arguments.quiet:
-        frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
         print(_loaded(llm), file=sys.stderr)
-        if llm.config.notice:
-            print(f"note: {llm.config.notice}", file=sys.stderr)
+    if llm.config.notice:  # a warning
+        print(f"note: {llm.config.notice}", file=sys.stderr)
+    if not arguments.quiet:
+        frames, shape = llm.config.num_frames, "-".join(map(str, llm.config.pooling_shape))
         print(
             f"ready after {time.perf_counter() - began:.1f} s: {counted(frames, 'frame')} pooled to {shape} = "
             f"{counted(llm.config.num_video_tokens, 'video token')}",

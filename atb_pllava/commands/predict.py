@@ -80,7 +80,8 @@ def predict(arguments: argparse.Namespace) -> int:
     if isinstance(workers, int):
         return workers
     target, overwrite = arguments.output_json, arguments.overwrite
-    check_writable(target, "--output_json")
+    for path in (target, f"{target}.answers.jsonl", f"{target}.manifest.json"):
+        check_writable(path, "--output_json", arguments.media)
     check_order(arguments)
     params = sampling_params(arguments)
     media = given_media(arguments.media)
@@ -176,7 +177,7 @@ class Results:
             return {}
         here = os.getcwd()
         base = (self._manifest() or {}).get("directory", here)
-        paths = list(self.answers) if base == here else [os.path.join(base, name) for name in self.answers]
+        paths = list(self.answers) if base == here else [str(Path(base, name)) for name in self.answers]
         ours = set(_places([medium.path for medium in media]))
         kept = zip(paths, _places(paths), self.answers.values(), strict=True)
         return {path: text for path, place, text in kept if place not in ours}

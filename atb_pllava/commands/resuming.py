@@ -25,7 +25,7 @@ def add_overwrite_option(group: Any, results: str) -> None:
 def planned_settings(arguments: argparse.Namespace, params: SamplingParams, workers: Workers | None) -> dict[str, Any]:
     """The part of `manifest.settings_of` that is known without loading the model: all but the weights and the LoRA.
 
-    dtype and backend are in it only where the options name them.
+    dtype, backend and kernels are in it only where the options name them.
     """
     options = model_options(arguments)
     config = options.config()
@@ -36,7 +36,10 @@ def planned_settings(arguments: argparse.Namespace, params: SamplingParams, work
         system=arguments.system,
         video_caption=arguments.video_caption,
     )
-    named = {name: getattr(arguments, name) for name in ("dtype", "backend") if getattr(arguments, name) != "auto"}
+    choices = {name: getattr(arguments, name) for name in ("dtype", "backend", "kernels")}
+    named = {name: choice for name, choice in choices.items() if choice != "auto"}
+    if arguments.backend not in ("cpu", "cuda"):
+        named.pop("kernels", None)  # without effect on an NPU, which `auto` may take
     return {
         **named,
         "files": checkpoint_files(options.model_path, options.weight_dir),

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if isinstance(workers, int):
         return workers
     if arguments.output_json is not None:
-        check_writable(arguments.output_json, "--output_json")
+        check_writable(arguments.output_json, "--output_json", arguments.media or ())
     check_order(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
     media = [None] if arguments.media is None else list_media(*arguments.media)

@@ -55,6 +55,7 @@ class AscendBackend:
     """
 
     name = "ascend"
+    kernels = "native"
 
     def __init__(self, rank: int = 0) -> None:
         self._npu = import_torch_npu()

@@ -24,6 +24,8 @@ ELEMENTS_PER_BLOCK = 2**20  # of a dequantised weight: 2 MiB of bfloat16 stay in
 class TorchBackend:
     """See `ops.interface.Backend`. Plain torch runs on any of its devices; `name` is that device's type."""
 
+    kernels = "torch"
+
     def __init__(self, device: str = "cpu") -> None:
         self.name = device
         self.device = torch.device(device)

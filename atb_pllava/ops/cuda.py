@@ -31,6 +31,8 @@ class CudaBackend(TorchBackend):
     Raises BackendError where there is no Triton or it cannot run our kernels here.
     """
 
+    kernels = "native"
+
     def __init__(self, device: str = "cuda", multiprocessors: int | None = None) -> None:
         super().__init__(device)
         self.name = "cuda"

@@ -70,6 +70,7 @@ class Backend(Protocol):
     """The ten functions. Inputs and results are in the model's dtype; sums, norms and softmax are in float32."""
 
     name: str
+    kernels: str  # "torch": plain operators; "native": compiled for this package or by the device's maker
     device: torch.device
 
     def new_kv_cache(

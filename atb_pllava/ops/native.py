@@ -69,6 +69,8 @@ class Panels(PackedWeight):
 class NativeBackend(TorchBackend):
     """See `ops.interface.Backend`; `library` is what `ops.build.load_library` returns."""
 
+    kernels = "native"
+
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__("cpu")
         for name, arguments in _SIGNATURES.items():

@@ -30,7 +30,7 @@ from atb_pllava.commands.model_options import (
 from atb_pllava.commands.parser import Parser
 from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
+from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.tokenizer import Tokenizer
 from atb_pllava.words import counted
 from precision.evaluate import mvbench, videoqa
@@ -119,6 +119,8 @@ def _conversation(arguments: argparse.Namespace) -> str:
 
 def compare_results(arguments: argparse.Namespace) -> int:
     """Print the table of several results, and write it as JSON if wanted."""
+    if arguments.output_json is not None:
+        check_writable(arguments.output_json, "--output_json")
     rows = compare(arguments.results)
     print("\n".join(table(rows)))
     if arguments.output_json is not None:

@@ -27,7 +27,7 @@ import numpy as np
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
+from atb_pllava.json_file import check_writable, write_json
 from atb_pllava.words import counted
 from precision.videobench.dataset import read_answers, read_json, some_of
 from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
@@ -179,6 +179,8 @@ def paired_line(paired: Mapping[str, Any]) -> str:
 
 def test(arguments: argparse.Namespace) -> int:
     """Print the comparison, and write it where --output_json says; the exit status."""
+    if arguments.output_json is not None:
+        check_writable(str(arguments.output_json), "--output_json")
     answers = read_answers(arguments.sampling_answer_path)
     report = (legacy_report if arguments.legacy else full_report)(arguments, answers)
     if arguments.output_json is not None:
