@@ -181,3 +181,10 @@ def test_a_name_that_is_no_file_says_what_to_do(name: str, what: str, monkeypatc
         assert what.replace("HOME", str(tmp_path)) in str(raised.value) and ".3gp" not in str(raised.value)
     (tmp_path / "odd [1]*.mp4").touch()
     assert list_media(tmp_path / "odd [1]*.mp4") == [str(tmp_path / "odd [1]*.mp4")]
+
+
+def test_what_is_no_medium_is_told_all_that_is_accepted(tmp_path: Path) -> None:
+    for name, content in (("README.md", b"# Text"), ("a.png", b"\x89PNG\r\n\x1a\n no more")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(VideoError, match="JPEG, PNG, APNG, WebP, BMP and TIFF$"):
+            read_media(tmp_path / name)

@@ -17,6 +17,17 @@ from atb_pllava.commands.environment import rank
 
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # what argparse takes for a value though it begins with a dash
 
+# What other programs call an option of ours.
+_FOREIGN = {
+    "max_tokens": "--max_output_length",
+    "max_new_tokens": "--max_output_length",
+    "video": "--media",
+    "video_path": "--media",
+    "image": "--media",
+    "question": "--prompt",
+    "tensor_parallel_size": "--world_size",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's, with the habits above."""
@@ -79,6 +90,9 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, name: str, known: Sequence[str]) -> str:
         if self._subparsers is not None:
             return f"; first comes {_alternatives(self._subparsers._group_actions[0])}"
+        foreign = _FOREIGN.get(_plain(name))
+        if foreign in known:
+            return f"; did you mean {foreign}?"
         plain = {_plain(option): option for option in known if option != "-h"}
         matches = difflib.get_close_matches(_plain(name), plain, n=1)
         return f"; did you mean {plain[matches[0]]}?" if matches else ""
