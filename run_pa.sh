@@ -120,7 +120,12 @@ while [ $# -gt 0 ]; do
             passed+=("$1")
             while [ $# -ge 2 ] && [[ $2 != -* ]]; do passed+=("$2"); shift; done
         else
-            passed+=("$1=$2")
+            last="" word="$1=$2"
+            [ ${#passed[@]} -eq 0 ] || last=${passed[-1]}
+            if is_option "$last" && [[ $last != *=* && " $flags " != *" $last "* ]]; then
+                passed+=("$1") word=$2 # the option before lacks its value, and Python's error shows this word
+            fi
+            passed+=("$word")
             shift
         fi ;;
     *) positional+=("$1") ;;

@@ -354,7 +354,10 @@ def test_a_value_may_begin_with_dashes(words, media: Path) -> None:
             found = words("--run", option, text, clip)
             assert found == ["run", TINY, f"--media={clip}", f"{option}={text}"]
     done = script("--run", "--engine", "native", "--prompt", "--what", clip)
-    assert done.returncode == 2 and "--prompt needs a value" in done.stderr and "write --prompt=--what" in done.stderr
+    assert done.returncode == 2 and "--prompt needs a value" in done.stderr
+    assert "write --prompt=--what; see" in done.stderr
+    done = script("--run", "--engine", "native", "--verbos", "--prompt", "what?", clip)
+    assert done.returncode == 2 and "unknown option --verbos; did you mean --verbose?" in done.stderr
 
 
 def test_a_file_that_begins_with_a_dash(words, tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_each_mistake_has_its_remedy(capsys, arguments: list[str], message: str)
     assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+def test_a_file_that_begins_with_a_dash(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-x.mp4", "--x.mp4", "-x"):
+        (tmp_path / name).touch()
+        for words in (["--media", name], ["--media", "a.mp4", name], [name], ["--prompt", name]):
+            status, err = command(capsys, "run", "--model_path", "W", *words)
+            assert status == 2 and f"'{name}' is a file whose name begins with a dash: write ./{name}; see" in err
+
+
 def test_values_that_look_like_options() -> None:
     parser = Parser()
     parser.add_argument("--prompt")
@@ -221,7 +230,7 @@ def test_weights_among_the_media(
     for weights in (str(checkpoint), str(bare)):
         status, err = command(capsys, *verb, "--model_path", str(checkpoint), "--media", clip, clip, weights)
         assert status == 2 and err.count("\n") == 1
-        assert f"{weights} is a checkpoint without videos or images, and --media names it" in err
+        assert f"--media {weights} is a checkpoint without videos or images; a checkpoint is named with" in err
         status, err = command(capsys, *verb, "--model_path", clip, "--media", clip, weights)
         assert status == 2 and f"{weights} is a checkpoint and {clip} is none: they are swapped" in err
     for name in ("config.json", "clip.mp4"):  # a data set with a config.json of its own is no checkpoint

@@ -41,8 +41,8 @@ def check_paths(arguments: argparse.Namespace) -> None:
     for path in checkpoints:
         if not holds_media(path):
             raise ConfigError(
-                f"{path} is a checkpoint without videos or images, and --media names it; a checkpoint is named with "
-                f"--model_path (WEIGHTS, it comes first), and {model} is named there"
+                f"--media {path} is a checkpoint without videos or images; a checkpoint is named with --model_path "
+                "(WEIGHTS, it comes first)"
             )
 
 

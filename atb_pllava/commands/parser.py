@@ -7,6 +7,7 @@ told what is allowed. Options are not abbreviated.
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,8 @@ class Parser(argparse.ArgumentParser):
                 words[place] = name + equals + value
                 room = 0 if equals else _values_of(known[name])
                 taker = name if room else ""
+            elif os.path.lexists(word):
+                self.error(f"{word!r} is a file whose name begins with a dash: write ./{word}")
             elif taker:
                 self.error(f"{taker} needs a value, and {word!r} begins with a dash: write {taker}={word}")
             else:
