@@ -13,17 +13,22 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 
 
 def add_media(parser: Any, default: str | None = None) -> None:
-    """Files and folders, several after one --media or one after each. `default`: what its absence means."""
+    """Files and folders, several after one --media or one after each. `default`: what its absence means.
+
+    MindIE's scripts say --image_path. Where media are optional, it is accepted and --help does not show it.
+    """
+    optional = default is not None
     parser.add_argument(
-        "--media",
-        "--image_path",  # as MindIE's scripts call it
+        *(["--media"] if optional else ["--media", "--image_path"]),
         nargs="+",
         action="extend",
-        required=default is None,
+        required=not optional,
         metavar="PATH",
         help="videos, images, and folders, which are entered with their subfolders; repeatable"
-        + (f" (default: {default})" if default else ""),
+        + (f" (default: {default})" if optional else ""),
     )
+    if optional:
+        parser.add_argument("--image_path", dest="media", nargs="+", action="extend", help=argparse.SUPPRESS)
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
