@@ -53,19 +53,44 @@ endings="3g2|3gp|apng|asf|avi|avif|bmp|divx|f4v|flv|gif|heic|heif|jfif|jpe|jpeg|
 
 is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
 
-# Whether the first of the positional arguments is MEDIA: a file or URL that no checkpoint follows, or, without another
-# path after it, a folder with media and no model in it.
-begins_with_media() {
+# A text such as "--what is it?" is none.
+is_option() { [[ $1 =~ ^--?[A-Za-z][A-Za-z0-9_-]*(=.*)?$ ]]; }
+
+# Whether a folder holds a model, or a part of one. A data set's own config.json names no model_type.
+holds_model() {
+    compgen -G "$1/*.safetensors" >/dev/null || compgen -G "$1/*.safetensors.index.json" >/dev/null ||
+        compgen -G "$1/tokenizer*" >/dev/null || [ -e "$1/adapter_config.json" ] ||
+        grep -qs '"model_type"' "$1/config.json"
+}
+
+# Whether a path is media: a file or URL, or a folder with media and no model in it.
+is_media() {
     if [ -d "$1" ]; then
-        { [ $# -eq 1 ] || is_number "$2"; } && [ ! -e "$1/config.json" ] && ! compgen -G "$1/*.safetensors" >/dev/null &&
-            [ -n "$(find -L "$1" ! -type d 2>/dev/null | grep -Ei -m 1 "\.($endings)\$")" ]
+        ! holds_model "$1" && [ -n "$(find -L "$1" ! -type d 2>/dev/null | grep -Ei -m 1 "\.($endings)\$")" ]
     else
-        [[ ${1,,} =~ ://|\.($endings)$ ]] && [ ! -e "${2:-}/config.json" ]
+        [[ ${1,,} =~ \.($endings)$ ]] || [[ $1 = *://* && ! ${1,,} =~ ^hf://|://(www\.)?(huggingface\.co|hf\.co)/ ]]
     fi
+}
+
+# Whether the first of the positional arguments is MEDIA: such a path, and no model after it. After a folder comes
+# nothing, a number or another path that is there.
+begins_with_media() {
+    local word
+    is_media "$1" || return 1
+    [ ! -d "$1" ] || [ $# -eq 1 ] || is_number "$2" || [ -e "$2" ] || return 1
+    for word in "${@:2}"; do
+        ! holds_model "$word" || return 1
+    done
 }
 
 mode="" engine="" positional=() passed=() extra=()
 while [ $# -gt 0 ]; do
+    if [[ $1 = -* && $1 != -- ]] && ! { is_option "$1" && [[ $1 = --* || ! -e $1 ]]; }; then
+        [ ! -e "$1" ] || refuse "'$1' is a file whose name begins with a dash: write ./$1"
+        positional+=("$1")
+        shift
+        continue
+    fi
     name=${1%%=*}
     plain=${name#--}
     [[ $name != --?* ]] || name=--${plain//-/_}
@@ -77,18 +102,30 @@ while [ $# -gt 0 ]; do
         mode=${name#--} ;;
     --engine)
         [ -z "$engine" ] || refuse "--engine is given twice"
-        if [[ $1 = *=* ]]; then engine=${1#*=}; else engine=${2:-}; [ $# -lt 2 ] || shift; fi
+        if [[ $1 = *=* ]]; then
+            engine=${1#*=}
+        elif [ $# -lt 2 ] || is_option "$2"; then
+            refuse "--engine needs a value: auto, native or mindie"
+        else
+            engine=$2
+            shift
+        fi
         case $engine in auto | native | mindie) ;; *) refuse "--engine is '$engine'; it is auto, native or mindie" ;; esac ;;
     --eng*) refuse "unknown option $1; did you mean --engine?" ;;
     -*)
         # Not ours: it goes to Python, and what follows it is its value where it takes one.
-        if [[ $1 = *=* || " $flags " = *" $name "* || $# -lt 2 || ${2:-} = --* ]]; then
+        if [[ $1 = *=* || " $flags " = *" $name "* || $# -lt 2 || $2 = -- ]] || is_option "$2"; then
             passed+=("$1")
         elif [[ " $lists " = *" $name "* ]]; then
             passed+=("$1")
             while [ $# -ge 2 ] && [[ $2 != -* ]]; do passed+=("$2"); shift; done
         else
-            passed+=("$1=$2")
+            last="" word="$1=$2"
+            [ ${#passed[@]} -eq 0 ] || last=${passed[-1]}
+            if is_option "$last" && [[ $last != *=* && " $flags " != *" $last "* ]]; then
+                passed+=("$1") word=$2 # the option before lacks its value, and Python's error shows this word
+            fi
+            passed+=("$word")
             shift
         fi ;;
     *) positional+=("$1") ;;
@@ -102,9 +139,11 @@ given=("${passed[@]}" "${extra[@]}") engine=${engine:-auto}
 set -- "${positional[@]}"
 options=() weights="" media=()
 if [ $# -gt 0 ] && ! begins_with_media "$@"; then
+    [ -n "$1" ] || refuse "WEIGHTS is empty (an unset variable?)"
     weights=$1
     shift
 fi
+[ $# -eq 0 ] || [ -n "$1" ] || refuse "MEDIA is empty (an unset variable?)"
 while [ $# -gt 0 ] && { [ ${#media[@]} -eq 0 ] || { ! is_number "$1" && [ -e "$1" ]; }; }; do
     media+=("$1")
     shift
@@ -113,6 +152,7 @@ done
 places=(VIDEO_FRAMES MAX_BATCH_SIZE MAX_INPUT_LENGTH MAX_OUTPUT_LENGTH)
 names=(--num_frames --max_batch_size --max_input_length --max_output_length)
 for word in "$@"; do
+    [ -n "$word" ] || refuse "${places[0]} is empty (an unset variable?)"
     is_number "$word" || refuse "${places[0]} is '$word', which is no whole number, and no file has this name (a text with blanks needs quotes)"
     ! named "${names[0]}" "${given[@]}" || refuse "${places[0]} is $word and ${names[0]} is given too; leave one out"
     options+=("${names[0]}=$word")
@@ -166,7 +206,7 @@ if [ "$engine" = auto ]; then
         reason=$("$PYTHON" -m atb_pllava mindie status --model_path "$weights" | sed -n 's/^problem: //p' | head -n 1) || true
         [ -n "$reason" ] || engine=mindie reason="an NPU and the plugin are here"
     fi
-    echo "engine: $engine ($reason)" >&2
+    named --quiet "${given[@]}" || echo "engine: $engine ($reason)" >&2
 fi
 case $engine/$mode in
 mindie/*) verb=(mindie "$mode") ;;

@@ -41,8 +41,6 @@ first. `settle` gives the row to the new place for good, so a third folder does 
 original is still there is asked about again. Rule 2 takes a file for the one that is gone if it has the same id, size
 and time.
 
-Rows of versions before this one have no place, and headers no `kernels`: both count as not recorded, and a run goes on.
-
 Logs of versions before this format have rows without size and time, and no header. A log that may be shared by several
 settings goes on from such rows where there is no file. A log of one set of settings refuses them.
 """
@@ -73,7 +71,6 @@ Row = dict[str, Any]
 FORMAT = 1
 KINDS: dict[type[PllavaError], str] = {VideoError: "media", RequestError: "request", BackendError: "backend"}
 _KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "place", "moved_from")
-_LATER_SETTINGS = ("kernels",)  # which headers of earlier versions do not have
 _SECONDS_BETWEEN_WORDS = 4.0
 _PIECE = 2**14  # bytes read at a time to find the end of a row
 _SHOWN = 60  # characters of a setting that a message repeats
@@ -215,10 +212,7 @@ class AnswerLog:
             )
         part = self._parts[self._last]
         assert part.values is not None  # it has a header
-        if self._last != self._digest(settings):
-            settings = {
-                name: value for name, value in settings.items() if name in part.values or name not in _LATER_SETTINGS
-            }
+        if self._last != settings_digest(settings):
             old = {name: value for name, value in part.values.items() if name in settings or not only}
             check_settings(self.path, old, settings, self.remedy)
 
@@ -232,11 +226,10 @@ class AnswerLog:
         """
         if not (shared or overwrite):
             self.check(settings)
-        digest = settings_digest(settings) if overwrite else self._digest(settings)
+        digest = settings_digest(settings)
         part = self._parts.get(digest)
         if overwrite or part is None or part.values is None or not (shared or digest == self._last):
-            values = settings if part is None or part.values is None else part.values
-            header: Row = {"log": FORMAT, "settings": digest, "values": dict(values)}
+            header: Row = {"log": FORMAT, "settings": digest, "values": dict(settings)}
             if overwrite:
                 header.update(overwrite=True, replaces=replaces)
             self._write_header(header)
@@ -410,12 +403,6 @@ class AnswerLog:
         self._parts[digest].values = header["values"]
         self._last = digest
         self.replaces = header.get("replaces")
-
-    def _digest(self, settings: Mapping[str, Any]) -> str:
-        """The digest of the rows that count for these settings: theirs, or of a header that lacks some."""
-        digest = settings_digest(settings)
-        earlier = settings_digest({name: settings[name] for name in settings if name not in _LATER_SETTINGS})
-        return earlier if digest not in self._parts and earlier in self._parts else digest
 
     def _no_row(self, number: int, line: bytes) -> ConfigError:
         if line.startswith(LFS_POINTER):

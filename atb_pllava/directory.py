@@ -31,7 +31,7 @@ def check_directory(path: str | os.PathLike[str], option: str = "--model_path") 
     if _is_media(name):
         raise ConfigError(
             f"{name!r} is a video or image, not a directory; {option} names a checkpoint directory. To ask the tiny "
-            f"model about a file: bash run_pa.sh --run examples/tiny_pllava {shlex.quote(name)}"
+            f"model about a file: bash run_pa.sh --run {shlex.quote(name)}"
         )
     if hub is not None and ("://" in name or not os.path.isdir(hub[1])):
         raise ConfigError(
@@ -55,11 +55,10 @@ def check_has_config(directory: Path, option: str = "--model_path") -> Path:
             f"its base model as {option}. Where only one directory is taken, merge the two first: "
             "convert_quant_weights.sh -src BASE -weight_dir ADAPTER"
         )
-    elif _holds_media(directory):
+    elif holds_media(directory):
         missing = (
             f"{directory} holds videos or images and no config.json; {option} names a checkpoint directory, which "
-            f"comes before the media. To ask the tiny model: bash run_pa.sh --run examples/tiny_pllava "
-            f"{shlex.quote(str(directory))}"
+            f"comes before the media. To ask the tiny model: bash run_pa.sh --run {shlex.quote(str(directory))}"
         )
     raise ConfigError(missing)
 
@@ -88,6 +87,7 @@ def _is_media(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_ENDINGS | VIDEO_ENDINGS and not os.path.isdir(name)
 
 
-def _holds_media(directory: Path) -> bool:
+def holds_media(directory: str | os.PathLike[str]) -> bool:
+    """Whether a file of the folder or of its first subfolders has the ending of a video or image."""
     folders = islice(os.walk(directory), _FOLDERS_SEARCHED)
     return any(_is_media(file) for _, _, files in folders for file in files if not file.startswith("."))

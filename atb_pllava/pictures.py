@@ -31,7 +31,7 @@ def open_picture(file: BinaryIO, name: str, limits: MediaLimits) -> Iterator[Ima
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, struct.error):
         raise VideoError(
             f"{name}: cannot be read as an image; it is another kind of file, truncated or damaged. "
-            "Accepted are JPEG, PNG, WebP, BMP and TIFF"
+            "Accepted are JPEG, PNG, APNG, WebP, BMP and TIFF"
         ) from None
 
 

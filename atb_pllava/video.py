@@ -302,7 +302,8 @@ def _not_a_video(reading: _Reading) -> VideoError:
         return VideoError(f"{reading.name}: holds an image, not a video; give it where images are accepted")
     return VideoError(
         f"{reading.name}: cannot be read as a video; it is another kind of file, truncated or damaged. "
-        "Accepted are mp4, mov, mkv, webm, avi, wmv, gif, ts, mpg, flv and ogv"
+        "Accepted are mp4, mov, mkv, webm, avi, wmv, gif, ts, mpg, flv and ogv, and as images JPEG, PNG, APNG, WebP, "
+        "BMP and TIFF"
     )
 
 

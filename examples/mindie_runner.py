@@ -33,6 +33,16 @@ from typing import Any
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt while torch is imported would be a page of traceback
 
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Started by `python -m atb_pllava mindie`; see its --help.")
+    parser.add_argument("--options", required=True, help="all options as a JSON object")
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # without MindIE too
+    _parser().parse_args()
+
 import torch
 
 try:
@@ -264,9 +274,7 @@ def tell(text: str) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Started by `python -m atb_pllava mindie`; see its --help.")
-    parser.add_argument("--options", required=True, help="all options as a JSON object")
-    return argparse.Namespace(**json.loads(parser.parse_args(argv).options))
+    return argparse.Namespace(**json.loads(_parser().parse_args(argv).options))
 
 
 if __name__ == "__main__":

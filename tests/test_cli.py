@@ -99,6 +99,7 @@ def test_one_bad_file_among_good_ones(capsys, options, media: Path, tmp_path: Pa
         (["--prompt", "half a \udcff pair"], "not Unicode text"),
         (["--media_limit", "max_size=3"], "max_bytes"),
         (["--media_limit", "max_side=-3"], "max_side=-3"),
+        (["--media_limit", "max_side=100", "--media_limit", "max_side=1000"], "max_side is given twice, 100 and 1000"),
         (["--no_such_option"], "unknown option --no_such_option"),
     ],
 )
@@ -208,7 +209,17 @@ def test_the_script_keeps_the_users_environment(tmp_path: Path) -> None:
         (["--run", *"abcdefg"], "surplus argument 'g'"),
         (["--run", "--engine", "cuda"], "it is auto, native or mindie"),
         (["--run", "--engin", "native"], "unknown option --engin; did you mean --engine?"),
-        (["--run", "--engine"], "--engine is ''"),
+        (["--run", "--engine"], "--engine needs a value: auto, native or mindie"),
+        (["--engine", "--run"], "--engine needs a value: auto, native or mindie"),
+        (["--run", ""], "WEIGHTS is empty (an unset variable?)"),
+        (["--run", "", "C"], "WEIGHTS is empty"),
+        (["--precision", "", ""], "WEIGHTS is empty"),
+        (["--performance", ""], "WEIGHTS is empty"),
+        (["--run", "W", ""], "MEDIA is empty"),
+        (["--run", "W", "M", ""], "VIDEO_FRAMES is empty"),
+        (["--run", "a.mp4", "", "8"], "VIDEO_FRAMES is empty"),
+        (["--run", "W", "M", "8", "2", "", "5"], "MAX_INPUT_LENGTH is empty"),
+        (["--run", "W", "M", "-5"], "VIDEO_FRAMES is '-5', which is no whole number"),
         (["--run", "--engine", "native", "--engine=mindie"], "--engine is given twice"),
         (["--run", "--precision"], "two modes given, --run and --precision"),
         (["--run", "W", "M", "x"], "VIDEO_FRAMES is 'x', which is no whole number, and no file has this name"),
@@ -236,6 +247,8 @@ def test_the_script_says_which_engine_runs(checkpoint: Path, tmp_path: Path) -> 
     for mode, native in (("run", "run"), ("precision", "predict"), ("performance", "bench sweep")):
         done = script(f"--{mode}", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
         assert done.stdout == f"ARGS -m atb_pllava {native} {arguments}\n" and "engine: native (no NPU" in done.stderr
+        done = script(f"--{mode}", "--quiet", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
+        assert done.stdout.endswith(" --quiet\n") and done.stderr == ""
         done = script(f"--{mode}", "--engine", "native", "W", "M", ATB_PLLAVA_PYTHON=str(fake))
         assert done.stdout == f"ARGS -m atb_pllava {native} {arguments}\n" and done.stderr == ""
     for mode in ("run", "precision", "performance"):
@@ -297,6 +310,66 @@ def test_a_glob_is_several_media(words, media: Path, tmp_path: Path) -> None:
     assert words("--run", "W", "M", 3, 2, 500, 5) == ["run", "--model_path=W", "--media=M", *numbers]
     status = script("--run", "W", clips[0], media / "gone.mp4")
     assert status.returncode == 2 and "gone.mp4', which is no whole number, and no file has this name" in status.stderr
+
+
+def test_a_glob_may_begin_with_a_folder(words, media: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "A.MP4").touch()
+    (tmp_path / "x" / "config.json").write_text('{"fps": 3}')  # a data set's own
+    clip = str(media / "clip2.mp4")
+    assert words("--run", "x") == ["run", TINY, "--media=x"]
+    for several in (["x", "y"], ["x", clip], [clip, "x"], ["x", "y", clip]):
+        assert words("--run", *several, 8) == ["run", TINY, "--media", *several, "--num_frames=8"]
+    for before in (["x"], ["x", "y"], [clip, clip], [clip, "x"]):  # swapped, which Python says
+        found = words("--run", *before, checkpoint)
+        assert found[:2] == ["run", f"--model_path={before[0]}"] and str(checkpoint) in found[-1]
+    # A part of a model is one, though there are pictures beside it.
+    for part in ("tokenizer.json", "adapter_config.json", "model.safetensors.index.json"):
+        (tmp_path / "y" / part).touch()
+        assert words("--run", "y", clip) == ["run", "--model_path=y", f"--media={clip}"]
+        (tmp_path / "y" / part).unlink()
+    (tmp_path / "y" / "config.json").write_text('{"model_type": "llama"}')
+    assert words("--run", "y", "x") == ["run", "--model_path=y", "--media=x"]
+
+
+def test_an_address_of_the_hub_is_weights(words) -> None:
+    for name in ("https://huggingface.co/a/b", "http://www.huggingface.co/a/b", "https://hf.co/a/b", "hf://a/b"):
+        assert words("--run", name, "c.mp4") == ["run", f"--model_path={name}", "--media=c.mp4"]
+        assert words("--run", name) == ["run", f"--model_path={name}", VIDEOS]
+    file = "https://huggingface.co/datasets/a/b/resolve/main/c.mp4"
+    assert words("--run", file) == ["run", TINY, f"--media={file}"]
+
+
+def test_the_hubs_command_through_the_script(media: Path) -> None:
+    done = script("--run", "--engine", "native", "https://huggingface.co/ermu2001/pllava-7b", media / "clip2.mp4")
+    assert done.returncode == 2 and "`hf download ermu2001/pllava-7b --local-dir pllava-7b`" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_value_may_begin_with_dashes(words, media: Path) -> None:
+    clip = str(media / "clip2.mp4")
+    for text in ("--what is it?", "-- what?", "-what is it?", "--what's", "--run it", "-5.5", "--é"):
+        for option in ("--prompt", "--system"):
+            found = words("--run", option, text, clip)
+            assert found == ["run", TINY, f"--media={clip}", f"{option}={text}"]
+    done = script("--run", "--engine", "native", "--prompt", "--what", clip)
+    assert done.returncode == 2 and "--prompt needs a value" in done.stderr
+    assert "write --prompt=--what; see" in done.stderr
+    done = script("--run", "--engine", "native", "--verbos", "--prompt", "what?", clip)
+    assert done.returncode == 2 and "unknown option --verbos; did you mean --verbose?" in done.stderr
+
+
+def test_a_file_that_begins_with_a_dash(words, tmp_path: Path) -> None:
+    names = ("-dash.mp4", "--dash.mp4", "-a b.mp4", "-folder")
+    for name in names:
+        (tmp_path / name).touch()
+        for before in ([], ["--media"], ["W"], ["a.mp4"]):
+            done = script("--run", *before, name)
+            assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+            assert f"'{name}' is a file whose name begins with a dash: write ./{name}; see" in done.stderr
+        assert words("--run", "W", f"./{name}") == ["run", "--model_path=W", f"--media=./{name}"]
+    assert words("--run", "-gone.mp4") == ["run", TINY, "--media=-gone.mp4"]
 
 
 def test_options_of_python_need_no_dashes_before_them(words) -> None:

@@ -50,13 +50,13 @@ def test_other_paths_look_like_no_hub_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_media_given_for_weights_are_recognised(tmp_path: Path, media: Path) -> None:
-    help_line = "bash run_pa.sh --run examples/tiny_pllava"
+    help_line = "bash run_pa.sh --run"
     with pytest.raises(ConfigError, match="clip2.mp4' is a video or image, not a directory") as caught:
         LLM(media / "clip2.mp4")
     assert f"{help_line} {media / 'clip2.mp4'}" in str(caught.value)
     with pytest.raises(ConfigError, match="'gone.MOV' is a video or image"):
         LLM("gone.MOV")
-    with pytest.raises(ConfigError, match="'a b.png' is a video.*tiny_pllava 'a b.png'"):
+    with pytest.raises(ConfigError, match="'a b.png' is a video.*run_pa.sh --run 'a b.png'"):
         LLM("a b.png")
     nested = tmp_path / "tree" / "day 1"
     nested.mkdir(parents=True)

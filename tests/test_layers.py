@@ -96,7 +96,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"errors", "engine.request", "limits", "llm", "requirements"},
     "commands": {"config", "engine.request", "errors", "limits", "llm", "loading", "media", "ops", "pixels", "prompt"}
     | {"answers", "bench", "commands", "convert", "json_file", "manifest", "mindie", "progress", "quant", "sampling"}
-    | {"doctor", "engine.progress", "memory", "requirements", "row_file", "tokenizer", "words", "workers"},
+    | {"doctor", "directory", "engine.progress", "memory", "requirements", "row_file", "tokenizer", "words", "workers"},
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}

@@ -193,3 +193,10 @@ def test_media_that_are_not_read_are_named(tmp_path: Path) -> None:
     for name in refused:
         with pytest.raises(VideoError, match=f"{name}: cannot be read as a video; it is another kind of file"):
             read_media(tmp_path / name)
+
+
+def test_what_is_no_medium_is_told_all_that_is_accepted(tmp_path: Path) -> None:
+    for name, content in (("README.md", b"# Text"), ("a.png", b"\x89PNG\r\n\x1a\n no more")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(VideoError, match="JPEG, PNG, APNG, WebP, BMP and TIFF$"):
+            read_media(tmp_path / name)

@@ -158,12 +158,24 @@ def test_scripts_share_the_habits(name: str) -> None:
         (["run", "--model_path", "W", "--promt", "x"], "unknown option --promt; did you mean --prompt? See"),
         (["run", "--model_path", "W", "--dtype", "fp16"], "is 'fp16'; it must be auto, float32, bfloat16 or float16"),
         (["run", "--model_pa", "W"], "unknown option --model_pa; did you mean --model_path?"),
+        (["run", "--max_tokens", "3"], "unknown option --max_tokens; did you mean --max_output_length? See"),
+        (["predict", "--max-new-tokens=3"], "unknown option --max-new-tokens; did you mean --max_output_length?"),
+        (["bench", "sweep", "--video", "a.mp4"], "unknown option --video; did you mean --media?"),
         (["doctor", "now"], "surplus argument 'now'"),
     ],
 )
 def test_each_mistake_has_its_remedy(capsys, arguments: list[str], message: str) -> None:
     status, err = command(capsys, *arguments)
     assert status == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_file_that_begins_with_a_dash(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-x.mp4", "--x.mp4", "-x"):
+        (tmp_path / name).touch()
+        for words in (["--media", name], ["--media", "a.mp4", name], [name], ["--prompt", name]):
+            status, err = command(capsys, "run", "--model_path", "W", *words)
+            assert status == 2 and f"'{name}' is a file whose name begins with a dash: write ./{name}; see" in err
 
 
 def test_values_that_look_like_options() -> None:
@@ -192,6 +204,9 @@ def test_media_is_taken_from_all_places(capsys, checkpoint: Path, media: Path, t
     assert main(["run", *small, "--media", clip, image, "--media", other, "--media", clip]) == 0
     shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert shown == [clip, image, other]
+    assert main(["run", *small, "--image-path", clip, "--media", image]) == 0
+    shown = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert shown == [clip, image]
     assert main(["predict", *small, "--media", clip, "--image_path", image, "--output_json", f"{tmp_path}/o.json"]) == 0
     assert image in (tmp_path / "o.json").read_text() and clip in (tmp_path / "o.json").read_text()
 
@@ -201,6 +216,50 @@ def test_swapped_weights_and_media(capsys, checkpoint: Path, media: Path, verb: 
     status, err = command(capsys, *verb, "--model_path", str(media), "--media", str(checkpoint))
     assert status == 2 and f"{checkpoint} is a checkpoint and {media} is none: they are swapped" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [["run"], ["predict"], ["bench", "sweep"], ["bench", "cache"]])
+def test_weights_among_the_media(
+    capsys, monkeypatch, checkpoint: Path, media: Path, tmp_path: Path, verb: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clip = str(media / "clip2.mp4")
+    bare = tmp_path / "bare"  # weights whose config.json is missing
+    bare.mkdir()
+    (bare / "model.safetensors").touch()
+    for weights in (str(checkpoint), str(bare)):
+        status, err = command(capsys, *verb, "--model_path", str(checkpoint), "--media", clip, clip, weights)
+        assert status == 2 and err.count("\n") == 1
+        assert f"--media {weights} is a checkpoint without videos or images; a checkpoint is named with" in err
+        status, err = command(capsys, *verb, "--model_path", clip, "--media", clip, weights)
+        assert status == 2 and f"{weights} is a checkpoint and {clip} is none: they are swapped" in err
+    for name in ("config.json", "clip.mp4"):  # a data set with a config.json of its own is no checkpoint
+        data = tmp_path / "data"
+        data.mkdir(exist_ok=True)
+        (data / name).write_text('{"fps": 3}')
+        status, err = command(capsys, *verb, "--model_path", "gone", "--media", str(data))
+        assert status == 2 and err.startswith("error: 'gone' is not a readable directory") and err.count("\n") == 1
+    status, err = command(capsys, *verb, "--model_path", str(data), "--media", str(checkpoint))
+    assert status == 2 and f"{checkpoint} is a checkpoint and {data} is none: they are swapped" in err
+
+
+@pytest.mark.parametrize("verb", [["run"], ["predict"], ["bench", "sweep"], ["bench", "cache"]])
+def test_the_model_is_looked_at_before_the_media(capsys, monkeypatch, checkpoint: Path, tmp_path, verb) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for model, said in (
+        (["nomodel"], "'nomodel' is not a readable directory; --model_path names"),
+        (["empty"], "empty/config.json does not exist"),
+        ([str(checkpoint), "--weight_dir", "nolora"], "'nolora' is not a readable directory; --weight_dir names"),
+    ):
+        status, err = command(capsys, *verb, "--media", "nomedia", "--model_path", *model)
+        assert status == 2 and err.startswith(f"error: {said}") and err.count("\n") == 1
+
+
+def test_help_that_needs_nothing() -> None:
+    for words in (["bash", "tests/ascend/run.sh", "--help"], [sys.executable, "examples/mindie_runner.py", "--help"]):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.startswith("usage: ") and done.stderr == ""
 
 
 def test_the_script_knows_the_options_and_endings(monkeypatch) -> None:

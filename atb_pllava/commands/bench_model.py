@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.bench.shapes import SHAPES, made_up_words, write_shape
-from atb_pllava.commands.media_option import add_media, check_order
+from atb_pllava.commands.media_option import add_media, check_paths
 from atb_pllava.commands.model_options import add_model_options, add_prompt_options, join_torchrun, load_model
 from atb_pllava.commands.question import question
 from atb_pllava.commands.run import DEFAULT_PROMPT
@@ -72,12 +72,12 @@ def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
         raise ConfigError("a benchmark needs one model: --model_path DIR, or --shape for random weights")
     if media and arguments.model_path is not None and arguments.media is None:
         raise ConfigError("--model_path needs --media: the videos to ask about")
-    check_order(arguments)
     if arguments.model_path is not None and arguments.w8a16:
         raise ConfigError("--w8a16 goes with --shape; a checkpoint has the weights it has (`convert` makes int8 ones)")
     for name in _WITHOUT_SHAPE:
         if arguments.shape is not None and getattr(arguments, name, None) is not None:
             raise ConfigError(f"--{name} goes with --model_path; --shape makes its own weights, frames and prompts")
+    check_paths(arguments)
 
 
 @contextmanager

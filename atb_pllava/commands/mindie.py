@@ -9,7 +9,7 @@ from pathlib import Path
 from atb_pllava.commands.doctor import add_options as add_options_of_doctor
 from atb_pllava.commands.doctor import doctor
 from atb_pllava.commands.environment import master_port
-from atb_pllava.commands.media_option import add_media, check_order
+from atb_pllava.commands.media_option import add_media, check_paths
 from atb_pllava.commands.question import question
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.json_file import check_writable, write_json
@@ -279,7 +279,7 @@ def _run(arguments: argparse.Namespace) -> int:
     found = find_registrations(atb_llm, site_directories(arguments.site))
     if atb_llm is None or not found or any(r.problem for r in found):
         raise ConfigError("the plugin is not registered with MindIE; `python -m atb_pllava mindie status` says what is")
-    check_order(arguments)
+    check_paths(arguments)
     config = read_host_model(arguments.model_path, arguments.world_size)
     config = config.with_video(arguments.num_frames)
     for name in ("max_batch_size", "max_input_length", "max_output_length", "world_size"):

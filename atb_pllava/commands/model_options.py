@@ -326,6 +326,8 @@ def _limits(changes: Sequence[str]) -> MediaLimits:
     values: dict[str, Any] = {}
     for change in changes:
         name, _, number = change.partition("=")
+        if name in values:
+            raise ConfigError(f"--media_limit {name} is given twice, {values[name]:g} and {number}; give it once")
         try:
             values[name] = {int: int, float: float, "int": int, "float": float}[fields[name]](number)
             if not values[name] > 0:

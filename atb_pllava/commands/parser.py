@@ -7,6 +7,7 @@ told what is allowed. Options are not abbreviated.
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,17 @@ from typing import Any, NoReturn
 from atb_pllava.commands.environment import rank
 
 _NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # what argparse takes for a value though it begins with a dash
+
+# What other programs call an option of ours.
+_FOREIGN = {
+    "max_tokens": "--max_output_length",
+    "max_new_tokens": "--max_output_length",
+    "video": "--media",
+    "video_path": "--media",
+    "image": "--media",
+    "question": "--prompt",
+    "tensor_parallel_size": "--world_size",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,6 +79,8 @@ class Parser(argparse.ArgumentParser):
                 words[place] = name + equals + value
                 room = 0 if equals else _values_of(known[name])
                 taker = name if room else ""
+            elif os.path.lexists(word):
+                self.error(f"{word!r} is a file whose name begins with a dash: write ./{word}")
             elif taker:
                 self.error(f"{taker} needs a value, and {word!r} begins with a dash: write {taker}={word}")
             else:
@@ -79,6 +93,9 @@ class Parser(argparse.ArgumentParser):
     def _nearest(self, name: str, known: Sequence[str]) -> str:
         if self._subparsers is not None:
             return f"; first comes {_alternatives(self._subparsers._group_actions[0])}"
+        foreign = _FOREIGN.get(_plain(name))
+        if foreign in known:
+            return f"; did you mean {foreign}?"
         plain = {_plain(option): option for option in known if option != "-h"}
         matches = difflib.get_close_matches(_plain(name), plain, n=1)
         return f"; did you mean {plain[matches[0]]}?" if matches else ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atb_pllava.answers import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
-from atb_pllava.commands.media_option import add_media, check_order
+from atb_pllava.commands.media_option import add_media, check_paths
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `predict`."""
     add_model_options(parser)
     group = parser.add_argument_group("input")
-    add_media(group, also=["--image_path"])
+    add_media(group)
     group.add_argument(
         "--prompt", type=question, default=DEFAULT_PROMPT, metavar="TEXT", help=f"question (default {DEFAULT_PROMPT!r})"
     )
@@ -82,7 +82,7 @@ def predict(arguments: argparse.Namespace) -> int:
     target, overwrite = arguments.output_json, arguments.overwrite
     for path in (target, f"{target}.answers.jsonl", f"{target}.manifest.json"):
         check_writable(path, "--output_json", arguments.media)
-    check_order(arguments)
+    check_paths(arguments)
     params = sampling_params(arguments)
     media = given_media(arguments.media)
     with AnswerLog(f"{target}.answers.jsonl", REMEDY) as log:

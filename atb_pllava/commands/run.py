@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from atb_pllava.commands.media_option import add_media, check_order
+from atb_pllava.commands.media_option import add_media, check_paths
 from atb_pllava.commands.model_options import (
     add_engine_options,
     add_model_options,
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         return workers
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json", arguments.media or ())
-    check_order(arguments)
+    check_paths(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
     media = [None] if arguments.media is None else list_media(*arguments.media)
     if arguments.logprobs is not None and (arguments.output_json is None or arguments.logprobs < 1):

@@ -4,6 +4,13 @@
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+case ${1:-} in
+-h | --help)
+    echo "usage: bash tests/ascend/run.sh PYTHON [pytest arguments]"
+    echo "Tests the Ascend backend on the real torch_npu, without an NPU. PYTHON has the packages of"
+    echo "requirements_pllava.txt and tests/requirements.txt."
+    exit 0 ;;
+esac
 python=${1:?name a Python that has the packages of requirements_pllava.txt and tests/requirements.txt}
 shift
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0 # torch would load torch_npu by itself, before its libraries are there
