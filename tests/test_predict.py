@@ -17,7 +17,7 @@ from PIL import Image
 
 from atb_pllava import LLM, ConfigError, SamplingParams
 from atb_pllava.__main__ import main
-from atb_pllava.answers import AnswerLog, settings_digest
+from atb_pllava.answers import AnswerLog
 from atb_pllava.commands import predict as predict_module
 from atb_pllava.commands.model_options import load_model, sampling_params
 from atb_pllava.commands.predict import add_options, given_media
