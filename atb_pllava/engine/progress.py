@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from atb_pllava.words import counted
+from atb_pllava.words import counted, duration
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class Activity:
         left = 0.0 if self.seconds_left is None else self.seconds_left - spent
         line = f"{self.request}: {self.doing}"
         if left >= 1:
-            line += f", {self.how_sure} {_duration(left)} left"
+            line += f", {self.how_sure} {duration(left)} left"
         elif spent >= SECONDS_BETWEEN_LINES:
-            line += f", for {_duration(spent)} so far"
+            line += f", for {duration(spent)} so far"
         if self.answers:
             line += f"; {counted(self.answers, 'answer')} being written"
             if tokens_per_second > 0:
@@ -98,9 +98,3 @@ class Progress:
             said = now
             tokens = self.tokens
             last = activity
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
