@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "host_memory", "ops", "quant"},
     "parallel": {"errors", "config"},
     "model": {"errors", "config", "ops.interface", "parallel", "quant", "model"},
-    "adapter": {"config", "errors"},
+    "adapter": {"errors", "json_file"},
     "checkpoint": {"errors", "config", "json_file", "quant", "words"},
     "description": {"checkpoint", "config", "errors", "quant"},
     "weights": {"adapter", "checkpoint", "config", "description", "parallel", "quant"},
