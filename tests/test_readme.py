@@ -9,6 +9,11 @@ from pathlib import Path
 from atb_pllava.__main__ import VERBS, main
 from atb_pllava.commands.bench import KINDS
 from atb_pllava.commands.mindie import ACTIONS
+from atb_pllava.config import PllavaConfig
+from atb_pllava.memory import memory_need, published_bytes
+from atb_pllava.published import LORA_RANK, PUBLISHED
+from atb_pllava.quant import Int8Layers
+from atb_pllava.random_weights import random_int8
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +77,17 @@ def test_the_shown_answers_are_the_real_ones(tmp_path: Path) -> None:
     converted = str(tmp_path / "tiny_w8a16")
     run("convert_quant_weights.sh", "-src", "examples/tiny_pllava", "-dst", converted, "-type", "pllava_w8a16")
     assert dialogue(run("run_pa.sh", "--run", converted, "examples/videos", *describe)) == dialogue(int8)
+
+
+def test_the_memory_of_real_weights_is_what_the_package_computes() -> None:
+    for size, sizes in PUBLISHED.items():
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| `hf download ermu2001/pllava-{size} ")]
+        model = PllavaConfig.from_json(sizes)
+        floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), random_int8(model)))
+        numbers = [(floats.least, int8.least), (floats.default, int8.default)]
+        cells = [f"{published_bytes(model, LORA_RANK) / 1e9:.1f} GB"]
+        cells += [f"{one / 1e9:.1f} / {other / 1e9:.1f} GB" for one, other in numbers]
+        assert [cell.strip() for cell in row.split("|")[2:5]] == cells
 
 
 def run(script: str, *arguments: str) -> str:
