@@ -60,9 +60,10 @@ from typing import Any
 
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError
-from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY
+from atb_pllava.json_file import LFS_REMEDY
+from atb_pllava.limits import LFS_POINTER
 from atb_pllava.llm import LLM
-from atb_pllava.progress import Progress as Progress
+from atb_pllava.progress import Progress
 from atb_pllava.words import counted
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, WeightError
-from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY, why_unreadable
+from atb_pllava.json_file import LFS_REMEDY, why_unreadable
+from atb_pllava.limits import LFS_POINTER
 from atb_pllava.quant import Int8Layers
 from atb_pllava.words import counted
 

@@ -300,9 +300,9 @@ def check_pooling_shape(shape: object) -> tuple[int, int, int]:
     return (sizes[0], sizes[1], sizes[2])
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], distinct_keys: bool = False) -> dict[str, Any]:
     """The JSON object in a small file of a checkpoint directory. Raises ConfigError as `json_file.read_json` does."""
-    return read_object(path, largest=_MAX_JSON_BYTES)
+    return read_object(path, _MAX_JSON_BYTES, distinct_keys)
 
 
 def _image_settings(directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -30,7 +30,8 @@ from atb_pllava.config import PllavaConfig, PreprocessorConfig, check_choice, re
 from atb_pllava.description import DESCRIPTION, DESCRIPTIONS, companions, describe
 from atb_pllava.directory import config_directory
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
-from atb_pllava.json_file import LFS_POINTER, LFS_REMEDY
+from atb_pllava.json_file import LFS_REMEDY
+from atb_pllava.limits import LFS_POINTER
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.msmodelslim_quantizer import MsModelSlim
 from atb_pllava.ops.cpu import TorchBackend
@@ -169,10 +170,10 @@ def _check_rest(src: Path, config: PllavaConfig, copies: Mapping[str, Path]) -> 
         raise ConfigError(f"{src / 'tokenizer.json'} has no token {turn_end}, which ends the answers of this model")
     PreprocessorConfig.from_dir(src, config.vision.image_size)
     for file in copies.values():
-        if _content(file).startswith(LFS_POINTER):
-            raise ConfigError(f"{file} {LFS_REMEDY}")
         if file.suffix == ".json":
             json_file.read_json(file)
+        elif _content(file).startswith(LFS_POINTER):
+            raise ConfigError(f"{file} {LFS_REMEDY}")
 
 
 def _with_rest_of_clip(checkpoint: Checkpoint, config: PllavaConfig, options: ConvertOptions) -> LoadPlan:

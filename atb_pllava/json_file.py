@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
-from atb_pllava.limits import IMAGE_ENDINGS, VIDEO_ENDINGS
+from atb_pllava.limits import IMAGE_ENDINGS, LFS_POINTER, VIDEO_ENDINGS
 
 PLOT_TITLE = "atb_pllava plot"  # in the PNG files that are drawn here, which a later run may replace
 WEIGHT_ENDINGS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".gguf"])
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 LFS_REMEDY = (
     "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download the directory again"
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava import __version__
+from atb_pllava.directory import config_directory
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.json_file import write_json
 from atb_pllava.llm import LLM
@@ -64,8 +65,8 @@ def checkpoint_files(
     model_path: str | os.PathLike[str], weight_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, str]:
     """Names to digests, 16 hexadecimal digits, of the small files in a checkpoint that decide what a model answers."""
-    described = model_path if weight_dir is None else weight_dir
-    paths = [Path(described) / name for name in CONFIG_FILES] + [Path(model_path) / name for name in MODEL_FILES]
+    described, _ = config_directory(model_path, weight_dir)
+    paths = [described / name for name in CONFIG_FILES] + [Path(model_path) / name for name in MODEL_FILES]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path.is_file()}
 
 

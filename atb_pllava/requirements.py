@@ -19,7 +19,7 @@ REQUIRED = {
     "av": "av",
     "PIL": "pillow",
 }
-_CLONE = Path(__file__).resolve().parents[1]
+CLONE = Path(__file__).resolve().parents[1]
 
 
 def require_packages(*more: str) -> None:
@@ -36,19 +36,19 @@ def require_packages(*more: str) -> None:
 def missing_package(name: str) -> str:
     """The sentence about a package that this Python cannot import."""
     missing = f"{REQUIRED.get(name, name)} is missing in {sys.executable}"
-    activate = _CLONE / ".venv" / "bin" / "activate"
+    activate = CLONE / ".venv" / "bin" / "activate"
     if _has(activate.with_name("python"), name):
-        return f"{missing}; this clone's .venv has it: source {_from_here(activate)}"
+        return f"{missing}; this clone's .venv has it: source {from_here(activate)}"
     if name not in REQUIRED:
         return f"{missing}; install it: {sys.executable} -m pip install {name}"
-    listed = _CLONE / "requirements_pllava.txt"
+    listed = CLONE / "requirements_pllava.txt"
     if not listed.is_file():
         absent = " ".join(package for module, package in REQUIRED.items() if find_spec(module) is None)
         return f"{missing}; install what it lacks: {sys.executable} -m pip install {absent}"
-    script = _from_here(_CLONE / "run_pa.sh")
+    script = from_here(CLONE / "run_pa.sh")
     return (
         f"{missing}; `bash {script} --run` makes a .venv with all that is needed, or install it here: "
-        f"{sys.executable} -m pip install -r {_from_here(listed)}"
+        f"{sys.executable} -m pip install -r {from_here(listed)}"
     )
 
 
@@ -60,7 +60,7 @@ def _has(python: Path, name: str) -> bool:
     return subprocess.run([python, "-c", look], stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def _from_here(path: Path) -> str:
+def from_here(path: Path) -> str:
     """The path as short as it can be typed in this directory."""
     here = os.path.relpath(path)
     return shlex.quote(str(path) if here.startswith("..") else here)

@@ -38,7 +38,6 @@ if __name__ == "__main__":
 from torch import Tensor
 
 from atb_pllava import LLM, ConfigError, PllavaError, VideoError
-from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.media_option import add_media
 from atb_pllava.commands.parser import Parser
@@ -48,6 +47,7 @@ from atb_pllava.json_file import check_writable, read_json, write_json
 from atb_pllava.manifest import manifest_of
 from atb_pllava.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
+from atb_pllava.progress import Progress
 from atb_pllava.row_file import read_rows
 from atb_pllava.words import counted
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows

@@ -24,7 +24,7 @@ from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.loading import ModelOptions, plan_model
-from atb_pllava.manifest import settings_of
+from atb_pllava.manifest import checkpoint_files, settings_of
 from atb_pllava.parallel import TensorParallel
 from atb_pllava.weights import CheckpointError, LoadPlan
 from precision.parity import main as parity
@@ -444,4 +444,18 @@ def test_a_key_that_occurs_twice_is_refused(adapters: Path, tmp_path: Path) -> N
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(file.read_text().replace('"lora_alpha"', '"lora_alpha": 4, "lora_alpha"', 1))
     with pytest.raises(ConfigError, match="not valid JSON: the key 'lora_alpha' occurs more than once"):
+        answer(adapters / "base", tmp_path / "adapter")
+
+
+def test_the_settings_name_the_config_that_is_read(adapters: Path) -> None:
+    """An adapter has no config.json: the digest among the settings is that of its base's."""
+    base = checkpoint_files(adapters / "base")
+    assert "config.json" in base and checkpoint_files(adapters / "base", adapters / "alpha16") == base
+
+
+def test_the_settings_of_an_adapter_are_a_small_file(adapters: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapters / "alpha16", tmp_path / "adapter")
+    with open(tmp_path / "adapter" / "adapter_config.json", "a") as file:
+        file.write(" " * (10 * 2**20))
+    with pytest.raises(ConfigError, match="adapter_config.json is larger than 10 MiB"):
         answer(adapters / "base", tmp_path / "adapter")

@@ -30,8 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"errors", "host_memory", "ops", "quant"},
     "parallel": {"errors", "config"},
     "model": {"errors", "config", "ops.interface", "parallel", "quant", "model"},
-    "adapter": {"errors", "json_file"},
-    "checkpoint": {"errors", "config", "json_file", "quant", "words"},
+    "adapter": {"config", "errors"},
+    "checkpoint": {"errors", "config", "json_file", "limits", "quant", "words"},
     "description": {"checkpoint", "config", "errors", "quant"},
     "weights": {"adapter", "checkpoint", "config", "description", "parallel", "quant"},
     "shards": {"checkpoint"},
@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "msmodelslim_quantizer": {"config", "errors", "hugging_face", "quant"},
     "rounding": {"calibrate", "checkpoint", "msmodelslim_quantizer", "quant", "weights"},
     "convert": {
+        "limits",
         "calibrate",
         "checkpoint",
         "config",
@@ -85,10 +86,10 @@ ALLOWED: dict[str, set[str]] = {
     | {"tokenizer", "words", "workers"},
     "row_file": {"errors", "json_file"},
     "progress": {"words"},
-    "answers": {"errors", "engine.request", "json_file", "llm", "progress", "words"},
-    "manifest": {"engine.request", "json_file", "llm"},
+    "answers": {"errors", "engine.request", "json_file", "limits", "llm", "progress", "words"},
+    "manifest": {"directory", "engine.request", "json_file", "llm"},
     "doctor": {"checkpoint", "config", "costs", "doctor", "errors", "host_memory", "memory", "ops", "parallel"}
-    | {"published", "quant", "random_weights", "weights", "words"},
+    | {"published", "quant", "random_weights", "requirements", "weights", "words"},
     "mindie": {"config", "errors", "inputs", "mindie", "model", "ops", "parallel", "prompt", "tokenizer", "weights"}
     | {"doctor", "host_memory", "words"},
     "bench": {"bench", "config", "costs", "engine", "errors", "inputs", "json_file", "llm", "ops", "parallel", "quant"}

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from atb_pllava.doctor.check import Check
+from atb_pllava.requirements import CLONE, REQUIRED, from_here
 
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "av", "pillow")
-CLONE = Path(__file__).resolve().parents[2]
+PACKAGES = tuple(REQUIRED.values())
 IMPORT_SECONDS = 120
 
 # Prints a JSON object on the last line: torch's version, what it was built for, and the CUDA devices that it can use.
@@ -111,12 +111,6 @@ def has_packages(python: Path, packages: Sequence[str]) -> bool:
     except (OSError, subprocess.SubprocessError):
         return False
     return done.returncode == 0 and not done.stdout.strip()
-
-
-def from_here(path: Path) -> str:
-    """The path as it can be typed in this directory: relative where it lies below."""
-    here = os.path.relpath(path)
-    return str(path) if here.startswith("..") else here
 
 
 def look_at_torch(on_npu: bool) -> Torch:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from atb_pllava.answers import Progress
 from atb_pllava.errors import ConfigError
+from atb_pllava.progress import Progress
 from atb_pllava.words import counted
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))  # scripts that import each other by bare name

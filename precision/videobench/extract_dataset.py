@@ -29,11 +29,11 @@ from atb_pllava.requirements import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
+from atb_pllava.progress import Progress
 from atb_pllava.words import counted
 from precision.videobench.dataset import (
     SAMPLE,

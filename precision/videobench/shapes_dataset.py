@@ -25,11 +25,11 @@ if __name__ == "__main__":
 from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
-from atb_pllava.answers import Progress
 from atb_pllava.commands.ending import run_command
 from atb_pllava.commands.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.json_file import write_json
+from atb_pllava.progress import Progress
 from atb_pllava.words import counted
 
 SETS = {
