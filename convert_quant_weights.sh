@@ -47,8 +47,8 @@ if [ $# -eq 0 ]; then
     exit 2
 fi
 
-# shellcheck source=atb_pllava/find_python.sh
-. "$root/atb_pllava/find_python.sh"
+# shellcheck source=atb_pllava/cli/find_python.sh
+. "$root/atb_pllava/cli/find_python.sh"
 find_python "$root/requirements_pllava.txt"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # see run_pa.sh
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

@@ -43,8 +43,8 @@ Environment:
 EOF
 }
 
-# shellcheck source=atb_pllava/script_arguments.sh
-. "$root/atb_pllava/script_arguments.sh"
+# shellcheck source=atb_pllava/cli/script_arguments.sh
+. "$root/atb_pllava/cli/script_arguments.sh"
 
 # What the commands of Python know: options without a value, options with several, endings of videos and images.
 flags="--ignore_adapter_config --ignore_eos --overwrite --quiet --trust_remote_code --verbose --video_caption --w8a16 -v"
@@ -190,8 +190,8 @@ if [ -z "${RANK:-}" ] && ! named --world_size "${given[@]}"; then # torchrun has
     options+=("--world_size=${#devices[@]}")
 fi
 
-# shellcheck source=atb_pllava/find_python.sh
-. "$root/atb_pllava/find_python.sh"
+# shellcheck source=atb_pllava/cli/find_python.sh
+. "$root/atb_pllava/cli/find_python.sh"
 find_python "$root/requirements_pllava.txt"
 venv=${PYTHON%/bin/python}
 if [ -z "${ATB_PLLAVA_PYTHON:-}" ] && [ -e "$venv/pyvenv.cfg" ] && ! named --quiet "${given[@]}"; then

@@ -3,13 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from atb_pllava.requirements import REQUIRED, missing_package
+from atb_pllava.doctor.required_packages import REQUIRED, missing_package
 
 if TYPE_CHECKING:
     from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
     from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
-    from atb_pllava.limits import MediaLimits
     from atb_pllava.llm import LLM
+    from atb_pllava.multimodal.limits import MediaLimits
 
 __version__ = "0.1.0"
 
@@ -27,8 +27,8 @@ __all__ = [
     "WeightError",
 ]
 
-_HOME = {"LLM": "llm", "MediaLimits": "limits", "Metrics": "engine.request", "RequestOutput": "engine.request",
-         "SamplingParams": "engine.request"}  # fmt: skip
+_HOME = {"LLM": "llm", "MediaLimits": "multimodal.limits", "Metrics": "engine.request",
+         "RequestOutput": "engine.request", "SamplingParams": "engine.request"}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
 
 VERBS = {
     "run": "answer questions about videos and images",
@@ -40,7 +40,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         verb = verbs.add_parser(name, help=summary, description=summary)
         verb.set_defaults(quiet=False)
         if name in argv[:1]:  # only what is asked for is imported: torch takes seconds, and may be what is broken
-            module = import_module(f"atb_pllava.commands.{name}")
+            module = import_module(f"atb_pllava.cli.{name}")
             module.add_options(verb)
             verb.set_defaults(command=getattr(module, name))
     return parser.parse_args(argv)

@@ -12,9 +12,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.directory import check_directory, check_has_config
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import read_object
+from atb_pllava.files import read_object
+from atb_pllava.loader.directory import check_directory, check_has_config
 
 MODEL_TYPES = ("llava", "pllava", "llava_next")
 LARGEST_WORLD = 8  # devices

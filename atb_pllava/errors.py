@@ -31,3 +31,31 @@ class BackendError(PllavaError):
 
 class OutOfMemoryError(BackendError, MemoryError):
     """Memory that a backend needed for a computation and could not have."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`number` and the noun that fits it; `plural` where that is not the noun with an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its largest fitting unit: `0.4 s`, `12 s`, `21 min`, `5.2 h`, `3.1 days`."""
+    if seconds < 0.05:
+        return "under 0.1 s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def rate(count: int, seconds: float) -> str:
+    """How many in a unit of time, the shortest in which it is at least 1: `430/s`, `3.1/s`, `2.5/min`, `3.0/h`."""
+    per_second = count / max(seconds, 1e-9)
+    for unit, size in (("s", 1), ("min", 60), ("h", 3600), ("day", 86400)):
+        number = per_second * size
+        if number >= 0.995 or unit == "day":
+            return f"{number:.0f}/{unit}" if number >= 9.95 else f"{number:.1f}/{unit}"
+    raise AssertionError("the last unit returns")

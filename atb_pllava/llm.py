@@ -16,25 +16,24 @@ import torch
 from torch import Tensor
 
 from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice
-from atb_pllava.costs import Costs
-from atb_pllava.engine.engine import Engine
-from atb_pllava.engine.kv_cache import plan_blocks
+from atb_pllava.distributed.tensor_parallel import TensorParallel
+from atb_pllava.engine.block_manager import plan_blocks
+from atb_pllava.engine.core import Engine
+from atb_pllava.engine.memory_estimate import kv_cache_tokens
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
-from atb_pllava.engine.runner import Runner
-from atb_pllava.engine.team import Team
-from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError
-from atb_pllava.frame_cache import FrameCache
-from atb_pllava.inputs import Media, PreparedVideo, VideoReader
-from atb_pllava.limits import MediaLimits
-from atb_pllava.loading import ModelOptions, fill_model, plan_model
-from atb_pllava.memory import kv_cache_tokens
+from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, counted
+from atb_pllava.executor.executor import Team
+from atb_pllava.executor.model_runner import Runner
+from atb_pllava.executor.worker import Workers, send_runner_options, share_threads
+from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.model.costs import Costs
 from atb_pllava.model.pllava import Pllava
+from atb_pllava.multimodal.frame_cache import FrameCache
+from atb_pllava.multimodal.limits import MediaLimits
+from atb_pllava.multimodal.processor import Media, PreparedVideo, VideoReader
 from atb_pllava.ops import free_memory
-from atb_pllava.parallel import TensorParallel
-from atb_pllava.prompt import choose_conversation, expand_placeholders, render
-from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.words import counted
-from atb_pllava.workers import Workers, send_runner_options, share_threads
+from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
+from atb_pllava.prompt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

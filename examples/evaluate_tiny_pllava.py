@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -25,7 +25,7 @@ import numpy as np
 from render_shapes import make_clip, render, sample_indices, write_video
 from shape_questions import choice_prompt, chosen_letter, facts, plain_prompt, questions, score_caption
 
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.parser import Parser
 
 Answerer = Callable[[list[dict], int], list[str]]
 

@@ -22,14 +22,14 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
 import numpy as np
 
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.parser import Parser
 
 T = TypeVar("T")
 COLOURS = {

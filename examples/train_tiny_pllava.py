@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -65,7 +65,7 @@ from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.parser import Parser
 
 CODED_SEED, DRAWN_SEED, CHECK_SEED, HELD_OUT_SEED = 500_000, 2_000_000, 800_000, 900_000
 CELL_FIELDS = ("colours", "shape", "places", "shift", "motion", "history", "frame")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava.bench.shapes import shape_config, write_shape
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.parser import Parser
+from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.loader.dummy_weights import RandomWeights
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
-from atb_pllava.parallel import Part
-from atb_pllava.random_weights import RandomWeights
 
 SHARD_BYTES = 4e9
 

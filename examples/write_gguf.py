@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from atb_pllava.bench.shapes import shape_config
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.parser import Parser
 from atb_pllava.config import TextConfig
 
 

@@ -1,5 +1,6 @@
 """Does it still answer like the original? Harnesses and comparisons, each a command.
 
-What they share is in the package: `atb_pllava.manifest` (what a run was made with: `write_manifest`, `settings_of`),
-`atb_pllava.answers` (`answer_all` over an `AnswerLog` that survives a kill, `Progress`) and `atb_pllava.json_file`.
+What they share is in the package: `atb_pllava.batch.run_metadata` (what a run was made with: `write_manifest`,
+`settings_of`), `atb_pllava.batch.result_log` (`answer_all` over an `AnswerLog` that survives a kill) and
+`atb_pllava.files`.
 """

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -39,15 +39,15 @@ from PIL import Image
 from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
-from atb_pllava.answers import AnswerLog, Key, Row, error_row, key_of
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
-from atb_pllava.json_file import check_writable, read_json, write_json
-from atb_pllava.manifest import surroundings
-from atb_pllava.media import read_media
+from atb_pllava.batch.progress import Progress
+from atb_pllava.batch.result_log import AnswerLog, Key, Row, error_row, key_of
+from atb_pllava.batch.run_metadata import surroundings
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
+from atb_pllava.files import check_writable, read_json, write_json
+from atb_pllava.multimodal.frame_sampling import SAMPLERS
+from atb_pllava.multimodal.media import read_media
 from atb_pllava.ops import get_backend
-from atb_pllava.progress import Progress
-from atb_pllava.sampling import SAMPLERS
 
 # Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
 SAFE_TORCH = (2, 6)

@@ -14,18 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
-from atb_pllava.convert import ConvertOptions, convert_checkpoint
-from atb_pllava.loading import ModelOptions, fill_model, plan_model
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
+from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.distributed.tensor_parallel import TensorParallel
+from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.parallel import TensorParallel
-from atb_pllava.quant import Int8Weight
+from atb_pllava.ops.int8 import Int8Weight
 
 SCHEMES = {"symmetric": {}, "asymmetric": {"symmetric": False}, "groups of 64": {"group_size": 64}}
 

@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -38,18 +38,18 @@ if __name__ == "__main__":
 from torch import Tensor
 
 from atb_pllava import LLM, ConfigError, PllavaError, VideoError
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.media_option import add_media
-from atb_pllava.commands.parser import Parser
-from atb_pllava.commands.question import question
-from atb_pllava.commands.run import DEFAULT_PROMPT
-from atb_pllava.json_file import check_writable, read_json, write_json
-from atb_pllava.manifest import manifest_of
-from atb_pllava.media import list_media
+from atb_pllava.batch.progress import Progress
+from atb_pllava.batch.row_file import read_rows
+from atb_pllava.batch.run_metadata import manifest_of
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.media_option import add_media
+from atb_pllava.cli.parser import Parser
+from atb_pllava.cli.question import question
+from atb_pllava.cli.run import DEFAULT_PROMPT
+from atb_pllava.errors import counted
+from atb_pllava.files import check_writable, read_json, write_json
+from atb_pllava.multimodal.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
-from atb_pllava.progress import Progress
-from atb_pllava.row_file import read_rows
-from atb_pllava.words import counted
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record

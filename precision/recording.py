@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from atb_pllava import LLM, ConfigError, RequestOutput, SamplingParams
-from atb_pllava.json_file import write_bytes
+from atb_pllava.files import write_bytes
 from atb_pllava.model.pllava import Pllava
 
 KEPT_EVERY = 37  # has no factor with block sizes, frame grids and pooled rows

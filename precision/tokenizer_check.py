@@ -35,18 +35,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
 import tokenizers
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import ConfigError
-from atb_pllava.prompt import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
-from atb_pllava.tokenizer import AnswerDecoder, Piece, Tokenizer
+from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
+from atb_pllava.prompt.tokenizer import AnswerDecoder, Piece, Tokenizer
 from precision.llama_vocabulary import CHATML, FORMS, SPECIAL, Vocabulary, encoder_of, open_vocabulary
 
 IMAGE_ID = 32000

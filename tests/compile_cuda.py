@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atb_pllava.ops import cuda_kernels
-from atb_pllava.quant import Int8Weight
+from atb_pllava.ops.cuda import kernels as cuda_kernels
+from atb_pllava.ops.int8 import Int8Weight
 
 TARGET = GPUTarget("cuda", 90, 32)
 PROGRAMS = 4 * 132

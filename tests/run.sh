@@ -21,14 +21,14 @@ usage: bash tests/run.sh [PYTEST_ARGUMENT...]
 
 Checks style (ruff) and types (mypy), runs the tests, and, without arguments, those of the Ascend backend on torch_npu.
 What is missing of requirements_pllava.txt and tests/requirements.txt is installed into .venv first; ATB_PLLAVA_PYTHON
-names another Python that has it. Arguments go to pytest, for example: bash tests/run.sh tests/test_video.py -k rotated
+names another Python that has it. Arguments go to pytest, for example: bash tests/run.sh tests/multimodal/test_video.py -k rotated
 EOF
     exit 0
     ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=atb_pllava/find_python.sh
-. atb_pllava/find_python.sh
+# shellcheck source=atb_pllava/cli/find_python.sh
+. atb_pllava/cli/find_python.sh
 find_python requirements_pllava.txt tests/requirements.txt
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # see run_pa.sh
 "$PYTHON" -m ruff check .

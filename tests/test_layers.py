@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1] / "atb_pllava"
+from tests.support import ROOT
+
+PACKAGE = ROOT / "atb_pllava"
 
 # Each part with all it may import, from the bottom up.
 ALLOWED: dict[str, set[str]] = {
@@ -101,7 +103,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"commands", "errors"},
 }
 LAZY = {"msmodelslim", "torch_npu", "atb_llm", "fastapi", "ray", "gradio", "llama_cpp", "transformers", "triton"}
-FILES = sorted(ROOT.rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def _imports(path: Path) -> set[str]:
@@ -116,10 +118,10 @@ def _imports(path: Path) -> set[str]:
 
 
 def _part(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_down(path: Path) -> None:
     allowed = ALLOWED[_part(path)]
     for name in _imports(path):

@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 from atb_pllava.__main__ import VERBS, main
-from atb_pllava.commands.bench import KINDS
-from atb_pllava.commands.mindie import ACTIONS
+from atb_pllava.cli.bench import KINDS
+from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.config import PllavaConfig
-from atb_pllava.memory import memory_need, published_bytes
-from atb_pllava.published import LORA_RANK, PUBLISHED
-from atb_pllava.quant import Int8Layers
-from atb_pllava.random_weights import random_int8
+from atb_pllava.engine.memory_estimate import memory_need, published_bytes
+from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED
+from atb_pllava.ops.int8 import Int8Layers
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

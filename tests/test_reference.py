@@ -1,15 +1,14 @@
 """The recorded results of the original PLLaVA code on tiny checkpoints."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from atb_pllava import LLM, SamplingParams
+from tests.support import SHARED_DATA as DATA
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REFERENCE = DATA / "reference"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the recorded reference results are not on this machine")
 

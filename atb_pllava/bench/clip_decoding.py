@@ -11,9 +11,9 @@ import numpy as np
 
 from atb_pllava.bench.timing import interleaved, ratio
 from atb_pllava.errors import VideoError
-from atb_pllava.limits import MediaLimits
-from atb_pllava.media import read_media
-from atb_pllava.video import best_stream
+from atb_pllava.multimodal.limits import MediaLimits
+from atb_pllava.multimodal.media import read_media
+from atb_pllava.multimodal.video import best_stream
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import Probe, probes
 from atb_pllava.bench.roofline import Machine
-from atb_pllava.bench.stages import Stages, random_pixels
+from atb_pllava.bench.stage_runner import Stages, random_pixels
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import Work, interleaved, ratio
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
-from atb_pllava.costs import Cost
 from atb_pllava.llm import LLM
+from atb_pllava.model.costs import Cost
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ row is written for every batch that was measured, and nothing is read back.
 from statistics import mean
 from typing import Any
 
-from atb_pllava.bench.rounds import Round
+from atb_pllava.bench.run import Round
 
 Row = dict[str, Any]
 

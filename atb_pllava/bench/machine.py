@@ -14,8 +14,8 @@ from torch import Tensor
 
 from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.timing import Work, median_seconds
+from atb_pllava.ops.cpu.backend import NativeBackend
 from atb_pllava.ops.interface import Backend
-from atb_pllava.ops.native import NativeBackend
 
 _BUFFER = 512 * 2**20  # far beyond any cache
 _SIDE = 2048

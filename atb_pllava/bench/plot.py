@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from atb_pllava.json_file import PLOT_TITLE, write_bytes
+from atb_pllava.files import PLOT_TITLE, write_bytes
 
 _SIZE, _PANEL, _LEFT, _TOP, _BOTTOM = (1200, 480), 600, 80, 70, 60
 _INK, _GRID = (40, 40, 40), (225, 225, 225)

@@ -5,7 +5,7 @@ Nothing is measured here. A machine is a line of numbers, from its vendor or fro
 
 from dataclasses import dataclass
 
-from atb_pllava.costs import Cost, Costs
+from atb_pllava.model.costs import Cost, Costs
 
 
 @dataclass(frozen=True)

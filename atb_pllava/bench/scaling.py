@@ -5,10 +5,10 @@ from typing import Any
 
 from atb_pllava.bench.roofline import Machine, Prediction, largest_batch, predict
 from atb_pllava.bench.shapes import shape_config
-from atb_pllava.costs import Costs
-from atb_pllava.parallel import TensorParallel, check_world_size
-from atb_pllava.quant import Int8Layers
-from atb_pllava.random_weights import random_int8
+from atb_pllava.distributed.tensor_parallel import TensorParallel, check_world_size
+from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.model.costs import Costs
+from atb_pllava.ops.int8 import Int8Layers
 
 Row = dict[str, Any]
 

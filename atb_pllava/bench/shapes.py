@@ -7,8 +7,8 @@ from typing import Any
 
 from atb_pllava.config import PllavaConfig, read_json
 from atb_pllava.errors import ConfigError
-from atb_pllava.published import PUBLISHED, sizes_json
-from atb_pllava.tokenizer import IMAGE_TOKEN
+from atb_pllava.model.published_sizes import PUBLISHED, sizes_json
+from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
 # The published models, and a decoder of 0.95 billion parameters for machines that hold no 7B.
 SHAPES = {"1b": sizes_json(2048, 5632, 16, 16, 16, 32064), **PUBLISHED}

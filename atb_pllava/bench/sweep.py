@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from atb_pllava.bench.machine import Limits
-from atb_pllava.bench.rounds import Round, run_round
+from atb_pllava.bench.run import Round, run_round
 from atb_pllava.bench.timing import percentile
-from atb_pllava.costs import Cost, Costs
-from atb_pllava.engine.kv_cache import blocks_for
+from atb_pllava.distributed.tensor_parallel import TensorParallel
+from atb_pllava.engine.block_manager import blocks_for
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.llm import LLM
-from atb_pllava.parallel import TensorParallel
+from atb_pllava.model.costs import Cost, Costs
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
+from atb_pllava.convert.hugging_face import transformers_package
+from atb_pllava.distributed.tensor_parallel import Part
 from atb_pllava.errors import ConfigError
-from atb_pllava.hugging_face import transformers_package
-from atb_pllava.parallel import Part
-from atb_pllava.quant import Int8Layers, Int8Weight
-from atb_pllava.random_weights import RandomWeights
+from atb_pllava.loader.dummy_weights import RandomWeights
+from atb_pllava.ops.int8 import Int8Layers, Int8Weight
 
 FILL = 0.01  # of every cached key and value where a context is made up
 

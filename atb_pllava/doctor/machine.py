@@ -12,21 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from atb_pllava.checkpoint import KINDS, CheckpointError
 from atb_pllava.config import EngineConfig, PllavaConfig
-from atb_pllava.costs import Costs
+from atb_pllava.distributed.tensor_parallel import check_world_size
 from atb_pllava.doctor.check import Check
-from atb_pllava.errors import PllavaError
-from atb_pllava.host_memory import HostMemory
-from atb_pllava.memory import MemoryNeed, memory_need, published_bytes
-from atb_pllava.ops.build import BuildError, default_directory, find_library, try_compiler
-from atb_pllava.ops.cpu import has_native_bfloat16
-from atb_pllava.parallel import check_world_size
-from atb_pllava.published import LORA_RANK, PUBLISHED, published_size
-from atb_pllava.quant import Int8Layers
-from atb_pllava.random_weights import random_int8
-from atb_pllava.weights import open_checkpoint
-from atb_pllava.words import counted
+from atb_pllava.engine.memory_estimate import MemoryNeed, memory_need, published_bytes
+from atb_pllava.errors import PllavaError, counted
+from atb_pllava.loader.checkpoint import KINDS, CheckpointError
+from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.weight_loader import open_checkpoint
+from atb_pllava.model.costs import Costs
+from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
+from atb_pllava.ops.cpu.build import BuildError, default_directory, find_library, try_compiler
+from atb_pllava.ops.host_memory import HostMemory
+from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.reference import has_native_bfloat16
 
 LIBRARY_BYTES = 50_000_000  # for compiled kernels and what the compiler keeps for a moment; the library is below 1 MB
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -80,7 +79,7 @@ def read_model(path: str, world_size: int = 1) -> Model:
     """Config and headers of a directory. Raises ConfigError and CheckpointError for one that is of no use here."""
     config = PllavaConfig.from_dir(path)
     check_world_size(world_size, config.text)
-    logger = logging.getLogger("atb_pllava.weights")
+    logger = logging.getLogger("atb_pllava.loader.weight_loader")
     before = logger.level
     logger.setLevel(logging.WARNING)  # what it says of the layout belongs to a load
     try:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from atb_pllava.doctor.check import Check
-from atb_pllava.requirements import CLONE, REQUIRED, from_here
+from atb_pllava.doctor.required_packages import CLONE, REQUIRED, from_here
 
 PACKAGES = tuple(REQUIRED.values())
 IMPORT_SECONDS = 120

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from atb_pllava.errors import PllavaError, RequestError
-from atb_pllava.inputs import PreparedVideo
-from atb_pllava.prompt import VideoSpan
-from atb_pllava.tokenizer import AnswerDecoder, Tokenizer
+from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.prompt.chat_template import VideoSpan
+from atb_pllava.prompt.tokenizer import AnswerDecoder, Tokenizer
 
 TokenLogprobs = dict[int, float] | np.ndarray
 

@@ -10,10 +10,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from atb_pllava.config import EngineConfig
-from atb_pllava.engine.kv_cache import BlockPool, blocks_for, full_block_keys
+from atb_pllava.engine.block_manager import BlockPool, blocks_for, full_block_keys
 from atb_pllava.engine.request import Request
-from atb_pllava.errors import RequestError
-from atb_pllava.words import counted
+from atb_pllava.errors import RequestError, counted
 
 # Prompt tokens in one step while nobody is decoding: bounds the step's activations, not its fairness.
 _LONGEST_CHUNK = 4096

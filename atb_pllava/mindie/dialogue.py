@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atb_pllava.errors import RequestError
-from atb_pllava.prompt import Turn
+from atb_pllava.prompt.chat_template import Turn
 
 # For media without a word, as other servers ask it then.
 DEFAULT_QUESTION = "Describe this video."

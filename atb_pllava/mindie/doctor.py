@@ -26,8 +26,7 @@ from atb_pllava.doctor.packages import (
     python_check,
     torch_check,
 )
-from atb_pllava.errors import PllavaError
-from atb_pllava.host_memory import host_memory
+from atb_pllava.errors import PllavaError, counted
 from atb_pllava.mindie import places
 from atb_pllava.mindie.cards import DEVICES, Card, device_files, list_cards
 from atb_pllava.mindie.contract import CONTRACT, check_contract
@@ -35,7 +34,7 @@ from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import find_registrations
 from atb_pllava.mindie.permissions import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
 from atb_pllava.mindie.service_config import find_problems
-from atb_pllava.words import counted
+from atb_pllava.ops.host_memory import host_memory
 
 if TYPE_CHECKING:  # imports torch, which may be what is broken
     from atb_pllava.doctor.machine import Room

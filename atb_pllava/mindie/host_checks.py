@@ -10,7 +10,7 @@ from atb_pllava.config import LARGEST_WORLD, TextConfig, read_json
 from atb_pllava.errors import ConfigError, WeightError
 
 if TYPE_CHECKING:  # nothing here needs torch, and doctor runs where torch is what is broken
-    from atb_pllava.weights import Checkpoint
+    from atb_pllava.loader.weight_loader import Checkpoint
 
 MODEL_TYPE = "pllava"
 

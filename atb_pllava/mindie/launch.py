@@ -13,7 +13,7 @@ from atb_pllava.mindie.contract import RUNNER_CONTRACT, check_contract
 from atb_pllava.mindie.locate import find_examples
 from atb_pllava.mindie.permissions import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
 
-RUNNER = Path(atb_pllava.__file__).resolve().parents[1] / "examples" / "mindie_runner.py"
+RUNNER = Path(atb_pllava.__file__).resolve().parent / "mindie" / "runner.py"
 
 # What MindIE's own scripts export for this model family (examples/models/llava/run_pa.sh); a value that is set wins.
 HOST_VARIABLES = {
@@ -42,7 +42,7 @@ def runner_command(
     _check_places([Path.cwd(), Path(str(options["model_path"]))], variables)
     values = {**HOST_VARIABLES, **variables}
     values["ATB_LLM_BENCHMARK_FILEPATH"] = os.path.abspath(values["ATB_LLM_BENCHMARK_FILEPATH"])
-    values["PYTHONPATH"] = _joined(variables.get("PYTHONPATH"), RUNNER.parents[1], atb_llm.parent, home)
+    values["PYTHONPATH"] = _joined(variables.get("PYTHONPATH"), RUNNER.parents[2], atb_llm.parent, home)
     started = [] if world_size == 1 else _torchrun(world_size, variables.get("MASTER_PORT"))
     return [sys.executable, *started, str(RUNNER), "--options", json.dumps(options)], values
 

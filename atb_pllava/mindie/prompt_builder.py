@@ -10,12 +10,12 @@ from typing import Any
 
 from atb_pllava.config import PllavaConfig, PreprocessorConfig
 from atb_pllava.errors import ConfigError, RequestError
-from atb_pllava.inputs import VideoReader
 from atb_pllava.mindie.dialogue import Dialogue, shorten
 from atb_pllava.mindie.media_ids import check_block_length, insert_blocks
 from atb_pllava.mindie.segments import Segment, remove_segments, write_segment
-from atb_pllava.prompt import Conversation, choose_conversation, render_turns
-from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.multimodal.processor import VideoReader
+from atb_pllava.prompt.chat_template import Conversation, choose_conversation, render_turns
+from atb_pllava.prompt.tokenizer import Tokenizer
 
 NAMES_FILE = "shm_name.txt"  # beside the folders of a request's media
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import BackendError, RequestError
-from atb_pllava.inputs import PreparedVideo
+from atb_pllava.multimodal.processor import PreparedVideo
 
 SHARED_MEMORY = Path("/dev/shm")
 KEY_BITS = 60  # a name nobody guesses, and with its sign turned still an int64

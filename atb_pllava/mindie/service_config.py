@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, counted
 from atb_pllava.mindie.host_model import check_host_path
-from atb_pllava.words import counted
 
 GIB = 2**30
 BLOCK_SIZE = 128

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig, PreprocessorConfig
-from atb_pllava.inputs import PreparedVideo
+from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.loader.weight_loader import Checkpoint, LoadPlan, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops.cpu import TorchBackend
-from atb_pllava.parallel import Part
-from atb_pllava.weights import Checkpoint, LoadPlan, unused_vision_layers
+from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.ops.reference import TorchBackend
 
 FRAMES_AT_ONCE = 8  # bounds the memory of the vision tower, whatever the number of videos
 

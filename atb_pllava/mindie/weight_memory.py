@@ -2,7 +2,7 @@
 
 import os
 
-from atb_pllava.weights import open_checkpoint
+from atb_pllava.loader.weight_loader import open_checkpoint
 
 # What the host splits over the cards: the decoder's layers and the head. All else is on every card.
 _SPLIT = ("language_model.model.layers.", "language_model.lm_head.")

@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.ops.int8 import Int8Layers, Int8Weight, column_groups
 from atb_pllava.ops.interface import Backend, PackingBackend, Weight
-from atb_pllava.parallel import Part
-from atb_pllava.quant import Int8Layers, Int8Weight, column_groups
 
 
 class Int8Matrix(nn.Module):

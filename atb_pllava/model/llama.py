@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import TextConfig
+from atb_pllava.distributed.tensor_parallel import Part, TensorParallel
 from atb_pllava.model.linear import FusedLinear, pack_weights
+from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
-from atb_pllava.parallel import Part, TensorParallel
-from atb_pllava.quant import Int8Layers
 
 PREFIX = "language_model.model."  # of the decoder's tensors in a plain LLaVA state dict
 

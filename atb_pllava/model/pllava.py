@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
+from atb_pllava.distributed.tensor_parallel import Part, TensorParallel
 from atb_pllava.model.linear import Packable
 from atb_pllava.model.llama import Llama
 from atb_pllava.model.projector import Projector
 from atb_pllava.model.vision import VisionTower
+from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
-from atb_pllava.parallel import Part, TensorParallel
-from atb_pllava.quant import Int8Layers
 
 
 class Pllava(nn.Module):

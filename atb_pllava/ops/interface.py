@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from atb_pllava.quant import Int8Weight
+from atb_pllava.ops.int8 import Int8Weight
 
 LayerCache = tuple[Tensor, ...]
 """Keys and values of one decoder layer, in a layout that only its backend knows."""

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
 from atb_pllava import SamplingParams
-from atb_pllava.answers import AnswerLog
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.model_options import (
+from atb_pllava.batch.result_log import AnswerLog
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.model_options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
@@ -27,12 +27,11 @@ from atb_pllava.commands.model_options import (
     load_model,
     model_options,
 )
-from atb_pllava.commands.parser import Parser
-from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
-from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import check_writable, write_json
-from atb_pllava.tokenizer import Tokenizer
-from atb_pllava.words import counted
+from atb_pllava.cli.parser import Parser
+from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
+from atb_pllava.errors import ConfigError, counted
+from atb_pllava.files import check_writable, write_json
+from atb_pllava.prompt.tokenizer import Tokenizer
 from precision.evaluate import mvbench, videoqa
 from precision.evaluate.compare import compare, table
 from precision.evaluate.judge import Judge

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import read_json
+from atb_pllava.files import read_json
 from precision.evaluate.mvbench import chosen, is_right
 from precision.evaluate.questions import percent
 from precision.videobench.scoring import wilson_interval

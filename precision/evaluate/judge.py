@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from atb_pllava.answers import AnswerLog, Key, Row
+from atb_pllava.batch.progress import Progress
+from atb_pllava.batch.result_log import AnswerLog, Key, Row
 from atb_pllava.errors import BackendError, ConfigError, PllavaError
-from atb_pllava.progress import Progress
 from precision.evaluate.judge_prompts import Case
 
 LONGEST_REPLY = 2**20  # bytes

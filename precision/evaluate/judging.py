@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from atb_pllava.answers import AnswerLog, Row
+from atb_pllava.batch.result_log import AnswerLog, Row
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
+from atb_pllava.files import write_json
 from precision.evaluate import vcgbench
 from precision.evaluate.judge import Judge, case_name, judge_all, prompts_of
 from precision.evaluate.judge_prompts import Case

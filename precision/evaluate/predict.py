@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
-from atb_pllava.answers import AnswerLog, Row, answer_all, keys_of
+from atb_pllava.batch.result_log import AnswerLog, Row, answer_all, keys_of
 from atb_pllava.errors import RequestError
 from precision.evaluate.clips import ClipReader, media_of
 from precision.evaluate.questions import ClipName, Question

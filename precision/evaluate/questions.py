@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.errors import ConfigError, RequestError
-from atb_pllava.json_file import read_json
+from atb_pllava.files import read_json
 
 SHUFFLE_SEED = 42  # of the original's test_ratio
 ClipName = tuple[str, float | None, float | None]

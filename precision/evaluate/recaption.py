@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.answers import Row
+from atb_pllava.batch.result_log import Row
 from precision.evaluate.questions import Question, find_video, read_questions, select, text
 
 ENDINGS = ("mp4", "mkv", "webm")

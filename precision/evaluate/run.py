@@ -7,10 +7,10 @@ from types import ModuleType
 from typing import Any
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.answers import AnswerLog, check_settings, settings_digest
+from atb_pllava.batch.result_log import AnswerLog, check_settings, settings_digest
+from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import read_json, write_json
-from atb_pllava.manifest import settings_of, write_manifest
+from atb_pllava.files import read_json, write_json
 from precision.evaluate import mvbench, recaption, vcgbench, videoqa
 from precision.evaluate.judge import Judge
 from precision.evaluate.judging import judge_results

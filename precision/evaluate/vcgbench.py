@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.answers import Row
-from atb_pllava.json_file import write_json
+from atb_pllava.batch.result_log import Row
+from atb_pllava.files import write_json
 from precision.evaluate.judge_prompts import CONSISTENCY, CONTEXT, CORRECTNESS, DETAIL, TEMPORAL, Case
 from precision.evaluate.questions import Question, find_video, picked, read_questions, select, text
 from precision.evaluate.videoqa import leaderboard

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atb_pllava.answers import Row
-from atb_pllava.errors import ConfigError, RequestError
-from atb_pllava.json_file import write_json
-from atb_pllava.words import counted
+from atb_pllava.batch.result_log import Row
+from atb_pllava.errors import ConfigError, RequestError, counted
+from atb_pllava.files import write_json
 from precision.evaluate.judge_prompts import ANSWER, Case
 from precision.evaluate.questions import Question, find_video, percent, read_list, read_questions, select, text
 

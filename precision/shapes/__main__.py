@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
-from atb_pllava.words import counted
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
+from atb_pllava.errors import counted
 from precision.shapes.dataset import FIRST_SEED, write_shapes
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from atb_pllava.errors import ConfigError
-from atb_pllava.progress import Progress
-from atb_pllava.words import counted
+from atb_pllava.batch.progress import Progress
+from atb_pllava.errors import ConfigError, counted
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))  # scripts that import each other by bare name
 from render_shapes import Clip, make_clip, render, write_video  # noqa: E402

@@ -21,14 +21,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.answers import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.model_options import (
+from atb_pllava.batch.result_log import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
+from atb_pllava.batch.run_metadata import settings_of, write_manifest
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.model_options import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
@@ -38,14 +39,13 @@ from atb_pllava.commands.model_options import (
     model_options,
     sampling_params,
 )
-from atb_pllava.commands.parser import Parser
-from atb_pllava.commands.resuming import add_overwrite_option, planned_settings
+from atb_pllava.cli.parser import Parser
+from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
-from atb_pllava.json_file import write_json
+from atb_pllava.files import write_json
 from atb_pllava.llm import LLM
-from atb_pllava.manifest import settings_of, write_manifest
-from atb_pllava.tokenizer import Tokenizer
+from atb_pllava.prompt.tokenizer import Tokenizer
 from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
 from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
 

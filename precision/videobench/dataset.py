@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import read_object
+from atb_pllava.files import read_object
 
 SETS = (
     ("Ucfcrime", "Youcook2", "TVQA", "MSVD", "MSRVTT", "Driving-decision-making", "NBA", "SQA3D", "Driving-exam")

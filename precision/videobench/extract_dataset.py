@@ -24,17 +24,16 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
-from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
-from atb_pllava.progress import Progress
-from atb_pllava.words import counted
+from atb_pllava.batch.progress import Progress
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
+from atb_pllava.errors import ConfigError, counted
+from atb_pllava.files import write_json
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,

@@ -17,18 +17,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
 
 import numpy as np
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
-from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import check_writable, write_json
-from atb_pllava.words import counted
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
+from atb_pllava.errors import ConfigError, counted
+from atb_pllava.files import check_writable, write_json
 from precision.videobench.dataset import read_answers, read_json, some_of
 from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
 

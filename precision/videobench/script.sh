@@ -1,7 +1,7 @@
 # What the two scripts of this folder share; sourced by them, with `root` and `usage` defined.
 
-# shellcheck source=../../atb_pllava/script_arguments.sh
-. "$root/atb_pllava/script_arguments.sh"
+# shellcheck source=../../atb_pllava/cli/script_arguments.sh
+. "$root/atb_pllava/cli/script_arguments.sh"
 
 # Sets `positional` and, what follows --, `extra`.
 read_arguments() {
@@ -19,8 +19,8 @@ read_arguments() {
 
 # Replaces the script by answer_questions.py with these options, and `extra`.
 answer_questions() {
-    # shellcheck source=../../atb_pllava/find_python.sh
-    . "$root/atb_pllava/find_python.sh"
+    # shellcheck source=../../atb_pllava/cli/find_python.sh
+    . "$root/atb_pllava/cli/find_python.sh"
     find_python "$root/requirements_pllava.txt"
     # A thread that spins while it waits keeps a core from the thread it waits for when other programs want the cores too.
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the packages need not be installed
 
-from atb_pllava.requirements import require_packages
+from atb_pllava.doctor.required_packages import require_packages
 
 if __name__ == "__main__":
     require_packages()
@@ -25,12 +25,11 @@ if __name__ == "__main__":
 from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
-from atb_pllava.commands.ending import run_command
-from atb_pllava.commands.parser import Parser
-from atb_pllava.errors import ConfigError
-from atb_pllava.json_file import write_json
-from atb_pllava.progress import Progress
-from atb_pllava.words import counted
+from atb_pllava.batch.progress import Progress
+from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.parser import Parser
+from atb_pllava.errors import ConfigError, counted
+from atb_pllava.files import write_json
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),

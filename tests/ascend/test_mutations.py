@@ -17,7 +17,8 @@ from test_on_npu import IS_310P, MACHINE, answers, check_equal, models  # noqa: 
 
 import atb_pllava.ops
 from atb_pllava.engine import decode_graphs, runner
-from atb_pllava.ops import ascend, ascend_attention
+from atb_pllava.ops.ascend import attention as ascend_attention
+from atb_pllava.ops.ascend import backend as ascend
 
 B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
 

@@ -14,20 +14,20 @@ if "STAND_IN_LIBRARIES" not in os.environ:
 import device
 import torch
 import torch.nn.functional as F
-from conftest import raw_config, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
-from atb_pllava.convert import ConvertOptions, convert_checkpoint
-from atb_pllava.ops import ascend, free_memory, get_backend
-from atb_pllava.ops.cpu import TorchBackend
+from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.ops import free_memory, get_backend
+from atb_pllava.ops.ascend import backend as ascend
+from atb_pllava.ops.reference import TorchBackend
+from tests.support import EXAMPLES, raw_config, write_checkpoint
 
 assert device.machine is not None
 MACHINE = device.machine
 IS_310P = os.environ["STAND_IN_SOC"].startswith("Ascend310P")
 DTYPES = ["float16"] if IS_310P else ["float16", "bfloat16"]
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
 LONG = "USER: " + "a long time ago " * 10 + "ASSISTANT:"  # more than a block of 128 tokens
@@ -165,7 +165,7 @@ def test_pooling_to_any_shape() -> None:
 
 def test_linear_with_bias() -> None:
     """The operator wants a float32 bias beside bfloat16."""
-    from atb_pllava.quant import quantise
+    from atb_pllava.ops.int8 import quantise
 
     backend, cpu = get_backend("ascend"), TorchBackend()
     for dtype in (getattr(torch, name) for name in DTYPES):

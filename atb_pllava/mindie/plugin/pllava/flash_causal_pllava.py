@@ -10,7 +10,7 @@ from atb_llm.models.pllava.config_pllava import PllavaConfig
 from torch import Tensor
 
 from atb_pllava.errors import BackendError, RequestError
-from atb_pllava.inputs import PreparedVideo
+from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.mindie.dialogue import DEFAULT_QUESTION
 from atb_pllava.mindie.host_checks import (
     check_features,
@@ -23,9 +23,9 @@ from atb_pllava.mindie.media_ids import find_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.segments import read_segment
 from atb_pllava.mindie.video_encoder import VideoEncoder
-from atb_pllava.prompt import Turn, VideoSpan, expand_placeholders, render_turns
-from atb_pllava.tokenizer import IMAGE_TOKEN
-from atb_pllava.weights import open_checkpoint
+from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.prompt.chat_template import Turn, VideoSpan, expand_placeholders, render_turns
+from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
 VIDEO_PLACEHOLDER = "<video>"  # in the host's example scripts
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from atb_llm.models.llama.config_llama import LlamaConfig
 from atb_pllava.config import PllavaConfig
+from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops.cpu import TorchBackend
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
-from atb_pllava.weights import open_checkpoint, unused_vision_layers
+from atb_pllava.ops.reference import TorchBackend
 
 STALE = 7.0  # what unused cache holds: memory is not zero
 PADDED = 3  # columns of logits behind the vocabulary, as uneven ranks have them

@@ -1,0 +1,122 @@
+"""Rows of answers in a file that is kept while they come, as `run --output_json` writes them; and their reader."""
+
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_json, read_text, write_text
+
+_SECONDS_BETWEEN_WRITES = 5.0
+
+
+class RowFile:
+    """Rows of answers in a file, kept while they come: after an interruption it holds every row that was added.
+
+    A name that ends in `.jsonl` gets one row a line, each written by the `add` that completes the order of the rows.
+    Any other file is one JSON list. It is replaced as a whole, at first by the first row and then every few seconds:
+    a reader finds the old file or a whole new one. `close` writes what is missing. Without a row no file is touched.
+    Without a path the rows are only kept in `rows`, by number.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else os.fspath(path)
+        self.rows: dict[int, Mapping[str, Any]] = {}
+        self._by_line = path is not None and is_jsonl(path)
+        self._next = 0  # the first row that is not in the order of the lines yet
+        self._file = -1
+        self._unwritten = False
+        self._next_write = 0.0
+
+    def add(self, number: int, row: Mapping[str, Any]) -> None:
+        """Row `number`, counted from 0; rows may come in any order, each once. Raises ConfigError as `write_json`."""
+        self.rows[number] = row
+        self._unwritten = True
+        if self._by_line:
+            while self._next in self.rows:
+                self._append(self._next)
+        elif time.monotonic() >= self._next_write:
+            self._replace()
+
+    def close(self) -> None:
+        """Write what is missing: of lines, rows that came before their turn."""
+        if self._by_line:
+            for number in sorted(number for number in self.rows if number >= self._next):
+                self._append(number)
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+        elif self._unwritten:
+            self._replace()
+
+    def _replace(self) -> None:
+        if self.path is None:
+            return
+        began = time.monotonic()
+        write_rows(self.path, [self.rows[number] for number in sorted(self.rows)])
+        now = time.monotonic()
+        self._unwritten = False
+        # A long list is written anew less often, so that writing takes a twentieth of the time at most.
+        self._next_write = now + max(_SECONDS_BETWEEN_WRITES, 20 * (now - began))
+
+    def _append(self, number: int) -> None:
+        assert self.path is not None
+        line = (json.dumps(self.rows[number], ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+        before = 0
+        try:
+            if self._file < 0:
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            before = os.lseek(self._file, 0, os.SEEK_CUR)
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._next = number + 1
+        except BaseException as error:
+            if self._file >= 0:
+                os.ftruncate(self._file, before)
+                os.lseek(self._file, before, os.SEEK_SET)
+            if isinstance(error, OSError):
+                raise ConfigError(f"{self.path} could not be written: {error.strerror}") from None
+            raise
+
+
+def is_jsonl(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds one JSON value a line, by its name."""
+    return os.fspath(path).lower().endswith(".jsonl")
+
+
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON list that can be read by eye too: a field a line, a list of numbers on one line."""
+    text = ",\n".join(" " + _spread(row, " ") for row in rows)
+    write_text(path, f"[\n{text}\n]\n" if rows else "[]\n")
+
+
+def read_rows(path: str | os.PathLike[str]) -> Any:
+    """What a file of rows holds: the lines of a `.jsonl` as a list, any other file's JSON. Raises as `read_json`."""
+    if not is_jsonl(path):
+        return read_json(path)
+    rows = []
+    # Not `splitlines`, which also splits where a string holds a separator that JSON allows in it, such as U+2028.
+    for number, line in enumerate(re.split("\r\n|\r|\n", read_text(path)), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{os.fspath(path)} line {number} is not valid JSON: {error}") from None
+    return rows
+
+
+def _spread(value: Any, indent: str) -> str:
+    """JSON with a line for each member of what has lists or objects inside; what has none is on one line."""
+    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(member, Mapping | list | tuple) for member in members):
+        return json.dumps(value, ensure_ascii=False)
+    deeper = indent + " "
+    if isinstance(value, Mapping):
+        lines = [
+            f"{deeper}{json.dumps(key, ensure_ascii=False)}: {_spread(item, deeper)}" for key, item in value.items()
+        ]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(deeper + _spread(item, deeper) for item in value) + f"\n{indent}]"

@@ -1,0 +1,116 @@
+"""`bench sweep`: throughput and latency over batch size, one model load, one CSV."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS, benchmark_row, llava_row
+from atb_pllava.bench.machine import measure
+from atb_pllava.bench.plot import plot_sweep
+from atb_pllava.bench.sweep import COLUMNS, sweep, weight_dtype
+from atb_pllava.bench.tables import csv_text, markdown
+from atb_pllava.cli.bench_model import add_model_and_input, check_input, open_model, request_maker
+from atb_pllava.cli.environment import host_benchmark
+from atb_pllava.errors import ConfigError
+from atb_pllava.files import check_writable, write_text
+from atb_pllava.llm import LLM
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CSV = "pllava_performance.csv"
+_SHOWN = ("batch", "prompt_tokens", "vision_encode_ms", "prefill_ms", "ttft_ms", "tpot_p50_ms", "tpot_p99_ms",
+          "decode_tokens_per_s", "e2e_tokens_per_s", "vision_fraction_of_peak", "prefill_fraction_of_peak",
+          "decode_fraction_of_limit", "peak_memory_rank0_MB", "status")  # fmt: skip
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench sweep`."""
+    add_model_and_input(parser)
+    group = parser.add_argument_group("sweep")
+    group.add_argument(
+        "--max_batch_size", type=int, default=10, metavar="N", help="batch sizes 1 to N, each run twice (default 10)"
+    )
+    group.add_argument("--batches", metavar="N,N,...", help="these batch sizes instead")
+    group.add_argument("--max_input_length", type=int, metavar="N", help="refuse longer prompts")
+    group.add_argument(
+        "--max_output_length", type=int, default=256, metavar="N", help="new tokens of each request (default 256)"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--csv", default=DEFAULT_CSV, metavar="FILE", help=f"all numbers, a row a batch (default {DEFAULT_CSV})"
+    )
+    group.add_argument("--host_csv", metavar="FILE", help="also the columns of MindIE's LLaVA performance test")
+    group.add_argument("--plot", metavar="FILE", help="also a PNG of throughput and latency over batch size")
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    """Measure, write after every batch, print a Markdown table."""
+    check_input(arguments)
+    batches = _batches(arguments)
+    benchmark_csv = host_benchmark()
+    for option, path in (("--csv", arguments.csv), ("--host_csv", arguments.host_csv), ("--plot", arguments.plot)):
+        if path is not None:
+            check_writable(path, option, arguments.media or ())
+    if benchmark_csv is not None:
+        _make_folder(benchmark_csv, arguments.media or ())
+    threads = torch.get_num_threads()  # of all ranks together; each takes its share when the model is loaded
+    engine = {"max_batch_size": max(batches), "max_input_length": arguments.max_input_length}
+    with open_model(arguments, **engine, max_output_length=arguments.max_output_length) as llm:
+        if isinstance(llm, int):
+            return llm
+        _measure(llm, arguments, batches, benchmark_csv, threads)
+    return 0
+
+
+def _measure(
+    llm: LLM, arguments: argparse.Namespace, batches: list[int], benchmark_csv: str | None, threads: int
+) -> None:
+    """Every file is written anew after each batch, so an interruption leaves the rows there are."""
+    name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
+    rows: list[dict[str, Any]] = []
+    rounds = []
+    make_request = request_maker(arguments, llm)
+    for row, measured in sweep(
+        llm, make_request, batches, arguments.max_output_length, lambda: measure(llm.model.ops, 3, threads)
+    ):
+        rows.append(row)
+        rounds += [measured] if measured is not None else []
+        write_text(arguments.csv, csv_text(rows, COLUMNS))
+        if benchmark_csv is not None:
+            write_text(benchmark_csv, csv_text([benchmark_row(r) for r in rounds], BENCHMARK_COLUMNS))
+        if arguments.host_csv is not None:
+            write_text(arguments.host_csv, csv_text([llava_row(r) for r in rounds], LLAVA_COLUMNS))
+        if arguments.plot is not None:
+            plot_sweep(arguments.plot, rows, f"{name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens")
+        table = markdown([row], _SHOWN).splitlines()
+        print("\n".join(table if len(rows) == 1 else table[2:]), flush=True)
+    if not arguments.quiet:
+        print(f"wrote {arguments.csv}", file=sys.stderr)
+
+
+def _batches(arguments: argparse.Namespace) -> list[int]:
+    given = arguments.batches
+    try:
+        sizes = list(range(1, arguments.max_batch_size + 1)) if given is None else [int(n) for n in given.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
+        what = f"--max_batch_size {arguments.max_batch_size}" if given is None else f"--batches {given!r}"
+        raise ConfigError(f"{what}: batch sizes are whole numbers from 1, each larger than the one before")
+    if arguments.max_output_length < 1:
+        raise ConfigError(f"--max_output_length {arguments.max_output_length}: at least 1 token is generated")
+    return sizes
+
+
+def _make_folder(path: str, media: Sequence[str]) -> None:
+    """MindIE's default is in a folder of its own."""
+    try:
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"ATB_LLM_BENCHMARK_FILEPATH {path!r} cannot be written: {error.strerror}") from None
+    check_writable(path, "ATB_LLM_BENCHMARK_FILEPATH", media)

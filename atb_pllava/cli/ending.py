@@ -1,0 +1,97 @@
+"""How every command ends: status 0 done, 2 an error of the user's (one message, no traceback), 130 for Ctrl-C.
+
+SIGTERM ends a command as Ctrl-C does, with status 143: what was answered is written.
+"""
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from atb_pllava.cli.environment import rank, started_by_torchrun
+from atb_pllava.doctor.required_packages import REQUIRED, missing_package
+from atb_pllava.errors import ConfigError, PllavaError
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; whatever cleans up after Ctrl-C cleans up after it too."""
+
+
+def run_command(
+    parse: Callable[[], argparse.Namespace],
+    work: Callable[[argparse.Namespace], int],
+    interrupted: str = "interrupted",
+    no_stdout: str = "stdout could not be used",
+) -> int:
+    """Parse the command line and do the work; the process exit status.
+
+    `interrupted` is said on Ctrl-C, `no_stdout`, with the reason, when stdout takes no more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
+    try:
+        arguments = parse()
+        logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+        logging.getLogger("atb_pllava").setLevel(_level(arguments) if rank() == 0 else logging.ERROR)
+        with _terminable():
+            status = work(arguments)
+        sys.stdout.flush()
+        return status
+    except PllavaError as error:
+        if rank() == 0:  # the others met the same error
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        if rank() == 0:
+            print(f"error: {missing_package(error.name)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Nothing more can be written to stdout; what is buffered would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
+            return 141
+        what = no_stdout if error.filename is None else f"{error.filename} could not be used"
+        print(f"error: {what}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as end:
+        if rank() == 0:  # torchrun, where it started us, hands the signal to all and ends in a traceback of its own
+            print(interrupted, file=sys.stderr)
+        return 143 if isinstance(end, Terminated) else 130
+
+
+def _level(arguments: argparse.Namespace) -> int:
+    """The least important kind of message that is shown: --quiet, --verbose, or neither of them."""
+    quiet, verbose = getattr(arguments, "quiet", False), getattr(arguments, "verbose", False)
+    if quiet and verbose:
+        raise ConfigError("--quiet and --verbose contradict each other; leave one out")
+    return logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated in the body, unless somebody else handles it.
+
+    Not under torchrun, whose ranks wait for each other where no signal is seen: there it ends a process at once.
+    """
+    is_ours = threading.current_thread() is threading.main_thread() and not started_by_torchrun(None)
+    if not is_ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

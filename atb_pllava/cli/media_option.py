@@ -1,0 +1,65 @@
+"""`--media`, as every command has it, and the mistake of naming a checkpoint with it."""
+
+import argparse
+import os
+from typing import Any
+
+from atb_pllava.config import MODEL_TYPES
+from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_object
+from atb_pllava.loader.directory import check_has_config, config_directory, holds_media
+
+_LARGEST_CONFIG = 1 << 20  # bytes
+
+
+def add_media(parser: Any, default: str | None = None) -> None:
+    """Files and folders, several after one --media or one after each. `default`: what its absence means.
+
+    MindIE's scripts say --image_path. Where media are optional, it is accepted and --help does not show it.
+    """
+    optional = default is not None
+    parser.add_argument(
+        *(["--media"] if optional else ["--media", "--image_path"]),
+        nargs="+",
+        action="extend",
+        required=not optional,
+        metavar="PATH",
+        help="videos, images, and folders, which are entered with their subfolders; repeatable"
+        + (f" (default: {default})" if optional else ""),
+    )
+    if optional:
+        parser.add_argument("--image_path", dest="media", nargs="+", action="extend", help=argparse.SUPPRESS)
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError when --model_path can be no checkpoint, or --media names one. Nothing is loaded."""
+    model = arguments.model_path
+    if model is None:
+        return
+    checkpoints = [path for path in arguments.media or () if _is_checkpoint(path)]
+    if checkpoints and os.path.exists(model) and not _is_checkpoint(model):
+        raise ConfigError(
+            f"{checkpoints[0]} is a checkpoint and {model} is none: they are swapped; "
+            f"--model_path is {checkpoints[0]} (WEIGHTS, it comes first) and --media {model}"
+        )
+    check_has_config(*config_directory(model, getattr(arguments, "weight_dir", None)))
+    for path in checkpoints:
+        if not holds_media(path):
+            raise ConfigError(
+                f"--media {path} is a checkpoint without videos or images; a checkpoint is named with --model_path "
+                "(WEIGHTS, it comes first)"
+            )
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether a folder has weights, or the config.json of a model that is known; a data set may have its own."""
+    try:
+        names = os.listdir(path)
+    except (OSError, ValueError):
+        return False
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return True
+    try:
+        return read_object(os.path.join(path, "config.json"), _LARGEST_CONFIG).get("model_type") in MODEL_TYPES
+    except ConfigError:
+        return False

@@ -1,0 +1,168 @@
+"""The argument parser of every command: each mistake is one line on stderr and exit status 2.
+
+What it adds to argparse: `--model-path` is `--model_path`; an option that takes one value is refused when it is given
+twice; an unknown option is named before anything else, with the nearest one there is; a value of the wrong kind is
+told what is allowed. Options are not abbreviated.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from math import inf
+from typing import Any, NoReturn
+
+from atb_pllava.cli.environment import rank
+
+_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # what argparse takes for a value though it begins with a dash
+
+# What other programs call an option of ours.
+_FOREIGN = {
+    "max_tokens": "--max_output_length",
+    "max_new_tokens": "--max_output_length",
+    "video": "--media",
+    "video_path": "--media",
+    "image": "--media",
+    "question": "--prompt",
+    "tensor_parallel_size": "--world_size",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with the habits above."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self.given: set[str] = set()  # of the options that take one value, those met so far
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+        self.register("type", int, _whole_number)
+        self.register("type", float, _number)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but what is unknown or surplus is an error here, where the options are known."""
+        self.given.clear()
+        words = self._check_options(list(sys.argv[1:] if args is None else args))
+        result, surplus = super().parse_known_args(words, namespace)
+        if surplus:
+            self._refuse_surplus(surplus[0])
+        return result, surplus
+
+    def error(self, message: str) -> NoReturn:
+        """One line, on the first rank alone, and exit status 2."""
+        if rank() == 0:
+            see = " See" if message.endswith("?") else "; see"
+            print(f"error: {message.removeprefix('argument ')}{see} `{self.prog} --help`", file=sys.stderr)
+        sys.exit(2)
+
+    def _check_options(self, words: list[str]) -> list[str]:
+        """The words with the options spelled as they are declared; ends with an error for a word that has no place."""
+        known = self._option_string_actions
+        spelled = {_plain(name): name for name in known}
+        taker = ""  # the option before, while it waits for its first value
+        room = 0.0  # for so many values
+        for place, word in enumerate(words):
+            name, equals, value = word.partition("=")
+            name = name if name in known else spelled.get(_plain(name), name)
+            if not word.startswith("-") or word == "-" or _NUMBER.match(word) or " " in name:
+                if self._subparsers is not None:
+                    return words
+                if not room and not self._get_positional_actions():
+                    self._refuse_surplus(word)
+                taker = ""
+                room = max(room - 1, 0)
+            elif word == "--":
+                return words
+            elif name in known:
+                words[place] = name + equals + value
+                room = 0 if equals else _values_of(known[name])
+                taker = name if room else ""
+            elif os.path.lexists(word):
+                self.error(f"{word!r} is a file whose name begins with a dash: write ./{word}")
+            elif taker:
+                self.error(f"{taker} needs a value, and {word!r} begins with a dash: write {taker}={word}")
+            else:
+                self.error(f"unknown option {name}{self._nearest(name, list(known))}")
+        if self._subparsers is not None and not {"-h", "--help"} & set(words):
+            verb = self._subparsers._group_actions[0]
+            self.error(f"{verb.metavar} is missing; it must be {_alternatives(verb)}")
+        return words
+
+    def _nearest(self, name: str, known: Sequence[str]) -> str:
+        if self._subparsers is not None:
+            return f"; first comes {_alternatives(self._subparsers._group_actions[0])}"
+        foreign = _FOREIGN.get(_plain(name))
+        if foreign in known:
+            return f"; did you mean {foreign}?"
+        plain = {_plain(option): option for option in known if option != "-h"}
+        matches = difflib.get_close_matches(_plain(name), plain, n=1)
+        return f"; did you mean {plain[matches[0]]}?" if matches else ""
+
+    def _refuse_surplus(self, word: str) -> NoReturn:
+        names = self._option_string_actions
+        both = "--model_path" in names and "--media" in names
+        where = ", a checkpoint is named with --model_path, images and videos with --media" if both else ""
+        self.error(f"surplus argument {word!r}: a value with blanks needs quotes{where}")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            self._check_value(action, arg_string)  # where there are choices, they say more than the type
+            raise
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        name = "/".join(action.option_strings) or action.metavar or action.dest
+        near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise argparse.ArgumentError(None, f"{name} is {value!r}; it must be {_alternatives(action)}{meant}")
+
+
+class _StoreOnce(argparse.Action):
+    """Keeps one value; a second one is an error, since the first would be lost without a word."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string is not None and self.dest in parser.given:
+            before = getattr(namespace, self.dest)
+            parser.error(f"{option_string} is given twice, {_shown(before)} and {_shown(values)}; give it once")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def _plain(option: str) -> str:
+    """An option's name without its dashes at the front, the others as underscores."""
+    return option.lstrip("-").replace("-", "_")
+
+
+def _values_of(action: argparse.Action) -> float:
+    """The most values that an option takes."""
+    if isinstance(action.nargs, int):
+        return action.nargs
+    return inf if action.nargs in ("+", "*") else 1
+
+
+def _alternatives(action: argparse.Action) -> str:
+    names = [str(choice) for choice in action.choices or ()]
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "".join(names)
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

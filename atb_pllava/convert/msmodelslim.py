@@ -1,0 +1,75 @@
+"""msModelSlim instead of our own rounding, one decoder layer at a time.
+
+The package (github.com/Ascend/msit, `pip install msmodelslim transformers`) is optional and imported here only. It
+quantises whole models of transformers, so a LLaMA of one layer is built around each layer's weights; memory is a few
+times that of a layer in float32.
+"""
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atb_pllava.config import TextConfig
+from atb_pllava.convert.hugging_face import transformers_package
+from atb_pllava.errors import ConfigError
+from atb_pllava.ops.int8 import Int8Weight
+
+_LAYER = "model.layers.0."
+
+
+class MsModelSlim:
+    """Quantises decoder layers of one model; raises ConfigError where the packages are missing."""
+
+    def __init__(self, config: TextConfig, *, symmetric: bool, group_size: int) -> None:
+        try:
+            from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
+
+            transformers = transformers_package()
+        except ImportError as error:
+            raise ConfigError(
+                f"-quantizer msmodelslim cannot be used here ({error}); run `pip install msmodelslim transformers`, or "
+                "leave the option out: our own quantizer writes the same files"
+            ) from None
+        self._model_class, self._calibrator, self.group_size = transformers.LlamaForCausalLM, Calibrator, group_size
+        self._model_config = transformers.LlamaConfig(
+            vocab_size=8,
+            num_hidden_layers=1,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+        options: dict[str, Any] = {"act_method": 3}
+        if group_size:
+            options = {"act_method": 1, "is_lowbit": True, "open_outlier": False, "group_size": group_size}
+        self._options = QuantConfig(
+            w_bit=8, a_bit=16, dev_type="cpu", w_sym=symmetric, mm_tensor=False, disable_names=["lm_head"], **options
+        )
+
+    def quantise_layer(self, weights: Mapping[str, Tensor]) -> dict[str, Int8Weight]:
+        """Float32 weights [out, in] of one layer's linears, by their names below the layer, to int8."""
+        # Whatever the package prints is no answer of ours: it belongs on stderr.
+        with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:
+            model = self._model_class(self._model_config).eval().to(torch.float32)
+            missing, unexpected = model.load_state_dict({_LAYER + n: w for n, w in weights.items()}, strict=False)
+            assert not unexpected and not any("_proj" in name for name in missing), (missing, unexpected)
+            model.config._name_or_path = directory
+            calibrator = self._calibrator(model, self._options, calib_data=[], disable_level="L0")
+            calibrator.run()
+            calibrator.save(directory, save_type=["ascendV1"])
+            files = Path(directory).glob("[!.]*.safetensors")
+            stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        return {name: self._weight(stored, _LAYER + name) for name in weights}
+
+    def _weight(self, stored: Mapping[str, Tensor], name: str) -> Int8Weight:
+        rows = len(stored[name])
+        scale, offset = (stored[f"{name}_{x}"].float().reshape(rows, -1) for x in ("scale", "offset"))
+        return Int8Weight(stored[name], scale, offset, self.group_size)

@@ -1,0 +1,99 @@
+"""quant_model_description.json: which tensors of a quantised directory are int8, checked against the tensors.
+
+The format is msModelSlim's, in both its layouts: a flat object with a type for every tensor ("FLOAT" or "W8A16") and a
+few fields about the whole. Headers only; values are looked at when they are loaded.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atb_pllava.config import read_json
+from atb_pllava.errors import ConfigError
+from atb_pllava.loader.checkpoint import DTYPES, INT8, CheckpointError, Problem, StoredTensor, canonical_name
+from atb_pllava.ops.int8 import GROUP_SIZES, Int8Layers
+
+DESCRIPTION = "quant_model_description.json"  # msModelSlim's "ascendV1"
+DESCRIPTIONS = (DESCRIPTION, "quant_model_description_w8a16.json")
+QUANT_TYPE, FLOAT = "W8A16", "FLOAT"
+VERSION = "1.0.0"
+
+
+def describe(int8: Iterable[str], others: Iterable[str], group_size: int) -> dict[str, Any]:
+    """The description of a directory whose tensors `int8` (weights, scales, offsets) and `others` are named so."""
+    types = {**dict.fromkeys(others, FLOAT), **dict.fromkeys(int8, QUANT_TYPE)}
+    return {"version": VERSION, "model_quant_type": QUANT_TYPE, "group_size": group_size, **dict(sorted(types.items()))}
+
+
+def companions(name: str) -> tuple[str, str]:
+    """`x.weight` to the names of its scale and offset."""
+    return name + "_scale", name + "_offset"
+
+
+def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8Layers, list[Problem]]:
+    """The int8 layers of a directory with these tensors, none where it has no description; and what does not fit.
+
+    Raises CheckpointError for a description that cannot be read: every int8 tensor would be a problem more.
+    """
+    files = [path / name for name in DESCRIPTIONS if os.path.lexists(path / name)]
+    if not files:
+        return Int8Layers(), []
+    try:
+        raw = read_json(files[0])
+    except ConfigError as error:
+        raise CheckpointError(str(path), [Problem("quant", str(files[0]), str(error))]) from None
+    # Every tensor's name has a dot in it and no other field's has.
+    types = {canonical_name(key): value for key, value in raw.items() if "." in key}
+    problems = [*_check_fields(files[0], {key: value for key, value in raw.items() if "." not in key})]
+    problems += _compare(files[0], types, {canonical_name(t.key): t for t in stored})
+    if len(files) > 1:
+        problems.append(Problem("quant", str(path), f"has both {' and '.join(DESCRIPTIONS)}; one of them is stale"))
+    names = {name for name, kind in types.items() if kind == QUANT_TYPE and name.endswith(".weight")}
+    group_size = raw.get("group_size") or 0
+    return Int8Layers(frozenset(names), group_size if group_size in GROUP_SIZES else 0), problems
+
+
+def _check_fields(file: Path, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Fields that change what a weight means are known or refused; the others are ignored only where they are empty."""
+    if fields.get("model_quant_type") != QUANT_TYPE:
+        detail = f"model_quant_type is {fields.get('model_quant_type')!r}; only {QUANT_TYPE!r} is supported"
+        yield Problem("quant", str(file), detail)
+    group_size = fields.get("group_size") or 0
+    if isinstance(group_size, bool) or group_size not in GROUP_SIZES:
+        detail = f"group_size is {group_size!r}; it must be one of {', '.join(map(str, GROUP_SIZES))}"
+        yield Problem("quant", str(file), detail)
+    for key, value in fields.items():
+        if key not in ("model_quant_type", "group_size", "version", "metadata") and value:
+            yield Problem("quant", str(file), f"{key} is {value!r}, which is not supported")
+
+
+def _compare(file: Path, types: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
+    for name in types.keys() - tensors.keys():
+        yield Problem("quant", name, f"{types[name]} in {file.name}, but no file holds it")
+    for name in tensors.keys() - types.keys():
+        yield Problem("quant", name, f"in {tensors[name].file.name}, but not in {file.name}")
+    for name in types.keys() & tensors.keys():
+        kind, tensor = types[name], tensors[name]
+        if kind not in (FLOAT, QUANT_TYPE):
+            yield Problem("quant", name, f"{kind!r} in {file.name}; only {FLOAT} and {QUANT_TYPE} are supported")
+        elif kind == FLOAT and tensor.dtype not in DTYPES:
+            yield Problem("quant", name, f"{FLOAT} in {file.name}, {tensor.dtype} in {tensor.file.name}")
+        elif kind == QUANT_TYPE:
+            yield from _check_int8(file, name, types, tensors)
+
+
+def _check_int8(
+    file: Path, name: str, types: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> Iterator[Problem]:
+    """A W8A16 tensor is an int8 weight with scale and offset, or one of these two."""
+    if name.endswith(".weight"):
+        if tensors[name].dtype != INT8:
+            yield Problem("quant", name, f"{QUANT_TYPE} in {file.name}, {tensors[name].dtype} in its file")
+        for companion in companions(name):
+            if types.get(companion) != QUANT_TYPE:
+                yield Problem("quant", companion, f"is not {QUANT_TYPE} in {file.name}, its weight is")
+        return
+    weight = name.removesuffix("_scale").removesuffix("_offset")
+    if weight == name or types.get(weight) != QUANT_TYPE:
+        yield Problem("quant", name, f"{QUANT_TYPE} in {file.name}, but belongs to no {QUANT_TYPE} weight")

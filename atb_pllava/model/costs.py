@@ -1,0 +1,162 @@
+"""What each part of a request costs, from the model's sizes alone: FLOPs, bytes through memory, bytes between ranks.
+
+Counted is what the model's definition asks for, once: matrix products and attention at 2 FLOPs a multiply-add, every
+weight read once a step, every cached key and value read once a token. Norms, rotary embeddings, activations and the
+rows of the embedding are left out: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
+
+Weights are counted as their file holds them: an int8 weight's scale and offset once a row, or once a row and group of
+columns, in the model's dtype. What a backend makes of that is not: our CPU kernels read scales and offsets in float32,
+and of symmetric weights no offsets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from atb_pllava.config import PllavaConfig
+from atb_pllava.distributed.tensor_parallel import TensorParallel
+from atb_pllava.ops.int8 import Int8Layers, column_groups
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one rank in one go. `sent`: bytes it sends to others; `messages`: collectives it takes part in."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    sent: float = 0.0
+    messages: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.flops + other.flops, self.bytes + other.bytes, self.sent + other.sent, self.messages + other.messages
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a model on one of its ranks.
+
+    `element` is the bytes of a float of the model (2 for bfloat16), `int8` says which of the decoder's linear layers
+    are W8A16, `int8_kv` whether keys and values are in 8 bits, `reduced` the bytes of a number in an all-reduce (4 on
+    a CPU, which sums in float32).
+    """
+
+    config: PllavaConfig
+    element: int = 2
+    int8: Int8Layers = Int8Layers()
+    parallel: TensorParallel = TensorParallel()
+    reduced: int = 2
+    int8_kv: bool = False
+
+    def vision(self, frames: int) -> Cost:
+        """CLIP tower (the layers that are read) and projector on this rank's share of `frames`."""
+        vision, text = self.config.vision, self.config.text
+        width, patches = vision.hidden_size, vision.grid**2
+        tokens, layers = patches + 1, self.config.vision_layers_used
+        per_layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
+        embedding = 2 * patches * 3 * vision.patch_size**2 * width
+        projector = 2 * patches * (width * text.hidden_size + text.hidden_size**2)
+        mine = len(self.parallel.share(frames))
+        gathered = self._gather(frames * patches * text.hidden_size * self.element)
+        return Cost(mine * (embedding + layers * per_layer + projector), self.vision_weight_bytes) + gathered
+
+    def prefill(self, lengths: Sequence[int]) -> Cost:
+        """One step over whole prompts of these lengths, causal attention; the next token of each is wanted."""
+        tokens = sum(lengths)
+        attended = sum(length * (length + 1) / 2 for length in lengths)
+        return self._decoder(tokens, attended, len(lengths), read=0)
+
+    def decode(self, contexts: Sequence[int]) -> Cost:
+        """One token of each of these sequences, which then have `contexts` tokens."""
+        return self._decoder(len(contexts), sum(contexts), len(contexts), read=sum(contexts))
+
+    def _decoder(self, tokens: int, attended: float, wanted: int, read: int) -> Cost:
+        """`tokens` new tokens over `attended` query-key pairs a head; `read` cached tokens come from memory."""
+        text, layers = self.config.text, self.config.text.num_hidden_layers
+        linear = 2 * tokens * layers * sum(rows * len(columns) for rows, columns in self._linears().values())
+        attention = 4 * attended * layers * self._heads * text.head_dim
+        head = 2 * wanted * self._words * text.hidden_size
+        cache = (read + tokens) * self.kv_bytes_per_token
+        return Cost(linear + attention + head, self.decoder_weight_bytes + cache) + self._between_ranks(tokens, wanted)
+
+    def _between_ranks(self, tokens: int, wanted: int) -> Cost:
+        """An all-reduce after the embedding and two in each layer, and the gather of the float32 logits."""
+        text, size = self.config.text, self.parallel.size
+        if size == 1:
+            return Cost()
+        reductions = 2 * text.num_hidden_layers + 1
+        # A ring sends each byte (size - 1) / size times to add up, and as often to hand out.
+        ring = 2 * (size - 1) / size * tokens * text.hidden_size * self.reduced
+        return Cost(sent=reductions * ring, messages=reductions) + self._gather(wanted * text.vocab_size * 4)
+
+    def _gather(self, total: int) -> Cost:
+        """Every rank has its share of `total` bytes and gets the others'."""
+        size = self.parallel.size
+        return Cost() if size == 1 else Cost(sent=(size - 1) / size * total, messages=1)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of all layers: 512 KiB for 7B in bfloat16 on one rank."""
+        text = self.config.text
+        per_head = text.head_dim + 4 if self.int8_kv else text.head_dim * self.element  # 4: a float32 scale
+        return 2 * text.num_hidden_layers * self._kv_heads * per_head
+
+    @property
+    def decoder_weight_bytes(self) -> int:
+        """What a decode step reads of the weights: layers, last norm and lm_head; the embedding is a few rows."""
+        text, layers, linears = self.config.text, self.config.text.num_hidden_layers, self._linears()
+        total = sum(
+            self._linear_bytes(rows, columns, f"language_model.model.layers.{layer}.{name}.weight" in self.int8.names)
+            for layer in range(layers)
+            for name, (rows, columns) in linears.items()
+        )
+        return total + ((2 * layers + 1) * text.hidden_size + self._words * text.hidden_size) * self.element
+
+    @property
+    def vision_weight_bytes(self) -> int:
+        """Tower and projector, which every rank has whole."""
+        vision, text, width = self.config.vision, self.config.text, self.config.vision.hidden_size
+        inner = vision.intermediate_size
+        layer = 4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width
+        embedding = width * (1 + 3 * vision.patch_size**2 + vision.grid**2 + 1 + 2)
+        projector = (width + text.hidden_size + 2) * text.hidden_size
+        return (self.config.vision_layers_used * layer + embedding + projector) * self.element
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights of this rank, the embedding included."""
+        embedding = self._words * self.config.text.hidden_size * self.element
+        return self.vision_weight_bytes + self.decoder_weight_bytes + embedding
+
+    def _linear_bytes(self, rows: int, columns: range, int8: bool) -> int:
+        """A group's scale and offset are on every rank that has some of its columns."""
+        if not int8:
+            return rows * len(columns) * self.element
+        groups = column_groups(slice(columns.start, columns.stop), self.int8.group_size)
+        return rows * (len(columns) + 2 * len(range(groups.start, groups.stop)) * self.element)
+
+    def _linears(self) -> dict[str, tuple[int, range]]:
+        """A layer's matrices on this rank: how many rows, and which columns of the whole matrix."""
+        text, mine = self.config.text, self.parallel.share(self.config.text.num_key_value_heads)
+        width, inner = range(text.hidden_size), self.parallel.share(text.intermediate_size)
+        per_group = text.num_attention_heads // text.num_key_value_heads * text.head_dim
+        heads = range(mine.start * per_group, mine.stop * per_group)  # this rank's elements of all heads side by side
+        kv = len(mine) * text.head_dim, width
+        return {
+            **{"self_attn.q_proj": (len(heads), width), "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+            **{"self_attn.o_proj": (text.hidden_size, heads), "mlp.gate_proj": (len(inner), width)},
+            **{"mlp.up_proj": (len(inner), width), "mlp.down_proj": (text.hidden_size, inner)},
+        }
+
+    @property
+    def _kv_heads(self) -> int:
+        return len(self.parallel.share(self.config.text.num_key_value_heads))
+
+    @property
+    def _heads(self) -> int:
+        text = self.config.text
+        return self._kv_heads * (text.num_attention_heads // text.num_key_value_heads)
+
+    @property
+    def _words(self) -> int:
+        return len(self.parallel.share(self.config.text.vocab_size))

@@ -1,0 +1,398 @@
+"""Videos and prompts seen before: less work, the same answers, and never another video's."""
+
+import os
+import random
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
+from atb_pllava.engine.block_manager import BlockPool, full_block_keys
+from atb_pllava.engine.encoder_cache import VideoCache
+from atb_pllava.engine.request import Request
+from atb_pllava.multimodal.frame_cache import FrameCache, media_key
+
+FRAMES = torch.randint(0, 256, (6, 4, 70, 90, 3), generator=torch.Generator().manual_seed(9), dtype=torch.uint8).numpy()
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=3)
+BLOCK = 4  # a video of the random checkpoint is 8 tokens
+
+
+def load(checkpoint, **options) -> LLM:
+    return LLM(checkpoint, dtype="float32", backend="cpu", block_size=BLOCK, **options)
+
+
+def ask(video: int | tuple[int, ...], text: str = "what is it?") -> dict:
+    videos = (video,) if isinstance(video, int) else video
+    return {"prompt": f"USER: {'<image>' * len(videos)} {text} ASSISTANT:", "frames": [FRAMES[v] for v in videos]}
+
+
+def count_work(llm: LLM) -> Counter[str]:
+    """Counts frames encoded and tokens put through the model from now on."""
+    work: Counter[str] = Counter()
+    runner = llm._engine.team.runner
+    encode, forward = runner.encode_frames, runner.forward
+
+    def encode_frames(video, pixels):
+        work["frames"] += len(pixels)
+        encode(video, pixels)
+
+    def run(step):
+        work["tokens"] += len(step.token_ids)
+        return forward(step)
+
+    runner.encode_frames, runner.forward = encode_frames, run
+    return work
+
+
+@pytest.fixture(scope="module")
+def cold(checkpoint):
+    """Answers without any cache."""
+    known: dict[str, object] = {}
+
+    def answer(request: dict):
+        key = repr((request["prompt"], [frames.tobytes() for frames in request["frames"]]))
+        if key not in known:
+            llm = load(checkpoint, max_batch_size=1, prefix_cache=False, video_cache_bytes=0)
+            known[key] = llm.generate(request, PARAMS)[0]
+            assert known[key].num_cached_tokens == 0
+        return known[key]
+
+    return answer
+
+
+def assert_same(out, expected) -> None:
+    assert (out.token_ids, out.text) == (expected.token_ids, expected.text)
+    for ours, theirs in zip(out.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_the_second_question_computes_its_own_words_only(checkpoint, cold) -> None:
+    llm = load(checkpoint)
+    work = count_work(llm)
+    first = llm.generate(ask(0), PARAMS)[0]
+    assert work["frames"] == 4 and first.num_cached_tokens == 0
+    work.clear()
+    second = llm.generate(ask(0, "why is it so?"), PARAMS)[0]
+    begin = len(llm.tokenizer.encode("USER: "))
+    assert work["frames"] == 0 and second.metrics.vision_encode == 0
+    assert (begin + 8) // BLOCK * BLOCK <= second.num_cached_tokens < second.metrics.prompt_tokens
+    assert work["tokens"] == second.metrics.prompt_tokens - second.num_cached_tokens + PARAMS.max_tokens - 1
+    assert_same(first, cold(ask(0)))
+    assert_same(second, cold(ask(0, "why is it so?")))
+
+
+def test_the_same_question_again_is_computed_from_its_last_token(checkpoint, cold) -> None:
+    llm = load(checkpoint)
+    outs = [llm.generate(ask(0), PARAMS)[0] for _ in range(3)]
+    length = outs[0].metrics.prompt_tokens
+    assert [out.num_cached_tokens for out in outs] == [0, *[(length - 1) // BLOCK * BLOCK] * 2]
+    for out in outs:
+        assert_same(out, cold(ask(0)))
+
+
+def test_an_answer_is_part_of_the_next_turns_beginning(checkpoint) -> None:
+    llm = load(checkpoint)
+    prompt = ask(0)
+    first = llm.generate(prompt, PARAMS)[0]
+    ids = llm.tokenizer.encode(prompt["prompt"] + first.text)
+    again = llm.generate({**prompt, "prompt": prompt["prompt"] + first.text + " USER: and then?"}, PARAMS)[0]
+    if ids == first.prompt_token_ids + first.token_ids:  # text and ids need not agree for a random model
+        assert again.num_cached_tokens > first.metrics.prompt_tokens
+    assert again.num_cached_tokens >= first.metrics.prompt_tokens // BLOCK * BLOCK
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("video_cache_bytes", [0, 2**30])
+def test_another_video_under_the_same_words_is_another_prompt(
+    checkpoint, cold, prefix_cache, video_cache_bytes
+) -> None:
+    llm = load(checkpoint, prefix_cache=prefix_cache, video_cache_bytes=video_cache_bytes)
+    outs = [llm.generate(ask(video), PARAMS)[0] for video in (0, 1, 2, 1, 0)]
+    assert outs[1].num_cached_tokens <= len(llm.tokenizer.encode("USER: "))
+    for out, video in zip(outs, (0, 1, 2, 1, 0), strict=True):
+        assert_same(out, cold(ask(video)))
+    assert len({tuple(out.token_ids) for out in outs[:3]}) > 1, "the videos make a difference at all"
+
+
+def test_the_order_and_place_of_videos_count(checkpoint, cold) -> None:
+    llm = load(checkpoint)
+    for videos in [(0, 1), (1, 0), (0,), (0, 0), (1, 1), (0, 1)]:
+        assert_same(llm.generate(ask(videos), PARAMS)[0], cold(ask(videos)))
+    assert llm.generate(ask((0, 1)), PARAMS)[0].num_cached_tokens > 16
+
+
+def test_one_pixel_makes_another_video(checkpoint) -> None:
+    llm = load(checkpoint)
+    llm.generate(ask(0), PARAMS)
+    changed = FRAMES[0].copy()
+    changed[2, 35, 45, 1] ^= 128
+    work = count_work(llm)
+    out = llm.generate({**ask(0), "frames": changed}, PARAMS)[0]
+    assert work["frames"] == 4 and out.num_cached_tokens <= len(llm.tokenizer.encode("USER: "))
+
+
+def test_first_questions_at_the_same_time_encode_and_prefill_once(checkpoint, cold) -> None:
+    questions = ["what is it?", "why?", "when is it?", "what is it?"]
+    llm = load(checkpoint, max_batch_size=4)
+    work = count_work(llm)
+    outs = llm.generate([ask(0, question) for question in questions], PARAMS)
+    assert work["frames"] == 4
+    for out, question in zip(outs, questions, strict=True):
+        assert_same(out, cold(ask(0, question)))
+    assert [out.num_cached_tokens > 8 for out in outs] == [False, True, True, True]
+    separate = load(checkpoint, max_batch_size=4, prefix_cache=False)
+    more = count_work(separate)
+    separate.generate([ask(0, question) for question in questions], PARAMS)
+    assert more["frames"] == 4 and work["tokens"] < more["tokens"] - 3 * 8
+
+
+def test_a_waiting_twin_lets_others_pass(checkpoint, cold) -> None:
+    llm = load(checkpoint, max_batch_size=3)
+    engine = llm._engine
+    other = {"prompt": "now <image> what is it?", "frames": [FRAMES[1]]}
+    requests = [llm._request(r, PARAMS) for r in (ask(0), ask(0, "why?"), other)]
+    for request in requests:
+        engine.add(request)
+    engine.scheduler.admit()
+    assert engine.scheduler.running == [requests[0], requests[2]]
+    while engine.has_work:
+        engine.step()
+    for request, expected in zip(requests, (ask(0), ask(0, "why?"), other), strict=True):
+        assert_same(request.output(), cold(expected))
+
+
+def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> None:
+    llm = load(checkpoint, vision_batch=1, prefix_cache=False)
+    engine = llm._engine
+    busy, dropped, kept = (llm._request(r, PARAMS) for r in (ask(1), ask(0), ask(0, "why?")))
+    engine.add(busy)
+    while not busy.num_generated:
+        engine.step()
+    engine.add(dropped)
+    engine.add(kept)
+    engine.step()
+    assert 0 < dropped.states[0].frames_done < 4 and dropped.states == kept.states
+    engine.abort(dropped)
+    while engine.has_work:
+        engine.step()
+    assert_same(kept.output(), cold(ask(0, "why?")))
+
+
+def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
+    per_block = 2 * 2 * 2 * 16 * 4 * BLOCK  # 2 layers, 2 KV heads of 16, float32
+    generator = random.Random(3)
+    texts = ["what is it?", "why?", "what is it and why is it so?"]
+    requests = [ask(generator.randrange(6), generator.choice(texts)) for _ in range(40)]
+    llm = load(checkpoint, max_batch_size=4, kv_cache_bytes=48 * per_block, video_cache_bytes=2 * 8 * 64 * 4)
+    outs = llm.generate(requests, PARAMS)
+    for out, request in zip(outs, requests, strict=True):
+        assert_same(out, cold(request))
+    assert sum(out.num_cached_tokens for out in outs) > 0
+    assert sum(out.metrics.preemptions for out in outs) > 0
+    assert llm._engine.pool.free == llm._engine.pool.total
+
+
+def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
+    llm = load(
+        checkpoint, prefix_cache=False, video_cache_bytes=2 * 8 * 64 * 4
+    )  # two videos of 8 tokens, 64 wide, float32
+    runner = llm._engine.team.runner
+    work = count_work(llm)
+    for video in (0, 1, 0, 2, 0, 1):
+        llm.generate(ask(video), SamplingParams(max_tokens=1))
+        assert len(runner._tokens) <= 2
+    assert work["frames"] == 4 * 4  # 0, 1, 2 and 1 again: the least recently used goes
+    nothing = load(checkpoint, video_cache_bytes=0)
+    nothing.generate([ask(0), ask(0)], SamplingParams(max_tokens=1))
+    assert not nothing._engine.team.runner._tokens
+    first = llm.encode_video(FRAMES[0])
+    first.zero_()
+    assert llm.encode_video(FRAMES[0]).abs().sum() > 0
+
+
+def test_a_prompt_behind_its_video_needs_no_tokens_of_it(checkpoint, cold) -> None:
+    """The prefix is there, the video's tokens are gone: nothing is encoded as long as no token of it is needed."""
+    llm = load(checkpoint, video_cache_bytes=0)
+    prompt = ask(0, "and more and more of it")
+    llm.generate(prompt, PARAMS)
+    work = count_work(llm)
+    out = llm.generate(prompt, PARAMS)[0]
+    assert work["frames"] == 0
+    assert_same(out, cold(prompt))
+
+
+def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
+    llm = load(checkpoint)
+    norm = llm._engine.team.runner.model.language.norm.data
+    good = norm[5].clone()
+    norm[5] = float("nan")
+    with pytest.raises(BackendError, match="not finite"):
+        llm.generate(ask(0), PARAMS)
+    norm[5] = good
+    out = llm.generate(ask(0), PARAMS)[0]
+    assert out.num_cached_tokens == 0
+    assert_same(out, cold(ask(0)))
+
+
+def test_keys_stand_for_everything_before(checkpoint) -> None:
+    llm = load(checkpoint)
+
+    def keys(request: dict) -> list[bytes]:
+        made: Request = llm._request(request, PARAMS)
+        return full_block_keys(made, len(made.token_ids), BLOCK)
+
+    def text(words: str) -> dict:
+        return {"prompt": words}
+
+    base = keys(text("a b c d e f g h i j k l m n"))
+    other = keys(text("x b c d e f g h i j k l m n"))
+    assert len(base) == len(other) > 2 and not set(base) & set(other)
+    longer = keys(text("a b c d e f g h i j k l m n o p q r s t"))
+    assert longer[: len(base) - 1] == base[:-1]
+    videos = [keys(ask(v)) for v in (0, 1)]
+    same = [a == b for a, b in zip(*videos, strict=True)]
+    assert same == sorted(same, reverse=True) and not same[-1] and keys(ask(0)) == videos[0]
+
+
+def test_block_pool_against_a_model_of_it() -> None:
+    """Random use: every block is held, remembered or empty; a known key's block is never given to somebody else."""
+    generator = random.Random(1)
+    pool = BlockPool(16)
+    held: list[list[int]] = []
+    content: dict[int, bytes] = {}
+    for turn in range(3000):
+        if held and (generator.random() < 0.45 or pool.free == 0):
+            pool.give_back(held.pop(generator.randrange(len(held))))
+        else:
+            stem = generator.randrange(4)
+            wanted = [f"{stem}.{i}".encode() for i in range(generator.randrange(1, 5))]
+            known = pool.find(wanted)
+            assert [content[block] for block in known] == wanted[: len(known)]
+            pool.share(known)
+            if len(wanted) - len(known) > pool.free:
+                pool.give_back(known)
+                continue
+            fresh = pool.take(len(wanted) - len(known))
+            assert not {b for blocks in held for b in blocks} & set(fresh) and not set(known) & set(fresh)
+            for block, key in zip(fresh, wanted[len(known) :], strict=True):
+                content[block] = key if turn % 3 else b"never remembered"
+                if turn % 3:
+                    pool.remember(block, key)
+            held.append(known + fresh)
+        assert pool.free == 16 - len({b for blocks in held for b in blocks})
+
+
+def test_video_cache_forgets_the_oldest_idle_one() -> None:
+    class Video:
+        def __init__(self, digest: bytes) -> None:
+            self.digest = digest
+
+    forgotten: list[int] = []
+    cache = VideoCache(2, forgotten.append)
+    states = [cache.acquire(Video(bytes([i]))) for i in range(4)]
+    for state in states:
+        state.video = None
+    for i in (2, 0, 1, 3):
+        cache.release(states[i])
+    assert forgotten == [states[2].number, states[0].number]
+    assert cache.acquire(Video(bytes([1]))) is states[1] and cache.acquire(Video(bytes([2]))) is not states[2]
+
+
+def test_frames_of_a_file_are_read_once_until_it_changes(checkpoint, media: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes((media / "clip2.mp4").read_bytes())
+    os.utime(clip, (1e9, 1e9))
+    time.sleep(0.15)  # see frame_cache: a file that has only just changed is not trusted
+    llm = load(checkpoint)
+    reads: list[object] = []
+    read = type(llm.reader)._read
+    try:
+        type(llm.reader)._read = lambda self, item, wanted: reads.append(item) or read(self, item, wanted)
+        first = llm.chat(str(clip), "what is it?", PARAMS)
+        assert_same(llm.chat(clip, "what is it?", PARAMS), first)
+        assert len(reads) == 1
+        data = clip.read_bytes()
+        for _ in range(2):
+            assert_same(llm.chat(data, "what is it?", PARAMS), first)
+        assert len(reads) == 2
+        llm.generate({"prompt": "<image>", "video": clip, "frame_indices": [0, 1, 1, 2]}, PARAMS)
+        assert len(reads) == 3
+        clip.write_bytes((media / "clip10.mp4").read_bytes())
+        llm.chat(clip, "what is it?", PARAMS)
+        assert len(reads) == 4
+    finally:
+        type(llm.reader)._read = read
+
+
+def test_frame_cache_keeps_to_its_limit() -> None:
+    cache = FrameCache[str](10)
+    cache.keep("a", "A", 4)
+    cache.keep("b", "B", 4)
+    assert cache.find("a") == "A"
+    cache.keep("c", "C", 4)
+    assert [cache.find(key) for key in "abc"] == ["A", None, "C"]
+    cache.keep("huge", "H", 11)
+    cache.keep(None, "N", 1)
+    assert cache.find("huge") is None and cache.find(None) is None and cache.find("a") == "A"
+    cache.keep("a", "AA", 6)
+    assert cache.find("a") == "AA" and cache.find("c") == "C"
+
+
+def test_media_keys(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"x")
+    assert media_key([str(file)], None) is None, "too fresh"
+    time.sleep(0.15)
+    assert media_key([str(file)], None) == media_key([file], None) is not None
+    assert media_key([file], [[1, 2]]) != media_key([file], [[1, 3]]) != media_key([file], None)
+    assert media_key([tmp_path], None) is None and media_key([tmp_path / "none"], None) is None
+    assert media_key([b"1"], None) != media_key([b"2"], None) == media_key([b"2"], None)
+    one = np.zeros((2, 3, 4, 3), np.uint8)
+    assert media_key([one], None) != media_key([one.reshape(2, 4, 3, 3)], None)
+    assert media_key([one[::-1]], None) == media_key([one], None)
+    assert media_key([3], None) is None
+    assert media_key([np.zeros(2, "datetime64[s]")], None) is None, "refused by the reader, with its own words"
+
+
+def test_media_are_read_beside_the_model(checkpoint, media: Path) -> None:
+    llm = load(checkpoint, max_batch_size=1)
+    clip = str(media / "clip2.mp4")
+    threads: set[str] = set()
+    prepare = llm.reader._prepare_all
+
+    def noted(*arguments):
+        threads.add(threading.current_thread().name)
+        return prepare(*arguments)
+
+    object.__setattr__(llm.reader, "_prepare_all", noted)
+    requests = [{"question": str(i), "video": clip, "frame_indices": [i % 2, 1, 1, 2]} for i in range(4)]
+    answers = dict(llm.serve(requests, PARAMS))
+    assert sorted(answers) == [0, 1, 2, 3] and threads and threading.current_thread().name not in threads
+
+
+def test_serve_reads_no_further_than_needed(checkpoint) -> None:
+    llm = load(checkpoint, max_batch_size=1)
+    taken: list[int] = []
+
+    def source():
+        for i in range(20):
+            taken.append(i)
+            yield ask(i % 6)
+
+    stream = llm.serve(source(), SamplingParams(max_tokens=2))
+    next(stream)
+    assert len(taken) <= 4
+    stream.close()
+    assert not llm._engine.has_work
+
+
+def test_cache_options_are_checked(checkpoint) -> None:
+    with pytest.raises(ConfigError, match="video_cache_bytes is -1"):
+        load(checkpoint, video_cache_bytes=-1)
+    with pytest.raises(ConfigError, match="prefix_cache is 'yes'"):
+        load(checkpoint, prefix_cache="yes")

@@ -1,0 +1,294 @@
+"""The engine: whatever a request is batched with, cut into or interrupted by, its answer stays the same."""
+
+import time
+
+import pytest
+import torch
+
+from atb_pllava import LLM, BackendError, RequestError, SamplingParams
+from atb_pllava.engine import core as engine_module
+from atb_pllava.engine.block_manager import BlockPool, plan_blocks
+from atb_pllava.engine.core import Engine
+from atb_pllava.engine.request import Request
+from atb_pllava.engine.sampler import _penalise, sample
+from atb_pllava.errors import ConfigError
+
+FRAMES = torch.randint(0, 256, (3, 4, 70, 90, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8).numpy()
+PARAMS = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=3)
+
+
+def prompts(count: int) -> list[dict]:
+    """Requests of different lengths: text only, one video, two videos."""
+    requests = []
+    for i in range(count):
+        videos = i % 3
+        text = "USER:" + "<image>" * videos + " what is this" * (1 + 5 * (i % 4)) + f" {i}? ASSISTANT:"
+        requests.append({"prompt": text, **({"frames": list(FRAMES[:videos])} if videos else {})})
+    return requests
+
+
+def load(checkpoint, **options) -> LLM:
+    return LLM(checkpoint, dtype="float32", backend="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint) -> list:
+    llm = load(checkpoint, max_batch_size=1)
+    return [llm.generate(request, PARAMS)[0] for request in prompts(9)]
+
+
+def assert_same(outputs: list, expected: list) -> None:
+    assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
+    assert [out.text for out in outputs] == [out.text for out in expected]
+    for out, other in zip(outputs, expected, strict=True):
+        for ours, theirs in zip(out.logprobs, other.logprobs, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_seconds_end_when_the_device_is_done(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, clock = load(checkpoint, vision_batch=2), [0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(engine_module, "finish", lambda device: clock.append(clock.pop() + 1))
+    (out,) = llm.generate({"prompt": "<image>", "frames": FRAMES[0]}, SamplingParams(max_tokens=3, ignore_eos=True))
+    assert (out.metrics.vision_encode, out.metrics.prefill, out.metrics.tpot) == (2, 1, 1)  # 4 frames, 2 at a time
+
+
+def test_batched_equals_alone(checkpoint, alone) -> None:
+    assert_same(load(checkpoint, max_batch_size=9).generate(prompts(9), PARAMS), alone)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 100])
+def test_block_size_does_not_matter(checkpoint, alone, block_size: int) -> None:
+    assert_same(load(checkpoint, max_batch_size=3, block_size=block_size).generate(prompts(9), PARAMS), alone)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16])
+def test_chunked_prefill_equals_whole(checkpoint, alone, chunk: int) -> None:
+    llm = load(checkpoint, max_batch_size=4, prefill_chunk=chunk, block_size=16, vision_batch=1)
+    assert_same(llm.generate(prompts(9), PARAMS), alone)
+
+
+def test_preemption_changes_nothing(checkpoint, alone) -> None:
+    per_block = 2 * 2 * 2 * 16 * 4 * 16  # 2 layers, 2 KV heads of 16, float32, 16 tokens
+    llm = load(checkpoint, max_batch_size=9, block_size=16, kv_cache_bytes=24 * per_block)
+    outputs = llm.generate(prompts(9), PARAMS)
+    assert sum(out.metrics.preemptions for out in outputs) > 0
+    assert_same(outputs, alone)
+    assert llm._engine.pool.free == llm._engine.pool.total
+
+
+def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint) -> None:
+    llm = load(checkpoint, prefill_chunk=8)
+    engine = llm._engine
+    first = llm._request(prompts(1)[0], PARAMS)
+    engine.add(first)
+    while not first.generated:
+        engine.step()
+    long = llm._request({"prompt": "USER:<image>" + " why" * 25, "frames": FRAMES[0]}, PARAMS)
+    engine.add(long)
+    steps = 0
+    while not long.generated and not first.is_finished:
+        before = len(first.generated)
+        engine.step()
+        steps += 1
+        assert len(first.generated) == before + 1
+    assert steps >= 15 and long.generated, "about 120 tokens in chunks of 8, while the first request decodes 24"
+
+
+def test_abort_gives_everything_back(checkpoint, alone) -> None:
+    llm = load(checkpoint)
+    engine = llm._engine
+    dropped = [llm._request(request, PARAMS) for request in prompts(3)]
+    kept = llm._request(prompts(4)[3], PARAMS)
+    for request in [*dropped, kept]:
+        engine.add(request)
+    engine.step()
+    for request in dropped:
+        engine.abort(request)
+    while engine.has_work:
+        engine.step()
+    assert kept.output().token_ids == alone[3].token_ids
+    assert engine.pool.free == engine.pool.total
+    with pytest.raises(RequestError, match="aborted"):
+        dropped[0].output()
+
+
+def test_stream_joins_to_the_answer_and_can_be_closed(checkpoint) -> None:
+    llm = load(checkpoint)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    pieces = list(llm.stream(FRAMES[0], "what is it?", params))
+    assert "".join(pieces) == llm.chat(FRAMES[0], "what is it?", params).text
+    assert len(pieces) > 1
+    stream = llm.stream(FRAMES[0], "what is it?", params)
+    next(stream)
+    stream.close()
+    assert not llm._engine.has_work
+    llm.stream(FRAMES[0], "never read", params)
+    assert not llm._engine.has_work
+
+
+def test_interleaved_streams_do_not_mix(checkpoint) -> None:
+    llm = load(checkpoint)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    questions = ["what is it?", "why?", "when is it?"]
+    streams = [llm.stream(FRAMES[i], q, params) for i, q in enumerate(questions)]
+    texts = ["", "", ""]
+    for _ in range(60):
+        for i, stream in enumerate(streams):
+            texts[i] += next(stream, "")
+    assert texts == [load(checkpoint).chat(FRAMES[i], q, params).text for i, q in enumerate(questions)]
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(checkpoint) -> None:
+    params = SamplingParams(max_tokens=16, temperature=1.5, top_p=0.9, top_k=50, seed=7, ignore_eos=True)
+    batched = load(checkpoint).generate(prompts(4), params)
+    single = load(checkpoint, max_batch_size=1)
+    assert [out.token_ids for out in batched] == [single.generate(r, params)[0].token_ids for r in prompts(4)]
+    other = SamplingParams(max_tokens=16, temperature=1.5, seed=8, ignore_eos=True)
+    assert single.generate(prompts(1), other)[0].token_ids != batched[0].token_ids
+
+
+def test_top_k_1_and_tiny_top_p_are_greedy(checkpoint, alone) -> None:
+    llm = load(checkpoint)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}):
+        params = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, **narrow)
+        assert [out.token_ids for out in llm.generate(prompts(3), params)] == [out.token_ids for out in alone[:3]]
+
+
+def test_any_temperature_above_zero_works(checkpoint, alone) -> None:
+    llm = load(checkpoint)
+    cold = SamplingParams(max_tokens=24, temperature=1e-40, ignore_eos=True)
+    assert llm.generate(prompts(1), cold)[0].token_ids == alone[0].token_ids
+    assert llm.generate(prompts(1), SamplingParams(max_tokens=3, temperature=100.0, top_k=5, stop=None))[0].token_ids
+
+
+def test_a_stop_string_in_the_last_token_counts(checkpoint, alone) -> None:
+    llm = load(checkpoint)
+    whole = SamplingParams(max_tokens=9, ignore_eos=True)
+    text = llm.generate(prompts(1), whole)[0].text
+    out = llm.generate(prompts(1), SamplingParams(max_tokens=9, ignore_eos=True, stop=(text[-1:],)))[0]
+    assert out.finish_reason == "stop" and text[-1:] not in out.text
+
+
+def test_waiting_time_is_never_negative(checkpoint) -> None:
+    llm = load(checkpoint, vision_batch=1, max_batch_size=4)
+    assert all(out.metrics.queue >= -1e-3 for out in llm.generate(prompts(8), SamplingParams(max_tokens=2)))
+
+
+def test_repetition_penalty_equals_transformers(checkpoint, alone) -> None:
+    logits_process = pytest.importorskip("transformers.generation.logits_process")
+    llm = load(checkpoint)
+    params = SamplingParams(max_tokens=12, repetition_penalty=1.7, ignore_eos=True, logprobs=-1)
+    request = llm._request(prompts(2)[1], params)
+    processor = logits_process.RepetitionPenaltyLogitsProcessor(1.7)
+    logits = torch.linspace(-1.0, 1.1, 304)[torch.randperm(304, generator=torch.Generator().manual_seed(1))]
+    logits[[request.prompt_ids[0], request.prompt_ids[3]]] = torch.tensor([1.2, 1.3])  # best only without the penalty
+    token, _ = sample(logits, request)
+    expected = processor(torch.tensor([request.prompt_ids]), logits[None].clone())[0]
+    assert token == int(expected.argmax()) != int(logits.argmax())
+    assert torch.equal(_penalise(logits, request), expected)
+
+
+def test_logprobs_rows(checkpoint) -> None:
+    llm = load(checkpoint)
+    rows = llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True, logprobs=-1))
+    best = llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True, logprobs=2))
+    for full, top in zip(rows, best, strict=True):
+        for token, row, entry in zip(full.token_ids, full.logprobs, top.logprobs, strict=True):
+            assert row.dtype == "float32" and row.shape == (304,)
+            assert float(torch.from_numpy(row).exp().sum()) == pytest.approx(1.0, abs=1e-4)
+            assert list(entry)[0] == token == row.argmax() and len(entry) == 2
+            assert entry[token] == pytest.approx(float(row[token]), abs=1e-4)
+    assert llm.generate(prompts(1), SamplingParams(max_tokens=1))[0].logprobs is None
+
+
+def test_end_of_sequence_and_length(checkpoint, alone) -> None:
+    llm = load(checkpoint)
+    ids = alone[0].token_ids
+    llm.config = type(llm.config)(**{**vars(llm.config), "eos_token_ids": (ids[5],)})
+    out = llm.generate(prompts(1), SamplingParams(max_tokens=24))[0]
+    assert out.finish_reason == "stop" and out.token_ids == ids[: ids.index(ids[5]) + 1]
+    out = llm.generate(prompts(1), SamplingParams(max_tokens=3, ignore_eos=True))[0]
+    assert out.finish_reason == "length" and out.token_ids == ids[:3]
+
+
+def test_stop_strings_end_the_answer_and_never_leak(checkpoint, alone) -> None:
+    llm = load(checkpoint)
+    text = alone[0].text
+    stop = text[3:6]
+    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=(stop, "never there"))
+    out = llm.generate(prompts(1), params)[0]
+    assert out.finish_reason == "stop" and out.text == text[: text.index(stop)].strip()
+    assert len(out.token_ids) < 24
+
+
+def test_limits_name_the_numbers(checkpoint) -> None:
+    llm = load(checkpoint, max_input_length=20, max_output_length=10)
+    with pytest.raises(RequestError, match=r"prompt is 3\d tokens \(8 of them from video\), the limit is 20"):
+        llm.generate({"prompt": "USER:<image> what is going on here?", "frames": FRAMES[0]}, PARAMS)
+    with pytest.raises(RequestError, match="max_tokens is 11, the limit is 10"):
+        llm.generate({"prompt": "why"}, SamplingParams(max_tokens=11))
+    small = load(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
+    with pytest.raises(RequestError, match="KV cache holds 64 tokens"):
+        small.generate(prompts(1), SamplingParams(max_tokens=100))
+    assert not small._engine.has_work
+    with pytest.raises(ConfigError, match="one block of 128 tokens takes"):
+        load(checkpoint, kv_cache_bytes=1000)
+
+
+def test_a_request_that_just_fits_is_served(checkpoint) -> None:
+    small = load(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
+    length = len(small.tokenizer.encode("why"))
+    out = small.generate({"prompt": "why"}, SamplingParams(max_tokens=64 - length + 1, ignore_eos=True))[0]
+    assert len(out.token_ids) == 64 - length + 1
+
+
+def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
+    llm = load(checkpoint, max_batch_size=2)
+    requests = [prompts(1)[0], {"prompt": "two <image><image>", "frames": FRAMES[0]}, {"prompt": ""}, prompts(4)[3]]
+    answers = dict(llm.serve(requests, PARAMS))
+    assert answers[0].token_ids == alone[0].token_ids and answers[3].token_ids == alone[3].token_ids
+    assert isinstance(answers[1], RequestError) and "2 <image> and the request 1" in str(answers[1])
+    with pytest.raises(RequestError):
+        llm.generate(requests, PARAMS)
+    assert not llm._engine.has_work and llm._engine.pool.free == llm._engine.pool.total
+
+
+def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
+    llm = load(checkpoint)
+    llm._engine.team.runner.model.language.norm.data[5] = float("nan")
+    with pytest.raises(BackendError, match="not finite"):
+        llm.generate(prompts(1), PARAMS)
+    assert not llm._engine.has_work
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -1},
+        {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
+        {"repetition_penalty": 0}, {"seed": -1}, {"seed": 2**64}, {"stop": ("",)}, {"stop": (3,)},
+        {"stop": ("a",) * 65}, {"logprobs": -2}, {"temperature": "hot"},
+    ],
+)  # fmt: skip
+def test_bad_sampling_parameters(bad: dict) -> None:
+    with pytest.raises(RequestError, match=next(iter(bad))):
+        SamplingParams(**bad)
+
+
+def test_block_allocator_and_budget() -> None:
+    allocator = BlockPool(4)
+    taken = allocator.take(3)
+    assert sorted(taken) == [0, 1, 2] and allocator.free == 1
+    allocator.give_back(taken)
+    assert allocator.free == 4 and sorted(allocator.take(4)) == [0, 1, 2, 3]
+    assert plan_blocks(1000, 128, 10, None, 10**9) == 8
+    assert plan_blocks(10**9, 128, 10, 12800, 10**9) == 10
+    assert plan_blocks(10**9, 128, 10, None, 25600) == 10
+
+
+def test_the_engine_is_idle_without_work(checkpoint) -> None:
+    engine = load(checkpoint)._engine
+    engine.step()
+    assert isinstance(engine, Engine) and not engine.has_work
+    assert Request.__eq__ is object.__eq__  # requests are kept in sets and dictionaries by identity

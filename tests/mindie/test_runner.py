@@ -1,0 +1,132 @@
+"""MindIE's runner with PLLaVA, in a stand-in of the host: the answers of the native engine, the host's two files.
+
+With ATB_LLM_HOME nothing changes here: the real host's runner needs an NPU, or an emulation of one.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.engine.request import SamplingParams
+from atb_pllava.llm import LLM
+from atb_pllava.mindie.install import PLUGIN
+from atb_pllava.mindie.launch import runner_command
+from atb_pllava.multimodal.media import list_media
+from tests.support import ROOT, raw_config, write_checkpoint
+
+STAND_IN = ROOT / "tests" / "mindie_host"
+QUESTION = "what is it?"
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An atb_llm with the plugin linked into it, its example programs beside it."""
+    farm = tmp_path_factory.mktemp("host")
+    (farm / "atb_llm" / "models").mkdir(parents=True)
+    (farm / "examples").symlink_to(STAND_IN / "examples")
+    for folder in ("atb_llm", "atb_llm/models"):
+        for entry in (STAND_IN / folder).iterdir():
+            if entry.name not in ("models" if folder == "atb_llm" else "pllava", "__pycache__"):
+                (farm / folder / entry.name).symlink_to(entry)
+    (farm / "atb_llm" / "models" / "pllava").symlink_to(PLUGIN)
+    return farm / "atb_llm"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted checkpoint whose answers end at different lengths."""
+    source = write_checkpoint(tmp_path_factory.mktemp("source") / "model", {**raw_config(), "torch_dtype": "float32"})
+    result = source.with_name("merged")
+    convert_checkpoint(source, result, ConvertOptions("pllava_merged", lora_alpha=None))
+    raw = json.loads((result / "config.json").read_text())
+    # The stand-in computes in float32, which the real host does not.
+    (result / "config.json").write_text(json.dumps({**raw, "torch_dtype": "float32"}))
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The media, one file that is none, and a hidden one."""
+    place = tmp_path_factory.mktemp("mixed")
+    for name in list_media(media):
+        (place / Path(name).name).write_bytes(Path(name).read_bytes())
+    (place / "broken.mp4").write_text("no video")
+    (place / ".hidden.mp4").write_text("no video")
+    return place
+
+
+def run(host: Path, work: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """The runner as `mindie run` starts it, in a directory of its own."""
+    work.mkdir(mode=0o755, exist_ok=True)
+    defaults = {
+        "prompt": [QUESTION], "conversation": None, "num_frames": None, "batch_sizes": [2], "max_input_length": 200,
+        "max_output_length": 12,
+    }  # fmt: skip
+    before = Path.cwd()
+    os.chdir(work)
+    try:
+        command, variables = runner_command(host, {**defaults, **options}, 1, os.environ)
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    finally:
+        os.chdir(before)
+
+
+def test_answers_are_those_of_the_native_engine(host, model, folder, tmp_path) -> None:
+    target = tmp_path / "predict_result.json"
+    target.write_text('{"an earlier": "run"}')
+    done = run(host, tmp_path / "work", mode="precision", model_path=str(model), media=[str(folder)], num_frames=3,
+               output_json=str(target))  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "broken.mp4: cannot be read as a video" in done.stdout and ".hidden" not in done.stdout
+    good = [name for name in list_media(folder) if "broken" not in name]
+    with LLM(model, dtype="float32", num_frames=3) as llm:
+        native = [llm.chat(name, QUESTION, SamplingParams(max_tokens=12)) for name in good]
+    assert json.loads(target.read_text()) == {name: out.text for name, out in sorted(zip(good, native, strict=True))}
+    shown = [line for line in done.stdout.splitlines() if line.startswith("  answer:")]
+    assert [line.removeprefix("  answer:   ") for line in shown] == [out.text for out in native]
+    tokens = sum(len(out.token_ids) for out in native)
+    assert f"{len(good)} answers, 1 failed, {tokens} tokens in " in done.stdout
+
+
+def test_the_table_has_a_row_for_each_batch_size(host, model, media, tmp_path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "benchmark.csv").write_text("of,an,earlier\nrun,1,2\n")
+    done = run(host, work, mode="performance", model_path=str(model), media=[str(media)], batch_sizes=[1, 4],
+               csv="table.csv")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with open(work / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["batch"] for row in rows] == ["1", "4"] and all(row["output_len"] == "12" for row in rows)
+    for row in rows:
+        first, whole = float(row["first_token_time(ms)"]), float(row["ResponseTime(ms)"])
+        assert 0 < float(row["media_and_vision_time(ms)"]) < first < whole
+        rate = int(row["batch"]) * 12 / whole * 1000  # every answer has 12 tokens
+        assert float(row["E2E Throughput Average(Tokens/s)"]) == pytest.approx(rate, rel=0.01)
+        assert int(row["embedding_len"]) == int(row["input_len"]) + 8 - 1
+    with open(work / "benchmark.csv", newline="") as file:
+        (last,) = csv.DictReader(file)
+    assert last["batch_size"] == "4"
+
+
+def test_a_prompt_that_is_too_long_and_a_folder_without_media(host, model, media, tmp_path) -> None:
+    work = tmp_path / "work"
+    done = run(host, work, mode="run", model_path=str(model), media=[str(media)], max_input_length=20)
+    assert done.returncode == 2 and "the limit is 20: raise MAX_INPUT_LENGTH" in done.stdout
+    assert "0 answers, 3 failed" in done.stdout and "Traceback" not in done.stderr
+    done = run(host, work, mode="run", model_path=str(model), media=[str(work)])
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "holds no image or video" in done.stderr
+
+
+def test_without_mindie_there_is_one_message() -> None:
+    runner = ROOT / "atb_pllava" / "mindie" / "runner.py"
+    command = [sys.executable, "-I", str(runner), "--options", "{}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: MindIE's modules cannot be imported")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,240 @@
+"""The Ascend backend as far as no torch_npu is needed; `tests/ascend` runs it on the real one."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from atb_pllava.config import PllavaConfig
+from atb_pllava.errors import BackendError
+from atb_pllava.executor.model_input import StepInput
+from atb_pllava.executor.model_runner import Runner
+from atb_pllava.ops import choose_dtype, free_memory, get_backend
+from atb_pllava.ops.ascend import backend as ascend
+from atb_pllava.ops.ascend.attention import pad_rows
+from atb_pllava.ops.ascend.chips import CHIPS, chip_of
+from atb_pllava.ops.int8 import Int8Weight, quantise
+from atb_pllava.ops.interface import LayerCache, SequenceBatch
+from atb_pllava.ops.reference import TorchBackend
+from tests.support import random_model, raw_config
+
+
+def package(directory: Path, name: str, text: str) -> Path:
+    (directory / name).mkdir()
+    (directory / name / "__init__.py").write_text(text)
+    return directory
+
+
+def without_torch_npu(monkeypatch: pytest.MonkeyPatch, directory: Path | None = None) -> None:
+    """This Python's torch_npu is the one in `directory`, or none."""
+    import sys
+
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    if directory is None:
+        monkeypatch.setattr(ascend.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.syspath_prepend(directory)
+
+
+@pytest.mark.parametrize(("soc", "name"), [(220, "910B"), (224, "910B"), (225, "910B"), (250, "910B"), (202, "310P")])
+def test_chips_by_soc_version(soc: int, name: str) -> None:
+    assert chip_of(soc).name == name
+
+
+@pytest.mark.parametrize("soc", [-1, 100, 104, 240, 260])
+def test_other_chips_are_refused_by_number(soc: int) -> None:
+    with pytest.raises(BackendError, match=f"SoC version {soc}; Ascend 910B and Ascend 310P"):
+        chip_of(soc)
+
+
+def test_no_soc_version_is_two_chips() -> None:
+    seen = [version for chip in CHIPS for versions in chip.soc_versions for version in versions]
+    assert len(seen) == len(set(seen))
+
+
+def test_without_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_torch_npu(monkeypatch)
+    with pytest.raises(BackendError, match="no torch_npu; install CANN and the torch-npu of torch"):
+        get_backend("ascend")
+
+
+def test_without_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    broken = "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')"
+    without_torch_npu(monkeypatch, package(tmp_path, "torch_npu", broken))
+    with pytest.raises(BackendError, match="cannot be loaded: libhccl.so: .* source CANN's set_env.sh"):
+        get_backend("ascend")
+    with caplog.at_level(logging.INFO, logger="atb_pllava"):
+        assert get_backend("auto").name in ("cpu", "cuda")
+    assert "libhccl.so" in caplog.text
+
+
+def test_without_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = "__version__ = '2.13.0'\nclass npu:\n    is_available = staticmethod(lambda: False)\n"
+    without_torch_npu(monkeypatch, package(tmp_path, "torch_npu", empty))
+    with pytest.raises(BackendError, match="no NPU found: torch_npu 2.13.0"):
+        get_backend("ascend")
+
+
+def backend_of(chip: str) -> ascend.AscendBackend:
+    """The backend of a chip without its device: what computes with torch alone works on the CPU."""
+    backend = ascend.AscendBackend.__new__(ascend.AscendBackend)
+    backend.chip = next(c for c in CHIPS if c.name == chip)
+    backend.device, backend._widened = torch.device("cpu"), False
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("chip", "name", "stored", "wanted"),
+    [
+        ("910B", "auto", "bfloat16", "bfloat16"), ("910B", "auto", "float32", "float16"),
+        ("910B", "bfloat16", "float16", "bfloat16"), ("310P", "auto", "bfloat16", "float16"),
+        ("310P", "float16", "bfloat16", "float16"),
+    ],
+)  # fmt: skip
+def test_dtypes(chip: str, name: str, stored: str, wanted: str) -> None:
+    assert choose_dtype(name, stored, backend_of(chip)) == getattr(torch, wanted)
+
+
+@pytest.mark.parametrize(("chip", "name"), [("310P", "bfloat16"), ("310P", "float32"), ("910B", "float32")])
+def test_other_dtypes_are_refused_by_name(chip: str, name: str) -> None:
+    with pytest.raises(BackendError, match=f"dtype {name}: Ascend {chip} .* use --dtype float16"):
+        choose_dtype(name, "float16", backend_of(chip))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "columns"), [(0, slice(0, 192)), (64, slice(0, 192)), (64, slice(96, 192))])
+def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns: slice) -> None:
+    """(q + offset) * scale of the operands is (q - offset) * scale of the weight, also where a group is cut."""
+    generator = torch.Generator().manual_seed(1)
+    whole = quantise(torch.randn(48, 192, generator=generator) + 0.3, group_size=group_size, symmetric=symmetric)
+    weight: Int8Weight = whole.columns(columns)
+    packed = backend_of("910B").pack(weight)
+    values, scale, offset = packed.values, packed.scale, packed.offset
+    assert packed.shape == weight.shape and (packed.group_size, packed.lead) == (group_size, weight.lead)
+    if group_size:
+        assert scale.shape == (-(-values.shape[1] // group_size), 48)
+        spread = [None if x is None else x.t().repeat_interleave(group_size, 1) for x in (scale, offset)]
+    else:
+        assert scale.shape == (48,)
+        spread = [None if x is None else x[:, None] for x in (scale, offset)]
+    assert (offset is None) == symmetric
+    wide = values.float() + (0 if spread[1] is None else spread[1][:, : values.shape[1]])
+    got = (wide * spread[0][:, : values.shape[1]])[:, weight.lead if group_size else 0 :]
+    assert_close(got, weight.dequantise())
+
+
+def test_groups_become_float_where_the_operator_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    weight = quantise(torch.randn(48, 192), group_size=64, symmetric=False)
+    backend = backend_of("310P")
+    assert_close(backend.pack(weight), weight.dequantise())
+    backend.pack(weight)
+    assert caplog.text.count("convert without -group_size") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((16, 24, 24), (16, 12, 12)), ((4, 24, 24), (16, 7, 11)), ((3, 5, 7), (8, 16, 2))]
+)
+def test_pooling_equals_torch(size: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
+    grid = torch.randn(*size, 6)
+    expected = torch.nn.functional.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0)
+    assert_close(backend_of("310P").pool_video(grid, shape), expected.reshape(-1, 6), atol=1e-6, rtol=1e-5)
+
+
+def test_rows_are_padded_by_a_sequence_of_their_own() -> None:
+    x = torch.randn(21, 2, 4)
+    query, keys, values, lengths = pad_rows(x, x + 1, x + 2, [20, 1], 16)
+    assert lengths == [20, 1, 11] and query.shape == keys.shape == values.shape == (32, 2, 4)
+    assert_close(keys[:21], x + 1)
+    assert not values[21:].any()
+
+
+@pytest.mark.parametrize(
+    ("chip", "size", "dim", "message"),
+    [("910B", 64, 128, "multiples of 128 from 128 to 512"), ("310P", 256, 128, "multiples of 16 from 16 to 128"),
+     ("310P", 128, 256, "product of at most 16384"), ("910B", 128, 24, "multiple of 16")],
+)  # fmt: skip
+def test_caches_the_operators_cannot_address(chip: str, size: int, dim: int, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        backend_of(chip).new_kv_cache(1, 4, size, 2, dim, torch.float16)
+
+
+class Recorder(TorchBackend):
+    """A CPU that records steps: a replay runs the step again, with what its tensors hold by then."""
+
+    def __init__(self, works: bool = True) -> None:
+        super().__init__("cpu")
+        self.works, self.recorded, self.replays = works, 0, 0
+
+    def capture(self, step: Callable[[], Tensor]) -> "Recorder":
+        if not self.works:
+            raise BackendError("this device cannot capture")
+        self.recorded, self.step = self.recorded + 1, step
+        return self
+
+    def replay(self, context_lens: Sequence[int]) -> Tensor:
+        self.replays += 1
+        return self.step()
+
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+        real = slots >= 0
+        super().write_kv(keys[real], values[real], cache, slots[real])
+
+    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
+        lens = batch.context_lens if batch.context_lens_tensor is None else batch.context_lens_tensor.tolist()
+        out = torch.zeros_like(query)
+        real = [i for i, context in enumerate(lens) if context]
+        some = SequenceBatch(tuple(range(len(real) + 1)), tuple(lens[i] for i in real), batch.block_tables[real])
+        out[real] = super().decode_attention(query[real], cache, some)
+        return out
+
+
+def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
+    """Logits of three decode steps of sequences with their own cached tokens, in blocks of 16."""
+    model = random_model(PllavaConfig.from_json(raw_config()))
+    for module in (model, *model.modules()):
+        if hasattr(module, "ops"):
+            module.ops = backend
+    runner = Runner(model, 3 * batch, 16)
+    contexts = [5 + 11 * i for i in range(batch)]
+    tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(batch)]
+    slots = [[table[p // 16] * 16 + p % 16 for p in range(c)] for table, c in zip(tables, contexts, strict=True)]
+    runner.forward(
+        StepInput(0, [7] * sum(contexts), [p for c in contexts for p in range(c)], sum(slots, []), contexts, contexts,
+                  tables, [], []))  # fmt: skip
+    outs = []
+    for step in range(3):
+        lens = [c + step + 1 for c in contexts]
+        at = [table[(n - 1) // 16] * 16 + (n - 1) % 16 for table, n in zip(tables, lens, strict=True)]
+        used = [table[: -(-n // 16)] for table, n in zip(tables, lens, strict=True)]
+        ids, positions = [11 + i for i in range(batch)], [n - 1 for n in lens]
+        work = StepInput(batch, ids, positions, at, [1] * batch, lens, used, list(range(batch)), [])
+        outs.append(runner.forward(work))
+    return outs
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_replayed_steps_equal_plain_ones(batch: int) -> None:
+    recorder = Recorder()
+    for got, expected in zip(decode(recorder, batch), decode(TorchBackend(), batch), strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert (recorder.recorded, recorder.replays) == (1, 2)
+
+
+def test_a_device_that_cannot_capture_goes_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    for got, expected in zip(decode(Recorder(works=False), 2), decode(TorchBackend(), 2), strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert caplog.text.count("decoding without graphs: this device cannot capture") == 1
+
+
+@pytest.mark.parametrize(("device", "free"), [("meta", 5), ("meta:3", 8)])
+def test_free_memory_is_the_device_s(device: str, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked by number, which the oldest torch wants, or not at all, where the current device is meant."""
+    backend = backend_of("910B")
+    backend.device = torch.device(device)
+    module = type("meta", (), {"mem_get_info": staticmethod(lambda index: (5 if index is None else 5 + index, 9))})
+    monkeypatch.setattr(torch, "meta", module, raising=False)
+    assert free_memory(backend) == free

@@ -1,0 +1,438 @@
+"""The Triton kernels against float64 and the plain backend: on a CUDA device where there is one, else interpreted.
+
+Triton's interpreter runs a kernel's programs one after the other with numpy. It shows what a kernel computes and which
+elements it touches, not what happens between threads, nor any speed; and it cuts bfloat16 off where devices round.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from atb_pllava import LLM, SamplingParams
+from atb_pllava.config import PllavaConfig
+from atb_pllava.errors import BackendError
+from atb_pllava.executor.model_input import StepInput
+from atb_pllava.executor.model_runner import Runner
+from atb_pllava.loader import model_loader as loading
+from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops import get_backend
+from atb_pllava.ops.cuda import backend as cuda
+from atb_pllava.ops.cuda.backend import CudaBackend
+from atb_pllava.ops.int8 import quantise
+from atb_pllava.ops.interface import CapturingBackend, SequenceBatch
+from atb_pllava.ops.reference import TorchBackend
+from tests.ops.test_ascend import decode
+from tests.ops.test_kernels import INT8_SHARES
+from tests.ops.test_ops import dense_attention, paged
+from tests.support import ROOT, raw_config
+
+KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN = TorchBackend(DEVICE)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.01}  # of the largest value expected
+
+
+@pytest.fixture(autouse=True, scope="module")
+def products_of_bfloat16() -> Iterator[None]:
+    """Triton's interpreter holds bfloat16 as uint16 and multiplies those: it gets the numbers here."""
+    if DEVICE == "cuda":
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def wide(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
+        return plain(self, wide(a), wide(b), *rest) if a.dtype == tl.bfloat16 else plain(self, a, b, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fast() -> CudaBackend:
+    return CudaBackend(DEVICE, multiprocessors=4)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_near(result: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    assert result.shape == expected.shape
+    worst = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert float(worst) <= (TOLERANCE[result.dtype] if tolerance is None else tolerance)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiprocessors"),  # 1: one split of a context; 30: as many as there are tiles
+    [(torch.float32, 1), (torch.float32, 30), (torch.float16, 30), (torch.bfloat16, 30)],
+)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block"),
+    [(2, 2, 64, 16), (7, 1, 128, 128), (4, 2, 80, 16), (3, 3, 96, 24), (20, 1, 8, 128), (5, 1, 33, 1)],
+)
+def test_attention_over_pages(
+    heads: int, kv_heads: int, dim: int, block: int, multiprocessors: int, dtype: torch.dtype
+) -> None:
+    lengths = [1, 16, 17, 128, 129, 300] + ([1000] if heads == 2 else [])
+    cache, keys, values, tables = paged(lengths, block, kv_heads, dim, dtype)
+    # Unused entries name a block full of NaN, and the rows between are padding.
+    spare = next(i for i in range(len(cache[0])) if i not in tables)
+    used = torch.arange(tables.shape[1]) * block < torch.tensor(lengths)[:, None]
+    padded = torch.full((2 * len(lengths), tables.shape[1]), spare)
+    padded[::2] = torch.where(used, tables, spare)
+    lens = torch.zeros(len(padded), dtype=torch.int64)
+    lens[::2] = torch.tensor(lengths)
+    batch = SequenceBatch(tuple(range(len(padded) + 1)), (99,) * len(padded), padded.T.contiguous().T.to(DEVICE),
+                          lens.to(DEVICE))  # fmt: skip
+    query = random(len(padded), heads + 3, dim).to(dtype)[:, :heads]
+    ops = CudaBackend(DEVICE, multiprocessors)
+    out = ops.decode_attention(query, tuple(part.to(DEVICE) for part in cache), batch).cpu()
+    expected = [dense_attention(q[None], k, v) for q, k, v in zip(query[::2].cpu(), keys, values, strict=True)]
+    assert_near(out[::2], torch.cat(expected))
+    assert not bool(out[1::2].any())
+
+
+def test_lengths_of_a_step_that_is_not_recorded(fast: CudaBackend) -> None:
+    lengths = [3, 40]
+    cache, keys, values, tables = paged(lengths, 16, 1, 16, torch.float32)
+    cache, query = tuple(part.to(DEVICE) for part in cache), random(2, 2, 16)
+    for lens in (lengths, [2, 39]):  # another batch has other ones
+        batch = SequenceBatch((0, 1, 2), tuple(lens), tables.to(DEVICE))
+        expected = [dense_attention(query[i : i + 1].cpu(), keys[i][:n], values[i][:n]) for i, n in enumerate(lens)]
+        assert_near(fast.decode_attention(query, cache, batch).cpu(), torch.cat(expected))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter
+def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
+    cache, keys, values, tables = paged([100], 16, 1, 16, torch.float32)
+    batch, cache = SequenceBatch((0, 1), (100,), tables.to(DEVICE)), tuple(part.to(DEVICE) for part in cache)
+    query = random(1, 2, 16) * 1000
+    expected = dense_attention(query.cpu(), keys[0], values[0])
+    assert_near(fast.decode_attention(query, cache, batch).cpu(), expected)
+    query[0, 1, 3] = float("nan")
+    with np.errstate(invalid="ignore"):
+        out = fast.decode_attention(query, cache, batch)[0]
+    assert out.isnan().all(dim=1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128)])
+def test_only_real_slots_are_written(fast: CudaBackend, heads: int, dim: int, block: int, dtype: torch.dtype) -> None:
+    slots = torch.tensor([5, -1, 2 * block, -1, block - 1], device=DEVICE)
+    keys, values = random(2, 5, heads + 1, dim).to(dtype)[:, :, 1:]
+    plain, own = (PLAIN.new_kv_cache(1, 3, block, heads, dim, dtype)[0] for _ in range(2))
+    for part in (*plain, *own):
+        part.fill_(7)
+    real = slots >= 0
+    PLAIN.write_kv(keys[real], values[real], plain, slots[real])
+    fast.write_kv(keys, values, own, slots)
+    fast.write_kv(keys[:0], values[:0], own, slots[:0])
+    for expected, part in zip(plain, own, strict=True):
+        assert torch.equal(expected, part)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("old_torch", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
+@pytest.mark.parametrize("cached", [0, 1, 100])
+def test_prompts_behind_a_cached_prefix(
+    fast: CudaBackend, heads: int, kv_heads: int, cached: int, dtype: torch.dtype, old_torch: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if old_torch:
+        monkeypatch.setattr(cuda, "_knows_groups", lambda: False)
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
+    lengths = [cached + 1, cached + 33]
+    cache, keys, values, tables = paged(lengths, 16, kv_heads, 16, dtype)
+    query = random(34, heads, 16).to(dtype)
+    own_keys, own_values = (torch.cat([x[cached:] for x in xs]).to(DEVICE) for xs in (keys, values))
+    batch = SequenceBatch((0, 1, 34), tuple(lengths), tables.to(DEVICE))
+    out = fast.prefill_attention(query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), batch).cpu()
+    parts = (query[:1].cpu(), query[1:].cpu())
+    assert_near(out, torch.cat([dense_attention(q, k, v) for q, k, v in zip(parts, keys, values, strict=True)]))
+
+
+def test_no_mask_is_made() -> None:
+    bias = pytest.importorskip("torch.nn.attention.bias")
+    assert isinstance(cuda._lower_right(3, 5, torch.device(DEVICE)), bias.CausalBias)
+    assert cuda._lower_right(5, 5, torch.device(DEVICE)) is None and cuda._knows_groups()
+
+
+# Products of 8 bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARES)
+def test_products_of_8_bits(
+    fast: CudaBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
+) -> None:
+    whole = quantise(random(70, columns.stop if not group_size else 512), group_size=group_size, symmetric=symmetric,
+                     scale_dtype=dtype)  # fmt: skip
+    weight, bias = whole.columns(columns), random(70, seed=1).to(dtype)
+    for count in (1, 4, 5, 16, 17, 64, 65):
+        x = random(count, weight.shape[1], seed=2).to(dtype)
+        expected = F.linear(x.double(), weight.dequantise(torch.float64), bias.double())
+        assert_near(fast.linear(x, weight, bias), expected)
+    assert_near(fast.linear(x[:1], weight), expected[:1] - bias.double())
+
+
+def test_many_short_programs_and_few_high_ones(fast: CudaBackend) -> None:
+    weight = quantise(random(700, 40))
+    for count in (1, 5):
+        x = random(count, 40)
+        expected = F.linear(x, weight.dequantise())
+        for multiprocessors in (1, 132):  # 700 rows are many for one, few for the other
+            assert_near(CudaBackend(DEVICE, multiprocessors).linear(x, weight), expected)
+
+
+def test_all_8_bit_values_are_exact(fast: CudaBackend) -> None:
+    values = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE)[:, None].expand(256, 64).contiguous()
+    ones = torch.ones(256, 1, device=DEVICE).bfloat16()
+    weight = quantise(random(256, 64)).__class__(values, ones, ones - 1)
+    x = F.one_hot(torch.tensor([5]), 64).bfloat16().to(DEVICE)
+    for count in (1, 70):
+        assert torch.equal(fast.linear(x.expand(count, 64), weight)[-1].float(), values[:, 5].float())
+
+
+def test_inputs_of_any_shape_and_stride(fast: CudaBackend) -> None:
+    weight, x = quantise(random(40, 64)), random(3, 5, 128)
+    float_weight = weight.dequantise()
+    for part in (x[..., :64], x[0, :, :64], x[0].T[:64].T, x[0, :0, :64]):
+        assert_close(fast.linear(part, weight), F.linear(part, float_weight), atol=1e-4, rtol=1e-4)
+        assert_close(fast.linear(part, float_weight), F.linear(part, float_weight))
+
+
+# The functions between
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 100), (5, 2500), (0, 64)])
+def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int, width: int) -> None:
+    x, weight = (random(rows, 2 * width) * 5).to(dtype), random(2 * width, seed=1).to(dtype)
+    for result, expected in (
+        (fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5)),
+        (fast.rms_norm(x.T.contiguous().T, weight, 1e-2), PLAIN.rms_norm(x, weight, 1e-2)),
+        (fast.swiglu(x), PLAIN.swiglu(x)),
+    ):
+        assert_close(result, expected, atol=1e-5, rtol=2 * TOLERANCE[dtype])  # bfloat16 is cut off twice, see above
+        if dtype == torch.float16 and rows:  # rounded where the reference rounds: else a fifth of them differs
+            assert float((result == expected).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 128), (5, 3, 80), (0, 2, 64), (7, 2, 6)])
+def test_rotation(fast: CudaBackend, dtype: torch.dtype, rows: int, heads: int, dim: int) -> None:
+    angles = random(rows, dim // 2, seed=2)
+    x = random(rows, heads + 2, dim).to(dtype)[:, 1 : heads + 1]
+    expected = PLAIN.rotary(x, angles.cos(), angles.sin())
+    assert_close(fast.rotary(x, angles.cos(), angles.sin()), expected, atol=1e-5, rtol=TOLERANCE[dtype])
+
+
+# The whole model
+
+
+@pytest.mark.parametrize("load_format", ["safetensors", "random_w8a16"])
+def test_answers_do_not_depend_on_the_kernels(
+    checkpoint: Path, media: Path, load_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [{"question": "What is this?", "video": str(media / "clip2.mp4")}, {"prompt": "USER: hello " * 6}]
+    params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=-1)
+    options = {"dtype": "float32", "block_size": 16, "load_format": load_format}
+    plain = LLM(checkpoint, kernels="torch", backend=DEVICE, **options)
+    monkeypatch.setattr(loading, "get_backend", lambda *_: CudaBackend(DEVICE, multiprocessors=4))
+    fast = LLM(checkpoint, prefill_chunk=7, **options)
+    assert isinstance(fast.model.ops, CudaBackend)
+    for one, other in zip(plain.generate(requests, params), fast.generate(requests, params), strict=True):
+        assert one.token_ids == other.token_ids
+        expected, result = (torch.from_numpy(np.stack(answer.logprobs)) for answer in (one, other))
+        assert_near(result, expected, 2e-5)
+
+
+class Repeater(CudaBackend):
+    """Records steps without a device: a replay runs the step again, by what is on the device alone."""
+
+    def __init__(self, device: str = DEVICE) -> None:
+        super().__init__(device, multiprocessors=4)
+        self.replays = 0
+
+    def capture(self, step: Callable[[], Tensor]) -> "Repeater":
+        self.step = step
+        return self
+
+    def replay(self, context_lens: Sequence[int]) -> Tensor:
+        self.replays += 1
+        return self.step()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_recorded_step_reads_its_lengths_on_the_device(batch: int) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("the models of this test are on the CPU")
+    ops = Repeater()
+    for got, expected in zip(decode(ops, batch), decode(TorchBackend(), batch), strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert ops.replays == 2
+
+
+class Noted:
+    """Takes a kernel's place: of a launch all is noted that Triton chooses machine code by."""
+
+    def __init__(self, kernel: str, launches: list[object]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.launches.append(
+            (self.kernel, grid, [self.seen(value) for value in arguments], options)
+        )
+
+    def seen(self, value: object) -> object:
+        return (value.device, value.dtype, value.storage_offset()) if isinstance(value, Tensor) else value
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Fails where torch touches a tensor of another device."""
+
+    def __torch_dispatch__(self, function: Callable, types: object, arguments: tuple = (), options: dict | None = None):
+        out = function(*arguments, **(options or {}))
+        tensors = [x for x in tree_leaves((arguments, options, out)) if isinstance(x, Tensor)]
+        assert all(x.device.type == "meta" for x in tensors), function
+        return out
+
+
+@pytest.mark.parametrize("batch", [1, 3, 65])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values: to ask for one fails; and what is launched has been launched in the warm-up."""
+    launches: list[object] = []
+    kernels = cuda.import_kernels()
+    for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
+        monkeypatch.setattr(kernels, name, Noted(name, launches))
+    monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
+    ops = Repeater("meta")
+    config = PllavaConfig.from_json(raw_config())
+    with torch.device("meta"):
+        model = Pllava(config, ops, torch.bfloat16, None, random_int8(config) if int8 else None)
+    runner = Runner(model, 4, 16)
+    some = [0] * batch
+    step = StepInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
+    launches.clear()
+    assert runner.forward(step).shape == (batch, 304)
+    warm_up = launches.copy()
+    launches.clear()
+    monkeypatch.setattr(torch, "tensor", None)  # it copies from the host, and the dispatcher sees nothing of that
+    with OnlyMeta():
+        ops.step()
+    assert launches == warm_up and len(launches) > 2 * 8
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are the driver's")
+def test_a_recorded_graph_follows_its_inputs() -> None:
+    ops = CudaBackend()
+    cache, _, _, tables = paged([40, 70], 16, 2, 64, torch.bfloat16)
+    cache, lens = tuple(part.to(DEVICE) for part in cache), torch.tensor([40, 7], device=DEVICE)
+    batch = SequenceBatch((0, 1, 2), (0, 0), tables.to(DEVICE), lens)
+    query, weight = random(2, 4, 64).bfloat16(), quantise(random(40, 256).bfloat16())
+
+    def step() -> Tensor:
+        return ops.linear(ops.decode_attention(query, cache, batch).flatten(1), weight)
+
+    step()
+    captured = ops.capture(step)
+    for lengths in ([40, 70], [1, 0], [17, 16]):
+        lens.copy_(torch.tensor(lengths))
+        assert torch.equal(captured.replay(lengths), step())
+    with pytest.raises(BackendError, match="cannot capture a step"):
+        ops.capture(lambda: lens + lens.max().item())
+    assert torch.equal(captured.replay(lengths), step())
+
+
+def test_a_cpu_records_nothing() -> None:
+    ops = CudaBackend("cpu", 1) if DEVICE == "cpu" else None
+    if ops is None:
+        pytest.skip("Triton interprets on a CPU only")
+    assert isinstance(ops, CapturingBackend)
+    with pytest.raises(BackendError, match="recorded on a CUDA device, not on cpu"):
+        ops.capture(lambda: torch.zeros(1))
+
+
+# Where there is no Triton
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA machine whose Python has no triton."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.kernels")
+    monkeypatch.delattr("atb_pllava.ops.cuda.kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(BackendError, match="'native': triton cannot be imported.*triton that torch .* --kernels torch"):
+        get_backend("cuda", kernels="native")
+    assert type(get_backend("cuda", kernels="torch")) is TorchBackend and "no CUDA kernels" not in caplog.text
+    for name in ("cuda", "auto"):
+        backend = get_backend(name, kernels="auto")
+        assert type(backend) is TorchBackend and backend.name == "cuda"
+    assert caplog.text.count("no CUDA kernels: triton cannot be imported") == 2
+
+
+def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    monkeypatch.setattr(fast._kernels, "write_kv", fail)
+    with pytest.raises(BackendError, match=r"triton \S+ cannot run our kernels here: Failed to find C compiler\.$"):
+        CudaBackend(DEVICE, 1)
+
+
+def test_a_triton_that_computes_nonsense(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fast._kernels.int8_linear
+    monkeypatch.setattr(fast._kernels, "int8_linear", lambda *arguments: right(*arguments) * 1.01)
+    with pytest.raises(BackendError, match=r"triton \S+ computes wrong results with our kernels: .* 0\.01 of its"):
+        CudaBackend(DEVICE, 1)
+
+
+# Machine code
+
+
+def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
+    """Every launch of the 7B and 34B shapes, to machine code of sm_90 by the assembler that Triton brings along."""
+    here = ROOT / "tests"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(here.parent)
+    program = [sys.executable, str(here / "compile_cuda.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = [line.split()[0] for line in done.stdout.splitlines()]
+    assert set(kernels) == {"_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear",
+                            "_dequantise"}  # fmt: skip
+    assert not [line for line in done.stdout.splitlines() if not line.endswith("stack 0")]

@@ -1,0 +1,106 @@
+"""What many tests share: paths of the repository, a small random model, its checkpoint directory, a small video."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from atb_pllava.config import PllavaConfig
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.ops import get_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+TINY = EXAMPLES / "tiny_pllava"
+TEST_DATA = ROOT / "tests" / "data"
+SHARED_DATA = ROOT.parent / "shared" / "data"  # reference results, beside the clone where they are there
+
+IMAGE_ID = 300
+
+
+def tokenizer_definition() -> dict[str, Any]:
+    """A tokenizer.json in the Vicuna style: three specials, 256 bytes, a few words, <image>."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab.update({f"<0x{byte:02X}>": 3 + byte for byte in range(256)})
+    for piece in ["▁", *"abcdefghijklmnopqrstuvwxyzUSERAI:?."]:
+        vocab.setdefault(piece, len(vocab))
+    while len(vocab) < IMAGE_ID:
+        vocab[f"unused{len(vocab)}"] = len(vocab)
+    added = [
+        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
+        for i, text in [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (IMAGE_ID, "<image>")]
+    ]  # fmt: skip
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": vocab, "merges": []},
+    }  # fmt: skip
+
+
+def raw_config(**text: Any) -> dict[str, Any]:
+    """config.json of a small model: 4 frames of 4 x 4 patches pooled to 2 x 2 x 2, vocabulary of 304."""
+    return {
+        "model_type": "llava", "image_token_index": IMAGE_ID, "num_frames": 4, "pooling_shape": [2, 2, 2],
+        "text_config": {
+            "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 304, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, **text},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "image_size": 56, "patch_size": 14},
+    }  # fmt: skip
+
+
+def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
+    """A float32 model with random weights of a size that makes every part matter."""
+    model = Pllava(config, get_backend("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for name, part in model.checkpoint_parts().items():
+        view = part.tensor
+        noise = torch.randn(view.shape, generator=generator)
+        is_norm = view.dim() == 1 and "norm" in name and name.endswith("weight")
+        view.copy_(1 + 0.1 * noise if is_norm else noise * (3.0 / view.shape[-1] ** 0.5 if view.dim() > 1 else 0.1))
+    return model
+
+
+def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Path:
+    """A loadable directory with random weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model = random_model(PllavaConfig.from_json(raw), seed)
+    save_file({name: part.tensor.contiguous().clone() for name, part in model.checkpoint_parts().items()},
+              directory / "model.safetensors")  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(raw))
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
+    return directory
+
+
+def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:
+    """A small H.264 file of coloured noise that drifts."""
+    import av
+    import numpy as np
+
+    base = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            picture = np.roll(base, i, 1).repeat(8, 0).repeat(8, 1)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
