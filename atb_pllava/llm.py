@@ -22,15 +22,15 @@ from atb_pllava.engine.core import Engine
 from atb_pllava.engine.memory_estimate import kv_cache_tokens
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, counted
-from atb_pllava.executor.executor import Team
-from atb_pllava.executor.model_runner import Runner
-from atb_pllava.executor.worker import Workers, send_runner_options, share_threads
+from atb_pllava.executor.executor import Executor
+from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.executor.worker import Rendezvous, send_worker_options, share_threads
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.model.costs import Costs
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
-from atb_pllava.multimodal.processor import Media, PreparedVideo, VideoReader
+from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
 from atb_pllava.ops import free_memory
 from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -47,17 +47,17 @@ class LLM:
     """PLLaVA on one device or split over several. Not thread-safe: one thread loads and asks.
 
     `chat` asks one question, `stream` does too and yields the answer while it is written, `generate` answers a batch,
-    `serve` does too and yields each answer when it is finished. How tokens are chosen is a SamplingParams, or its
-    fields as keywords: `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
+    `generate_iter` does too and yields each answer when it is finished. How tokens are chosen is a SamplingParams, or
+    its fields as keywords: `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
 
     model_path is a checkpoint directory in any of the published layouts; weight_dir one with LoRA tensors (and
     possibly more) on top of it. lora_alpha scales them by lora_alpha / rank; None takes what PEFT's
     adapter_config.json beside them says, else 4. A value that contradicts that file is an error unless
-    ignore_adapter_config. num_frames and pooling_shape default to the checkpoint's. sampler, resize and conversation
-    choose among the published pipelines; system replaces the conversation's system text. load_format "random" or
-    "random_w8a16" makes up the weights, and reads none: for benchmarks. world_size splits the model over that many
-    processes, which meet at master_port (None: a free one) or were started by torchrun (workers). All other options
-    are fields of EngineConfig.
+    ignore_adapter_config. num_frames and pooling_shape default to the checkpoint's. frame_sampler, resize and
+    conversation choose among the published pipelines; system replaces the conversation's system text.
+    load_format "random" or "random_w8a16" makes up the weights, and reads none: for benchmarks. world_size splits the
+    model over that many processes, which meet at master_port (None: a free one) or were started by torchrun (workers).
+    All other options are fields of EngineConfig.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LLM:
         dtype: str = "auto",
         backend: str = "auto",
         *,
-        sampler: str = "demo",
+        frame_sampler: str = "demo",
         resize: str = "clip",
         conversation: str | None = None,
         system: str | None = None,
@@ -83,7 +83,7 @@ class LLM:
         ignore_adapter_config: bool = False,
         world_size: int = 1,
         master_port: int | None = None,
-        workers: Workers | None = None,
+        workers: Rendezvous | None = None,
         **engine: Any,
     ) -> None:
         unknown = sorted(set(engine) - set(EngineConfig.__dataclass_fields__))
@@ -108,14 +108,14 @@ class LLM:
                 f"token of {model_path}: the _llavanext conversations are for 34B"
             )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
-        frames = FrameCache[list[PreparedVideo]](engine_config.video_cache_bytes)
-        self.reader = VideoReader(
-            self.config.num_frames, preprocessor, sampler, resize, limits or MediaLimits(), frames
+        frames = FrameCache[list[ProcessedVideo]](engine_config.video_cache_bytes)
+        self.processor = VideoProcessor(
+            self.config.num_frames, preprocessor, frame_sampler, resize, limits or MediaLimits(), frames
         )
         self._load(options, engine_config, world_size, master_port, workers)
 
     def _load(
-        self, options: ModelOptions, config: EngineConfig, size: int, port: int | None, workers: Workers | None
+        self, options: ModelOptions, config: EngineConfig, size: int, port: int | None, workers: Rendezvous | None
     ) -> None:
         """Load the model on this rank and, with a size above 1, on all others, started here unless they are there."""
         parallel = workers.parallel if workers else TensorParallel(0, size)
@@ -127,29 +127,29 @@ class LLM:
         if parallel.size == 1:
             fill_model(model, plan, pack=True)
             blocks = self._plan_blocks(model, config)
-            runner = Runner(model, blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
-            self._engine = Engine(Team(runner, parallel), config)
+            runner = ModelRunner(model, blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
+            self._engine = Engine(Executor(runner, parallel), config)
             return
-        self._workers = workers = workers or Workers.start(size, options, port)
-        give_back_threads = share_threads(parallel.size)
+        self._workers = workers = workers or Rendezvous.start(size, options, port)
+        restore_threads = share_threads(parallel.size)
         try:
-            fill_model(model, plan, workers.sign, pack=True)
-            workers.meet(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
+            fill_model(model, plan, workers.heartbeat, pack=True)
+            workers.barrier(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
             blocks = self._plan_blocks(model, config)
             choices = blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs
-            send_runner_options(parallel, *choices)
-            runner = Runner(model, *choices)
+            send_worker_options(parallel, *choices)
+            runner = ModelRunner(model, *choices)
         except BaseException:
             workers.kill()
-            give_back_threads()
+            restore_threads()
             raise
         text = self.config.text
         logger.debug(
             "%d ranks: a token costs each of them %d all-reduces of %d values, and a gather of %d logits",
             parallel.size, 2 * text.num_hidden_layers + 1, text.hidden_size, text.vocab_size)  # fmt: skip
-        team = Team(runner, parallel, lambda: _stop_all(workers))
-        self._engine = Engine(team, config)
-        self._finalizer = weakref.finalize(self, _close, os.getpid(), team, workers, give_back_threads)
+        executor = Executor(runner, parallel, lambda: _stop_all(workers))
+        self._engine = Engine(executor, config)
+        self._finalizer = weakref.finalize(self, _close, os.getpid(), executor, workers, restore_threads)
 
     @property
     def engine(self) -> Engine:
@@ -159,7 +159,7 @@ class LLM:
     @property
     def model(self) -> Pllava:
         """The model in this process: all of it, or rank 0's part."""
-        return self._engine.team.runner.model
+        return self._engine.executor.runner.model
 
     def close(self) -> None:
         """Stop the other ranks, if there are any, and free their memory; the model is of no use afterwards."""
@@ -232,17 +232,17 @@ class LLM:
         [frames, height, width, 3] or a list); "frame_indices" (a list, or one for each video) fixes the frames. An
         "id" (text or a whole number) comes back as the answer's request_id, and names the request in progress lines.
         sampling are fields of SamplingParams, in place of params.
-        Raises what the first bad request raises, and then returns none of the others; `serve` goes on instead.
+        Raises what the first bad request raises, and then returns none of the others; `generate_iter` goes on instead.
         """
         params = self._params(params, sampling)
         answers: dict[int, RequestOutput] = {}
-        for number, answer in self.serve([requests] if isinstance(requests, Mapping) else requests, params):
+        for number, answer in self.generate_iter([requests] if isinstance(requests, Mapping) else requests, params):
             if isinstance(answer, PllavaError):
                 raise answer
             answers[number] = answer
         return [answers[number] for number in sorted(answers)]
 
-    def serve(
+    def generate_iter(
         self,
         requests: Iterable[Mapping[str, Any]],
         params: SamplingParams | None = None,
@@ -257,9 +257,9 @@ class LLM:
         the others. Closing the iterator drops what is under way. on_text is called with (number, text so far) after
         every step, for each request that is being answered.
         """
-        return self._serve(requests, self._params(params, sampling), on_text)
+        return self._generate_iter(requests, self._params(params, sampling), on_text)
 
-    def _serve(
+    def _generate_iter(
         self,
         requests: Iterable[Mapping[str, Any]],
         params: SamplingParams,
@@ -293,7 +293,7 @@ class LLM:
                     self._engine.step()
                     if on_text is not None:
                         for running, number in numbers.items():
-                            on_text(number, running.answer.text)
+                            on_text(number, running.detokenizer.text)
                     for done in [request for request in numbers if request.is_finished]:
                         progress.stop()  # whoever asks may take their time
                         yield numbers.pop(done), done.error or done.output()
@@ -309,7 +309,7 @@ class LLM:
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video in the model's dtype: what stands for `<image>` in a prompt."""
-        return self._engine.encode_video(self.reader.prepare([media], [frame_indices])[0])
+        return self._engine.encode_video(self.processor.prepare([media], [frame_indices])[0])
 
     def prepare(self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any) -> Request:
         """A request as `generate` takes it, checked and with its media decoded: ready for `engine.add`."""
@@ -321,7 +321,7 @@ class LLM:
         try:
             with self._engine.progress.logged():
                 while True:
-                    finished, text = request.is_finished, request.answer.text
+                    finished, text = request.is_finished, request.detokenizer.text
                     if len(text) > sent:
                         self._engine.progress.stop()
                         yield text[sent:]
@@ -363,7 +363,7 @@ class LLM:
         if not expanded:
             raise RequestError("the prompt is empty; there is nothing to continue")
         began = time.perf_counter()
-        videos = self.reader.prepare(media, indices) if media else []
+        videos = self.processor.prepare(media, indices) if media else []
         decode_seconds = time.perf_counter() - began
         longest = self.config.text.max_position_embeddings
         if len(expanded) + params.max_tokens > longest:
@@ -402,23 +402,23 @@ class LLM:
         return blocks
 
 
-def _stop_all(workers: Workers) -> PllavaError | None:
+def _stop_all(workers: Rendezvous) -> PllavaError | None:
     """A rank was lost: end the others too, and say which it was."""
     time.sleep(0.2)  # a process that has just died needs a moment to be seen as dead
-    reason = workers.explain()
+    reason = workers.failure_reason()
     workers.kill()
     return None if reason is None else BackendError(f"{reason}; all ranks were stopped")
 
 
-def _close(owner: int, team: Team, workers: Workers, give_back_threads: Callable[[], None]) -> None:
+def _close(owner: int, executor: Executor, workers: Rendezvous, restore_threads: Callable[[], None]) -> None:
     if os.getpid() != owner:
         return  # a forked child: the ranks are not its own
     try:
-        team.stop()
+        executor.stop()
     except RuntimeError:
         workers.kill()
     workers.stop()
-    give_back_threads()
+    restore_threads()
 
 
 def _name_of(request: object, number: int) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from atb_pllava.bench.shapes import shape_config, write_shape
 from atb_pllava.cli.parser import Parser
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.loader.dummy_weights import RandomWeights
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
@@ -44,13 +44,13 @@ def write(directory: Path, shape: str) -> None:
     write_shape(directory, shape)
     with torch.device("meta"):
         model = Pllava(shape_config(shape), get_backend("cpu"), torch.bfloat16)
-    shards = plan_shards({name: part.shape for name, part in model.checkpoint_parts().items()})
+    shards = plan_shards({name: part.shape for name, part in model.weight_map().items()})
     weight_map = {}
     for number, shapes in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in shapes.items()}
         weights = RandomWeights(sum(tensor.nbytes for tensor in tensors.values()))
-        weights.load_into({name: Part.whole(tensor) for name, tensor in tensors.items()})
+        weights.load_into({name: ShardSpec.whole(tensor) for name, tensor in tensors.items()})
         save_file(tensors, directory / file)
         weight_map.update(dict.fromkeys(tensors, file))
         print(f"{file}, {weights.bytes_total / 1e9:.1f} GB", file=sys.stderr)

@@ -40,12 +40,12 @@ from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import AnswerLog, Key, Row, error_row, key_of
+from atb_pllava.batch.result_log import Key, ResultLog, Row, error_row, key_of
 from atb_pllava.batch.run_metadata import surroundings
 from atb_pllava.cli.ending import run_command
 from atb_pllava.cli.parser import Parser
 from atb_pllava.files import check_writable, read_json, write_json
-from atb_pllava.multimodal.frame_sampling import SAMPLERS
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.ops import get_backend
 
@@ -155,7 +155,7 @@ def clip_score(arguments: argparse.Namespace) -> int:
     media = MediaFolder(arguments.dataset_path)
     device = choose_device(arguments.device)
     made = None
-    with nullcontext() if arguments.output_json is None else AnswerLog(f"{arguments.output_json}.scores.jsonl") as log:
+    with nullcontext() if arguments.output_json is None else ResultLog(f"{arguments.output_json}.scores.jsonl") as log:
         judge = OpenClip(arguments.model_name, arguments.model_weights_path, device)
         if log is not None:
             made = made_with(arguments)
@@ -180,7 +180,7 @@ def made_with(arguments: argparse.Namespace) -> dict[str, Any]:
     """The judge and the frames it sees."""
     weights = arguments.model_weights_path
     judged_by = {"model_name": arguments.model_name, "weights": weights, "sha256": _digest(weights)}
-    return {"judge": judged_by, "num_frames": arguments.num_frames, "sampler": arguments.sampler}
+    return {"judge": judged_by, "num_frames": arguments.num_frames, "frame_sampler": arguments.frame_sampler}
 
 
 def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def score_file(
     answers: Mapping[str, str],
     media: "MediaFolder",
     arguments: argparse.Namespace,
-    log: AnswerLog | None,
+    log: ResultLog | None,
 ) -> dict[str, Any]:
     """Every item's score or error, and their mean (None when there is no score); what `log` has is not scored again."""
     paths = {name: media.look_up(name) for name in answers}
@@ -251,7 +251,7 @@ def score_item(
     """The file of a medium and its score, or why it has none."""
     try:
         path = media.find(name)
-        clip = read_media(path, arguments.num_frames, sampler=arguments.sampler)
+        clip = read_media(path, arguments.num_frames, frame_sampler=arguments.frame_sampler)
         frames = clip.frames[:1] if clip.total_frames == 1 else clip.frames  # an image is one frame, repeated
         return {"file": path, **score(judge, text, frames)}
     except VideoError as error:
@@ -391,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu; with a number: cuda:1, npu:0")
     parser.add_argument("--num_frames", type=int, default=16, metavar="T", help="frames of a video (default 16)")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="demo", help="which frames (default demo)")
+    parser.add_argument("--frame_sampler", choices=FRAME_SAMPLERS, default="demo", help="which frames (default demo)")
     parser.add_argument("--output_json", metavar="FILE", help="also write every score, the judge and the versions")
     return parser
 

@@ -65,8 +65,8 @@ def _flag(text: str) -> bool:
 KEYS: dict[str, Callable[[str], Any]] = {
     "weights": str, "weight_dir": str, "lora_alpha": float, "ignore_adapter_config": _flag, "backend": str,
     "dtype": str, "world_size": int,
-    "num_frames": int, "pooling_shape": str, "sampler": str, "resize": str, "conversation": str, "block_size": int,
-    "vision_batch": int, "kv_cache_dtype": str, "pooling": str, "recording": str,
+    "num_frames": int, "pooling_shape": str, "frame_sampler": str, "resize": str, "conversation": str,
+    "block_size": int, "vision_batch": int, "kv_cache_dtype": str, "pooling": str, "recording": str,
 }  # fmt: skip
 POOLINGS = ("means", "matrices")
 # What is cached or recorded as a whole would not pass by layer by layer.

@@ -46,7 +46,7 @@ from atb_pllava.cli.ending import run_command
 from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
-from atb_pllava.prompt.tokenizer import AnswerDecoder, Piece, Tokenizer
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer
 from precision.llama_vocabulary import CHATML, FORMS, SPECIAL, Vocabulary, encoder_of, open_vocabulary
 
 IMAGE_ID = 32000
@@ -319,7 +319,7 @@ def check_answers(
 
 def stream(files: Files, ids: Sequence[int]) -> str:
     """The answer, piece by piece. Says so when the pieces are not the whole or a half character went out."""
-    decoder = AnswerDecoder(files.ours)
+    decoder = IncrementalDetokenizer(files.ours)
     pieces = [decoder.push(token) for token in ids]
     sent = decoder.text
     pieces.append(decoder.finish())
@@ -368,7 +368,7 @@ def _stops(
 
 
 def _stopped(files: Files, ids: Sequence[int], stop: tuple[str, ...]) -> tuple[str, int]:
-    decoder = AnswerDecoder(files.ours, stop)
+    decoder = IncrementalDetokenizer(files.ours, stop)
     for number, token in enumerate(ids, 1):
         decoder.push(token)
         if decoder.stopped:

@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from atb_pllava.engine.core import Engine  # noqa: E402
-from atb_pllava.executor.model_input import StepReport  # noqa: E402
+from atb_pllava.executor.model_input import StepStats  # noqa: E402
 
 _step = Engine.step
 
 
-def _slow_step(engine: Engine) -> StepReport:
+def _slow_step(engine: Engine) -> StepStats:
     time.sleep(float(seconds))
     return _step(engine)
 

@@ -69,7 +69,7 @@ def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
     """A float32 model with random weights of a size that makes every part matter."""
     model = Pllava(config, get_backend("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    for name, part in model.checkpoint_parts().items():
+    for name, part in model.weight_map().items():
         view = part.tensor
         noise = torch.randn(view.shape, generator=generator)
         is_norm = view.dim() == 1 and "norm" in name and name.endswith("weight")
@@ -81,7 +81,7 @@ def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Pat
     """A loadable directory with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
     model = random_model(PllavaConfig.from_json(raw), seed)
-    save_file({name: part.tensor.contiguous().clone() for name, part in model.checkpoint_parts().items()},
+    save_file({name: part.tensor.contiguous().clone() for name, part in model.weight_map().items()},
               directory / "model.safetensors")  # fmt: skip
     (directory / "config.json").write_text(json.dumps(raw))
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))

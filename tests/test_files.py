@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from atb_pllava.batch.result_log import AnswerLog, Key
+from atb_pllava.batch.result_log import Key, ResultLog
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.cli.predict import existing_answers
 from atb_pllava.config import PllavaConfig, PreprocessorConfig
@@ -162,16 +162,16 @@ def test_the_description_of_a_judge_too(tmp_path: Path) -> None:
 def test_a_log_of_answers_that_an_editor_saved_with_a_mark(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     settings = {"a": 1}
-    with AnswerLog(file) as log:
+    with ResultLog(file) as log:
         log.begin(settings)
         log.add(Key("1"), {"text": "one"})
         log.add(Key("2"), {"text": "two"})
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
-    with AnswerLog(file) as log:
+    with ResultLog(file) as log:
         log.begin(settings)
         assert log.row(Key("1")) == {"text": "one"} and log.row(Key("2")) == {"text": "two"}
         log.add(Key("3"), {"text": "three"})
-    with AnswerLog(file) as log:
+    with ResultLog(file) as log:
         log.begin(settings)
         assert set(log.answered_places()) == {"1", "2", "3"}
 

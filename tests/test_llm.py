@@ -144,7 +144,7 @@ def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, messag
         ({"backend": "tpu"}, BackendError, "auto, cpu, cuda, ascend"),
         ({"backend": "ascend"}, BackendError, "ascend"),
         ({"dtype": "int8"}, ConfigError, "auto, float32, bfloat16, float16"),
-        ({"sampler": "best"}, ConfigError, "demo, eval, npu"),
+        ({"frame_sampler": "best"}, ConfigError, "demo, eval, npu"),
         ({"resize": "pad"}, ConfigError, "clip, res672, squash"),
         ({"conversation": "vicuna"}, ConfigError, "plain"),
         ({"num_frames": 0}, ConfigError, "num_frames is 0"),

@@ -166,7 +166,7 @@ def _may_be_at(key: Key, place: str | None) -> bool:
         return False
 
 
-class AnswerLog:
+class ResultLog:
     """A log that this process has for itself. `begin` says with which settings, then rows are added and looked up.
 
     Opening reads the file once, line by line, and remembers where rows are, not what they hold. A last line that a
@@ -307,7 +307,7 @@ class AnswerLog:
             os.close(self._file)
             self._file = -1
 
-    def __enter__(self) -> "AnswerLog":
+    def __enter__(self) -> "ResultLog":
         return self
 
     def __exit__(
@@ -501,7 +501,7 @@ def answer_all(
     keys: Sequence[Key],
     request_of: Callable[[str], Mapping[str, Any]],
     params: SamplingParams,
-    log: AnswerLog,
+    log: ResultLog,
     row_of: Callable[[str, RequestOutput], Row] = answer_row,
     what: str = "answers",
     quiet: bool = False,
@@ -538,13 +538,13 @@ def answer_all(
             yield {"id": name, **request}
 
     with progress:
-        for number, answer in llm.serve(requests(), params):
+        for number, answer in llm.generate_iter(requests(), params):
             name = asked[number]
             keep(name, error_row(answer) if isinstance(answer, PllavaError) else row_of(name, answer))
     progress.finish()
 
 
-def _say_changed(todo: Mapping[str, Key], log: AnswerLog, progress: Progress) -> None:
+def _say_changed(todo: Mapping[str, Key], log: ResultLog, progress: Progress) -> None:
     """Name what was answered when its file was another one, and what has the key of a file in another folder."""
     known = log.answered_places() if todo else {}
     changed = []

@@ -54,8 +54,8 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
         "world_size": model.parallel.size,
         "num_frames": llm.config.num_frames,
         "pooling_shape": list(llm.config.pooling_shape),
-        "sampler": llm.reader.sampler,
-        "resize": llm.reader.resize,
+        "frame_sampler": llm.processor.frame_sampler,
+        "resize": llm.processor.resize,
         "conversation": asdict(llm.conversation),
     }
     return settings if params is None else {**settings, "sampling": asdict(params)}

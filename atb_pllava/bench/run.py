@@ -7,9 +7,9 @@ from typing import Any
 
 from atb_pllava.bench.memory import peak_bytes, reset_peak
 from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
-from atb_pllava.executor.model_input import StepReport
+from atb_pllava.executor.model_input import StepStats
 from atb_pllava.llm import LLM
-from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.multimodal.processor import ProcessedVideo
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Round:
     """The answers, every step in order, seconds from the arrival to the last answer, and this process's peak memory."""
 
     outputs: list[RequestOutput]
-    steps: list[StepReport]
+    steps: list[StepStats]
     seconds: float
     peak_bytes: int
 
@@ -57,12 +57,12 @@ def run_round(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingP
 
 def _prepared(llm: LLM, request: Mapping[str, Any], params: SamplingParams, number: int, arrival: float) -> Request:
     prepared = llm.prepare(request, params)
-    prepared.arrival = arrival
+    prepared.arrival_time = arrival
     prepared.videos = [_own(video, number) for video in prepared.videos]
     return prepared
 
 
-def _own(video: PreparedVideo, number: int) -> PreparedVideo:
+def _own(video: ProcessedVideo, number: int) -> ProcessedVideo:
     """The same video for one request alone: a pixel differs, or the engine would encode it once for all of them."""
     frames = video.frames.copy()
     frames[0, 0, 0] = (number % 256, number // 256, 1)

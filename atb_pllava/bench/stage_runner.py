@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atb_pllava.engine.block_manager import blocks_for
-from atb_pllava.executor.model_input import StepInput, VideoPiece
+from atb_pllava.executor.model_input import EmbedSlice, ModelInput
 from atb_pllava.llm import LLM
 
 _VIDEO = 2**40  # a number no request's video has
@@ -16,31 +16,31 @@ class Stages:
     """Uses the KV cache as it likes: nothing else may run on this model meanwhile."""
 
     def __init__(self, llm: LLM) -> None:
-        self.team, self.config = llm.engine.team, llm.engine.config
+        self.executor, self.config = llm.engine.executor, llm.engine.config
         self.model = llm.model
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [T, 3, size, size] to video tokens, a few frames at a time as the engine does."""
-        self.team.forget(_VIDEO)
-        at_once = self.config.vision_batch * self.team.parallel.size
+        self.executor.forget(_VIDEO)
+        at_once = self.config.vision_batch * self.executor.parallel.size
         for start in range(0, len(pixels), at_once):
-            self.team.encode_frames(_VIDEO, pixels[start : start + at_once])
-        self.team.pool_frames(_VIDEO, range(len(pixels)))
-        return self.team.video_tokens(_VIDEO)
+            self.executor.encode_frames(_VIDEO, pixels[start : start + at_once])
+        self.executor.pool_frames(_VIDEO, range(len(pixels)))
+        return self.executor.video_embeds(_VIDEO)
 
     def prefill(self, token_ids: Sequence[int], start: int, length: int) -> Tensor:
         """A whole prompt in one step, its `length` video tokens (of `encode`) at `start`: logits [1, vocabulary]."""
         count = len(token_ids)
-        step = StepInput(
-            decoding=0, token_ids=list(token_ids), positions=list(range(count)), slots=list(range(count)),
-            lengths=[count], context_lens=[count], block_tables=[list(range(self._blocks(count)))],
-            logits_rows=[count - 1], video_pieces=[VideoPiece(_VIDEO, 0, length, start)] if length else [],
+        step = ModelInput(
+            decoding=0, token_ids=list(token_ids), positions=list(range(count)), slot_mapping=list(range(count)),
+            query_lens=[count], context_lens=[count], block_tables=[list(range(self._blocks(count)))],
+            logits_indices=[count - 1], embed_slices=[EmbedSlice(_VIDEO, 0, length, start)] if length else [],
         )  # fmt: skip
-        return self.team.forward(step)
+        return self.executor.forward(step)
 
     def fill_cache(self, value: float) -> None:
         """Give every cached key and value one value: memory nobody wrote to is not memory that is read."""
-        for layer in self.team.runner.cache:
+        for layer in self.executor.runner.cache:
             for tensor in layer:
                 tensor.fill_(value if tensor.is_floating_point() else 1)
 
@@ -48,12 +48,12 @@ class Stages:
         """One token each behind `tokens` cached ones: logits [B, vocabulary]."""
         blocks, size = self._blocks(tokens + 1), self.config.block_size
         tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]
-        step = StepInput(
+        step = ModelInput(
             decoding=batch, token_ids=[1] * batch, positions=[tokens] * batch,
-            slots=[table[tokens // size] * size + tokens % size for table in tables], lengths=[1] * batch,
-            context_lens=[tokens + 1] * batch, block_tables=tables, logits_rows=list(range(batch)), video_pieces=[],
+            slot_mapping=[table[tokens // size] * size + tokens % size for table in tables], query_lens=[1] * batch,
+            context_lens=[tokens + 1] * batch, block_tables=tables, logits_indices=list(range(batch)), embed_slices=[],
         )  # fmt: skip
-        return self.team.forward(step)
+        return self.executor.forward(step)
 
     def _blocks(self, tokens: int) -> int:
         return blocks_for(tokens, self.config.block_size)

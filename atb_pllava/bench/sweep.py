@@ -69,7 +69,7 @@ def sweep(
 
 def _no_room(llm: LLM, batch: int, tokens: int) -> str | None:
     """Why a batch of sequences that grow to `tokens` cannot run as a whole; None when it can."""
-    needed, total = batch * _blocks(llm, tokens), llm.engine.pool.total
+    needed, total = batch * _blocks(llm, tokens), llm.engine.block_manager.total
     if batch == 1 or needed <= total:
         return None  # what does not fit alone is refused by the engine, which says what to do
     return f"does not fit: {needed} KV blocks are needed, {total} are there"

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.convert.hugging_face import transformers_package
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import ConfigError
 from atb_pllava.loader.dummy_weights import RandomWeights
 from atb_pllava.ops.int8 import Int8Layers, Int8Weight
@@ -25,7 +24,7 @@ class TransformersPeer:
 
     def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: Int8Layers) -> None:
         try:
-            transformers = transformers_package()
+            import transformers
         except ImportError:
             raise ConfigError("the comparison needs transformers: pip install transformers") from None
         self.version: str = transformers.__version__
@@ -54,15 +53,15 @@ class TransformersPeer:
             assert name.endswith("position_ids"), name
             buffer.copy_(torch.arange(buffer.shape[-1])[None])
 
-    def _destinations(self) -> Iterator[tuple[str, Part]]:
+    def _destinations(self) -> Iterator[tuple[str, ShardSpec]]:
         """Parameters by their names in a plain LLaVA checkpoint."""
         for name, parameter in self.tower.named_parameters():
-            yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", Part.whole(parameter)
+            yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", ShardSpec.whole(parameter)
         for name, parameter in self.llama.named_parameters():
-            yield f"language_model.{name}", Part.whole(parameter)
+            yield f"language_model.{name}", ShardSpec.whole(parameter)
         for index, layer in ((0, "linear_1"), (2, "linear_2")):
             for name, parameter in self.projector[index].named_parameters():
-                yield f"multi_modal_projector.{layer}.{name}", Part.whole(parameter)
+                yield f"multi_modal_projector.{layer}.{name}", ShardSpec.whole(parameter)
 
     def use_attention(self, name: str) -> None:
         """ "sdpa" or "eager" from now on."""
@@ -118,7 +117,7 @@ class TransformersPeer:
 
 
 @torch.no_grad()
-def _fill(destinations: dict[str, Part], int8: Int8Layers, dtype: torch.dtype) -> None:
+def _fill(destinations: dict[str, ShardSpec], int8: Int8Layers, dtype: torch.dtype) -> None:
     """Our random weights under the same names; int8 ones as the float they mean."""
     RandomWeights(sum(part.tensor.nbytes for part in destinations.values())).load_into(
         {name: part for name, part in destinations.items() if name not in int8.names}
@@ -126,5 +125,5 @@ def _fill(destinations: dict[str, Part], int8: Int8Layers, dtype: torch.dtype) -
     for name in sorted(int8.names):
         room = Int8Weight.empty(len(destinations[name].tensor), destinations[name].shape[1], dtype)
         parts = {name: room.values, f"{name}_scale": room.scale, f"{name}_offset": room.offset}
-        RandomWeights(room.values.nbytes).load_into({part: Part.whole(tensor) for part, tensor in parts.items()})
+        RandomWeights(room.values.nbytes).load_into({part: ShardSpec.whole(tensor) for part, tensor in parts.items()})
         destinations[name].tensor.copy_(room.dequantise())

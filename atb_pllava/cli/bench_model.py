@@ -24,13 +24,13 @@ _WORDS = 54  # with the conversation's own tokens and 2304 from video, a prompt 
 
 # What `load_model` asks for and a benchmark with prompts of its own does not offer.
 NO_PROMPT_OPTIONS: dict[str, Any] = {
-    "sampler": "demo", "resize": "clip", "conversation": None, "system": None, "video_caption": False,
+    "frame_sampler": "demo", "resize": "clip", "conversation": None, "system": None, "video_caption": False,
     "media_limit": [], "media": None,
 }  # fmt: skip
 # What a shape makes itself, with the values for a checkpoint where none are given.
 _WITHOUT_SHAPE: dict[str, Any] = {
     "media": None, "prompt": None, "weight_dir": None, "lora_alpha": None, "ignore_adapter_config": False,
-    "sampler": "demo",
+    "frame_sampler": "demo",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from atb_pllava.mindie.service_config import (
     prefill_tokens,
     size_text,
 )
-from atb_pllava.multimodal.frame_sampling import SAMPLERS
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.transforms import RESIZE_MODES
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 
@@ -100,7 +100,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("frames and prompts, as in `run`")
     group.add_argument("--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help=", ".join(CONVERSATIONS))
     group.add_argument("--system", metavar="TEXT", help="system text instead of the conversation's own")
-    group.add_argument("--sampler", choices=SAMPLERS, help="which frames of a video are taken")
+    group.add_argument("--frame_sampler", choices=FRAME_SAMPLERS, help="which frames of a video are taken")
     group.add_argument("--resize", choices=RESIZE_MODES, help="how frames become squares")
 
 
@@ -227,7 +227,8 @@ def _config(arguments: argparse.Namespace) -> int:
     usable = _usable_memory(arguments)
     weights, working = weight_bytes(arguments.model_path, size), working_bytes(model, prefill_tokens(lengths), size)
     cache = plan_cache(model, lengths, size, usable - weights - working, arguments.max_batch_size)
-    given = {name: getattr(arguments, name) for name in ("conversation", "system", "sampler", "resize")}
+    given = {name: getattr(arguments, name) for name in ("conversation", "system", "resize")}
+    given["sampler"] = arguments.frame_sampler  # the key that config.json of a host has had from the start
     config = make_config(
         arguments.model_path, arguments.model_name, lengths, cache, size, port=arguments.port, ip=arguments.ip,
         https=arguments.https, options={name: value for name, value in given.items() if value is not None})  # fmt: skip

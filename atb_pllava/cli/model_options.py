@@ -10,10 +10,10 @@ from atb_pllava.cli.environment import compiler, kernel_dir, master_port, starte
 from atb_pllava.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError, counted
-from atb_pllava.executor.worker import Workers, serve_rank
+from atb_pllava.executor.worker import Rendezvous, run_worker
 from atb_pllava.llm import LLM
 from atb_pllava.loader.model_loader import ModelOptions
-from atb_pllava.multimodal.frame_sampling import SAMPLERS
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.transforms import RESIZE_MODES
 from atb_pllava.ops import BACKENDS, KERNELS
@@ -125,8 +125,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """How media become frames, and questions prompts."""
     group = parser.add_argument_group("frames and prompts")
     group.add_argument(
-        "--sampler",
-        choices=SAMPLERS,
+        "--frame_sampler",
+        choices=FRAME_SAMPLERS,
         default="demo",
         metavar="NAME",
         help="which frames: demo (default), the middle of each of T equal parts of the video; eval, the same between a "
@@ -236,15 +236,15 @@ def model_options(arguments: argparse.Namespace) -> ModelOptions:
     return ModelOptions(**{name: getattr(arguments, name) for name in ModelOptions.__dataclass_fields__})
 
 
-def join_torchrun(arguments: argparse.Namespace) -> Workers | int | None:
+def join_torchrun(arguments: argparse.Namespace) -> Rendezvous | int | None:
     """The link to the ranks torchrun started, None without it; on all but rank 0 the exit status, after their work."""
     if not started_by_torchrun(arguments.world_size):
         return None
-    workers = Workers.among_torchrun()
-    return workers if workers.parallel.rank == 0 else serve_rank(workers, model_options(arguments))
+    workers = Rendezvous.among_torchrun()
+    return workers if workers.parallel.rank == 0 else run_worker(workers, model_options(arguments))
 
 
-def load_model(arguments: argparse.Namespace, workers: Workers | None = None) -> LLM:
+def load_model(arguments: argparse.Namespace, workers: Rendezvous | None = None) -> LLM:
     """The model that the options describe; says on stderr when it is ready, and what --trust_remote_code does."""
     if arguments.trust_remote_code:
         print("--trust_remote_code: no code from a checkpoint is ever executed, with or without it", file=sys.stderr)
@@ -258,7 +258,7 @@ def load_model(arguments: argparse.Namespace, workers: Workers | None = None) ->
         pooling_shape=arguments.pooling_shape,
         dtype=arguments.dtype,
         backend=arguments.backend,
-        sampler=arguments.sampler,
+        frame_sampler=arguments.frame_sampler,
         resize=arguments.resize,
         conversation=arguments.conversation,
         system=arguments.system,

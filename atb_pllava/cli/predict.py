@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atb_pllava.batch.progress import failures
-from atb_pllava.batch.result_log import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
+from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.model_options import (
@@ -84,7 +84,7 @@ def predict(arguments: argparse.Namespace) -> int:
     check_paths(arguments)
     params = sampling_params(arguments)
     media = given_media(arguments.media)
-    with AnswerLog(f"{target}.answers.jsonl", REMEDY) as log:
+    with ResultLog(f"{target}.answers.jsonl", REMEDY) as log:
         results = Results(target)
         if not overwrite and not (log.is_new and results.is_new):
             planned = {**planned_settings(arguments, params, workers), "prompt": arguments.prompt}
@@ -146,7 +146,7 @@ class Results:
         """Whether there is no answer in it."""
         return self.digest is None
 
-    def check(self, settings: Mapping[str, Any], log: AnswerLog) -> None:
+    def check(self, settings: Mapping[str, Any], log: ResultLog) -> None:
         """Raise ConfigError unless the answers are of these settings, as far as the manifest tells.
 
         Answers that `log` may replace, since an earlier run began with --overwrite, are no obstacle.
@@ -167,7 +167,7 @@ class Results:
                 f"{self.path} is not what its manifest is about: something else has changed or replaced it; {REMEDY}"
             )
 
-    def others(self, media: Iterable[Medium], log: AnswerLog) -> dict[str, str]:
+    def others(self, media: Iterable[Medium], log: ResultLog) -> dict[str, str]:
         """Answers about other files than `media`; none when the log may replace them all.
 
         A path that was relative to another working directory becomes absolute.
@@ -181,7 +181,7 @@ class Results:
         kept = zip(paths, _places(paths), self.answers.values(), strict=True)
         return {path: text for path, place, text in kept if place not in ours}
 
-    def is_replaced_by(self, log: AnswerLog) -> bool:
+    def is_replaced_by(self, log: ResultLog) -> bool:
         """Whether a run with --overwrite, which `log` goes on from, has not yet replaced these answers."""
         return log.replaces is not None and log.replaces == self.digest
 
@@ -200,7 +200,7 @@ def predict_media(
     prompt: str,
     params: SamplingParams,
     results: Results,
-    log: AnswerLog,
+    log: ResultLog,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> list[Row]:

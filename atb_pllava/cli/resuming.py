@@ -7,7 +7,7 @@ from typing import Any
 from atb_pllava.batch.run_metadata import checkpoint_files
 from atb_pllava.cli.model_options import model_options
 from atb_pllava.engine.request import SamplingParams
-from atb_pllava.executor.worker import Workers
+from atb_pllava.executor.worker import Rendezvous
 from atb_pllava.prompt.chat_template import choose_conversation
 from atb_pllava.prompt.tokenizer import Tokenizer
 
@@ -22,7 +22,9 @@ def add_overwrite_option(group: Any, results: str) -> None:
     )
 
 
-def planned_settings(arguments: argparse.Namespace, params: SamplingParams, workers: Workers | None) -> dict[str, Any]:
+def planned_settings(
+    arguments: argparse.Namespace, params: SamplingParams, workers: Rendezvous | None
+) -> dict[str, Any]:
     """The part of `manifest.settings_of` that is known without loading the model: all but the weights and the LoRA.
 
     dtype, backend and kernels are in it only where the options name them.
@@ -47,7 +49,7 @@ def planned_settings(arguments: argparse.Namespace, params: SamplingParams, work
         "world_size": workers.parallel.size if workers else arguments.world_size or 1,
         "num_frames": config.num_frames,
         "pooling_shape": list(config.pooling_shape),
-        "sampler": arguments.sampler,
+        "frame_sampler": arguments.frame_sampler,
         "resize": arguments.resize,
         "conversation": asdict(conversation),
         "sampling": asdict(params),

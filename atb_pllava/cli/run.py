@@ -91,7 +91,7 @@ def _ask(
     requests = (_request(number, len(jobs), *job) for number, job in enumerate(jobs))
     try:
         with screen.shared_with_log():
-            for number, answer in llm.serve(requests, params, on_text=screen.show if screen.is_live else None):
+            for number, answer in llm.generate_iter(requests, params, on_text=screen.show if screen.is_live else None):
                 file.add(number, _row(*jobs[number], answer))
                 screen.finish(number, answer)
     finally:
@@ -110,7 +110,7 @@ def _ask(
 
 
 def _request(number: int, total: int, item: str | None, prompt: str) -> dict[str, Any]:
-    """A request of `LLM.serve`; its id is what progress lines call it: `[1/3] a.mp4`."""
+    """A request of `LLM.generate_iter`; its id is what progress lines call it: `[1/3] a.mp4`."""
     name = f"[{number + 1}/{total}] {'text only' if item is None else os.path.basename(item)}"
     request = {"question": prompt, "id": name}
     return request if item is None else {**request, "video": item}

@@ -20,7 +20,7 @@ from atb_pllava.loader.checkpoint import DTYPES
 from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.model.llama import DecoderLayer, rotary_tables
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.multimodal.processor import Media, VideoReader
+from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
@@ -82,7 +82,7 @@ def find_smoothing(
         # One decoder layer, which the layers of the checkpoint take turns in.
         model = Pllava(config.with_layers(1), TorchBackend(), torch.float32)
     model.to_empty(device="cpu")
-    parts = model.checkpoint_parts()
+    parts = model.weight_map()
     for name, part in parts.items():
         if ".layers.0." not in name or not name.startswith("language_model."):
             part.tensor.copy_(_read(plan, name))
@@ -93,7 +93,7 @@ def find_smoothing(
     layers = config.text.num_hidden_layers
     for i in range(layers):
         prefix = f"language_model.model.layers.{i}."
-        for name, part in layer.checkpoint_parts(prefix).items():
+        for name, part in layer.weight_map(prefix).items():
             part.tensor.copy_(_read(plan, name))
         inputs, hidden = _run(layer, hidden)
         _smooth_layer(smoothing, plan, layer, prefix, inputs, rounding)
@@ -109,13 +109,13 @@ def _embeddings(model: Pllava, model_dir: str, clips: Sequence[Media]) -> Iterat
     """What enters the decoder for a question about each clip: [N, hidden]."""
     config = model.config
     tokenizer = Tokenizer.from_dir(model_dir, config.image_token_index)
-    reader = VideoReader(config.num_frames, PreprocessorConfig.from_dir(model_dir, config.vision.image_size))
+    reader = VideoProcessor(config.num_frames, PreprocessorConfig.from_dir(model_dir, config.vision.image_size))
     conversation = choose_conversation(None, chatml=tokenizer.is_chatml)
     ids = tokenizer.encode_pieces(render(conversation, QUESTION, videos=1))
     expanded, spans = expand_placeholders(ids, config.image_token_index, 1, config.num_video_tokens)
     for clip in clips:
         video = reader.prepare([clip])[0]
-        tokens = model.pool_frames(model.encode_frames(video.pixels), video.frame_of)
+        tokens = model.pool_frames(model.encode_frames(video.pixels), video.inverse_indices)
         x = model.language.embed(torch.tensor(expanded))
         x[spans[0].start : spans[0].start + spans[0].length] = tokens
         yield x

@@ -185,7 +185,7 @@ def _with_rest_of_clip(checkpoint: Checkpoint, config: PllavaConfig, options: Co
     """What PLLaVA reads, and the layers of CLIP behind that, which other readers of the directory expect."""
     with torch.device("meta"):
         model = Pllava(config, TorchBackend(), torch.float32)
-    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
+    shapes = {name: part.shape for name, part in model.weight_map().items()}
     unused = unused_vision_layers(config)
     plan = checkpoint.check(
         shapes,

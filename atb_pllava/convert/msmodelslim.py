@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atb_pllava.config import TextConfig
-from atb_pllava.convert.hugging_face import transformers_package
 from atb_pllava.errors import ConfigError
 from atb_pllava.ops.int8 import Int8Weight
 
@@ -29,9 +28,8 @@ class MsModelSlim:
 
     def __init__(self, config: TextConfig, *, symmetric: bool, group_size: int) -> None:
         try:
+            import transformers
             from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
-
-            transformers = transformers_package()
         except ImportError as error:
             raise ConfigError(
                 f"-quantizer msmodelslim cannot be used here ({error}); run `pip install msmodelslim transformers`, or "

@@ -63,7 +63,7 @@ class TensorParallel:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardSpec:
     """Where a checkpoint tensor of `shape` goes: `tensor` takes its rows (axis 0) or columns (axis 1) from `start`."""
 
     tensor: Tensor
@@ -72,11 +72,11 @@ class Part:
     start: int = 0
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> "Part":
+    def whole(cls, tensor: Tensor) -> "ShardSpec":
         return cls(tensor, tuple(tensor.shape))
 
     @classmethod
-    def of(cls, tensor: Tensor, axis: int, share: range, units: int) -> "Part":
+    def of(cls, tensor: Tensor, axis: int, share: range, units: int) -> "ShardSpec":
         """`tensor` holds the `share` out of `units` equal slices along `axis`."""
         per_unit = tensor.shape[axis] // len(share)
         shape = list(tensor.shape)

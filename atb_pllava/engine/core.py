@@ -9,26 +9,26 @@ from torch import Tensor
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.activity import Progress
-from atb_pllava.engine.block_manager import BlockPool
-from atb_pllava.engine.encoder_cache import VideoCache
-from atb_pllava.engine.request import Request, VideoState
+from atb_pllava.engine.block_manager import BlockManager
+from atb_pllava.engine.encoder_cache import EncoderCache
+from atb_pllava.engine.request import EncoderEntry, Request
 from atb_pllava.engine.sampler import sample
-from atb_pllava.engine.scheduler import Scheduler, Step
+from atb_pllava.engine.scheduler import Scheduler, SchedulerOutput
 from atb_pllava.errors import PllavaError, RequestError, counted
-from atb_pllava.executor.executor import Team
-from atb_pllava.executor.model_input import StepInput, StepReport
-from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.executor.executor import Executor
+from atb_pllava.executor.model_input import ModelInput, StepStats
+from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.ops.interface import finish
 
 
 class Engine:
     """Serves requests together. Call `add`, then `step` until `has_work` is false."""
 
-    def __init__(self, team: Team, config: EngineConfig) -> None:
-        self.team, self.config = team, config
-        self.pool = BlockPool(team.runner.blocks)
-        self.scheduler = Scheduler(config, self.pool)
-        self.videos = VideoCache(config.video_cache_bytes // team.runner.bytes_per_video, team.forget)
+    def __init__(self, executor: Executor, config: EngineConfig) -> None:
+        self.executor, self.config = executor, config
+        self.block_manager = BlockManager(executor.runner.blocks)
+        self.scheduler = Scheduler(config, self.block_manager)
+        self.videos = EncoderCache(config.video_cache_bytes // executor.runner.bytes_per_video, executor.forget)
         self.progress = Progress()
         self._seconds_per_frame: float | None = None  # of the last video, other work of its steps included
         self._seconds_per_token: float | None = None  # of the last step that prefilled
@@ -41,7 +41,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises what `check` raises."""
         self.check(request)
-        request.states = [self.videos.acquire(video) for video in request.videos]
+        request.encoder_entries = [self.videos.acquire(video) for video in request.videos]
         self.scheduler.add(request)
 
     def check(self, request: Request) -> None:
@@ -66,23 +66,23 @@ class Engine:
             request.error = RequestError("the request was aborted")
             self._remove(request)
 
-    def step(self) -> StepReport:
+    def step(self) -> StepStats:
         """Do one step of work for everybody who can take part."""
         start = time.perf_counter()
         self.scheduler.admit()
         self._encode_videos()
         encode = time.perf_counter() - start
-        step = self.scheduler.plan()
+        step = self.scheduler.schedule()
         forward = self._run(step) if step else 0.0
         prefilled = sum(tokens for _, tokens in step.prefill)
-        return StepReport(len(step.decode), prefilled, encode, forward, time.perf_counter() - start)
+        return StepStats(len(step.decode), prefilled, encode, forward, time.perf_counter() - start)
 
-    def _run(self, step: Step) -> float:
+    def _run(self, step: SchedulerOutput) -> float:
         """Put a step through the model and take its tokens; the seconds the model took."""
         self._say_what_runs(step)
         began = time.perf_counter()
         due = self._forward(step)
-        finish(self.team.runner.device)
+        finish(self.executor.runner.device)
         seconds = time.perf_counter() - began
         if step.prefill:
             self._seconds_per_token = seconds / sum(tokens for _, tokens in step.prefill)
@@ -100,7 +100,7 @@ class Engine:
         if request is None:
             return
         decoding = any(other.is_decoding for other in self.scheduler.running)
-        for state in request.missing_videos:
+        for state in request.videos_to_encode:
             while state.video is not None:
                 self._say_what_is_encoded(request, state, len(state.video))
                 began = time.perf_counter()
@@ -109,56 +109,56 @@ class Engine:
                 if decoding:
                     return
 
-    def _encode_some(self, state: VideoState, video: PreparedVideo) -> None:
+    def _encode_some(self, state: EncoderEntry, video: ProcessedVideo) -> None:
         """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
-        pixels = video.some_pixels(state.frames_done, state.frames_done + self._frames_at_once)
-        self.team.encode_frames(state.number, pixels)
-        state.frames_done += len(pixels)
-        if state.frames_done == len(video):
-            self.team.pool_frames(state.number, video.frame_of)
+        pixels = video.pixel_values(state.frames_encoded, state.frames_encoded + self._frames_at_once)
+        self.executor.encode_frames(state.video_id, pixels)
+        state.frames_encoded += len(pixels)
+        if state.frames_encoded == len(video):
+            self.executor.pool_frames(state.video_id, video.inverse_indices)
             state.video = None
             if state.began is not None:
-                self._seconds_per_frame = (time.monotonic() - state.began) / state.frames_done
-        finish(self.team.runner.device)
+                self._seconds_per_frame = (time.monotonic() - state.began) / state.frames_encoded
+        finish(self.executor.runner.device)
 
-    def encode_video(self, video: PreparedVideo) -> Tensor:
+    def encode_video(self, video: ProcessedVideo) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video, outside of any request."""
         state = self.videos.acquire(video)
         try:
             while state.video is not None:
                 self._encode_some(state, state.video)
-            return self.team.video_tokens(state.number).clone()  # the cache's own must not change
+            return self.executor.video_embeds(state.video_id).clone()  # the cache's own must not change
         finally:
             self.videos.release(state)
 
-    def _forward(self, step: Step) -> list[tuple[Request, Tensor]]:
+    def _forward(self, step: SchedulerOutput) -> list[tuple[Request, Tensor]]:
         """Run a step; the requests whose next token is due, each with its logits [vocabulary] float32."""
         work = [(request, 1) for request in step.decode] + step.prefill
-        logits = self.team.forward(StepInput.of(work, len(step.decode), self.config.block_size))
+        logits = self.executor.forward(ModelInput.of(work, len(step.decode), self.config.block_size))
         for request, tokens in work:
-            self.scheduler.computed(request, tokens)
-        return list(zip([request for request, _ in work if request.remaining == 0], logits, strict=True))
+            self.scheduler.update_from_output(request, tokens)
+        return list(zip([request for request, _ in work if request.num_uncomputed_tokens == 0], logits, strict=True))
 
     def _take_token(self, request: Request, logits: Tensor) -> None:
         try:
             token, logprobs = sample(logits, request)
         except PllavaError as error:
             request.error = error
-            self.pool.forget(request.blocks)  # whatever broke the logits may stand in there
+            self.block_manager.evict(request.blocks)  # whatever broke the logits may stand in there
             self._finish(request)
             return
         if not request.num_generated:
-            request.first_token = time.perf_counter()
+            request.first_token_time = time.perf_counter()
         request.token_ids.append(token)
         self.progress.tokens += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
         ended, full = token in request.stop_token_ids, request.num_generated == request.params.max_tokens
         if not ended:
-            request.answer.push(token)
+            request.detokenizer.push(token)
         if ended or full:
-            request.answer.finish()  # what is held back may hold a stop string
-        if ended or request.answer.stopped:
+            request.detokenizer.finish()  # what is held back may hold a stop string
+        if ended or request.detokenizer.stopped:
             request.finish_reason = "stop"
         elif full:
             request.finish_reason = "length"
@@ -166,25 +166,25 @@ class Engine:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
-        request.finished = time.perf_counter()
+        request.finished_time = time.perf_counter()
         self._remove(request)
 
     def _remove(self, request: Request) -> None:
         self.scheduler.remove(request)
-        for state in request.states:
+        for state in request.encoder_entries:
             self.videos.release(state)
-        request.states = []
+        request.encoder_entries = []
 
     @property
     def _frames_at_once(self) -> int:
-        return self.config.vision_batch * self.team.parallel.size
+        return self.config.vision_batch * self.executor.parallel.size
 
-    def _say_what_is_encoded(self, request: Request, state: VideoState, frames: int) -> None:
+    def _say_what_is_encoded(self, request: Request, state: EncoderEntry, frames: int) -> None:
         """Into `progress`: which frames come next, and the time until the last one is done."""
         now = time.monotonic()
         if state.began is None:
             state.began = now
-        done, last = state.frames_done, min(state.frames_done + self._frames_at_once, frames)
+        done, last = state.frames_encoded, min(state.frames_encoded + self._frames_at_once, frames)
         each = (now - state.began) / done if done else self._seconds_per_frame
         which = f"frame {last}" if last == done + 1 else f"frames {done + 1} to {last}"
         self.progress.start(
@@ -194,14 +194,15 @@ class Engine:
             answers=sum(other.is_decoding for other in self.scheduler.running),
         )
 
-    def _say_what_runs(self, step: Step) -> None:
+    def _say_what_runs(self, step: SchedulerOutput) -> None:
         """Into `progress`: the oldest prompt that is prefilled, or else the oldest answer that is written."""
         if step.prefill:
             request, each = step.prefill[0][0], self._seconds_per_token
             self.progress.start(
                 request.name,
-                f"prefilling the prompt, {request.num_computed} of {counted(len(request.token_ids), 'token')} done",
-                None if each is None else each * request.remaining,
+                f"prefilling the prompt, {request.num_computed_tokens} of "
+                f"{counted(len(request.token_ids), 'token')} done",
+                None if each is None else each * request.num_uncomputed_tokens,
                 answers=len(step.decode),
             )
             return

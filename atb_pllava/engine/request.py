@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from atb_pllava.errors import PllavaError, RequestError
-from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.prompt.chat_template import VideoSpan
-from atb_pllava.prompt.tokenizer import AnswerDecoder, Tokenizer
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
 
 TokenLogprobs = dict[int, float] | np.ndarray
 
@@ -109,17 +109,17 @@ class RequestOutput:
 
 
 @dataclass(eq=False)
-class VideoState:
-    """A video on its way through the vision tower, shared by all requests about it; `number` is its name among ranks.
+class EncoderEntry:
+    """A video on its way through the vision tower, shared by all requests about it; `video_id` is its name among ranks.
 
     `video` is where its pixels come from, until its tokens are there.
     """
 
-    number: int
-    digest: bytes
-    video: PreparedVideo | None
-    users: int = 0
-    frames_done: int = 0
+    video_id: int
+    mm_hash: bytes
+    video: ProcessedVideo | None
+    ref_count: int = 0
+    frames_encoded: int = 0
     began: float | None = None  # when its first frame was begun, a time of time.monotonic
 
     @property
@@ -132,43 +132,52 @@ class VideoState:
 class Request:
     """One request inside the engine. `token_ids` is the expanded prompt and what has been generated behind it."""
 
-    prompt_ids: Sequence[int]
+    prompt_token_ids: Sequence[int]
     token_ids: list[int]
     spans: list[VideoSpan]
-    videos: list[PreparedVideo]
+    videos: list[ProcessedVideo]
     params: SamplingParams
     stop_token_ids: frozenset[int]
-    answer: AnswerDecoder
+    detokenizer: IncrementalDetokenizer
     generator: torch.Generator | None = None
-    arrival: float = field(default_factory=time.perf_counter)
+    arrival_time: float = field(default_factory=time.perf_counter)
     video_decode: float = 0.0
     request_id: str | int | None = None
     name: str = "the request"  # in progress lines
 
-    states: list[VideoState] = field(default_factory=list)  # of its videos, while the engine has it
+    encoder_entries: list[EncoderEntry] = field(default_factory=list)  # of its videos, while the engine has it
     blocks: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)  # see engine.block_keys
-    num_cached: int = 0  # prompt tokens whose keys and values were there already
-    num_computed: int = 0  # tokens whose keys and values are in the cache
+    block_hashes: list[bytes] = field(default_factory=list)  # see engine.block_hashes
+    num_cached_tokens: int = 0  # prompt tokens whose keys and values were there already
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     preemptions: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: PllavaError | None = None
     vision_encode: float = 0.0
     prefill: float = 0.0
-    started: float = 0.0
-    first_token: float = 0.0
-    finished: float = 0.0
+    scheduled_time: float = 0.0
+    first_token_time: float = 0.0
+    finished_time: float = 0.0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.token_ids)
 
     @classmethod
     def create(
-        cls, prompt_ids: Sequence[int], token_ids: list[int], spans: list[VideoSpan], videos: Sequence[PreparedVideo],
-        params: SamplingParams, eos: Sequence[int], tokenizer: Tokenizer, arrival: float, video_decode: float,
-        request_id: str | int | None = None, name: str = "the request",
-    ) -> "Request":  # fmt: skip
+        cls,
+        prompt_token_ids: Sequence[int],
+        token_ids: list[int],
+        spans: list[VideoSpan],
+        videos: Sequence[ProcessedVideo],
+        params: SamplingParams,
+        eos: Sequence[int],
+        tokenizer: Tokenizer,
+        arrival_time: float,
+        video_decode: float,
+        request_id: str | int | None = None,
+        name: str = "the request",
+    ) -> "Request":
         generator = None
         if params.temperature > 0:
             generator = torch.Generator()
@@ -177,10 +186,19 @@ class Request:
             else:
                 generator.manual_seed(params.seed)
         return cls(
-            prompt_ids, token_ids, spans, list(videos), params,
-            frozenset() if params.ignore_eos else frozenset(eos), AnswerDecoder(tokenizer, params.stop), generator,
-            arrival, video_decode, request_id, name,
-        )  # fmt: skip
+            prompt_token_ids,
+            token_ids,
+            spans,
+            list(videos),
+            params,
+            frozenset() if params.ignore_eos else frozenset(eos),
+            IncrementalDetokenizer(tokenizer, params.stop),
+            generator,
+            arrival_time,
+            video_decode,
+            request_id,
+            name,
+        )
 
     @property
     def generated(self) -> list[int]:
@@ -191,23 +209,25 @@ class Request:
         return len(self.token_ids) - self.prompt_length
 
     @property
-    def remaining(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """Tokens to put through the model before the next one can be sampled."""
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
-        return self.remaining == 1 and self.num_computed > 0 and self.videos_ready
+        return self.num_uncomputed_tokens == 1 and self.num_computed_tokens > 0 and self.videos_ready
 
     @property
     def videos_ready(self) -> bool:
-        return not self.missing_videos
+        return not self.videos_to_encode
 
     @property
-    def missing_videos(self) -> list[VideoState]:
+    def videos_to_encode(self) -> list[EncoderEntry]:
         """Videos with tokens that are neither encoded nor behind it already."""
-        pairs = zip(self.spans, self.states, strict=True)
-        return [state for span, state in pairs if not state.ready and span.start + span.length > self.num_computed]
+        pairs = zip(self.spans, self.encoder_entries, strict=True)
+        return [
+            state for span, state in pairs if not state.ready and span.start + span.length > self.num_computed_tokens
+        ]
 
     @property
     def is_finished(self) -> bool:
@@ -221,23 +241,23 @@ class Request:
         frames = [list(video.frame_indices) for video in self.videos]
         further = self.num_generated - 1
         return RequestOutput(
-            text=self.answer.text,
+            text=self.detokenizer.text,
             token_ids=self.generated,
-            prompt_token_ids=list(self.prompt_ids),
+            prompt_token_ids=list(self.prompt_token_ids),
             finish_reason=self.finish_reason,
             frame_indices=frames[0] if len(frames) == 1 else frames,
-            num_cached_tokens=self.num_cached,
+            num_cached_tokens=self.num_cached_tokens,
             metrics=Metrics(
                 prompt_tokens=self.prompt_length,
                 video_tokens=sum(span.length for span in self.spans),
                 output_tokens=self.num_generated,
                 video_decode=self.video_decode,
                 vision_encode=self.vision_encode,
-                queue=self.started - self.arrival - self.video_decode,
+                queue=self.scheduled_time - self.arrival_time - self.video_decode,
                 prefill=self.prefill,
-                ttft=self.first_token - self.arrival,
-                tpot=(self.finished - self.first_token) / further if further else 0.0,
-                latency=self.finished - self.arrival,
+                ttft=self.first_token_time - self.arrival_time,
+                tpot=(self.finished_time - self.first_token_time) / further if further else 0.0,
+                latency=self.finished_time - self.arrival_time,
                 preemptions=self.preemptions,
             ),
             logprobs=self.logprobs if self.params.logprobs is not None else None,

@@ -37,7 +37,7 @@ def _choose(logits: Tensor, request: Request) -> int:
 
 def _penalise(logits: Tensor, request: Request) -> Tensor:
     """Divide positive and multiply negative logits of tokens seen before (CTRL, as in transformers)."""
-    seen = torch.tensor(sorted({*request.prompt_ids, *request.generated}), device=logits.device)
+    seen = torch.tensor(sorted({*request.prompt_token_ids, *request.generated}), device=logits.device)
     old = logits[seen]
     penalty = request.params.repetition_penalty
     return logits.index_copy(0, seen, torch.where(old > 0, old / penalty, old * penalty))

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from atb_pllava.config import EngineConfig
-from atb_pllava.engine.block_manager import BlockPool, blocks_for, full_block_keys
+from atb_pllava.engine.block_manager import BlockManager, blocks_for, full_block_hashes
 from atb_pllava.engine.request import Request
 from atb_pllava.errors import RequestError, counted
 
@@ -19,7 +19,7 @@ _LONGEST_CHUNK = 4096
 
 
 @dataclass(frozen=True)
-class Step:
+class SchedulerOutput:
     """Decoding requests with one token each, and (request, tokens) of prompt chunks."""
 
     decode: list[Request]
@@ -32,8 +32,8 @@ class Step:
 class Scheduler:
     """First come, first served, up to `max_batch_size` requests at a time."""
 
-    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
-        self.config, self.pool = config, pool
+    def __init__(self, config: EngineConfig, pool: BlockManager) -> None:
+        self.config, self.block_manager = config, pool
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
 
@@ -49,12 +49,12 @@ class Scheduler:
         """Raises RequestError when the request could not finish even alone."""
         block_size = self.config.block_size
         longest = request.prompt_length + request.params.max_tokens - 1  # the last token is never fed back
-        if blocks_for(longest, block_size) > self.pool.total:
+        if blocks_for(longest, block_size) > self.block_manager.total:
             raise RequestError(
                 f"the prompt is {counted(request.prompt_length, 'token')} and up to "
-                f"{request.params.max_tokens} more are wanted, but the KV cache holds {self.pool.total * block_size} "
-                "tokens in all: ask for fewer tokens, use a smaller pooling shape, or give the KV cache more "
-                "memory (kv_cache_bytes)"
+                f"{request.params.max_tokens} more are wanted, but the KV cache holds "
+                f"{self.block_manager.total * block_size} tokens in all: ask for fewer tokens, use a smaller "
+                "pooling shape, or give the KV cache more memory (kv_cache_bytes)"
             )
 
     def admit(self) -> None:
@@ -64,52 +64,52 @@ class Scheduler:
         """
         if not self.waiting or len(self.running) >= self.config.max_batch_size:
             return
-        coming = self._keys_in_work()
+        coming = self._hashes_in_prefill()
         for request in list(self.waiting):
             if len(self.running) == self.config.max_batch_size:
                 return
             # The last token is always computed: its logits are wanted.
-            keys = self._keys(request, len(request.token_ids) - 1)
-            known = self.pool.find(keys)
+            keys = self._block_hashes(request, len(request.token_ids) - 1)
+            known = self.block_manager.get_cached_blocks(keys)
             if len(known) < len(keys) and keys[len(known)] in coming:
                 continue
-            if not self._give_blocks(request, known):
+            if not self._allocate_slots(request, known):
                 return
-            request.started = request.started or time.perf_counter()
+            request.scheduled_time = request.scheduled_time or time.perf_counter()
             self.waiting.remove(request)
             self.running.append(request)
             coming.update(keys)
 
-    def _give_blocks(self, request: Request, known: list[int]) -> bool:
+    def _allocate_slots(self, request: Request, known: list[int]) -> bool:
         """Hold the known blocks and take the others that the prompt needs, or do nothing when there are too few."""
-        self.pool.share(known)
+        self.block_manager.touch(known)
         needed = blocks_for(len(request.token_ids), self.config.block_size) - len(known)
-        if needed > self.pool.free:
-            self.pool.give_back(known)
+        if needed > self.block_manager.num_free_blocks:
+            self.block_manager.free(known)
             return False
-        request.blocks = known + self.pool.take(needed)
-        request.num_computed = len(known) * self.config.block_size
-        if not request.started:
-            request.num_cached = request.num_computed
+        request.blocks = known + self.block_manager.allocate(needed)
+        request.num_computed_tokens = len(known) * self.config.block_size
+        if not request.scheduled_time:
+            request.num_cached_tokens = request.num_computed_tokens
         return True
 
-    def _keys(self, request: Request, tokens: int) -> list[bytes]:
-        return full_block_keys(request, tokens, self.config.block_size) if self.config.prefix_cache else []
+    def _block_hashes(self, request: Request, tokens: int) -> list[bytes]:
+        return full_block_hashes(request, tokens, self.config.block_size) if self.config.prefix_cache else []
 
-    def _keys_in_work(self) -> set[bytes]:
+    def _hashes_in_prefill(self) -> set[bytes]:
         """Of blocks that running requests are still going to fill with their prompts."""
         size = self.config.block_size
-        return {key for request in self.running for key in request.block_keys[request.num_computed // size :]}
+        return {key for request in self.running for key in request.block_hashes[request.num_computed_tokens // size :]}
 
-    def computed(self, request: Request, tokens: int) -> None:
+    def update_from_output(self, request: Request, tokens: int) -> None:
         """The next `tokens` tokens of a request are in the cache; blocks that this filled can be shared from now on."""
-        before = request.num_computed
-        request.num_computed += tokens
-        keys = self._keys(request, request.num_computed)
+        before = request.num_computed_tokens
+        request.num_computed_tokens += tokens
+        keys = self._block_hashes(request, request.num_computed_tokens)
         for index in range(before // self.config.block_size, len(keys)):
-            self.pool.remember(request.blocks[index], keys[index])
+            self.block_manager.cache_block(request.blocks[index], keys[index])
 
-    def plan(self) -> Step:
+    def schedule(self) -> SchedulerOutput:
         """The next step's work; a request whose videos are not encoded yet sits out."""
         decode = self._decoding()
         budget = self.config.prefill_chunk if decode else _LONGEST_CHUNK
@@ -118,10 +118,10 @@ class Scheduler:
             if budget == 0:
                 break
             if request.videos_ready and not request.is_decoding:
-                tokens = min(request.remaining, budget)
+                tokens = min(request.num_uncomputed_tokens, budget)
                 prefill.append((request, tokens))
                 budget -= tokens
-        return Step(decode, prefill)
+        return SchedulerOutput(decode, prefill)
 
     def remove(self, request: Request) -> None:
         """Forget a finished or aborted request; its blocks are free again."""
@@ -135,7 +135,7 @@ class Scheduler:
         """Decoding requests, each with a block for its next token; preempts from the youngest when none is free."""
         ready: list[Request] = []
         for request in [r for r in self.running if r.is_decoding]:
-            while request in self.running and not self._has_block(request):
+            while request in self.running and not self._can_append(request):
                 victim = self.running[-1]
                 self._preempt(victim)
                 if victim in ready:
@@ -144,12 +144,12 @@ class Scheduler:
                 ready.append(request)
         return ready
 
-    def _has_block(self, request: Request) -> bool:
+    def _can_append(self, request: Request) -> bool:
         if len(request.blocks) * self.config.block_size >= len(request.token_ids):
             return True
-        if not self.pool.free:
+        if not self.block_manager.num_free_blocks:
             return False
-        request.blocks += self.pool.take(1)
+        request.blocks += self.block_manager.allocate(1)
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -159,5 +159,5 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
-        self.pool.give_back(request.blocks)
-        request.blocks, request.num_computed = [], 0
+        self.block_manager.free(request.blocks)
+        request.blocks, request.num_computed_tokens = [], 0

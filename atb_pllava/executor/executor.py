@@ -12,8 +12,8 @@ from torch import Tensor
 
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
-from atb_pllava.executor.model_input import StepInput
-from atb_pllava.executor.model_runner import Runner
+from atb_pllava.executor.model_input import ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
 
 Result = TypeVar("Result")
 
@@ -28,15 +28,15 @@ class Command(IntEnum):
     FORWARD = 4
 
 
-class Team:
-    """Rank 0's view: a Runner whose calls happen on every rank.
+class Executor:
+    """Rank 0's view: a ModelRunner whose calls happen on every rank.
 
     A call that fails leaves the ranks out of step, so it is the last one: `lost` stops them all and says why, when it
     knows; every later call raises the same.
     """
 
     def __init__(
-        self, runner: Runner, parallel: TensorParallel, lost: Callable[[], PllavaError | None] = lambda: None
+        self, runner: ModelRunner, parallel: TensorParallel, lost: Callable[[], PllavaError | None] = lambda: None
     ) -> None:
         self.runner, self.parallel, self._lost = runner, parallel, lost
         self._broken: PllavaError | None = None
@@ -44,17 +44,17 @@ class Team:
     def encode_frames(self, video: int, pixels: Tensor) -> None:
         self._together(lambda: self.runner.encode_frames(video, pixels), Command.ENCODE, [video], pixels)
 
-    def pool_frames(self, video: int, frame_of: Sequence[int]) -> None:
-        self._together(lambda: self.runner.pool_frames(video, frame_of), Command.POOL, [video, *frame_of])
+    def pool_frames(self, video: int, inverse_indices: Sequence[int]) -> None:
+        self._together(lambda: self.runner.pool_frames(video, inverse_indices), Command.POOL, [video, *inverse_indices])
 
     def forget(self, video: int) -> None:
         if self._broken is None:
             self._together(lambda: self.runner.forget(video), Command.FORGET, [video])
 
-    def video_tokens(self, video: int) -> Tensor:
-        return self.runner.video_tokens(video)
+    def video_embeds(self, video: int) -> Tensor:
+        return self.runner.video_embeds(video)
 
-    def forward(self, step: StepInput) -> Tensor:
+    def forward(self, step: ModelInput) -> Tensor:
         numbers = step.pack() if self.parallel.size > 1 else []
         return self._together(lambda: self.runner.forward(step), Command.FORWARD, numbers)
 
@@ -91,13 +91,13 @@ class Team:
             self.parallel.broadcast(pixels.contiguous())
 
 
-def follow(runner: Runner, parallel: TensorParallel) -> None:
+def worker_loop(runner: ModelRunner, parallel: TensorParallel) -> None:
     """The life of every other rank: do what rank 0 says until it says stop."""
     doing: dict[Command, Callable[[list[int], Tensor], object]] = {
         Command.ENCODE: lambda numbers, pixels: runner.encode_frames(numbers[0], pixels),
         Command.POOL: lambda numbers, _: runner.pool_frames(numbers[0], numbers[1:]),
         Command.FORGET: lambda numbers, _: runner.forget(numbers[0]),
-        Command.FORWARD: lambda numbers, _: runner.forward(StepInput.unpack(numbers)),
+        Command.FORWARD: lambda numbers, _: runner.forward(ModelInput.unpack(numbers)),
     }
     while True:
         command, count, *shape = parallel.broadcast(torch.empty(6, dtype=torch.int64)).tolist()

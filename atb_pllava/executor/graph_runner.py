@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from atb_pllava.errors import BackendError
-from atb_pllava.executor.model_input import StepInput
+from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops.interface import Captured, CapturingBackend, ForwardBatch, LayerCache, SequenceBatch
+from atb_pllava.ops.interface import CapturedGraph, CapturingBackend, ForwardBatch, LayerCache, SequenceBatch
 
 logger = logging.getLogger(__name__)
 
 
-class DecodeGraphs:
+class GraphRunner:
     """The recordings of one model and KV cache, one for each padded batch size, made when a size first occurs.
 
     columns: blocks of the longest sequence that is recorded for. When a recording fails, that is logged and every
@@ -27,15 +27,15 @@ class DecodeGraphs:
 
     def __init__(self, model: Pllava, backend: CapturingBackend, cache: Sequence[LayerCache], columns: int) -> None:
         self._model, self._backend, self._cache, self._columns = model, backend, cache, columns
-        self._recorded: dict[int, tuple[_DecodeInputs, Captured]] = {}
+        self._recorded: dict[int, tuple[_DecodeInputs, CapturedGraph]] = {}
         self._works = True
 
-    def fits(self, step: StepInput) -> bool:
+    def fits(self, step: ModelInput) -> bool:
         """Whether every sequence of the step decodes one token, within `columns` blocks."""
-        only_decodes = 0 < step.decoding == len(step.lengths) == len(step.logits_rows) and not step.video_pieces
+        only_decodes = 0 < step.decoding == len(step.query_lens) == len(step.logits_indices) and not step.embed_slices
         return self._works and only_decodes and max(map(len, step.block_tables)) <= self._columns
 
-    def forward(self, step: StepInput) -> Tensor:
+    def forward(self, step: ModelInput) -> Tensor:
         """Run a step that `fits`: float32 logits [B, vocabulary]."""
         size = 1 << (step.decoding - 1).bit_length()
         if size not in self._recorded:
@@ -44,7 +44,7 @@ class DecodeGraphs:
         lens = inputs.fill(step)
         return captured.replay(lens)[: step.decoding].clone()
 
-    def _record(self, size: int, step: StepInput) -> Tensor:
+    def _record(self, size: int, step: ModelInput) -> Tensor:
         """The step's logits [size, vocabulary], computed as always, which also warms up; then the recording."""
         inputs = _DecodeInputs(size, self._columns, self._model.ops.device)
         lens = inputs.fill(step)
@@ -69,12 +69,12 @@ class _DecodeInputs:
         self._ids, self._positions, self._slots, self._lens = self._device[:4]
         self._rows = torch.arange(size, device=device)
 
-    def fill(self, step: StepInput) -> list[int]:
+    def fill(self, step: ModelInput) -> list[int]:
         """Write a step and its padding, rows with slot -1 and no context; the context lengths [size]."""
         used, size = step.decoding, self._host.shape[1]
         self._host.zero_()
         self._host[2] = -1
-        for row, values in enumerate((step.token_ids, step.positions, step.slots, step.context_lens)):
+        for row, values in enumerate((step.token_ids, step.positions, step.slot_mapping, step.context_lens)):
             self._host[row, :used] = torch.tensor(values)
         for i, table in enumerate(step.block_tables):
             self._host[4 : 4 + len(table), i] = torch.tensor(table)

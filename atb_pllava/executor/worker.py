@@ -25,16 +25,16 @@ from torch.distributed import Store
 from atb_pllava.config import KV_CACHE_DTYPES
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError, PllavaError
-from atb_pllava.executor.executor import follow
-from atb_pllava.executor.model_runner import Runner
+from atb_pllava.executor.executor import worker_loop
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
 
 logger = logging.getLogger(__name__)
 
-SECONDS_WITHOUT_SIGN = 60.0  # a starting rank that shows no progress for so long is given up
-LOST = 3  # exit status of a rank that ended because another one did
-_SECONDS_BETWEEN_SIGNS = 1.0
+HEARTBEAT_TIMEOUT = 60.0  # a starting rank that shows no progress for so long is given up
+EXIT_PEER_LOST = 3  # exit status of a rank that ended because another one did
+_HEARTBEAT_INTERVAL = 1.0
 _SECONDS_TO_STOP = 5.0
 _STORE_TIMEOUT = timedelta(seconds=60)
 _COLLECTIVE_TIMEOUT = timedelta(days=7)  # followers wait for work as long as the user thinks
@@ -42,22 +42,22 @@ _FOLLOW = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; rank 0 decides what it means
 sys.path.insert(0, {root!r})
-from atb_pllava.executor.worker import follower
-sys.exit(follower(*sys.argv[1:]))
+from atb_pllava.executor.worker import worker_main
+sys.exit(worker_main(*sys.argv[1:]))
 """
 
 
 @dataclass
-class Workers:
+class Rendezvous:
     """One rank's link to the others: the store they all meet at and, on rank 0, the processes it started."""
 
     parallel: TensorParallel
     store: Store
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
-    _signed: float = 0.0
+    _last_heartbeat: float = 0.0
 
     @classmethod
-    def start(cls, size: int, options: ModelOptions, port: int | None = None) -> "Workers":
+    def start(cls, size: int, options: ModelOptions, port: int | None = None) -> "Rendezvous":
         """Start ranks 1 to size - 1 on this machine; `port` of the loopback interface is for the store (None: any).
 
         Raises ConfigError when the port is taken.
@@ -75,7 +75,7 @@ class Workers:
         return workers
 
     @classmethod
-    def among_torchrun(cls) -> "Workers":
+    def among_torchrun(cls) -> "Rendezvous":
         """This rank among those that torchrun started; it has put rank, size and address into the environment."""
         try:
             store, rank, size = next(dist.rendezvous("env://"))
@@ -83,18 +83,18 @@ class Workers:
             raise ConfigError(f"RANK and WORLD_SIZE are set, but the ranks cannot meet: {error}") from None
         return cls(TensorParallel(rank, size), store)
 
-    def sign(self) -> None:
+    def heartbeat(self) -> None:
         """Called often while loading: followers show that they live, rank 0 looks whether they do."""
         now = time.monotonic()
-        if now - self._signed < _SECONDS_BETWEEN_SIGNS:
+        if now - self._last_heartbeat < _HEARTBEAT_INTERVAL:
             return
-        self._signed = now
+        self._last_heartbeat = now
         if self.parallel.rank:
-            self.store.set(f"sign/{self.parallel.rank}", str(now))
+            self.store.set(f"heartbeat/{self.parallel.rank}", str(now))
         else:
             self._raise_if_one_ended()
 
-    def meet(self, model: Pllava, described: str) -> None:
+    def barrier(self, model: Pllava, described: str) -> None:
         """Wait until every rank has loaded, and make sure that all loaded what is `described`; then collectives work.
 
         Raises BackendError naming the rank that failed, ended, hangs or differs.
@@ -139,17 +139,17 @@ class Workers:
             process.kill()
         self.stop()
 
-    def explain(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Which rank ended and why, when one did."""
         ended = {rank: p.returncode for rank, p in enumerate(self.processes, start=1) if p.poll() is not None}
         for rank in range(1, self.parallel.size):
             if self._has(f"error/{rank}"):
                 return f"rank {rank} failed: {self.store.get(f'error/{rank}').decode()}"
-        causes = {rank: status for rank, status in ended.items() if status != LOST} or ended
+        causes = {rank: status for rank, status in ended.items() if status != EXIT_PEER_LOST} or ended
         return ", ".join(f"rank {rank} ended with status {status}" for rank, status in causes.items()) or None
 
     def _raise_if_one_ended(self) -> None:
-        reason = self.explain()
+        reason = self.failure_reason()
         if reason is not None:
             raise BackendError(f"{reason}; all ranks were stopped")
 
@@ -157,12 +157,12 @@ class Workers:
         last, seen = b"", time.monotonic()
         while not self._has(f"loaded/{rank}"):
             self._raise_if_one_ended()
-            sign = self.store.get(f"sign/{rank}") if self._has(f"sign/{rank}") else b""
+            sign = self.store.get(f"heartbeat/{rank}") if self._has(f"heartbeat/{rank}") else b""
             if sign != last:
                 last, seen = sign, time.monotonic()
-            if time.monotonic() - seen > SECONDS_WITHOUT_SIGN:
+            if time.monotonic() - seen > HEARTBEAT_TIMEOUT:
                 raise BackendError(
-                    f"rank {rank} has not moved for {SECONDS_WITHOUT_SIGN:.0f} s while loading; all ranks were stopped"
+                    f"rank {rank} has not moved for {HEARTBEAT_TIMEOUT:.0f} s while loading; all ranks were stopped"
                 )
             time.sleep(0.05)
 
@@ -183,54 +183,54 @@ class Workers:
         return verdict
 
 
-def follower(rank: str, size: str, port: str, options: str) -> int:
+def worker_main(rank: str, size: str, port: str, options: str) -> int:
     """The whole life of a process that rank 0 started; its exit status."""
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
     store = dist.TCPStore("127.0.0.1", int(port), int(size), False, timeout=_STORE_TIMEOUT)
-    workers = Workers(TensorParallel(int(rank), int(size)), store)
-    return serve_rank(workers, ModelOptions.from_json(options))
+    workers = Rendezvous(TensorParallel(int(rank), int(size)), store)
+    return run_worker(workers, ModelOptions.from_json(options))
 
 
 def _end_with_rank_0() -> None:
     """Rank 0 holds the other end of our stdin and never writes: when it is gone, however it went, so are we."""
     os.read(0, 1)
-    os._exit(LOST)
+    os._exit(EXIT_PEER_LOST)
 
 
-def serve_rank(workers: Workers, options: ModelOptions) -> int:
-    """Load this rank's part and follow rank 0 until it stops; the exit status. Says nothing: rank 0 does."""
+def run_worker(workers: Rendezvous, options: ModelOptions) -> int:
+    """Load this rank's part and worker_loop rank 0 until it stops; the exit status. Says nothing: rank 0 does."""
     logging.getLogger("atb_pllava").setLevel(logging.ERROR)
     try:
         try:
-            workers.sign()
+            workers.heartbeat()
             share_threads(workers.parallel.size)
             model, plan = plan_model(options, workers.parallel)
-            fill_model(model, plan, workers.sign, pack=True)
-            workers.meet(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
+            fill_model(model, plan, workers.heartbeat, pack=True)
+            workers.barrier(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
         except (PllavaError, MemoryError, RuntimeError) as error:
             workers.fail(str(error) or type(error).__name__)
             return 2
-        follow(Runner(model, *receive_runner_options(workers.parallel)), workers.parallel)
+        worker_loop(ModelRunner(model, *receive_worker_options(workers.parallel)), workers.parallel)
         return 0
     except OutOfMemoryError as error:
         workers.fail(str(error))
         return 2
     except RuntimeError:
-        return LOST  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
+        return EXIT_PEER_LOST  # a collective or the store failed: another rank ended, rank 0 knows or is gone itself
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads outlive the interpreter otherwise, and abort
 
 
-def send_runner_options(
+def send_worker_options(
     parallel: TensorParallel, blocks: int, block_size: int, kv_cache_dtype: str, decode_graphs: bool
 ) -> None:
     numbers = [blocks, block_size, KV_CACHE_DTYPES.index(kv_cache_dtype), int(decode_graphs)]
     parallel.broadcast(torch.tensor(numbers))
 
 
-def receive_runner_options(parallel: TensorParallel) -> tuple[int, int, str, bool]:
-    """What `Runner` takes behind the model, from rank 0."""
+def receive_worker_options(parallel: TensorParallel) -> tuple[int, int, str, bool]:
+    """What `ModelRunner` takes behind the model, from rank 0."""
     blocks, block_size, kind, graphs = parallel.broadcast(torch.empty(4, dtype=torch.int64)).tolist()
     return blocks, block_size, KV_CACHE_DTYPES[kind], bool(graphs)
 

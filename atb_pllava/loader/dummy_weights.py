@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import ConfigError
 from atb_pllava.ops.int8 import Int8Layers
 
@@ -45,7 +45,7 @@ class RandomWeights:
     lora_scale: float | None = None
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Part], each: Callable[[str], None] | None = None) -> None:
+    def load_into(self, destinations: Mapping[str, ShardSpec], each: Callable[[str], None] | None = None) -> None:
         """Fill every tensor by its name, any dtype and device; `each` is called with the name of each."""
         began = time.perf_counter()
         numbers = _random_numbers()
@@ -80,7 +80,7 @@ def random_int8(config: PllavaConfig) -> Int8Layers:
     return Int8Layers(frozenset(names))
 
 
-def plan_random(destinations: Mapping[str, Part], ranks_here: int, free: int) -> RandomWeights:
+def plan_random(destinations: Mapping[str, ShardSpec], ranks_here: int, free: int) -> RandomWeights:
     """Random weights for these tensors. Raises ConfigError when `ranks_here` times their bytes are not free."""
     size = sum(part.tensor.nbytes for part in destinations.values())
     if size * ranks_here > free:
@@ -91,7 +91,7 @@ def plan_random(destinations: Mapping[str, Part], ranks_here: int, free: int) ->
     return RandomWeights(size)
 
 
-def _mean_and_spread(name: str, destinations: Mapping[str, Part]) -> tuple[float, float]:
+def _mean_and_spread(name: str, destinations: Mapping[str, ShardSpec]) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's values: what keeps a sum over a matrix's columns around 1."""
     part = destinations[name]
     if name.endswith(".weight_offset"):
@@ -115,7 +115,7 @@ def _place(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") % _NUMBERS
 
 
-def _fill(part: Part, mean: float, values: Tensor, place: int) -> None:
+def _fill(part: ShardSpec, mean: float, values: Tensor, place: int) -> None:
     tensor = part.tensor
     columns = tensor.numel() // max(1, len(tensor))
     whole = columns if part.axis == 0 or tensor.dim() == 1 else part.shape[1]

@@ -78,7 +78,7 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     checkpoint = open_checkpoint(options.model_path, options.weight_dir)
     with torch.device("meta"):
         model = Pllava(config, ops, dtype, parallel, checkpoint.int8)
-    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
+    shapes = {name: part.shape for name, part in model.weight_map().items()}
     plan = checkpoint.check(
         shapes,
         unused=unused_vision_layers(config),
@@ -95,7 +95,7 @@ def _plan_random(
     with torch.device("meta"):
         model = Pllava(config, ops, dtype, parallel, int8)
     ranks_here = parallel.size if ops.name == "cpu" else 1
-    return model, plan_random(model.checkpoint_parts(), ranks_here, free_memory(ops))
+    return model, plan_random(model.weight_map(), ranks_here, free_memory(ops))
 
 
 def fill_model(
@@ -107,7 +107,7 @@ def fill_model(
     freed: memory that is not yet written to takes no room, so at most one layer is in memory twice.
     """
     model.to_empty(device=model.ops.device)
-    parts = model.checkpoint_parts()
+    parts = model.weight_map()
     packing = _Packing(model, parts) if pack and isinstance(model.ops, PackingBackend) else None
 
     def loaded(name: str) -> None:
@@ -126,7 +126,7 @@ class _Packing:
 
     def __init__(self, model: Pllava, names: Iterable[str]) -> None:
         assert isinstance(model.ops, PackingBackend)
-        self._ops, self._parts = model.ops, model.packed_parts()
+        self._ops, self._parts = model.ops, model.packable_modules()
         self._prefix_of = {name: prefix for name in names for prefix in self._parts if name.startswith(prefix)}
         self._missing = Counter(self._prefix_of.values())
 

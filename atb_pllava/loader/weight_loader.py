@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.loader.adapter import ADAPTER_CONFIG, AdapterConfig, LoraScale, is_alpha, plain_scale
 from atb_pllava.loader.checkpoint import (
     DTYPES,
@@ -93,7 +93,7 @@ class LoadPlan:
         return sum(part.num_bytes for item in self.items.values() for part in item.parts)
 
     @torch.no_grad()
-    def load_into(self, destinations: Mapping[str, Part], each: Callable[[str], None] | None = None) -> None:
+    def load_into(self, destinations: Mapping[str, ShardSpec], each: Callable[[str], None] | None = None) -> None:
         """Copy each tensor, or this rank's part of it, to its destination (any dtype and device).
 
         Where there is a LoRA that is W + scale * B @ A, made of the parts of W, B and A that are needed. `each` is
@@ -132,7 +132,7 @@ class LoadPlan:
         item = self.items[name]
         shape = item.weight.shape
         out = torch.empty(len(rows), *shape[1:], dtype=dtype)
-        raise_if_any(self.where, _load_tensor(name, item, self.lora_scale, Part(out, shape, 0, rows.start)))
+        raise_if_any(self.where, _load_tensor(name, item, self.lora_scale, ShardSpec(out, shape, 0, rows.start)))
         return out
 
 
@@ -339,7 +339,7 @@ def _read(stored: StoredTensor, span: tuple[slice, ...] = ()) -> Tensor:
         raise CheckpointError(str(stored.file), [problem]) from None
 
 
-def _spans(item: LoadItem, part: Part) -> list[tuple[slice, ...]]:
+def _spans(item: LoadItem, part: ShardSpec) -> list[tuple[slice, ...]]:
     """What to read of the weight, and of lora_A [r, in] and lora_B [out, r]: columns are A's, rows are B's."""
     if part.shape == tuple(part.tensor.shape):
         return [()] * len(item.parts)
@@ -347,7 +347,7 @@ def _spans(item: LoadItem, part: Part) -> list[tuple[slice, ...]]:
     return [along, everything, along] if part.axis == 0 else [along, along, everything]
 
 
-def _load_tensor(name: str, item: LoadItem, scale: float | None, part: Part) -> list[Problem]:
+def _load_tensor(name: str, item: LoadItem, scale: float | None, part: ShardSpec) -> list[Problem]:
     """Fill one destination; the problems are values that are not finite, here or there."""
     # A weight without LoRA pairs with the first span only.
     parts = [_read(stored, span) for stored, span in zip(item.parts, _spans(item, part), strict=False)]

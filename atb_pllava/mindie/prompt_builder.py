@@ -13,7 +13,7 @@ from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.mindie.dialogue import Dialogue, shorten
 from atb_pllava.mindie.media_ids import check_block_length, insert_blocks
 from atb_pllava.mindie.segments import Segment, remove_segments, write_segment
-from atb_pllava.multimodal.processor import VideoReader
+from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, choose_conversation, render_turns
 from atb_pllava.prompt.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class PromptBuilder:
     config: PllavaConfig
     tokenizer: Tokenizer
     conversation: Conversation
-    reader: VideoReader
+    reader: VideoProcessor
 
     def __post_init__(self) -> None:
         check_block_length(self.config.num_video_tokens)
@@ -74,7 +74,7 @@ class PromptBuilder:
                 f"no token of {os.fspath(model_dir)}: the _llavanext conversations are for 34B"
             )
         preprocessor = PreprocessorConfig.from_dir(model_dir, config.vision.image_size)
-        reader = VideoReader(config.num_frames, preprocessor, options.sampler, options.resize)
+        reader = VideoProcessor(config.num_frames, preprocessor, options.sampler, options.resize)
         return cls(config, tokenizer, conversation, reader)
 
     @property

@@ -2,8 +2,8 @@
 
 The tokenizer process writes a segment and adds its name to the file from which the host removes them when the request
 ends; workers read it, all ranks the same one, and remove nothing. A segment is a header of int64 (magic, T, U, side,
-then frame_of[T]) and the distinct frames, uint8 [U, side, side, 3]. The magic is written last: what a reader finds is
-either a whole video or an error.
+then inverse_indices[T]) and the distinct frames, uint8 [U, side, side, 3]. The magic is written last: what a reader
+finds is either a whole video or an error.
 """
 
 import math
@@ -17,12 +17,12 @@ import numpy as np
 
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import BackendError, RequestError
-from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.multimodal.processor import ProcessedVideo
 
 SHARED_MEMORY = Path("/dev/shm")
 KEY_BITS = 60  # a name nobody guesses, and with its sign turned still an int64
 _MAGIC = 0x504C4C6156410001
-_FIXED = 4  # int64 before frame_of
+_FIXED = 4  # int64 before inverse_indices
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class Segment:
         return f"pllava_{self.key:015x}"
 
 
-def write_segment(video: PreparedVideo, names_file: str | os.PathLike[str]) -> Segment:
+def write_segment(video: ProcessedVideo, names_file: str | os.PathLike[str]) -> Segment:
     """Put a video's frames into a new segment and its name into `names_file`, one on a line.
 
     Raises BackendError where the shared memory is full or the file cannot be written; nothing is left behind then.
     """
-    header = np.array([0, len(video.frame_of), len(video), video.frames.shape[1], *video.frame_of], np.int64)
+    header = np.array(
+        [0, len(video.inverse_indices), len(video), video.frames.shape[1], *video.inverse_indices], np.int64
+    )
     segment = Segment(1 + secrets.randbelow(2**KEY_BITS - 1), header.nbytes + video.frames.nbytes)
     try:
         memory = SharedMemory(segment.name, create=True, size=segment.num_bytes)
@@ -64,7 +66,7 @@ def write_segment(video: PreparedVideo, names_file: str | os.PathLike[str]) -> S
     return segment
 
 
-def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> PreparedVideo:
+def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> ProcessedVideo:
     """The video in a segment. Raises RequestError for one that is missing, short, or not a complete video of ours."""
     try:
         # Not SharedMemory: attaching would register the segment for removal when this process ends.
@@ -85,11 +87,11 @@ def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> Prepared
             f"shared memory {segment.name} has {len(content)} bytes; {segment.num_bytes} were written for {distinct} "
             f"frames of {side} pixels"
         )
-    frame_of = tuple(map(int, np.frombuffer(content, np.int64, total, _FIXED * 8)))
-    if not set(frame_of) <= set(range(distinct)):
+    inverse_indices = tuple(map(int, np.frombuffer(content, np.int64, total, _FIXED * 8)))
+    if not set(inverse_indices) <= set(range(distinct)):
         raise RequestError(f"shared memory {segment.name} names frames it does not hold")
     frames = np.frombuffer(content, np.uint8, offset=start).reshape(sizes)
-    return PreparedVideo(frames, frame_of, frame_of, preprocessor)
+    return ProcessedVideo(frames, inverse_indices, inverse_indices, preprocessor)
 
 
 def remove_segments(segments: list[Segment]) -> None:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.ops.int8 import Int8Layers, Int8Weight, column_groups
 from atb_pllava.ops.interface import Backend, PackingBackend, Weight
 
@@ -89,25 +89,25 @@ class FusedLinear(nn.Module):
         outs = [self.ops.linear(x, weight) for weight in weights]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
-    def checkpoint_parts(self) -> dict[str, Part]:
+    def weight_map(self) -> dict[str, ShardSpec]:
         """Each layer's tensors with what this rank takes of them."""
         weights, sizes = self.weights, list(self.rows.values())
         each = weights if len(weights) == len(sizes) else list(weights[0].split(sizes))
-        parts: dict[str, Part] = {}
+        parts: dict[str, ShardSpec] = {}
         for name, weight in zip(self.rows, each, strict=True):
             if isinstance(weight, Int8Weight):
-                parts[f"{name}.weight"] = Part.of(weight.values, self.axis, self.share, self.units)
+                parts[f"{name}.weight"] = ShardSpec.of(weight.values, self.axis, self.share, self.units)
                 parts[f"{name}.weight_scale"] = self._part_of_scale(weight.scale, weight.group_size)
                 parts[f"{name}.weight_offset"] = self._part_of_scale(weight.offset, weight.group_size)
             else:
-                parts[f"{name}.weight"] = Part.of(weight, self.axis, self.share, self.units)
+                parts[f"{name}.weight"] = ShardSpec.of(weight, self.axis, self.share, self.units)
         return parts
 
-    def _part_of_scale(self, scale: Tensor, group_size: int) -> Part:
+    def _part_of_scale(self, scale: Tensor, group_size: int) -> ShardSpec:
         """Rows of scales go with the rows of the weight; its columns share the scales of a row or have some groups."""
         if self.axis == 0:
-            return Part.of(scale, 0, self.share, self.units)
+            return ShardSpec.of(scale, 0, self.share, self.units)
         if not group_size:
-            return Part.whole(scale)
+            return ShardSpec.whole(scale)
         first = column_groups(slice(self.columns // self.units * self.share.start, self.columns), group_size)
-        return Part(scale, (len(scale), column_groups(slice(0, self.columns), group_size).stop), 1, first.start)
+        return ShardSpec(scale, (len(scale), column_groups(slice(0, self.columns), group_size).stop), 1, first.start)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import TextConfig
-from atb_pllava.distributed.tensor_parallel import Part, TensorParallel
+from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel
 from atb_pllava.model.linear import FusedLinear, pack_weights
 from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         heads = self.qkv(x).view(len(x), -1, self.head_dim)
         query, keys, values = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, keys = ops.rotary(query, cos, sin), ops.rotary(keys, cos, sin)
-        ops.write_kv(keys, values, cache, batch.slots)
+        ops.write_kv(keys, values, cache, batch.slot_mapping)
         decoding = len(batch.decode)
         parts = []
         if decoding:
@@ -74,11 +74,11 @@ class DecoderLayer(nn.Module):
         for linear in self.linears:
             linear.pack(ops)
 
-    def checkpoint_parts(self, prefix: str) -> dict[str, Part]:
+    def weight_map(self, prefix: str) -> dict[str, ShardSpec]:
         """Names of transformers' LlamaDecoderLayer, each with what this rank takes of it."""
-        parts = {name: part for linear in self.linears for name, part in linear.checkpoint_parts().items()}
-        parts["input_layernorm.weight"] = Part.whole(self.attn_norm)
-        parts["post_attention_layernorm.weight"] = Part.whole(self.mlp_norm)
+        parts = {name: part for linear in self.linears for name, part in linear.weight_map().items()}
+        parts["input_layernorm.weight"] = ShardSpec.whole(self.attn_norm)
+        parts["post_attention_layernorm.weight"] = ShardSpec.whole(self.mlp_norm)
         return {prefix + name: part for name, part in parts.items()}
 
 
@@ -124,15 +124,15 @@ class Llama(nn.Module):
         """See `Pllava.pack`; the layers are packed one by one."""
         pack_weights(self, ops, "lm_head")
 
-    def checkpoint_parts(self) -> dict[str, Part]:
+    def weight_map(self) -> dict[str, ShardSpec]:
         vocabulary = self.config.vocab_size
         parts = {
-            f"{PREFIX}embed_tokens.weight": Part.of(self.embedding, 0, self.words, vocabulary),
-            f"{PREFIX}norm.weight": Part.whole(self.norm),
-            "language_model.lm_head.weight": Part.of(self.lm_head, 0, self.words, vocabulary),
+            f"{PREFIX}embed_tokens.weight": ShardSpec.of(self.embedding, 0, self.words, vocabulary),
+            f"{PREFIX}norm.weight": ShardSpec.whole(self.norm),
+            "language_model.lm_head.weight": ShardSpec.of(self.lm_head, 0, self.words, vocabulary),
         }
         for prefix, layer in self.layers_by_prefix().items():
-            parts.update(layer.checkpoint_parts(prefix))
+            parts.update(layer.weight_map(prefix))
         return parts
 
     def layers_by_prefix(self) -> dict[str, DecoderLayer]:

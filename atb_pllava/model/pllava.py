@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.distributed.tensor_parallel import Part, TensorParallel
+from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel
 from atb_pllava.model.linear import Packable
 from atb_pllava.model.llama import Llama
 from atb_pllava.model.projector import Projector
@@ -16,7 +16,7 @@ from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingB
 
 
 class Pllava(nn.Module):
-    """CLIP tower, projector, pooling and LLaMA. The values come later, through `checkpoint_parts`.
+    """CLIP tower, projector, pooling and LLaMA. The values come later, through `weight_map`.
 
     `int8` names the linear layers of the decoder whose weights are int8, as the checkpoint says.
     """
@@ -48,21 +48,21 @@ class Pllava(nn.Module):
             features = torch.empty(0, side * side, self.config.text.hidden_size, dtype=self.dtype, device=pixels.device)
         return self.parallel.all_gather(features.reshape(len(mine), side, side, features.shape[-1]), len(pixels))
 
-    def pool_frames(self, grid: Tensor, frame_of: Sequence[int]) -> Tensor:
+    def pool_frames(self, grid: Tensor, inverse_indices: Sequence[int]) -> Tensor:
         """Features [U, grid, grid, hidden] of the distinct frames to video tokens [t * h * w, hidden].
 
-        frame_of [T] tells for each of the T frames which of the U it is: short clips repeat frames, and a repeated
-        frame has the same features.
+        inverse_indices [T] is the position of each of the T frames among the U distinct ones: short clips repeat
+        frames, and a repeated frame has the same features.
         """
-        if list(frame_of) != list(range(len(grid))):
-            grid = grid[torch.tensor(list(frame_of), device=grid.device)]
+        if list(inverse_indices) != list(range(len(grid))):
+            grid = grid[torch.tensor(list(inverse_indices), device=grid.device)]
         return self.ops.pool_video(grid, self.config.pooling_shape)
 
     def forward(self, batch: ForwardBatch, cache: Sequence[LayerCache]) -> Tensor:
         """One step: float32 logits [L, vocabulary] of the rows in batch.logits_indices."""
         x = self.language.embed(batch.token_ids)
-        if batch.video_rows is not None and batch.video_tokens is not None:
-            x[batch.video_rows] = batch.video_tokens.to(x.dtype)
+        if batch.video_positions is not None and batch.video_embeds is not None:
+            x[batch.video_positions] = batch.video_embeds.to(x.dtype)
         logits: Tensor = self.language(x, batch, cache)
         return logits
 
@@ -72,17 +72,17 @@ class Pllava(nn.Module):
         At most one weight is in memory twice at a time; what is packed stays as it is.
         """
         if isinstance(self.ops, PackingBackend):
-            for part in self.packed_parts().values():
+            for part in self.packable_modules().values():
                 part.pack(self.ops)
 
-    def packed_parts(self) -> dict[str, Packable]:
+    def packable_modules(self) -> dict[str, Packable]:
         """The parts that can be packed one by one, by the prefix of the names of their tensors."""
         return {
             **self.vision.layers_by_prefix(), "multi_modal_projector.": self.projector,
             **self.language.layers_by_prefix(), "language_model.lm_head.": self.language,
         }  # fmt: skip
 
-    def checkpoint_parts(self) -> dict[str, Part]:
+    def weight_map(self) -> dict[str, ShardSpec]:
         """Every tensor a checkpoint must hold, by its plain LLaVA name, with what this rank takes and where it goes."""
-        front = {**self.vision.checkpoint_views(), **self.projector.checkpoint_views()}
-        return {**{name: Part.whole(view) for name, view in front.items()}, **self.language.checkpoint_parts()}
+        front = {**self.vision.weight_views(), **self.projector.weight_views()}
+        return {**{name: ShardSpec.whole(view) for name, view in front.items()}, **self.language.weight_map()}

@@ -27,5 +27,5 @@ class Projector(nn.Module):
         for linear in (self.linear_1, self.linear_2):
             pack_weights(linear, ops, "weight")
 
-    def checkpoint_views(self) -> dict[str, Tensor]:
+    def weight_views(self) -> dict[str, Tensor]:
         return {f"multi_modal_projector.{name}": parameter for name, parameter in self.named_parameters()}

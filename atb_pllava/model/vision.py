@@ -44,7 +44,7 @@ class VisionLayer(nn.Module):
         """See `Pllava.pack`."""
         pack_weights(self, ops, "qkv_weight", "out_weight", "fc1_weight", "fc2_weight")
 
-    def checkpoint_views(self, prefix: str) -> dict[str, Tensor]:
+    def weight_views(self, prefix: str) -> dict[str, Tensor]:
         """Names of transformers' CLIPEncoderLayer, each with the part of a parameter it fills."""
         views: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
@@ -83,7 +83,7 @@ class VisionTower(nn.Module):
             x = layer(x)
         return x[:, 1:]
 
-    def checkpoint_views(self) -> dict[str, Tensor]:
+    def weight_views(self) -> dict[str, Tensor]:
         prefix = "vision_tower.vision_model."
         views: dict[str, Tensor] = {
             f"{prefix}embeddings.class_embedding": self.class_embedding,
@@ -93,7 +93,7 @@ class VisionTower(nn.Module):
             f"{prefix}pre_layrnorm.bias": self.pre_norm_bias,
         }
         for name, layer in self.layers_by_prefix().items():
-            views.update(layer.checkpoint_views(name))
+            views.update(layer.weight_views(name))
         return views
 
     def layers_by_prefix(self) -> dict[str, VisionLayer]:

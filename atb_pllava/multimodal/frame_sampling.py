@@ -7,13 +7,13 @@ from numbers import Integral
 
 from atb_pllava.errors import VideoError
 
-SAMPLERS = ("demo", "eval", "npu")
+FRAME_SAMPLERS = ("demo", "eval", "npu")
 
 
 def sample_frame_indices(
     total: int,
     wanted: int,
-    sampler: str = "demo",
+    frame_sampler: str = "demo",
     *,
     fps: float | None = None,
     start_seconds: float | None = None,
@@ -26,23 +26,23 @@ def sample_frame_indices(
     the original demo for Ascend, which never reaches the last segment's middle.
     Raises VideoError for options out of range and for times that leave no frame.
     """
-    check_sampler(sampler, start_seconds, end_seconds)
+    check_frame_sampler(frame_sampler, start_seconds, end_seconds)
     check_count("num_frames", wanted)
     if total < 1:
         raise VideoError(f"the video has {total} frames; at least one is needed")
-    if sampler == "npu":
+    if frame_sampler == "npu":
         return [i * total // wanted for i in range(wanted)]
     first, last = _frame_bounds(total, fps, start_seconds, end_seconds)
     segment = (last - first) / wanted
     return [int(first + segment / 2 + round(segment * i)) for i in range(wanted)]
 
 
-def check_sampler(sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
-    """Raises VideoError for an unknown sampler, and for time bounds that the sampler would ignore."""
-    if sampler not in SAMPLERS:
-        raise VideoError(f"sampler is {sampler!r}; allowed are {', '.join(SAMPLERS)}")
-    if sampler != "eval" and (start_seconds is not None or end_seconds is not None):
-        raise VideoError(f"start_seconds and end_seconds need sampler 'eval', not {sampler!r}")
+def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
+    """Raises VideoError for an unknown frame_sampler, and for time bounds that the frame_sampler would ignore."""
+    if frame_sampler not in FRAME_SAMPLERS:
+        raise VideoError(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
+    if frame_sampler != "eval" and (start_seconds is not None or end_seconds is not None):
+        raise VideoError(f"start_seconds and end_seconds need frame_sampler 'eval', not {frame_sampler!r}")
 
 
 def check_count(option: str, value: object, largest: int | None = None) -> None:

@@ -36,7 +36,7 @@ def read_media(
     source: str | os.PathLike[str] | bytes,
     num_frames: int | None = 16,
     *,
-    sampler: str = "demo",
+    frame_sampler: str = "demo",
     frame_indices: Sequence[int] | None = None,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
@@ -46,7 +46,7 @@ def read_media(
 
     Raises VideoError as `read_video` and `read_image` do, and for time bounds given with an image.
     """
-    choice = FrameChoice(num_frames, sampler, frame_indices, start_seconds, end_seconds)
+    choice = FrameChoice(num_frames, frame_sampler, frame_indices, start_seconds, end_seconds)
     choice.check(limits)
     with open_media(source, limits) as (file, name):
         if not is_image(file):

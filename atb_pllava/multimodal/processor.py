@@ -13,7 +13,7 @@ from torch import Tensor
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
 from atb_pllava.multimodal.frame_cache import FrameCache, media_key
-from atb_pllava.multimodal.frame_sampling import SAMPLERS, sample_frame_indices
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, sample_frame_indices
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.multimodal.transforms import RESIZE_MODES, normalize, resize_frames
@@ -23,21 +23,23 @@ Media = str | os.PathLike[str] | bytes | np.ndarray
 
 
 @dataclass(frozen=True)
-class PreparedVideo:
-    """A video ready for the model: frames uint8 [U, size, size, 3], its distinct ones; frame_of [T]: which is frame t.
+class ProcessedVideo:
+    """A video ready for the model: its distinct frames, uint8 [U, size, size, 3].
+
+    Frame t of the T frames is frames[inverse_indices[t]].
 
     They become pixels piece by piece: as floats they take four times the memory.
     """
 
     frames: np.ndarray
-    frame_of: tuple[int, ...]
+    inverse_indices: tuple[int, ...]
     frame_indices: tuple[int, ...]
     preprocessor: PreprocessorConfig
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def some_pixels(self, first: int, last: int) -> Tensor:
+    def pixel_values(self, first: int, last: int) -> Tensor:
         """Pixels [last - first, 3, size, size] float32 of distinct frames first .. last - 1."""
         pre = self.preprocessor
         return torch.from_numpy(normalize(self.frames[first:last], pre.image_mean, pre.image_std))
@@ -45,28 +47,28 @@ class PreparedVideo:
     @property
     def pixels(self) -> Tensor:
         """Pixels [U, 3, size, size] of all distinct frames."""
-        return self.some_pixels(0, len(self))
+        return self.pixel_values(0, len(self))
 
     @cached_property
-    def digest(self) -> bytes:
+    def mm_hash(self) -> bytes:
         """SHA-256 over what the vision tower sees of this video: equal for equal pixels in the same order."""
-        seen = f"{self.frames.shape} {self.frame_of} {self.preprocessor}".encode()
+        seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}".encode()
         return hashlib.sha256(seen + self.frames.tobytes()).digest()
 
 
 @dataclass(frozen=True)
-class VideoReader:
+class VideoProcessor:
     """Turns what a user names (a path, a file's bytes, uint8 frames) into what the model takes."""
 
     num_frames: int
     preprocessor: PreprocessorConfig
-    sampler: str = "demo"
+    frame_sampler: str = "demo"
     resize: str = "clip"
     limits: MediaLimits = field(default_factory=MediaLimits)
-    cache: FrameCache[list[PreparedVideo]] = field(default_factory=lambda: FrameCache(0))
+    cache: FrameCache[list[ProcessedVideo]] = field(default_factory=lambda: FrameCache(0))
 
     def __post_init__(self) -> None:
-        check_choice("sampler", self.sampler, SAMPLERS)
+        check_choice("frame_sampler", self.frame_sampler, FRAME_SAMPLERS)
         check_choice("resize", self.resize, RESIZE_MODES)
         if self.num_frames > self.limits.max_sampled_frames:
             raise VideoError(
@@ -76,7 +78,7 @@ class VideoReader:
 
     def prepare(
         self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None = None
-    ) -> list[PreparedVideo]:
+    ) -> list[ProcessedVideo]:
         """All videos of one request, together: the first resize looks at the sizes of all of them.
 
         Raises VideoError for anything that cannot be read, is over the limits, or has the wrong number of frames.
@@ -88,7 +90,7 @@ class VideoReader:
             self.cache.keep(key, known, sum(video.frames.nbytes for video in known))
         return known
 
-    def _prepare_all(self, media: Sequence[Media], indices: Sequence[Sequence[int] | None]) -> list[PreparedVideo]:
+    def _prepare_all(self, media: Sequence[Media], indices: Sequence[Sequence[int] | None]) -> list[ProcessedVideo]:
         clips = [self._read(item, wanted) for item, wanted in zip(media, indices, strict=True)]
         pre = self.preprocessor
         resized = resize_frames(
@@ -106,15 +108,17 @@ class VideoReader:
             return _clip_of_array(item, self.num_frames, wanted, self.limits)
         if not isinstance(item, str | bytes | os.PathLike):
             raise VideoError(f"a video is given as {type(item).__name__}; it must be a path, bytes, or uint8 frames")
-        return read_media(item, self.num_frames, sampler=self.sampler, frame_indices=wanted, limits=self.limits)
+        return read_media(
+            item, self.num_frames, frame_sampler=self.frame_sampler, frame_indices=wanted, limits=self.limits
+        )
 
-    def _prepare(self, clip: Clip, frames: np.ndarray) -> PreparedVideo:
+    def _prepare(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:
         """Frames uint8 [T, S, S, 3] to the U distinct ones."""
         numbers = list(dict.fromkeys(clip.frame_indices))
         first_row = [clip.frame_indices.index(number) for number in numbers]
-        return PreparedVideo(
+        return ProcessedVideo(
             frames=np.ascontiguousarray(frames[first_row]),
-            frame_of=tuple(numbers.index(number) for number in clip.frame_indices),
+            inverse_indices=tuple(numbers.index(number) for number in clip.frame_indices),
             frame_indices=tuple(clip.frame_indices),
             preprocessor=self.preprocessor,
         )

@@ -20,7 +20,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from atb_pllava.errors import VideoError
-from atb_pllava.multimodal.frame_sampling import check_count, check_sampler, sample_frame_indices
+from atb_pllava.multimodal.frame_sampling import check_count, check_frame_sampler, sample_frame_indices
 from atb_pllava.multimodal.limits import (
     MediaLimits,
     check_clip_bytes,
@@ -70,7 +70,7 @@ def read_video(
     source: str | os.PathLike[str] | bytes,
     num_frames: int | None = 16,
     *,
-    sampler: str = "demo",
+    frame_sampler: str = "demo",
     frame_indices: Sequence[int] | None = None,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
@@ -88,7 +88,7 @@ def read_video(
     Raises VideoError for options out of range, a file that is no video, is damaged where it is needed, or is larger
     than `limits`.
     """
-    choice = FrameChoice(num_frames, sampler, frame_indices, start_seconds, end_seconds)
+    choice = FrameChoice(num_frames, frame_sampler, frame_indices, start_seconds, end_seconds)
     choice.check(limits)
     with open_media(source, limits) as (file, name):
         return read_open_video(file, name, choice, limits)
@@ -99,14 +99,14 @@ class FrameChoice:
     """Which frames of a clip are wanted, as `read_video` takes it."""
 
     num_frames: int | None
-    sampler: str
+    frame_sampler: str
     frame_indices: Sequence[int] | None
     start_seconds: float | None
     end_seconds: float | None
 
     def check(self, limits: MediaLimits) -> None:
         """Raises VideoError for what is wrong whatever the file is."""
-        check_sampler(self.sampler, self.start_seconds, self.end_seconds)
+        check_frame_sampler(self.frame_sampler, self.start_seconds, self.end_seconds)
         if self.frame_indices is not None:
             check_count("the number of frame_indices", len(self.frame_indices), limits.max_sampled_frames)
         else:
@@ -117,9 +117,9 @@ class FrameChoice:
         if self.frame_indices is not None:
             return check_indices(self.frame_indices, total, name)
         between = {"start_seconds": self.start_seconds, "end_seconds": self.end_seconds}
-        indices = sample_frame_indices(total, self.num_frames or 0, self.sampler, fps=fps, **between)
+        indices = sample_frame_indices(total, self.num_frames or 0, self.frame_sampler, fps=fps, **between)
         # The original collects the set of indices of a GIF, then repeats the whole sequence.
-        return _tile(sorted(set(indices)), len(indices)) if self.sampler == "eval" and is_gif else indices
+        return _tile(sorted(set(indices)), len(indices)) if self.frame_sampler == "eval" and is_gif else indices
 
 
 def read_open_video(file: BinaryIO, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:

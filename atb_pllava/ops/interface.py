@@ -51,19 +51,19 @@ class SequenceBatch:
 class ForwardBatch:
     """One step's work: first the decoding sequences with one token each, then prompt chunks of any length.
 
-    token_ids, positions, slots: [N] int64; a token's slot is block * block_size + offset;
+    token_ids, positions, slot_mapping: [N] int64; a token's slot is block * block_size + offset;
     logits_indices [L] int64: the rows whose next token is wanted;
-    video_rows [V] int64 and video_tokens [V, hidden]: rows whose embedding is a video token instead of a word.
+    video_positions [V] int64 and video_tokens [V, hidden]: rows whose embedding is a video token instead of a word.
     """
 
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
+    slot_mapping: Tensor
     decode: SequenceBatch
     prefill: SequenceBatch
     logits_indices: Tensor
-    video_rows: Tensor | None = None
-    video_tokens: Tensor | None = None
+    video_positions: Tensor | None = None
+    video_embeds: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -102,8 +102,8 @@ class Backend(Protocol):
         """CLIP's x * sigmoid(1.702 x), element by element."""
         ...
 
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        """Store keys and values [N, K, D] at slots [N]."""
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        """Store keys and values [N, K, D] at slot_mapping [N]."""
         ...
 
     def prefill_attention(
@@ -138,7 +138,7 @@ class PackingBackend(Protocol):
         ...
 
 
-class Captured(Protocol):
+class CapturedGraph(Protocol):
     """A step the device has recorded."""
 
     def replay(self, context_lens: Sequence[int]) -> Tensor:
@@ -150,7 +150,7 @@ class Captured(Protocol):
 class CapturingBackend(Protocol):
     """A backend that can record a step once and launch it as one."""
 
-    def capture(self, step: Callable[[], Tensor]) -> Captured:
+    def capture(self, step: Callable[[], Tensor]) -> CapturedGraph:
         """Record what `step` does to tensors that stay in place; BackendError where the device cannot.
 
         Rows with slot -1 and context length 0 are padding: nothing is stored for them, their results mean nothing.

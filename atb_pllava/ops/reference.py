@@ -62,9 +62,9 @@ class TorchBackend:
     def quick_gelu(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         block_size = cache[0].shape[2]
-        blocks, offsets = slots // block_size, slots % block_size
+        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
         for part, new in zip((0, 1), (keys, values), strict=True):
             if len(cache) == 4:
                 new, cache[part + 2][blocks, :, offsets] = _quantise_heads(new)

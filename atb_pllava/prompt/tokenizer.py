@@ -314,7 +314,7 @@ class _ByteRun:
         return text
 
 
-class AnswerDecoder:
+class IncrementalDetokenizer:
     """Turns generated ids into text as they come: never half a character, no blanks at either end.
 
     What `push` and `finish` return, joined, is `text`, the answer. Text that may still become part of a stop string,

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     require_packages()
 
 from atb_pllava import SamplingParams
-from atb_pllava.batch.result_log import AnswerLog
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.cli.ending import run_command
 from atb_pllava.cli.model_options import (
     add_engine_options,
@@ -73,7 +73,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
     folder, overwrite = arguments.output_dir, arguments.overwrite
-    with AnswerLog(folder / "answers.jsonl", REMEDY) as log:
+    with ResultLog(folder / "answers.jsonl", REMEDY) as log:
         if not overwrite:
             planned = {**planned_settings(arguments, params, workers), "prefix": benchmark.prefix}
             check_same(folder, log, planned, only=True)
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in HELP.items():
         own = BENCHMARKS[name]
         defaults = (
-            f"Defaults that differ from `run`: --sampler eval, --conversation {own.conversation}\n"
+            f"Defaults that differ from `run`: --frame_sampler eval, --conversation {own.conversation}\n"
             f"(34B: {own.conversation_chatml}), --max_output_length {own.max_tokens}. Answers are greedy."
         )
         verb = verbs.add_parser(
@@ -249,7 +249,7 @@ def _add_benchmark_options(verb: argparse.ArgumentParser, name: str) -> None:
         _add_judge_options(verb)
         group.add_argument("--no_judge", action="store_true", help="write the predictions only")
     add_prompt_options(verb)
-    verb.set_defaults(sampler="eval")
+    verb.set_defaults(frame_sampler="eval")
     add_engine_options(verb)
 
 

@@ -12,7 +12,7 @@ from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes
 from atb_pllava.multimodal.media import read_image, read_media
-from atb_pllava.multimodal.processor import VideoReader
+from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.multimodal.video import Clip
 from precision.evaluate.questions import ClipName, Question
 
@@ -26,7 +26,7 @@ class ClipReader:
     A clip is read once for all questions that follow each other about it.
     """
 
-    def __init__(self, reader: VideoReader, questions: Sequence[Question]) -> None:
+    def __init__(self, reader: VideoProcessor, questions: Sequence[Question]) -> None:
         order = list(dict.fromkeys(question.clip for question in questions if question.problem is None))
         self._reader, self._following = reader, dict(zip(order, order[1:], strict=False))
         self._thread = ThreadPoolExecutor(1, "read clips")
@@ -45,7 +45,7 @@ class ClipReader:
     def _read(self, video: str, start: float | None, end: float | None) -> Clip:
         reader, read = self._reader, read_frame_folder if Path(video).is_dir() else read_media
         return read(
-            video, reader.num_frames, sampler=reader.sampler, start_seconds=start, end_seconds=end,
+            video, reader.num_frames, frame_sampler=reader.frame_sampler, start_seconds=start, end_seconds=end,
             limits=reader.limits)  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def read_frame_folder(
     folder: str,
     num_frames: int,
     *,
-    sampler: str = "eval",
+    frame_sampler: str = "eval",
     start_seconds: float | None = None,
     end_seconds: float | None = None,
     limits: MediaLimits,
@@ -72,7 +72,7 @@ def read_frame_folder(
     names = [match for match in map(_FRAME_NAME.fullmatch, _listing(folder)) if match]
     if not names:
         raise VideoError(f"{folder}: holds no frames 00001.jpg, 00002.jpg, ...")
-    wanted = _numbers(len(names), num_frames, sampler, start_seconds, end_seconds)
+    wanted = _numbers(len(names), num_frames, frame_sampler, start_seconds, end_seconds)
     distinct = list(dict.fromkeys(wanted))
     pictures = [read_image(str(Path(folder) / f"{number:05d}.jpg"), limits).frames for number in distinct]
     if len({picture.shape for picture in pictures}) > 1:
@@ -89,9 +89,11 @@ def _listing(folder: str) -> list[str]:
         raise VideoError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
-def _numbers(count: int, wanted: int, sampler: str, start: float | None, end: float | None) -> list[int]:
-    if sampler != "eval":
-        indices = sample_frame_indices(count, wanted, sampler, fps=FOLDER_FPS, start_seconds=start, end_seconds=end)
+def _numbers(count: int, wanted: int, frame_sampler: str, start: float | None, end: float | None) -> list[int]:
+    if frame_sampler != "eval":
+        indices = sample_frame_indices(
+            count, wanted, frame_sampler, fps=FOLDER_FPS, start_seconds=start, end_seconds=end
+        )
         return [index + 1 for index in indices]
     # Frame 0 does not exist: a start of at least a third of a second begins at frame 1.
     first = max(start or 0.0, 1 / FOLDER_FPS)

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import AnswerLog, Key, Row
+from atb_pllava.batch.result_log import Key, ResultLog, Row
 from atb_pllava.errors import BackendError, ConfigError, PllavaError
 from precision.evaluate.judge_prompts import Case
 
@@ -146,7 +146,7 @@ def case_name(case: Case) -> str:
 
 
 def judge_all(
-    cases: Mapping[str, Case], judge: Judge, log: AnswerLog, at_once: int, quiet: bool = False
+    cases: Mapping[str, Case], judge: Judge, log: ResultLog, at_once: int, quiet: bool = False
 ) -> dict[str, Row]:
     """The verdict of each case, or {"error"}; `at_once` calls run at a time, and what the log has is not asked again.
 
@@ -183,7 +183,7 @@ def judge_all(
     return {name: log.row(Key(name)) or {} for name in cases}
 
 
-def _keep_the_rest(done: Any, log: AnswerLog) -> None:
+def _keep_the_rest(done: Any, log: ResultLog) -> None:
     """Verdicts that have arrived and were paid for, when the run ends early."""
     while not done.empty():
         name, row = done.get()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from atb_pllava.batch.result_log import AnswerLog, Row
+from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import write_json
 from precision.evaluate import vcgbench
@@ -42,7 +42,7 @@ def judge_results(
     """
     asked = [benchmark.cases(result) for result in result_list]
     cases = {case_name(case): case for of_result in asked for case in of_result.values()}
-    with AnswerLog(directory / "judgements.jsonl") as log:
+    with ResultLog(directory / "judgements.jsonl") as log:
         log.begin(judge.settings(), shared=True)  # each judge has its own verdicts
         verdicts = judge_all(cases, judge, log, at_once, quiet)
     by_result = [{key: verdicts[case_name(case)] for key, case in of_result.items()} for of_result in asked]

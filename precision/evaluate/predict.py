@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
-from atb_pllava.batch.result_log import AnswerLog, Row, answer_all, keys_of
+from atb_pllava.batch.result_log import ResultLog, Row, answer_all, keys_of
 from atb_pllava.errors import RequestError
 from precision.evaluate.clips import ClipReader, media_of
 from precision.evaluate.questions import ClipName, Question
@@ -14,7 +14,7 @@ def predict(
     llm: LLM,
     questions: Sequence[Question],
     params: SamplingParams,
-    log: AnswerLog,
+    log: ResultLog,
     prefix: str | None,
     what: str,
     quiet: bool = False,
@@ -28,7 +28,7 @@ def predict(
     keys = {key.id: key for key in keys_of(files, len(files), quiet)}
     known = [key for key in keys.values() if key in log]
     ordered = grouped([question for question in questions if keys[question.name] not in log])
-    reader = ClipReader(llm.reader, ordered)
+    reader = ClipReader(llm.processor, ordered)
     by_name = {question.name: question for question in questions}
     frames: dict[str, list[int]] = {}
 

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.batch.result_log import AnswerLog, check_settings, settings_digest
+from atb_pllava.batch.result_log import ResultLog, check_settings, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json, write_json
@@ -43,7 +43,7 @@ def predictions(
     name: str,
     questions: Sequence[Question],
     params: SamplingParams,
-    log: AnswerLog,
+    log: ResultLog,
     directory: Path,
     overwrite: bool = False,
     quiet: bool = False,
@@ -87,7 +87,7 @@ def finish(
     return summary
 
 
-def check_same(directory: Path, log: AnswerLog, settings: Mapping[str, Any], only: bool = False) -> None:
+def check_same(directory: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
     """Raise ConfigError when a directory has answers or results of other settings; `only`: these are not all of them.
 
     A directory has the results of one model and one way to ask it.

@@ -26,7 +26,7 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.batch.result_log import AnswerLog, Row, answer_all, check_settings, keys_of, settings_digest
+from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.cli.ending import run_command
 from atb_pllava.cli.model_options import (
@@ -71,7 +71,7 @@ def answer_sets(arguments: argparse.Namespace) -> int:
     params = replace(sampling_params(arguments), stop=FORMATS[arguments.prompt_format].stop)
     failed = 0
     with ExitStack() as stack:
-        logs = {name: stack.enter_context(AnswerLog(_log_path(folder, name), REMEDY)) for name in sets}
+        logs = {name: stack.enter_context(ResultLog(_log_path(folder, name), REMEDY)) for name in sets}
         if not arguments.overwrite:
             planned = planned_settings(arguments, params, workers)
             for name, log in logs.items():
@@ -91,7 +91,7 @@ def usual_conversation(arguments: argparse.Namespace) -> str | None:
 
 
 def answer_set(
-    llm: LLM, name: str, questions: list[Question], params: SamplingParams, log: AnswerLog,
+    llm: LLM, name: str, questions: list[Question], params: SamplingParams, log: ResultLog,
     arguments: argparse.Namespace) -> int:  # fmt: skip
     """Ask one set's questions and write its three files; how many questions failed."""
     target = _target(arguments.chat_conversation_output_folder, name)
@@ -121,7 +121,7 @@ def answer_set(
     return failed
 
 
-def check_replaceable(target: Path, log: AnswerLog, settings: Mapping[str, Any], only: bool = False) -> None:
+def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
     """Raise ConfigError when `target` or its log holds results of other settings; `only`: these are not all of them."""
     log.check(settings, only)
     manifest = target.with_name(f"{target.name}.manifest.json")

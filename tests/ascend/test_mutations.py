@@ -26,7 +26,7 @@ B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
 MUTATIONS = [
     ("the offset's sign is kept", ALL, ascend, "else -weight.offset", "else weight.offset"),
     ("the weight is not transposed", ALL, ascend, "weight.values.t()", "weight.values"),
-    ("slots are int64", ALL, ascend, "slots.int()", "slots"),
+    ("slot_mapping are int64", ALL, ascend, "slot_mapping.int()", "slot_mapping"),
     ("block tables are int64", ALL, ascend, "batch.block_tables.int().contiguous()", "batch.block_tables.contiguous()"),
     ("a capture reuses what was made before it", ALL, ascend, "self._forget()  # what", "# what"),
     ("pooling by torch's operator", ALL, ascend, "pooled = _pool_axis(pooled, axis, size)",
@@ -88,7 +88,7 @@ def mutate(module: ModuleType, old: str, new: str, monkeypatch: pytest.MonkeyPat
     for changed in (ascend_attention, ascend, decode_graphs):
         monkeypatch.setitem(sys.modules, changed.__name__, changed)  # undone afterwards
     if module is decode_graphs:
-        monkeypatch.setattr(runner, "DecodeGraphs", fresh(decode_graphs, old, new).DecodeGraphs)
+        monkeypatch.setattr(runner, "GraphRunner", fresh(decode_graphs, old, new).GraphRunner)
         return
     if module is ascend_attention:
         fresh(ascend_attention, old, new)

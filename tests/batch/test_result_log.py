@@ -16,8 +16,8 @@ from atb_pllava import LLM, BackendError, ConfigError, RequestError, SamplingPar
 from atb_pllava.batch import progress as progress_module
 from atb_pllava.batch.progress import Progress, failures
 from atb_pllava.batch.result_log import (
-    AnswerLog,
     Key,
+    ResultLog,
     Row,
     answer_all,
     differences,
@@ -45,8 +45,8 @@ def keys(*names: str) -> list[Key]:
     return [Key(name) for name in names]
 
 
-def begun(path: Path, settings: dict[str, Any] | None = None, **options: Any) -> AnswerLog:
-    log = AnswerLog(path)
+def begun(path: Path, settings: dict[str, Any] | None = None, **options: Any) -> ResultLog:
+    log = ResultLog(path)
     log.begin(settings or {}, **options)
     return log
 
@@ -283,7 +283,7 @@ def test_rows_without_a_place_go_on(tmp_path: Path) -> None:
 def test_a_file_that_is_no_log_is_named_and_left_alone(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "log.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        AnswerLog(tmp_path / "log.jsonl")
+        ResultLog(tmp_path / "log.jsonl")
     assert (tmp_path / "log.jsonl").read_bytes() == content
 
 
@@ -308,7 +308,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_written(tmp_path: Pat
     with begun(path, first) as log:
         log.add(Key("1"), {"text": "x"})
     content = path.read_bytes()
-    with AnswerLog(path, "do this") as log:
+    with ResultLog(path, "do this") as log:
         log.check({"prompt": "What is it?"}, only=True)
         with pytest.raises(ConfigError, match=r'\(prompt: "What is it\?" -> "Who is it\?"\); do this$'):
             log.check({"prompt": "Who is it?"}, only=True)
@@ -336,7 +336,7 @@ def test_starting_over_keeps_the_old_rows_in_the_file(tmp_path: Path) -> None:
         with begun(path, settings) as log:  # without it, the same goes on
             assert log.row(Key("1")) == {"text": f"new {settings}"} and log.replaces == "abc"
             log.keep_results()
-        with AnswerLog(path) as log:
+        with ResultLog(path) as log:
             assert log.replaces is None
     assert [row["text"] for row in rows_of(path)] == ["old", "new {'a': 1}", "new {'a': 2}"]
     with pytest.raises(ConfigError, match=r"\(a: 2 -> 1\)"):
@@ -354,7 +354,7 @@ def test_logs_of_older_versions(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     digest = settings_digest({"model": "judge"})
     path.write_text(json.dumps({"id": "1", "settings": digest, "text": "x"}) + "\n")
-    with AnswerLog(path, "do this") as log:
+    with ResultLog(path, "do this") as log:
         with pytest.raises(ConfigError, match="is the log of an older version, .*; do this"):
             log.begin({"model": "judge"})
         log.begin({"model": "judge"}, shared=True)  # verdicts about texts: there is no file that could have changed
@@ -386,31 +386,31 @@ def test_bad_files_are_refused(llm: LLM, tmp_path: Path) -> None:
     for content in bad:
         (tmp_path / "no.jsonl").write_bytes((good + content + "\n").encode("latin-1"))
         with pytest.raises(ConfigError, match="no.jsonl line 2 is no row of answers; do this"):
-            AnswerLog(tmp_path / "no.jsonl", "do this")
+            ResultLog(tmp_path / "no.jsonl", "do this")
     (tmp_path / "no.jsonl").write_text(good + '{"log": 2, "settings": "x", "values": {}}\n')
     with pytest.raises(ConfigError, match="line 2 has format 2; this version reads 1"):
-        AnswerLog(tmp_path / "no.jsonl")
+        ResultLog(tmp_path / "no.jsonl")
     with pytest.raises(ConfigError, match="no file"):
-        AnswerLog("/dev/full")
+        ResultLog("/dev/full")
     with pytest.raises(ConfigError, match="cannot be written"):
-        AnswerLog(tmp_path / "missing" / "log.jsonl")
+        ResultLog(tmp_path / "missing" / "log.jsonl")
     with begun(tmp_path / "log.jsonl") as log:
         with pytest.raises(ConfigError, match="in use"):
-            AnswerLog(tmp_path / "log.jsonl")
+            ResultLog(tmp_path / "log.jsonl")
         with pytest.raises(ConfigError, match="1 question id of answers occurs more than once"):
             answer_all(llm, keys("1", "1"), request_of, PARAMS, log)
 
 
 def test_an_unused_log_leaves_no_file(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path / "log.jsonl"):
+    with ResultLog(tmp_path / "log.jsonl"):
         assert (tmp_path / "log.jsonl").exists()  # it is locked
         with pytest.raises(ConfigError, match="in use"):
-            AnswerLog(tmp_path / "log.jsonl")
+            ResultLog(tmp_path / "log.jsonl")
         assert (tmp_path / "log.jsonl").exists()
     assert list(tmp_path.iterdir()) == []
     with begun(tmp_path / "log.jsonl"):
         pass
-    with AnswerLog(tmp_path / "log.jsonl"):
+    with ResultLog(tmp_path / "log.jsonl"):
         pass
     assert (tmp_path / "log.jsonl").read_text().count("\n") == 1
 

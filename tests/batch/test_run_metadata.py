@@ -16,13 +16,13 @@ from tests.support import TINY, raw_config, write_checkpoint
 
 
 def test_manifest_beside_a_file_and_in_a_directory(checkpoint: Path, tmp_path: Path) -> None:
-    llm = LLM(checkpoint, dtype="bfloat16", sampler="eval", num_frames=8)
+    llm = LLM(checkpoint, dtype="bfloat16", frame_sampler="eval", num_frames=8)
     path = write_manifest(tmp_path / "results.json", llm, SamplingParams(max_tokens=5), dataset="mine")
     assert path == tmp_path / "results.json.manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["dataset"] == "mine" and manifest["model_path"] == str(checkpoint)
-    assert [manifest[key] for key in ("dtype", "backend", "world_size", "num_frames", "pooling_shape", "sampler")] == [
-        "bfloat16", "cpu", 1, 8, [2, 2, 2], "eval"]  # fmt: skip
+    keys = ("dtype", "backend", "world_size", "num_frames", "pooling_shape", "frame_sampler")
+    assert [manifest[key] for key in keys] == ["bfloat16", "cpu", 1, 8, [2, 2, 2], "eval"]
     assert manifest["sampling"]["max_tokens"] == 5 and manifest["lora_scale"] is None
     assert manifest["conversation"]["user"] == "USER:"
     assert manifest["versions"]["atb_pllava"] == atb_pllava.__version__

@@ -82,7 +82,7 @@ def test_ranks_add_up_to_the_model(kind: str, group_size: int) -> None:
         parallel = TensorParallel(rank, 2)
         with torch.device("meta"):
             model = Pllava(config, get_backend("cpu"), torch.bfloat16, parallel, layers)
-        held = sum(part.tensor.nbytes for part in model.checkpoint_parts().values())
+        held = sum(part.tensor.nbytes for part in model.weight_map().values())
         assert Costs(config, 2, layers, parallel).weight_bytes == held
 
 
@@ -331,7 +331,7 @@ REFUSED = [
     (["--shape", "8b"], "neither one of 1b, 7b, 13b, 34b"),
     (["--shape", "1b", "--media", "DIR"], "--media goes with --model_path"),
     (["--shape", "1b", "--prompt", "what?"], "--prompt goes with --model_path"),
-    (["--shape", "1b", "--sampler", "demo"], "--sampler goes with --model_path"),
+    (["--shape", "1b", "--frame_sampler", "demo"], "--frame_sampler goes with --model_path"),
     (["--shape", "1b", "--lora_alpha", "4"], "--lora_alpha goes with --model_path"),
     (["--shape", "1b", "--weight_dir", "DIR"], "--weight_dir goes with --model_path"),
     (["--shape", "1b", "--batches", "2,1"], "each larger than the one before"),
@@ -347,7 +347,7 @@ REFUSED = [
     (["compare", "--shape", "SMALL", "--gguf", "none.gguf"], "--gguf"),
     (["compare", "--stages", "encode"], "names out of vision, prefill, decode"),
     (["cache", "--model_path", "DIR"], "needs --media"),
-    (["cache", "--shape", "1b", "--sampler", "eval"], "--sampler goes with --model_path"),
+    (["cache", "--shape", "1b", "--frame_sampler", "eval"], "--frame_sampler goes with --model_path"),
     (["overhead"], "one model"),
     (["overhead", "--shape", "1b", "--text_tokens", "0"], "--text_tokens is 0"),
     (["overhead", "--shape", "1b", "--lora_alpha", "4"], "--lora_alpha goes with --model_path"),

@@ -16,7 +16,7 @@ from PIL import Image
 
 from atb_pllava import LLM, ConfigError, SamplingParams
 from atb_pllava.__main__ import main
-from atb_pllava.batch.result_log import AnswerLog
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import settings_of
 from atb_pllava.cli import predict as predict_module
 from atb_pllava.cli.model_options import load_model, sampling_params
@@ -176,7 +176,7 @@ def test_other_settings_are_refused_before_the_model_is_loaded(capsys, options, 
         (["--max_output_length", 5], "sampling.max_tokens: 4 -> 5"),
         (["--temperature", 0.5, "--seed", 1], "sampling.temperature: 0.0 -> 0.5; sampling.seed: null -> 1"),
         (["--num_frames", 2], "num_frames: 4 -> 2"),
-        (["--sampler", "npu"], 'sampler: "demo" -> "npu"'),
+        (["--frame_sampler", "npu"], 'sampler: "demo" -> "npu"'),
         (["--dtype", "bfloat16"], 'dtype: "float32" -> "bfloat16"'),
         (["--system", "Be brief."], 'conversation.system: "'),
         (["--kv_cache_dtype", "int8"], 'kv_cache_dtype: "auto" -> "int8"'),
@@ -292,7 +292,7 @@ def test_what_is_known_before_loading_is_part_of_the_settings(checkpoint: Path) 
     parser = argparse.ArgumentParser()
     add_options(parser)
     given = ["--model_path", str(checkpoint), "--media", "x", "--num_frames", "2", "--pooling_shape", "2-1-1",
-             "--sampler", "eval", "--resize", "squash", "--conversation", "eval_mvbench", "--system", "Be brief.",
+             "--frame_sampler", "eval", "--resize", "squash", "--conversation", "eval_mvbench", "--system", "Be brief.",
              "--dtype", "bfloat16", "--backend", "cpu", "--kernels", "torch", "--temperature", "1",
              "--quiet"]  # fmt: skip
     arguments = parser.parse_args(given)
@@ -396,7 +396,7 @@ def test_a_file_of_something_else_is_left_alone(capsys, options, media, tmp_path
 
 
 def test_two_runs_at_once_are_refused_before_the_model_is_loaded(capsys, options, clips: Path, tmp_path: Path) -> None:
-    with AnswerLog(tmp_path / "out.json.answers.jsonl"):
+    with ResultLog(tmp_path / "out.json.answers.jsonl"):
         status, err = predict(capsys, *options, "--media", clips, "--output_json", tmp_path / "out.json")
     assert status == 2 and "in use by another run" in err and err.count("\n") == 1
 

@@ -28,7 +28,7 @@ from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
 from atb_pllava.engine.core import Engine
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
-from atb_pllava.executor.model_input import StepReport
+from atb_pllava.executor.model_input import StepStats
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from tests.support import ROOT, raw_config, write_checkpoint
 
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     step = Engine.step
 
-    def slow(engine: Engine) -> StepReport:
+    def slow(engine: Engine) -> StepStats:
         report = step(engine)
         time.sleep(seconds)
         return report
@@ -79,7 +79,7 @@ def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, mon
         {"question": "what?", "video": media / f"{name}.mp4", "id": f"[{name}]"} for name in ("clip2", "clip10")
     ]
     with caplog.at_level(logging.INFO, logger="atb_pllava"):
-        answers = dict(llm.serve(requests, PARAMS))
+        answers = dict(llm.generate_iter(requests, PARAMS))
     lines = [record.getMessage() for record in caplog.records]
     assert any(re.fullmatch(r"\[clip2\]: encoding frames 1 to 2 of 4(, for [\d.]+ s so far)?", line) for line in lines)
     assert any(line.startswith("[clip2]: encoding frames 3 to 4 of 4") for line in lines)
@@ -428,7 +428,7 @@ def test_an_empty_question_is_refused_everywhere(llm: LLM, capsys, media: Path) 
         ):
             with pytest.raises(RequestError, match="an empty text; ask something"):
                 ask()
-        ((number, error),) = llm.serve([{"question": question}])
+        ((number, error),) = llm.generate_iter([{"question": question}])
         assert number == 0 and isinstance(error, RequestError)
         for command in (["run"], ["predict", "--media", "x"], ["bench", "sweep"], ["mindie", "run", "--media", "x"]):
             assert main([*command, "--model_path", "/nowhere", "--prompt", question]) == 2
@@ -440,7 +440,7 @@ def test_fields_of_sampling_params_are_keywords(llm: LLM, checkpoint: Path) -> N
     wanted = llm.chat(None, "what?", SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.5, seed=3))
     options = {"max_tokens": 3, "ignore_eos": True, "temperature": 0.5, "seed": 3}
     outs = [llm.chat(None, "what?", **options), llm.generate({"question": "what?"}, **options)[0],
-            dict(llm.serve([{"question": "what?"}], **options))[0],
+            dict(llm.generate_iter([{"question": "what?"}], **options))[0],
             llm.prepare({"question": "what?"}, **options)]  # fmt: skip
     assert [out.token_ids for out in outs[:3]] == [wanted.token_ids] * 3 and outs[3].params.seed == 3
     assert "".join(llm.stream(None, "what?", **options)) == wanted.text
@@ -454,7 +454,7 @@ def test_fields_of_sampling_params_are_keywords(llm: LLM, checkpoint: Path) -> N
         with pytest.raises(RequestError, match="max_tokens is 0"):
             ask(None, "what?", max_tokens=0)
     with pytest.raises(TypeError, match="max_token"):
-        llm.serve([], max_token=3)  # not when the first answer is asked for
+        llm.generate_iter([], max_token=3)  # not when the first answer is asked for
 
 
 def test_an_id_comes_back_with_the_answer(llm: LLM) -> None:
@@ -468,7 +468,7 @@ def test_an_id_comes_back_with_the_answer(llm: LLM) -> None:
 def test_text_so_far_is_told_after_each_step(llm: LLM) -> None:
     told: dict[int, list[str]] = {0: [], 1: []}
     requests = [{"question": "what?"}, {"question": "why?"}]
-    answers = dict(llm.serve(requests, PARAMS, on_text=lambda number, text: told[number].append(text)))
+    answers = dict(llm.generate_iter(requests, PARAMS, on_text=lambda number, text: told[number].append(text)))
     for number, texts in told.items():
         answer = answers[number]
         assert not isinstance(answer, PllavaError) and texts[-1] == answer.text

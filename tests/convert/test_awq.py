@@ -54,7 +54,7 @@ def outputs(model: Pllava, directory: Path, clips: list[str]) -> torch.Tensor:
 
 def find(source: Path, clips: list[str]) -> Smoothing:
     config, model = PllavaConfig.from_dir(source), load(source)
-    shapes = {name: part.shape for name, part in model.checkpoint_parts().items()}
+    shapes = {name: part.shape for name, part in model.weight_map().items()}
     plan = open_checkpoint(source).check(shapes, unused=unused_vision_layers(config))
     return find_smoothing(plan, config, str(source), clips, partial(quantise, group_size=0))
 
@@ -67,7 +67,7 @@ def test_any_factors_leave_the_float_model_as_it_is(
     monkeypatch.setattr(calibrate, "_best_factors", factors)
     smoothing, model = find(source, clips), load(source)
     before = outputs(model, source, clips)
-    for name, part in model.checkpoint_parts().items():
+    for name, part in model.weight_map().items():
         values = smoothing.apply(name, part.tensor, range(len(part.tensor)))
         part.tensor.copy_(values.bfloat16() if "layernorm" in name else values)
     assert float((outputs(model, source, clips) - before).norm() / before.norm()) < 1e-4

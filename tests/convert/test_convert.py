@@ -233,7 +233,7 @@ def test_every_rank_reads_its_slice_of_the_whole(
     checkpoint = open_checkpoint(tmp_path / "out")
     for rank in range(size):
         model = Pllava(config, get_backend("cpu"), torch.float32, TensorParallel(rank, size), checkpoint.int8)
-        parts = model.checkpoint_parts()
+        parts = model.weight_map()
         shapes = {name: part.shape for name, part in parts.items()}
         checkpoint.check(shapes, unused=unused_vision_layers(config)).load_into(parts)
         for i, layer in enumerate(model.language.layers):
@@ -258,7 +258,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]
 
 
 def same_model(directory: Path, other: Path) -> bool:
-    one, two = load(directory).checkpoint_parts(), load(other).checkpoint_parts()
+    one, two = load(directory).weight_map(), load(other).weight_map()
     return one.keys() == two.keys() and all(torch.equal(one[name].tensor, two[name].tensor) for name in one)
 
 
@@ -524,7 +524,7 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
     """A checkpoint of zeros in bfloat16 that takes no room on the disk."""
     directory.mkdir()
     with torch.device("meta"):
-        parts = Pllava(PllavaConfig.from_json(raw), get_backend("cpu"), torch.bfloat16).checkpoint_parts()
+        parts = Pllava(PllavaConfig.from_json(raw), get_backend("cpu"), torch.bfloat16).weight_map()
     specs = tuple(shards.TensorSpec(name, "BF16", part.shape) for name, part in parts.items())
     shard = shards.Shard("model.safetensors", specs)
     with open(directory / shard.file, "wb") as stream:

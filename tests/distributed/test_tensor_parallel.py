@@ -19,8 +19,8 @@ import torch.distributed as dist
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams, WeightError
 from atb_pllava.config import TextConfig
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
-from atb_pllava.distributed.tensor_parallel import Part, TensorParallel, check_world_size
-from atb_pllava.executor.model_input import StepInput, VideoPiece
+from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel, check_world_size
+from atb_pllava.executor.model_input import EmbedSlice, ModelInput
 from tests.support import ROOT, raw_config, write_checkpoint
 
 FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
@@ -116,19 +116,19 @@ def test_shares_cover_everything_once() -> None:
 
 def test_parts_know_what_they_cut_out() -> None:
     whole = torch.arange(24.0).reshape(8, 3)
-    part = Part.of(torch.empty(4, 3), 0, range(1, 3), 4)
+    part = ShardSpec.of(torch.empty(4, 3), 0, range(1, 3), 4)
     assert part.shape == (8, 3) and torch.equal(whole[part.span], whole[2:6])
-    part = Part.of(torch.empty(8, 1), 1, range(2, 3), 3)
+    part = ShardSpec.of(torch.empty(8, 1), 1, range(2, 3), 3)
     assert part.shape == (8, 3) and torch.equal(whole[part.span], whole[:, 2:])
 
 
 def test_steps_survive_the_journey() -> None:
-    step = StepInput(
-        1, [5, 6, 7], [9, 0, 1], [9, 0, 1], [1, 2], [10, 2], [[0, 3], [1]], [0, 2], [VideoPiece(4, 1, 2, 1)]
+    step = ModelInput(
+        1, [5, 6, 7], [9, 0, 1], [9, 0, 1], [1, 2], [10, 2], [[0, 3], [1]], [0, 2], [EmbedSlice(4, 1, 2, 1)]
     )
-    assert StepInput.unpack(step.pack()) == step
-    nothing = StepInput(0, [], [], [], [], [], [], [], [])
-    assert StepInput.unpack(nothing.pack()) == nothing
+    assert ModelInput.unpack(step.pack()) == step
+    nothing = ModelInput(0, [], [], [], [], [], [], [], [])
+    assert ModelInput.unpack(nothing.pack()) == nothing
 
 
 @pytest.mark.parametrize("size", [0, -1, 9, 3, "2", True, 2.0])
@@ -171,15 +171,15 @@ def test_a_rank_says_what_memory_it_could_not_have(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(logging.getLogger("atb_pllava"), "setLevel", lambda _: None)
     monkeypatch.setattr(workers, "plan_model", lambda *_: (None, SimpleNamespace(fingerprint=str, lora_scale=None)))
-    monkeypatch.setattr(workers.Workers, "meet", lambda *_: None)
-    for name in ("fill_model", "Runner"):
+    monkeypatch.setattr(workers.Rendezvous, "barrier", lambda *_: None)
+    for name in ("fill_model", "ModelRunner"):
         monkeypatch.setattr(workers, name, lambda *_, **__: None)
-    monkeypatch.setattr(workers, "receive_runner_options", lambda _: ())
+    monkeypatch.setattr(workers, "receive_worker_options", lambda _: ())
     monkeypatch.setattr(workers, "share_threads", lambda _: None)
-    monkeypatch.setattr(workers, "follow", refuse)
+    monkeypatch.setattr(workers, "worker_loop", refuse)
     store = dist.HashStore()
-    assert workers.serve_rank(workers.Workers(TensorParallel(1, 2), store), ModelOptions("anywhere")) == 2
-    assert workers.Workers(TensorParallel(0, 2), store).explain() == "rank 1 failed: atb_linear needs 5.0 MB"
+    assert workers.run_worker(workers.Rendezvous(TensorParallel(1, 2), store), ModelOptions("anywhere")) == 2
+    assert workers.Rendezvous(TensorParallel(0, 2), store).failure_reason() == "rank 1 failed: atb_linear needs 5.0 MB"
 
 
 def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
@@ -204,13 +204,15 @@ def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
 def test_a_rank_that_hangs_at_the_start_is_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from atb_pllava.executor import worker as workers
 
-    monkeypatch.setattr(workers, "SECONDS_WITHOUT_SIGN", 2.0)
+    monkeypatch.setattr(workers, "HEARTBEAT_TIMEOUT", 2.0)
     start = subprocess.Popen
     sleep = [sys.executable, "-c", "import time; time.sleep(99)"]
     monkeypatch.setattr(
         subprocess,
         "Popen",
-        lambda command, *given, **more: start(sleep if "import follower" in str(command) else command, *given, **more),
+        lambda command, *given, **more: start(
+            sleep if "import worker_main" in str(command) else command, *given, **more
+        ),
     )
     began = time.monotonic()
     with pytest.raises(BackendError, match="rank 1 has not moved for 2 s"):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
-from atb_pllava.engine.block_manager import BlockPool, full_block_keys
-from atb_pllava.engine.encoder_cache import VideoCache
+from atb_pllava.engine.block_manager import BlockManager, full_block_hashes
+from atb_pllava.engine.encoder_cache import EncoderCache
 from atb_pllava.engine.request import Request
 from atb_pllava.multimodal.frame_cache import FrameCache, media_key
 
@@ -34,7 +34,7 @@ def ask(video: int | tuple[int, ...], text: str = "what is it?") -> dict:
 def count_work(llm: LLM) -> Counter[str]:
     """Counts frames encoded and tokens put through the model from now on."""
     work: Counter[str] = Counter()
-    runner = llm._engine.team.runner
+    runner = llm._engine.executor.runner
     encode, forward = runner.encode_frames, runner.forward
 
     def encode_frames(video, pixels):
@@ -176,7 +176,7 @@ def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> 
     engine.add(dropped)
     engine.add(kept)
     engine.step()
-    assert 0 < dropped.states[0].frames_done < 4 and dropped.states == kept.states
+    assert 0 < dropped.encoder_entries[0].frames_encoded < 4 and dropped.encoder_entries == kept.encoder_entries
     engine.abort(dropped)
     while engine.has_work:
         engine.step()
@@ -194,22 +194,22 @@ def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
         assert_same(out, cold(request))
     assert sum(out.num_cached_tokens for out in outs) > 0
     assert sum(out.metrics.preemptions for out in outs) > 0
-    assert llm._engine.pool.free == llm._engine.pool.total
+    assert llm._engine.block_manager.num_free_blocks == llm._engine.block_manager.total
 
 
 def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
     llm = load(
         checkpoint, prefix_cache=False, video_cache_bytes=2 * 8 * 64 * 4
     )  # two videos of 8 tokens, 64 wide, float32
-    runner = llm._engine.team.runner
+    runner = llm._engine.executor.runner
     work = count_work(llm)
     for video in (0, 1, 0, 2, 0, 1):
         llm.generate(ask(video), SamplingParams(max_tokens=1))
-        assert len(runner._tokens) <= 2
+        assert len(runner._video_embeds) <= 2
     assert work["frames"] == 4 * 4  # 0, 1, 2 and 1 again: the least recently used goes
     nothing = load(checkpoint, video_cache_bytes=0)
     nothing.generate([ask(0), ask(0)], SamplingParams(max_tokens=1))
-    assert not nothing._engine.team.runner._tokens
+    assert not nothing._engine.executor.runner._video_embeds
     first = llm.encode_video(FRAMES[0])
     first.zero_()
     assert llm.encode_video(FRAMES[0]).abs().sum() > 0
@@ -228,7 +228,7 @@ def test_a_prompt_behind_its_video_needs_no_tokens_of_it(checkpoint, cold) -> No
 
 def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
     llm = load(checkpoint)
-    norm = llm._engine.team.runner.model.language.norm.data
+    norm = llm._engine.executor.runner.model.language.norm.data
     good = norm[5].clone()
     norm[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
@@ -244,7 +244,7 @@ def test_keys_stand_for_everything_before(checkpoint) -> None:
 
     def keys(request: dict) -> list[bytes]:
         made: Request = llm._request(request, PARAMS)
-        return full_block_keys(made, len(made.token_ids), BLOCK)
+        return full_block_hashes(made, len(made.token_ids), BLOCK)
 
     def text(words: str) -> dict:
         return {"prompt": words}
@@ -262,44 +262,44 @@ def test_keys_stand_for_everything_before(checkpoint) -> None:
 def test_block_pool_against_a_model_of_it() -> None:
     """Random use: every block is held, remembered or empty; a known key's block is never given to somebody else."""
     generator = random.Random(1)
-    pool = BlockPool(16)
+    pool = BlockManager(16)
     held: list[list[int]] = []
     content: dict[int, bytes] = {}
     for turn in range(3000):
-        if held and (generator.random() < 0.45 or pool.free == 0):
-            pool.give_back(held.pop(generator.randrange(len(held))))
+        if held and (generator.random() < 0.45 or pool.num_free_blocks == 0):
+            pool.free(held.pop(generator.randrange(len(held))))
         else:
             stem = generator.randrange(4)
             wanted = [f"{stem}.{i}".encode() for i in range(generator.randrange(1, 5))]
-            known = pool.find(wanted)
+            known = pool.get_cached_blocks(wanted)
             assert [content[block] for block in known] == wanted[: len(known)]
-            pool.share(known)
-            if len(wanted) - len(known) > pool.free:
-                pool.give_back(known)
+            pool.touch(known)
+            if len(wanted) - len(known) > pool.num_free_blocks:
+                pool.free(known)
                 continue
-            fresh = pool.take(len(wanted) - len(known))
+            fresh = pool.allocate(len(wanted) - len(known))
             assert not {b for blocks in held for b in blocks} & set(fresh) and not set(known) & set(fresh)
             for block, key in zip(fresh, wanted[len(known) :], strict=True):
                 content[block] = key if turn % 3 else b"never remembered"
                 if turn % 3:
-                    pool.remember(block, key)
+                    pool.cache_block(block, key)
             held.append(known + fresh)
-        assert pool.free == 16 - len({b for blocks in held for b in blocks})
+        assert pool.num_free_blocks == 16 - len({b for blocks in held for b in blocks})
 
 
 def test_video_cache_forgets_the_oldest_idle_one() -> None:
     class Video:
         def __init__(self, digest: bytes) -> None:
-            self.digest = digest
+            self.mm_hash = digest
 
     forgotten: list[int] = []
-    cache = VideoCache(2, forgotten.append)
+    cache = EncoderCache(2, forgotten.append)
     states = [cache.acquire(Video(bytes([i]))) for i in range(4)]
     for state in states:
         state.video = None
     for i in (2, 0, 1, 3):
         cache.release(states[i])
-    assert forgotten == [states[2].number, states[0].number]
+    assert forgotten == [states[2].video_id, states[0].video_id]
     assert cache.acquire(Video(bytes([1]))) is states[1] and cache.acquire(Video(bytes([2]))) is not states[2]
 
 
@@ -310,9 +310,9 @@ def test_frames_of_a_file_are_read_once_until_it_changes(checkpoint, media: Path
     time.sleep(0.15)  # see frame_cache: a file that has only just changed is not trusted
     llm = load(checkpoint)
     reads: list[object] = []
-    read = type(llm.reader)._read
+    read = type(llm.processor)._read
     try:
-        type(llm.reader)._read = lambda self, item, wanted: reads.append(item) or read(self, item, wanted)
+        type(llm.processor)._read = lambda self, item, wanted: reads.append(item) or read(self, item, wanted)
         first = llm.chat(str(clip), "what is it?", PARAMS)
         assert_same(llm.chat(clip, "what is it?", PARAMS), first)
         assert len(reads) == 1
@@ -326,7 +326,7 @@ def test_frames_of_a_file_are_read_once_until_it_changes(checkpoint, media: Path
         llm.chat(clip, "what is it?", PARAMS)
         assert len(reads) == 4
     finally:
-        type(llm.reader)._read = read
+        type(llm.processor)._read = read
 
 
 def test_frame_cache_keeps_to_its_limit() -> None:
@@ -363,15 +363,15 @@ def test_media_are_read_beside_the_model(checkpoint, media: Path) -> None:
     llm = load(checkpoint, max_batch_size=1)
     clip = str(media / "clip2.mp4")
     threads: set[str] = set()
-    prepare = llm.reader._prepare_all
+    prepare = llm.processor._prepare_all
 
     def noted(*arguments):
         threads.add(threading.current_thread().name)
         return prepare(*arguments)
 
-    object.__setattr__(llm.reader, "_prepare_all", noted)
+    object.__setattr__(llm.processor, "_prepare_all", noted)
     requests = [{"question": str(i), "video": clip, "frame_indices": [i % 2, 1, 1, 2]} for i in range(4)]
-    answers = dict(llm.serve(requests, PARAMS))
+    answers = dict(llm.generate_iter(requests, PARAMS))
     assert sorted(answers) == [0, 1, 2, 3] and threads and threading.current_thread().name not in threads
 
 
@@ -384,7 +384,7 @@ def test_serve_reads_no_further_than_needed(checkpoint) -> None:
             taken.append(i)
             yield ask(i % 6)
 
-    stream = llm.serve(source(), SamplingParams(max_tokens=2))
+    stream = llm.generate_iter(source(), SamplingParams(max_tokens=2))
     next(stream)
     assert len(taken) <= 4
     stream.close()

@@ -7,7 +7,7 @@ import torch
 
 from atb_pllava import LLM, BackendError, RequestError, SamplingParams
 from atb_pllava.engine import core as engine_module
-from atb_pllava.engine.block_manager import BlockPool, plan_blocks
+from atb_pllava.engine.block_manager import BlockManager, plan_blocks
 from atb_pllava.engine.core import Engine
 from atb_pllava.engine.request import Request
 from atb_pllava.engine.sampler import _penalise, sample
@@ -74,7 +74,7 @@ def test_preemption_changes_nothing(checkpoint, alone) -> None:
     outputs = llm.generate(prompts(9), PARAMS)
     assert sum(out.metrics.preemptions for out in outputs) > 0
     assert_same(outputs, alone)
-    assert llm._engine.pool.free == llm._engine.pool.total
+    assert llm._engine.block_manager.num_free_blocks == llm._engine.block_manager.total
 
 
 def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint) -> None:
@@ -108,7 +108,7 @@ def test_abort_gives_everything_back(checkpoint, alone) -> None:
     while engine.has_work:
         engine.step()
     assert kept.output().token_ids == alone[3].token_ids
-    assert engine.pool.free == engine.pool.total
+    assert engine.block_manager.num_free_blocks == engine.block_manager.total
     with pytest.raises(RequestError, match="aborted"):
         dropped[0].output()
 
@@ -182,9 +182,11 @@ def test_repetition_penalty_equals_transformers(checkpoint, alone) -> None:
     request = llm._request(prompts(2)[1], params)
     processor = logits_process.RepetitionPenaltyLogitsProcessor(1.7)
     logits = torch.linspace(-1.0, 1.1, 304)[torch.randperm(304, generator=torch.Generator().manual_seed(1))]
-    logits[[request.prompt_ids[0], request.prompt_ids[3]]] = torch.tensor([1.2, 1.3])  # best only without the penalty
+    logits[[request.prompt_token_ids[0], request.prompt_token_ids[3]]] = torch.tensor(
+        [1.2, 1.3]
+    )  # best only without the penalty
     token, _ = sample(logits, request)
-    expected = processor(torch.tensor([request.prompt_ids]), logits[None].clone())[0]
+    expected = processor(torch.tensor([request.prompt_token_ids]), logits[None].clone())[0]
     assert token == int(expected.argmax()) != int(logits.argmax())
     assert torch.equal(_penalise(logits, request), expected)
 
@@ -246,17 +248,17 @@ def test_a_request_that_just_fits_is_served(checkpoint) -> None:
 def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
     llm = load(checkpoint, max_batch_size=2)
     requests = [prompts(1)[0], {"prompt": "two <image><image>", "frames": FRAMES[0]}, {"prompt": ""}, prompts(4)[3]]
-    answers = dict(llm.serve(requests, PARAMS))
+    answers = dict(llm.generate_iter(requests, PARAMS))
     assert answers[0].token_ids == alone[0].token_ids and answers[3].token_ids == alone[3].token_ids
     assert isinstance(answers[1], RequestError) and "2 <image> and the request 1" in str(answers[1])
     with pytest.raises(RequestError):
         llm.generate(requests, PARAMS)
-    assert not llm._engine.has_work and llm._engine.pool.free == llm._engine.pool.total
+    assert not llm._engine.has_work and llm._engine.block_manager.num_free_blocks == llm._engine.block_manager.total
 
 
 def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
     llm = load(checkpoint)
-    llm._engine.team.runner.model.language.norm.data[5] = float("nan")
+    llm._engine.executor.runner.model.language.norm.data[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         llm.generate(prompts(1), PARAMS)
     assert not llm._engine.has_work
@@ -277,11 +279,11 @@ def test_bad_sampling_parameters(bad: dict) -> None:
 
 
 def test_block_allocator_and_budget() -> None:
-    allocator = BlockPool(4)
-    taken = allocator.take(3)
-    assert sorted(taken) == [0, 1, 2] and allocator.free == 1
-    allocator.give_back(taken)
-    assert allocator.free == 4 and sorted(allocator.take(4)) == [0, 1, 2, 3]
+    allocator = BlockManager(4)
+    taken = allocator.allocate(3)
+    assert sorted(taken) == [0, 1, 2] and allocator.num_free_blocks == 1
+    allocator.free(taken)
+    assert allocator.num_free_blocks == 4 and sorted(allocator.allocate(4)) == [0, 1, 2, 3]
     assert plan_blocks(1000, 128, 10, None, 10**9) == 8
     assert plan_blocks(10**9, 128, 10, 12800, 10**9) == 10
     assert plan_blocks(10**9, 128, 10, None, 25600) == 10

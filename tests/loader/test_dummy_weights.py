@@ -20,7 +20,7 @@ def parts(parallel: TensorParallel, int8: bool = False):
     with torch.device("meta"):
         model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16, parallel, layers)
     model.to_empty(device="cpu")
-    found = model.checkpoint_parts()
+    found = model.weight_map()
     plan_random(found, parallel.size, 2**30).load_into(found)
     return found
 
@@ -59,7 +59,7 @@ def test_tensors_differ_and_the_decoder_is_int8() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with torch.device("meta"):
         model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16)
-    found = model.checkpoint_parts()
+    found = model.weight_map()
     size = sum(part.tensor.nbytes for part in found.values())
     assert plan_random(found, 1, size).bytes_total == size
     with pytest.raises(ConfigError, match="smaller shape"):

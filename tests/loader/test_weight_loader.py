@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atb_pllava.config import PllavaConfig, TextConfig, VisionConfig
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import WeightError
 from atb_pllava.loader import checkpoint
 from atb_pllava.loader import weight_loader as weights
@@ -45,8 +45,8 @@ SHAPES = {f"{Q}.weight": (6, 8), f"{V}.weight": (4, 8), NORM: (8,), PROJ: (8, 5)
 PEFT = "language_model.base_model.model.model.layers.0.self_attn"
 
 
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
-    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, ShardSpec]:
+    return {name: ShardSpec.whole(tensor) for name, tensor in tensors.items()}
 
 
 def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
@@ -707,7 +707,7 @@ def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptu
 
 CHILD = """
 import sys, torch
-from atb_pllava.distributed.tensor_parallel import Part
+from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.loader.weight_loader import open_checkpoint
 def status(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
@@ -716,7 +716,7 @@ shapes = {n: t.shape for n, t in checkpoint.base.tensors.items() if ".lora_" not
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 destinations = {n: torch.zeros(*s, dtype=torch.bfloat16) for n, s in shapes.items()}
 before = status("VmRSS")
-checkpoint.check(shapes, lora_alpha=4).load_into({n: Part.whole(t) for n, t in destinations.items()})
+checkpoint.check(shapes, lora_alpha=4).load_into({n: ShardSpec.whole(t) for n, t in destinations.items()})
 print(status("VmHWM") - before)
 """
 

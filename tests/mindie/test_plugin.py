@@ -464,7 +464,7 @@ def test_frames_arrive_as_they_were(merged: Path, clips: list[str], names: Path)
     preprocessor = PreprocessorConfig.from_dir(merged, 56)
     (wanted,) = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged)).reader.prepare([clips[1]])
     got = read_segment(segment, preprocessor)
-    assert len(got) == 3 and got.frame_of == wanted.frame_of and torch.equal(got.pixels, wanted.pixels)
+    assert len(got) == 3 and got.inverse_indices == wanted.inverse_indices and torch.equal(got.pixels, wanted.pixels)
 
 
 def test_missing_short_and_foreign_segments_raise(merged: Path, clips: list[str], names: Path) -> None:

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def views(model: Pllava) -> dict[str, torch.Tensor]:
-    return {name: part.tensor for name, part in model.checkpoint_parts().items()}
+    return {name: part.tensor for name, part in model.weight_map().items()}
 
 
 def fill(module: torch.nn.Module, views: dict[str, torch.Tensor], prefix: str) -> None:
@@ -81,9 +81,9 @@ def test_vision_tower_equals_transformers(act: str) -> None:
 def test_a_repeated_frame_is_encoded_once() -> None:
     model = random_model(PllavaConfig.from_json(raw_config()))
     pixels = torch.randn(2, 3, 56, 56)
-    frame_of = [0, 0, 1, 1]
-    once = model.pool_frames(model.encode_frames(pixels), frame_of)
-    assert_close(once, model.pool_frames(model.encode_frames(pixels[frame_of]), range(4)), atol=1e-5, rtol=1e-4)
+    inverse_indices = [0, 0, 1, 1]
+    once = model.pool_frames(model.encode_frames(pixels), inverse_indices)
+    assert_close(once, model.pool_frames(model.encode_frames(pixels[inverse_indices]), range(4)), atol=1e-5, rtol=1e-4)
 
 
 def test_the_meta_device_needs_no_memory() -> None:

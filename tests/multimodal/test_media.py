@@ -111,11 +111,11 @@ def test_animations_are_videos(tmp_path, ending):
         clip = read_media(source, 16)
         assert (clip.total_frames, clip.fps) == (8, pytest.approx(10))
         assert numbers(clip) == clip.frame_indices == sample_frame_indices(8, 16)
-    for sampler in ("eval", "npu"):
-        clip = read_media(content, 4, sampler=sampler)
-        assert numbers(clip) == clip.frame_indices == sample_frame_indices(8, 4, sampler)
+    for frame_sampler in ("eval", "npu"):
+        clip = read_media(content, 4, frame_sampler=frame_sampler)
+        assert numbers(clip) == clip.frame_indices == sample_frame_indices(8, 4, frame_sampler)
     assert numbers(read_media(content, frame_indices=[7, 0, 3, 3])) == [7, 0, 3, 3]
-    clip = read_media(content, 4, sampler="eval", start_seconds=0.2, end_seconds=0.6)
+    clip = read_media(content, 4, frame_sampler="eval", start_seconds=0.2, end_seconds=0.6)
     assert numbers(clip) == clip.frame_indices == [2, 3, 4, 5]
 
 
@@ -187,7 +187,7 @@ def test_limits_of_animations(ending):
     with pytest.raises(VideoError, match="frame index 8 is not a frame number; they go from 0 to 7"):
         read_media(content, frame_indices=[8])
     with pytest.raises(VideoError, match="no frame lies between"):
-        read_media(content, 4, sampler="eval", start_seconds=5)
+        read_media(content, 4, frame_sampler="eval", start_seconds=5)
 
 
 @pytest.mark.parametrize("ending", ["webp", "png"])
@@ -271,7 +271,6 @@ def test_git_lfs_pointers_are_named(tmp_path, name):
         for read in (read_media, read_video, read_image):
             with pytest.raises(VideoError, match="is a Git LFS pointer, not the media; run `git lfs pull`"):
                 read(source)
-
 
 
 def test_a_picture_marked_as_the_film_does_not_hide_it(tmp_path):

@@ -309,11 +309,11 @@ def test_length_does_not_count_leaps(name):
 
 @pytest.mark.parametrize("name", ["clock_goes_back.ts", "clock_restarts.ts", "clock_jumps_ahead.ts"])
 def test_time_bounds_do_not_count_leaps(name):
-    clip = read_video(DATA / name, 4, sampler="eval", start_seconds=1.0, end_seconds=2.0)
+    clip = read_video(DATA / name, 4, frame_sampler="eval", start_seconds=1.0, end_seconds=2.0)
     expected = sample_frame_indices(71, 4, "eval", fps=24, start_seconds=1.0, end_seconds=2.0)
     assert clip.fps == 24 and clip.frame_indices == expected
     with pytest.raises(VideoError, match="2.96 seconds long"):
-        read_video(DATA / name, 4, sampler="eval", start_seconds=100)
+        read_video(DATA / name, 4, frame_sampler="eval", start_seconds=100)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_the_model_sees_the_film(llm, name, answer):
 
 
 def test_time_bounds_without_an_average_rate():
-    clip = read_video(DATA / "no_rate.ogv", 4, sampler="eval", start_seconds=0.5, end_seconds=1.5)
+    clip = read_video(DATA / "no_rate.ogv", 4, frame_sampler="eval", start_seconds=0.5, end_seconds=1.5)
     assert clip.fps == 25.0
     assert numbers(clip) == clip.frame_indices == [15, 21, 28, 35]
 
@@ -353,7 +353,7 @@ def test_rate_of_a_container_that_states_none(tmp_path):
             if packet.size:
                 packet.stream = copy
                 out.mux(packet)
-    clip = read_video(tmp_path / "a.mkv", 4, sampler="eval", start_seconds=0.01, end_seconds=0.02)
+    clip = read_video(tmp_path / "a.mkv", 4, frame_sampler="eval", start_seconds=0.01, end_seconds=0.02)
     assert clip.fps == pytest.approx(2000, rel=0.05) and numbers(clip) == clip.frame_indices
     assert 19 <= clip.frame_indices[0] < clip.frame_indices[-1] <= 41
 

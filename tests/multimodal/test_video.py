@@ -171,16 +171,16 @@ def test_short_clips_repeat_frames(tmp_path, count, name):
 
 def test_gif_in_eval_repeats_the_sequence(tmp_path):
     path = write_clip(tmp_path / "a.gif", 3, "gif", pix_fmt="rgb8")
-    assert read_video(path, 8, sampler="eval").frame_indices == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert read_video(path, 8, frame_sampler="eval").frame_indices == [0, 1, 2, 0, 1, 2, 0, 1]
     assert read_video(path, 8).frame_indices == sample_frame_indices(3, 8)
 
 
 def test_time_bounds_choose_a_part(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 100)
-    clip = read_video(path, 4, sampler="eval", start_seconds=1.0, end_seconds=2.0)
+    clip = read_video(path, 4, frame_sampler="eval", start_seconds=1.0, end_seconds=2.0)
     assert numbers(clip) == clip.frame_indices == [28, 34, 40, 47]
     with pytest.raises(VideoError, match="4.00 seconds long"):
-        read_video(path, 4, sampler="eval", start_seconds=9)
+        read_video(path, 4, frame_sampler="eval", start_seconds=9)
 
 
 # ---- what a frame may look like ----
@@ -429,11 +429,11 @@ def test_duration_and_count_bombs(tmp_path):
         ({"num_frames": float("nan")}, "num_frames is nan"),
         ({"num_frames": True}, "num_frames is True"),
         ({"num_frames": None}, "num_frames is None"),
-        ({"sampler": "middle"}, "sampler is 'middle'; allowed are demo, eval, npu"),
-        ({"start_seconds": 1}, "need sampler 'eval'"),
-        ({"sampler": "eval", "start_seconds": float("nan")}, "start_seconds is nan"),
-        ({"sampler": "eval", "end_seconds": float("inf")}, "end_seconds is inf"),
-        ({"sampler": "eval", "start_seconds": 3, "end_seconds": 1}, "no frame lies between"),
+        ({"frame_sampler": "middle"}, "frame_sampler is 'middle'; allowed are demo, eval, npu"),
+        ({"start_seconds": 1}, "need frame_sampler 'eval'"),
+        ({"frame_sampler": "eval", "start_seconds": float("nan")}, "start_seconds is nan"),
+        ({"frame_sampler": "eval", "end_seconds": float("inf")}, "end_seconds is inf"),
+        ({"frame_sampler": "eval", "start_seconds": 3, "end_seconds": 1}, "no frame lies between"),
         ({"frame_indices": []}, "the number of frame_indices is 0"),
         ({"frame_indices": [0] * 65}, "the number of frame_indices is 65"),
         ({"frame_indices": [10]}, "frame index 10 is not a frame number; they go from 0 to 9"),
@@ -485,7 +485,7 @@ def test_image_as_media(tmp_path):
     assert read_media(path.read_bytes(), frame_indices=[0, 0]).frames.shape[0] == 2
     for options, match in [
         ({"frame_indices": [1]}, "from 0 to 0"),
-        ({"sampler": "eval", "start_seconds": 1}, "do not apply to an image"),
+        ({"frame_sampler": "eval", "start_seconds": 1}, "do not apply to an image"),
         ({"num_frames": 65}, "1 to 64"),
     ]:
         with pytest.raises(VideoError, match=match):
@@ -566,11 +566,11 @@ def test_sampling_equals_the_original():
                 sample_frame_indices(row["len"], row["num_segments"], "eval", **bounds)
 
 
-@pytest.mark.parametrize("sampler", ["demo", "eval", "npu"])
-def test_samples_stay_inside(sampler):
+@pytest.mark.parametrize("frame_sampler", ["demo", "eval", "npu"])
+def test_samples_stay_inside(frame_sampler):
     for total in [*range(1, 70), 1000, 96_876]:
         for wanted in (1, 2, 3, 4, 8, 16, 32, 64):
-            indices = sample_frame_indices(total, wanted, sampler)
+            indices = sample_frame_indices(total, wanted, frame_sampler)
             assert len(indices) == wanted and indices == sorted(indices) and indices[0] >= 0 and indices[-1] < total
 
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import BackendError
-from atb_pllava.executor.model_input import StepInput
-from atb_pllava.executor.model_runner import Runner
+from atb_pllava.executor.model_input import ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.ops import choose_dtype, free_memory, get_backend
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend.attention import pad_rows
@@ -179,9 +179,9 @@ class Recorder(TorchBackend):
         self.replays += 1
         return self.step()
 
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
-        real = slots >= 0
-        super().write_kv(keys[real], values[real], cache, slots[real])
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        real = slot_mapping >= 0
+        super().write_kv(keys[real], values[real], cache, slot_mapping[real])
 
     def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
         lens = batch.context_lens if batch.context_lens_tensor is None else batch.context_lens_tensor.tolist()
@@ -198,20 +198,30 @@ def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
     for module in (model, *model.modules()):
         if hasattr(module, "ops"):
             module.ops = backend
-    runner = Runner(model, 3 * batch, 16)
+    runner = ModelRunner(model, 3 * batch, 16)
     contexts = [5 + 11 * i for i in range(batch)]
     tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(batch)]
-    slots = [[table[p // 16] * 16 + p % 16 for p in range(c)] for table, c in zip(tables, contexts, strict=True)]
+    slot_mapping = [[table[p // 16] * 16 + p % 16 for p in range(c)] for table, c in zip(tables, contexts, strict=True)]
     runner.forward(
-        StepInput(0, [7] * sum(contexts), [p for c in contexts for p in range(c)], sum(slots, []), contexts, contexts,
-                  tables, [], []))  # fmt: skip
+        ModelInput(
+            0,
+            [7] * sum(contexts),
+            [p for c in contexts for p in range(c)],
+            sum(slot_mapping, []),
+            contexts,
+            contexts,
+            tables,
+            [],
+            [],
+        )
+    )
     outs = []
     for step in range(3):
         lens = [c + step + 1 for c in contexts]
         at = [table[(n - 1) // 16] * 16 + (n - 1) % 16 for table, n in zip(tables, lens, strict=True)]
         used = [table[: -(-n // 16)] for table, n in zip(tables, lens, strict=True)]
         ids, positions = [11 + i for i in range(batch)], [n - 1 for n in lens]
-        work = StepInput(batch, ids, positions, at, [1] * batch, lens, used, list(range(batch)), [])
+        work = ModelInput(batch, ids, positions, at, [1] * batch, lens, used, list(range(batch)), [])
         outs.append(runner.forward(work))
     return outs
 

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import BackendError
-from atb_pllava.executor.model_input import StepInput
-from atb_pllava.executor.model_runner import Runner
+from atb_pllava.executor.model_input import ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader import model_loader as loading
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.model.pllava import Pllava
@@ -142,15 +142,15 @@ def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128)])
 def test_only_real_slots_are_written(fast: CudaBackend, heads: int, dim: int, block: int, dtype: torch.dtype) -> None:
-    slots = torch.tensor([5, -1, 2 * block, -1, block - 1], device=DEVICE)
+    slot_mapping = torch.tensor([5, -1, 2 * block, -1, block - 1], device=DEVICE)
     keys, values = random(2, 5, heads + 1, dim).to(dtype)[:, :, 1:]
     plain, own = (PLAIN.new_kv_cache(1, 3, block, heads, dim, dtype)[0] for _ in range(2))
     for part in (*plain, *own):
         part.fill_(7)
-    real = slots >= 0
-    PLAIN.write_kv(keys[real], values[real], plain, slots[real])
-    fast.write_kv(keys, values, own, slots)
-    fast.write_kv(keys[:0], values[:0], own, slots[:0])
+    real = slot_mapping >= 0
+    PLAIN.write_kv(keys[real], values[real], plain, slot_mapping[real])
+    fast.write_kv(keys, values, own, slot_mapping)
+    fast.write_kv(keys[:0], values[:0], own, slot_mapping[:0])
     for expected, part in zip(plain, own, strict=True):
         assert torch.equal(expected, part)
 
@@ -340,9 +340,9 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
     config = PllavaConfig.from_json(raw_config())
     with torch.device("meta"):
         model = Pllava(config, ops, torch.bfloat16, None, random_int8(config) if int8 else None)
-    runner = Runner(model, 4, 16)
+    runner = ModelRunner(model, 4, 16)
     some = [0] * batch
-    step = StepInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
+    step = ModelInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
     launches.clear()
     assert runner.forward(step).shape == (batch, 304)
     warm_up = launches.copy()

@@ -149,7 +149,7 @@ def layer(
 
 def fill(linear: FusedLinear, group_size: int, symmetric: bool) -> dict[str, Tensor]:
     """Fill every part from whole random tensors, as the loader does; the float weights it stands for."""
-    parts, weights = linear.checkpoint_parts(), {}
+    parts, weights = linear.weight_map(), {}
     for i, name in enumerate(linear.rows):
         shape = parts[f"{name}.weight"].shape
         original = torch.randn(shape, generator=torch.Generator().manual_seed(i))

@@ -132,7 +132,7 @@ def test_shares_of_packed_columns_sum_to_the_whole(
         linear = FusedLinear(fast, {"o": 20}, 384, 1, share, 8, torch.float32, int8).requires_grad_(False)
         stored = {"": whole.values, "_scale": whole.scale, "_offset": whole.offset}
         for suffix, tensor in stored.items():
-            part = linear.checkpoint_parts()[f"o.weight{suffix}"]
+            part = linear.weight_map()[f"o.weight{suffix}"]
             part.tensor.copy_(tensor[part.span])
         linear.pack(fast)
         total += linear(x[:, 48 * share.start : 48 * share.stop])
@@ -155,9 +155,9 @@ def filled_cache(
             part.fill_(float("nan") if part.is_floating_point() else 99)
     for i, (length, table) in enumerate(zip(lengths, tables, strict=True)):
         keys, values = random(2, length, heads, dim, seed=i).to(dtype)
-        slots = torch.tensor([table[p // block] * block + p % block for p in range(length)])
-        PLAIN.write_kv(keys, values, caches[0], slots)
-        ops.write_kv(keys, values, caches[1], slots)
+        slot_mapping = torch.tensor([table[p // block] * block + p % block for p in range(length)])
+        PLAIN.write_kv(keys, values, caches[0], slot_mapping)
+        ops.write_kv(keys, values, caches[1], slot_mapping)
     padded = [table + [0] * (max(blocks) - len(table)) for table in tables]
     return caches[0], caches[1], torch.tensor(padded)
 
@@ -187,17 +187,19 @@ def test_attention_over_pages(
     pages = [tables[i] for i in range(len(lengths))]
     rows = [torch.tensor([int(t[p // block]) * block + p % block for p in range(n - c, n)])
             for t, n, c in zip(pages, batch.context_lens, chunks, strict=True)]  # fmt: skip
-    keys, values = ([stored(plain, part, slots, block) for slots in rows] for part in (0, 1))
+    keys, values = ([stored(plain, part, slot_mapping, block) for slot_mapping in rows] for part in (0, 1))
     expected = PLAIN.prefill_attention(query.float(), torch.cat(keys), torch.cat(values),
                                        tuple(p.float() if kind != torch.int8 else p for p in plain), batch)  # fmt: skip
     result = fast.prefill_attention(query, torch.cat(keys).to(dtype), torch.cat(values).to(dtype), own, batch)
     assert_near(result, expected)
 
 
-def stored(cache: tuple[Tensor, ...], part: int, slots: Tensor, block: int) -> Tensor:
-    """Keys or values [N, K, D] in float32 at `slots`."""
-    found = cache[part][slots // block, :, slots % block].float()
-    return found * cache[part + 2][slots // block, :, slots % block][..., None] if len(cache) == 4 else found
+def stored(cache: tuple[Tensor, ...], part: int, slot_mapping: Tensor, block: int) -> Tensor:
+    """Keys or values [N, K, D] in float32 at `slot_mapping`."""
+    found = cache[part][slot_mapping // block, :, slot_mapping % block].float()
+    return (
+        found * cache[part + 2][slot_mapping // block, :, slot_mapping % block][..., None] if len(cache) == 4 else found
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8])
@@ -210,11 +212,11 @@ def test_long_contexts(fast: NativeBackend, kind: torch.dtype) -> None:
 
 
 def test_8_bits_of_keys_are_half_a_step_off_at_most() -> None:
-    keys, slots = random(3, 2, 16), torch.tensor([0, 5, 17])
+    keys, slot_mapping = random(3, 2, 16), torch.tensor([0, 5, 17])
     (cache,) = PLAIN.new_kv_cache(1, 2, 16, 2, 16, torch.int8)
-    PLAIN.write_kv(keys, keys, cache, slots)
+    PLAIN.write_kv(keys, keys, cache, slot_mapping)
     step = keys.abs().amax(-1, keepdim=True) / 127
-    assert float(((stored(cache, 0, slots, 16) - keys).abs() / step).max()) <= 0.5 + 1e-4
+    assert float(((stored(cache, 0, slot_mapping, 16) - keys).abs() / step).max()) <= 0.5 + 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -425,7 +427,7 @@ def test_a_compiler_older_than_the_cpu(imitation: str, tmp_path: Path, monkeypat
 
 
 def test_a_compiler_that_is_no_command() -> None:
-    with pytest.raises(BackendError, match="compiler \"c.. 'x\" is no command: No closing quotation"):
+    with pytest.raises(BackendError, match='compiler "c.. \'x" is no command: No closing quotation'):
         get_backend("cpu", kernels="native", compiler="c++ 'x")
 
 
@@ -546,7 +548,7 @@ def test_a_glibc_that_takes_no_large_threshold(compiled: None, tmp_path: Path) -
     old = tmp_path / "old.cpp"
     old.write_text(
         '#include <cstdio>\nextern "C" int mallopt(int name, int value) {\n'
-        'const int taken = name != -3 || value <= 32 << 20;\n'
+        "const int taken = name != -3 || value <= 32 << 20;\n"
         'if (taken) printf("%d %d\\n", name, value);\nreturn taken; }\n'
     )
     command = [*build._find_compiler(None), "-shared", "-fPIC", str(old), "-o", str(tmp_path / "old.so")]

@@ -35,8 +35,8 @@ def paged(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: t
     for length in lengths:
         table = [order.pop() for _ in range(-(-length // block_size))]
         keys, values = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
-        slots = torch.tensor([table[p // block_size] * block_size + p % block_size for p in range(length)])
-        OPS.write_kv(keys, values, cache, slots)
+        slot_mapping = torch.tensor([table[p // block_size] * block_size + p % block_size for p in range(length)])
+        OPS.write_kv(keys, values, cache, slot_mapping)
         tables.append(table + [0] * (columns - len(table)))
         all_keys.append(keys)
         all_values.append(values)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atb_pllava.batch.result_log import AnswerLog
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.multimodal.limits import MediaLimits
-from atb_pllava.multimodal.processor import VideoReader
+from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.multimodal.video import Clip
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from precision.evaluate import clips, mvbench, recaption, vcgbench, videoqa
@@ -150,7 +150,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     board = read(tmp_path / "out" / "upload_leaderboard.json")
     assert board["Avg"] == round(100 * sum(right.values()) / 15, 2) and list(board)[-1] == "Avg"
     manifest = read(tmp_path / "out" / "manifest.json")
-    assert manifest["benchmark"] == "mvbench" and manifest["dtype"] == "float32" and manifest["sampler"] == "eval"
+    assert manifest["benchmark"] == "mvbench" and manifest["dtype"] == "float32" and manifest["frame_sampler"] == "eval"
     assert manifest["conversation"]["media_alone"] and f"Avg {board['Avg']:28.2f} %"[4:] in out
 
 
@@ -216,11 +216,13 @@ def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_pa
     assert run(capsys, *arguments)[0] == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert arguments[8] == "3"  # of --max_output_length
-    changed = (*arguments[:8], "2", *arguments[9:], "--sampler", "npu")
-    said = '(sampler: "eval" -> "npu"; sampling.max_tokens: 3 -> 2); name another --output_dir, or start over with'
+    changed = (*arguments[:8], "2", *arguments[9:], "--frame_sampler", "npu")
+    said = (
+        '(frame_sampler: "eval" -> "npu"; sampling.max_tokens: 3 -> 2); name another --output_dir, or start over with'
+    )
     status, _, err = run(capsys, *changed)
     assert status == 2 and said in err and "ready after" not in err
-    with AnswerLog(out / "answers.jsonl"):
+    with ResultLog(out / "answers.jsonl"):
         status, _, err = run(capsys, *arguments)
     assert status == 2 and "in use by another run" in err and "ready after" not in err
     (out / "answers.jsonl").unlink()  # as from an older version: the manifest alone tells
@@ -229,10 +231,10 @@ def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_pa
     (out / "answers.jsonl").write_bytes(before["answers.jsonl"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     status, _, err = run(capsys, *changed, "--overwrite")
-    assert status == 0 and "mvbench 1/1, in" in err and read(out / "manifest.json")["sampler"] == "npu"
+    assert status == 0 and "mvbench 1/1, in" in err and read(out / "manifest.json")["frame_sampler"] == "npu"
     assert (out / "answers.jsonl").read_bytes().startswith(before["answers.jsonl"])
     assert "mvbench 1/1 were there already" in run(capsys, *changed)[2]
-    assert '(sampler: "npu" -> "eval"' in run(capsys, *arguments)[2]
+    assert '(frame_sampler: "npu" -> "eval"' in run(capsys, *arguments)[2]
     row = {"id": "x", "settings": "3f0c3f0c3f0c3f0c", "text": "x"}
     (out / "answers.jsonl").write_text(json.dumps(row) + "\n")
     assert "is the log of an older version" in run(capsys, *arguments)[2]
@@ -363,7 +365,7 @@ def test_a_clip_is_read_once_for_all_its_questions(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(clips, "read_media", counted)
     asked = [("a", None), ("a", None), ("broken", None), ("broken", None), ("a", 1.0), ("b", None), ("b", None)]
     questions = [Question("T", i, video=video, start=start) for i, (video, start) in enumerate(asked)]
-    reader = ClipReader(VideoReader(4, PreprocessorConfig()), questions)
+    reader = ClipReader(VideoProcessor(4, PreprocessorConfig()), questions)
     for question in questions:
         if question.video == "broken":
             with pytest.raises(VideoError, match="is no video"):
@@ -381,7 +383,7 @@ def test_frames_of_a_folder(tmp_path: Path) -> None:
     assert found.frame_indices == [1, 2, 3, 5] and (found.total_frames, found.fps) == (9, 3.0)
     assert np.abs(found.frames[:, 5, 5, 0].astype(int) - [10, 20, 30, 50]).max() <= 2
     assert read_frame_folder(str(folder), 4, limits=MediaLimits()).frame_indices == [2, 4, 6, 8]  # 1..9: 1 + 1 + 2i
-    assert read_frame_folder(str(folder), 4, sampler="demo", limits=MediaLimits()).frame_indices == [2, 4, 6, 8]
+    assert read_frame_folder(str(folder), 4, frame_sampler="demo", limits=MediaLimits()).frame_indices == [2, 4, 6, 8]
     media = media_of(read_frame_folder(str(folder), 16, limits=MediaLimits()))
     assert media["frames"].shape == (9, 64, 64, 3) and len(media["frame_indices"]) == 16
     (folder / "00003.jpg").unlink()

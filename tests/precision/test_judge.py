@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import AnswerLog
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.errors import BackendError, ConfigError
 from precision.evaluate import vcgbench, videoqa
 from precision.evaluate.__main__ import main
@@ -87,7 +87,7 @@ def asked(body: dict[str, Any]) -> str:
 
 
 def run(judging: Judge, some: dict[str, Case], folder: Path, at_once: int = 4) -> dict[str, dict[str, Any]]:
-    with AnswerLog(folder / "judgements.jsonl") as log:
+    with ResultLog(folder / "judgements.jsonl") as log:
         log.begin(judging.settings(), shared=True)
         return judge_all(some, judging, log, at_once)
 

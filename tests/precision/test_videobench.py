@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from atb_pllava import LLM, ConfigError, SamplingParams
-from atb_pllava.batch.result_log import AnswerLog
+from atb_pllava.batch.result_log import ResultLog
 from precision.videobench import answer_questions, extract_dataset, precision_test
 from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
@@ -313,7 +313,7 @@ def test_results_of_other_settings_are_not_overwritten(made: Path, tmp_path: Pat
     before = (tmp_path / "Count_eval.json").read_bytes()
     assert answer(made, tmp_path, "--dataset_name", "Count") == 0
     assert (tmp_path / "Count_eval.json").read_bytes() == before
-    with AnswerLog(tmp_path / "Count_eval.log.jsonl"), pytest.raises(ConfigError, match="in use by another run"):
+    with ResultLog(tmp_path / "Count_eval.log.jsonl"), pytest.raises(ConfigError, match="in use by another run"):
         answer(made, tmp_path, "--dataset_name", "Count")
     with pytest.raises(ConfigError, match="lora_scale: .* -> .*name another --chat_conversation_output_folder"):
         answer(made, tmp_path, "--dataset_name", "Count", "--lora_alpha", "3")

@@ -6,7 +6,7 @@ import pytest
 
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, VideoSpan, choose_conversation, expand_placeholders, render
-from atb_pllava.prompt.tokenizer import AnswerDecoder, Piece, Tokenizer
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer
 from tests.support import IMAGE_ID, tokenizer_definition
 
 
@@ -98,7 +98,7 @@ def _bytes(text: str) -> list[int]:
 
 
 def _stream(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    decoder = AnswerDecoder(tokenizer, stop)
+    decoder = IncrementalDetokenizer(tokenizer, stop)
     pieces = [decoder.push(i) for i in ids] + [decoder.finish()]
     assert "".join(pieces) == decoder.text
     return pieces

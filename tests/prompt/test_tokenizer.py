@@ -20,7 +20,7 @@ from atb_pllava import LLM, SamplingParams
 from atb_pllava.engine import core as engine_module
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, choose_conversation, render
-from atb_pllava.prompt.tokenizer import AnswerDecoder, Piece, Tokenizer
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer
 from tests.support import IMAGE_ID, ROOT, raw_config, tokenizer_definition, write_checkpoint
 
 DATA = ROOT / "tests" / "data" / "llama_tokenizer"
@@ -275,7 +275,7 @@ def test_saved_checkpoints_are_silent(caplog: pytest.LogCaptureFixture) -> None:
 
 def push_all(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()) -> tuple[str, int, str]:
     """What was streamed, after how many ids the answer stopped, and the final text."""
-    decoder = AnswerDecoder(tokenizer, stop)
+    decoder = IncrementalDetokenizer(tokenizer, stop)
     streamed = ""
     used = 0
     for token in ids:
@@ -372,7 +372,7 @@ def test_stop_strings_that_are_bytes() -> None:
 def test_text_in_front_of_a_run_that_is_no_stop_string_comes_out() -> None:
     tokenizer = TOKENIZERS["legacy"]
     car = tokenizer.encode("A red car.")[1:]
-    decoder = AnswerDecoder(tokenizer, ["car.\n\n"])
+    decoder = IncrementalDetokenizer(tokenizer, ["car.\n\n"])
     assert "".join(decoder.push(token) for token in car) == "A red"
     assert decoder.push(13) == "" and decoder.push(car[0]) == " car.\n A"
 

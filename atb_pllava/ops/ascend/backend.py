@@ -162,11 +162,11 @@ class AscendBackend:
     def quick_gelu(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         """Slots below 0 are skipped by the operator: the padded rows of a captured batch."""
         self._npu._npu_reshape_and_cache(
             key=keys.contiguous(), value=values.contiguous(), key_cache=cache[0], value_cache=cache[1],
-            slot_indices=self._slots.of(slots, lambda: slots.int()))  # fmt: skip
+            slot_indices=self._slots.of(slot_mapping, lambda: slot_mapping.int()))  # fmt: skip
 
     def prefill_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch

@@ -168,13 +168,13 @@ class NativeBackend(TorchBackend):
         self._call("atb_quick_gelu", x.data_ptr(), out.data_ptr(), x.numel(), _KINDS[x.dtype])
         return out
 
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         if not _knows(keys):
-            return super().write_kv(keys, values, cache, slots)
+            return super().write_kv(keys, values, cache, slot_mapping)
         keys, values, place = _heads_together(keys), _heads_together(values), _of(cache)
         self._call(
             "atb_write_kv", ctypes.addressof(place), keys.data_ptr(), keys.stride(0), values.data_ptr(),
-            values.stride(0), slots.data_ptr(), len(slots), _KINDS[keys.dtype])  # fmt: skip
+            values.stride(0), slot_mapping.data_ptr(), len(slot_mapping), _KINDS[keys.dtype])  # fmt: skip
 
     def prefill_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch

@@ -66,9 +66,9 @@ class CudaBackend(TorchBackend):
         out: Tensor = self._kernels.swiglu(gate_up)
         return out
 
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         """Slots below 0 are skipped: the padded rows of a captured batch."""
-        self._kernels.write_kv(keys, values, cache, slots)
+        self._kernels.write_kv(keys, values, cache, slot_mapping)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
         """As the reference, on torch's flash path where it is.

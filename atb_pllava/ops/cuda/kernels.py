@@ -85,23 +85,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _write_kv(keys, values, key_cache, value_cache, slots, key_stride, value_stride,
+def _write_kv(keys, values, key_cache, value_cache, slot_mapping, key_stride, value_stride,
               K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """One head of one token; nothing where the slot is below 0."""
     row, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, WIDTH)
-    slot = tl.load(slots + row)
+    slot = tl.load(slot_mapping + row)
     mask = (d < D) & (slot >= 0)
     place = ((slot // BLOCK * K + head) * BLOCK + slot % BLOCK) * D + d
     tl.store(key_cache + place, tl.load(keys + row * key_stride + head * D + d, mask), mask)
     tl.store(value_cache + place, tl.load(values + row * value_stride + head * D + d, mask), mask)
 
 
-def write_kv(keys: Tensor, values: Tensor, cache: LayerCache, slots: Tensor) -> None:
-    """See `ops.interface.Backend.write_kv`; slots below 0 are skipped."""
+def write_kv(keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+    """See `ops.interface.Backend.write_kv`; slot_mapping below 0 are skipped."""
     keys, values = _heads_together(keys), _heads_together(values)
     rows, heads, dim = keys.shape
     _write_kv[(rows, heads)](
-        keys, values, *cache, slots, keys.stride(0), values.stride(0), heads, dim, cache[0].shape[2],
+        keys, values, *cache, slot_mapping, keys.stride(0), values.stride(0), heads, dim, cache[0].shape[2],
         triton.next_power_of_2(dim), num_warps=1)  # fmt: skip
 
 

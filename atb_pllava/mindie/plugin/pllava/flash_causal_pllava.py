@@ -23,7 +23,7 @@ from atb_pllava.mindie.media_ids import find_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.segments import read_segment
 from atb_pllava.mindie.video_encoder import VideoEncoder
-from atb_pllava.multimodal.processor import PreparedVideo
+from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.prompt.chat_template import Turn, VideoSpan, expand_placeholders, render_turns
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
@@ -119,7 +119,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         return expand_placeholders(ids, self.pllava.image_token_index, media, self.pllava.num_video_tokens)
 
     @torch.no_grad()  # the host's words would have a gradient
-    def _embed(self, ids: Tensor, spans: Sequence[VideoSpan], videos: Sequence[PreparedVideo]) -> Tensor:
+    def _embed(self, ids: Tensor, spans: Sequence[VideoSpan], videos: Sequence[ProcessedVideo]) -> Tensor:
         """A new tensor [n, hidden]: words from the host's table, videos from our encoder, one after the other."""
         embeddings: Tensor = self.model.embed_tokens(ids.clamp(min=0))  # negative ids name segments
         for span, video in zip(spans, videos, strict=True):
