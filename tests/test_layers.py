@@ -50,7 +50,7 @@ LAZY = {
     "msmodelslim": {"convert"},
     "peft": set(),
     "ray": set(),
-    "tabulate": {"files"},
+    "tabulate": {"bench"},
     "torch_npu": {"ops"},
     "transformers": {"bench", "convert"},
     "triton": {"ops"},

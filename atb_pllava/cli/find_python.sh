@@ -184,7 +184,7 @@ set_up() {
 
 find_python() {
     local root requirements=("$@") missing base venv status=0 interrupted=""
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
     venv=$root/.venv
     if [ -n "${ATB_PLLAVA_PYTHON:-}" ]; then
         PYTHON=$ATB_PLLAVA_PYTHON
