@@ -4,6 +4,7 @@ Answers go to stdout, everything else to stderr. For the exit status see `comman
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -31,10 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+def _program() -> str:
+    """What the user typed before the verb: the installed command or the module."""
+    return "atb-pllava" if os.path.basename(sys.argv[0]) == "atb-pllava" else "python -m atb_pllava"
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv[:1] == ["bench"] and (not argv[1:] or argv[1].startswith("-")) and argv[1:2] not in (["-h"], ["--help"]):
         argv = ["bench", "sweep", *argv[1:]]
-    parser = Parser(prog="python -m atb_pllava", description="PLLaVA, the video language model.")
+    parser = Parser(prog=_program(), description="PLLaVA, the video language model.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, summary in VERBS.items():
         verb = verbs.add_parser(name, help=summary, description=summary)

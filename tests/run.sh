@@ -1,27 +1,21 @@
 #!/usr/bin/env bash
-# Style, types and tests. Arguments go to pytest: `bash tests/run.sh -k video`.
+# Style, types, tests, packages, and the Ascend backend on the real torch_npu; see --help.
 set -euo pipefail
-case ${1:-} in
--h | --help)
-    cat <<'END'
-usage: bash tests/run.sh [PYTEST_ARGUMENT...]
-
-Runs ruff, mypy and pytest, and without arguments then the Ascend backend's tests on the real torch_npu.
-Packages that are missing are installed into .venv first (see run_pa.sh --help, ATB_PLLAVA_PYTHON).
-  bash tests/run.sh -k video    only the tests with "video" in their names
-END
-    exit 0
-    ;;
-esac
 unset CDPATH
 case ${1:-} in
 -h | --help)
     cat <<'EOF'
 usage: bash tests/run.sh [PYTEST_ARGUMENT...]
 
-Checks style (ruff) and types (mypy), runs the tests, and, without arguments, those of the Ascend backend on torch_npu.
-What is missing of requirements_pllava.txt and tests/requirements.txt is installed into .venv first; ATB_PLLAVA_PYTHON
-names another Python that has it. Arguments go to pytest, for example: bash tests/run.sh tests/multimodal/test_video.py -k rotated
+Runs five stages, and stops at the first that fails:
+  style      ruff
+  types      mypy
+  tests      pytest; arguments go to it and make this the last stage
+  packages   wheel and source distribution: built, installed into an empty environment, used
+  ascend     the Ascend backend on the real torch_npu, without an NPU
+A package that is missing is installed into .venv first. ATB_PLLAVA_PYTHON names another Python that has them all.
+Packages and ascend use environments of their own, and no stage runs longer than its limit.
+Example: bash tests/run.sh tests/multimodal/test_video.py -k rotated
 EOF
     exit 0
     ;;
@@ -31,8 +25,25 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . atb_pllava/cli/find_python.sh
 find_python requirements_pllava.txt tests/requirements.txt
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # see run_pa.sh
-"$PYTHON" -m ruff check .
-"$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
-# The Ascend backend on the real torch_npu; where that cannot be had, one line says why.
-[ $# -gt 0 ] || bash tests/ascend/run.sh "$PYTHON" -q
+
+# stage NAME SECONDS COMMAND...: says what begins, and ends a command that hangs.
+stage() {
+    local name=$1 seconds=$2 status=0
+    shift 2
+    echo "== $name" >&2
+    if command -v timeout >/dev/null; then
+        timeout --foreground "$seconds" "$@" || status=$?
+    else
+        "$@" || status=$?
+    fi
+    [ "$status" -ne 124 ] || echo "error: the stage $name was ended after $seconds s" >&2
+    return "$status"
+}
+
+stage style 120 "$PYTHON" -m ruff check .
+stage types 600 "$PYTHON" -m mypy
+stage tests 1500 "$PYTHON" -m pytest "$@"
+[ $# -eq 0 ] || exit 0
+stage packages 600 "$PYTHON" tests/check_packages.py
+# Where torch_npu cannot be had, one line says why.
+stage ascend 600 bash tests/ascend/run.sh "$PYTHON" -q
