@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava.config import PllavaConfig
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 
@@ -80,7 +81,7 @@ def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
 def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Path:
     """A loadable directory with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = random_model(PllavaConfig.from_json(raw), seed)
+    model = random_model(config_from_json(raw), seed)
     save_file({name: part.tensor.contiguous().clone() for name, part in model.weight_map().items()},
               directory / "model.safetensors")  # fmt: skip
     (directory / "config.json").write_text(json.dumps(raw))

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atb_pllava.config import PllavaConfig, PreprocessorConfig
+from atb_pllava.config import PllavaConfig
 from atb_pllava.loader.checkpoint import DTYPES
+from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.model.llama import DecoderLayer, rotary_tables
 from atb_pllava.model.pllava import Pllava
@@ -109,7 +110,7 @@ def _embeddings(model: Pllava, model_dir: str, clips: Sequence[Media]) -> Iterat
     """What enters the decoder for a question about each clip: [N, hidden]."""
     config = model.config
     tokenizer = Tokenizer.from_dir(model_dir, config.image_token_index)
-    reader = VideoProcessor(config.num_frames, PreprocessorConfig.from_dir(model_dir, config.vision.image_size))
+    reader = VideoProcessor(config.num_frames, read_preprocessor_config(model_dir, config.vision.image_size))
     conversation = choose_conversation(None, chatml=tokenizer.is_chatml)
     ids = tokenizer.encode_pieces(render(conversation, QUESTION, videos=1))
     expanded, spans = expand_placeholders(ids, config.image_token_index, 1, config.num_video_tokens)

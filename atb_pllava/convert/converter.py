@@ -24,14 +24,15 @@ from typing import Any
 import torch
 
 from atb_pllava import files as json_file
-from atb_pllava.config import PllavaConfig, PreprocessorConfig, check_choice, read_json
+from atb_pllava.config import PllavaConfig, check_choice
 from atb_pllava.convert.awq import Smoothing, find_smoothing
 from atb_pllava.convert.msmodelslim import MsModelSlim
 from atb_pllava.convert.quantizers import MsModelSlimRounding, OwnRounding, Rounding
 from atb_pllava.convert.safetensors_writer import Shard, ShardWriter, TensorSpec, checksum, plan_shards, write_index
 from atb_pllava.errors import ConfigError, PllavaError, WeightError, counted
-from atb_pllava.files import LFS_POINTER, LFS_REMEDY
+from atb_pllava.files import LFS_POINTER, LFS_REMEDY, read_config_json
 from atb_pllava.loader.checkpoint import DTYPES, INT8, PICKLES, CheckpointError, Problem
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from atb_pllava.loader.directory import config_directory
 from atb_pllava.loader.quant_description import DESCRIPTION, DESCRIPTIONS, companions, describe
 from atb_pllava.loader.weight_loader import (
@@ -114,7 +115,7 @@ def convert_checkpoint(
     configured, option = config_directory(source, weight_dir or None, ("-src", "-weight_dir"))
     src, dst, configured = Path(source).resolve(), Path(destination).resolve(), configured.resolve()
     upper = Path(weight_dir).resolve() if weight_dir else src
-    config = PllavaConfig.from_dir(configured, option)
+    config = read_config(configured, option)
     _check_destination(dst, (src, upper))
     if calibration and not (options.is_quantised and options.quantizer == "own"):
         made = f"{options.kind} with quantizer {options.quantizer}"
@@ -173,7 +174,7 @@ def _check_rest(src: Path, config: PllavaConfig, copies: Mapping[str, Path]) -> 
     turn_end = choose_conversation(None, chatml=tokenizer.is_chatml).assistant_end.strip()
     if tokenizer.token_id(turn_end) is None:
         raise ConfigError(f"{src / 'tokenizer.json'} has no token {turn_end}, which ends the answers of this model")
-    PreprocessorConfig.from_dir(src, config.vision.image_size)
+    read_preprocessor_config(src, config.vision.image_size)
     for file in copies.values():
         if file.suffix == ".json":
             json_file.read_json(file)
@@ -246,7 +247,7 @@ def _record(partial: Path, job: Mapping[str, Any]) -> Iterator[dict[str, int]]:
 
 def _finished_shards(partial: Path, job: Mapping[str, Any]) -> dict[str, int]:
     try:
-        record = read_json(partial / RECORD)
+        record = read_config_json(partial / RECORD)
     except ConfigError:
         record = {}  # the process ended before it wrote anything
     same = record.get("job") == job
@@ -338,10 +339,10 @@ def _write_tensor(writer: ShardWriter, name: str, plan: LoadPlan, options: Conve
 
 def _made_config(configured: Path, config: PllavaConfig, plan: LoadPlan, options: ConvertOptions) -> dict[str, Any]:
     """The result's config.json, which says how strongly a LoRA was merged."""
-    raw, generation = read_json(configured / "config.json"), configured / "generation_config.json"
-    extra = read_json(generation) if os.path.lexists(generation) else {}
+    raw, generation = read_config_json(configured / "config.json"), configured / "generation_config.json"
+    extra = read_config_json(generation) if os.path.lexists(generation) else {}
     made = host_config(raw, extra, config, quantised=options.is_quantised)
-    PllavaConfig.from_json(made, extra)
+    config_from_json(made, extra)
     if plan.lora is None:
         return made
     lora = plan.lora
@@ -363,7 +364,8 @@ def _write_rest(
     for name, file in copies.items():
         (partial / name).write_bytes(_content(file))
     if not (partial / "tokenizer_config.json").exists() and (partial / "tokenizer.json").exists():
-        _write_json(partial / "tokenizer_config.json", host_tokenizer(read_json(partial / "tokenizer.json"), made))
+        definition = read_config_json(partial / "tokenizer.json")
+        _write_json(partial / "tokenizer_config.json", host_tokenizer(definition, made))
     _write_json(partial / "config.json", made)
 
 

@@ -18,6 +18,7 @@ from atb_pllava.doctor.check import Check
 from atb_pllava.engine.memory_estimate import MemoryNeed, memory_need, published_bytes
 from atb_pllava.errors import PllavaError, counted
 from atb_pllava.loader.checkpoint import KINDS, CheckpointError
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.model.costs import Costs
@@ -77,7 +78,7 @@ def gigabytes(size: float) -> str:
 
 def read_model(path: str, world_size: int = 1) -> Model:
     """Config and headers of a directory. Raises ConfigError and CheckpointError for one that is of no use here."""
-    config = PllavaConfig.from_dir(path)
+    config = read_config(path)
     check_world_size(world_size, config.text)
     logger = logging.getLogger("atb_pllava.loader.weight_loader")
     before = logger.level
@@ -91,7 +92,7 @@ def read_model(path: str, world_size: int = 1) -> Model:
 def published_model(name: str) -> Model | None:
     """The sizes of a published model by its name on the Hub; None for a name that is none of them."""
     size = published_size(name)
-    return None if size is None else Model(PllavaConfig.from_json(PUBLISHED[size]), Int8Layers(), None)
+    return None if size is None else Model(config_from_json(PUBLISHED[size]), Int8Layers(), None)
 
 
 def auto_dtype(config: PllavaConfig, backend: str) -> str:

@@ -12,8 +12,8 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_config_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT_ALPHA = 4.0  # that of PLLaVA's published scores, where no file says another
@@ -77,7 +77,7 @@ class AdapterConfig:
         path = directory / ADAPTER_CONFIG
         if not os.path.lexists(path):
             return None
-        raw = read_json(path, distinct_keys=True)
+        raw = read_config_json(path, distinct_keys=True)
         wrong = [*_refused(raw), *_unsaved_modules(raw, names)]
         if raw.get("peft_type") in (None, *_ALLOWED["peft_type"]):  # others have no alpha
             wrong += _unusable_numbers(raw)

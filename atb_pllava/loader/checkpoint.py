@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, WeightError, counted
-from atb_pllava.files import LFS_POINTER, LFS_REMEDY, why_unreadable
+from atb_pllava.files import LFS_POINTER, LFS_REMEDY, read_config_json, why_unreadable
 from atb_pllava.ops.int8 import Int8Layers
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -203,7 +202,7 @@ def read_directory(path: Path, problems: list[Problem]) -> list[StoredTensor]:
 def _read_index(file: Path, problems: list[Problem]) -> dict[str, str]:
     """Tensor name to file name; entries that do not name a file of the directory are left out and reported."""
     try:
-        weight_map = read_json(file).get("weight_map")
+        weight_map = read_config_json(file).get("weight_map")
     except ConfigError as error:
         problems.append(Problem("file", str(file), str(error)))
         return {}

@@ -11,6 +11,7 @@ import torch
 from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
 from atb_pllava.distributed.tensor_parallel import TensorParallel, check_world_size
 from atb_pllava.errors import BackendError
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.directory import config_directory
 from atb_pllava.loader.dummy_weights import RandomWeights, plan_random, random_int8
 from atb_pllava.loader.weight_loader import LoadPlan, open_checkpoint, unused_vision_layers
@@ -62,7 +63,7 @@ class ModelOptions:
     def config(self) -> PllavaConfig:
         """The model's configuration: weight_dir's own config.json where it has one, else model_path's."""
         directory, option = config_directory(self.model_path, self.weight_dir)
-        return PllavaConfig.from_dir(directory, option).with_video(self.num_frames, self.pooling_shape)
+        return read_config(directory, option).with_video(self.num_frames, self.pooling_shape)
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | RandomWeights]:

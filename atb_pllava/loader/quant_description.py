@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_config_json
 from atb_pllava.loader.checkpoint import DTYPES, INT8, CheckpointError, Problem, StoredTensor, canonical_name
 from atb_pllava.ops.int8 import GROUP_SIZES, Int8Layers
 
@@ -40,7 +40,7 @@ def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8La
     if not files:
         return Int8Layers(), []
     try:
-        raw = read_json(files[0])
+        raw = read_config_json(files[0])
     except ConfigError as error:
         raise CheckpointError(str(path), [Problem("quant", str(files[0]), str(error))]) from None
     # Every tensor's name has a dot in it and no other field's has.

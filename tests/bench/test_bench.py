@@ -26,11 +26,11 @@ from atb_pllava.bench.shapes import SHAPES, shape_config
 from atb_pllava.bench.sweep import COLUMNS, costs_of
 from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
-from atb_pllava.config import PllavaConfig
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError
 from atb_pllava.files import check_writable
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.model.costs import Cost, Costs
 from atb_pllava.model.pllava import Pllava
@@ -40,7 +40,7 @@ from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from precision.error_plot import plot_errors
 from tests.support import ROOT, raw_config, write_checkpoint
 
-SMALL = PllavaConfig.from_json(raw_config())
+SMALL = config_from_json(raw_config())
 
 
 # What is counted
@@ -75,7 +75,7 @@ def test_int8_weights_are_the_bytes_of_the_file(group_size: int, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["", "proj", "layers.0.mlp"])
 def test_ranks_add_up_to_the_model(kind: str, group_size: int) -> None:
     # Of 192 columns two ranks have 96 each: they both need the scales of the group in the middle.
-    config = PllavaConfig.from_json(raw_config(hidden_size=128, intermediate_size=192))
+    config = config_from_json(raw_config(hidden_size=128, intermediate_size=192))
     names = frozenset(name for name in random_int8(config).names if kind and kind in name)
     layers = Int8Layers(names, group_size)
     for rank in range(2):

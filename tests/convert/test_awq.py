@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import awq as calibrate
 from atb_pllava.convert import converter as convert
 from atb_pllava.convert.awq import Smoothing, find_smoothing
@@ -15,6 +14,7 @@ from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.llm import LLM
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
@@ -53,7 +53,7 @@ def outputs(model: Pllava, directory: Path, clips: list[str]) -> torch.Tensor:
 
 
 def find(source: Path, clips: list[str]) -> Smoothing:
-    config, model = PllavaConfig.from_dir(source), load(source)
+    config, model = read_config(source), load(source)
     shapes = {name: part.shape for name, part in model.weight_map().items()}
     plan = open_checkpoint(source).check(shapes, unused=unused_vision_layers(config))
     return find_smoothing(plan, config, str(source), clips, partial(quantise, group_size=0))

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig, PreprocessorConfig
+from atb_pllava.config import PreprocessorConfig
 from atb_pllava.convert import converter as convert
 from atb_pllava.convert import safetensors_writer as shards
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.llm import LLM
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.loader.weight_loader import CheckpointError, open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
@@ -143,7 +144,7 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     for key, value in {**RAW["text_config"], "rope_theta": 10000.0, "eos_token_id": 2}.items():
         assert config[key] == value
     # MindIE runs no float32; everything else is the source's.
-    assert PllavaConfig.from_dir(quantised) == replace(PllavaConfig.from_dir(source), dtype="float16")
+    assert read_config(quantised) == replace(read_config(source), dtype="float16")
 
 
 def test_merged_is_the_float_checkpoint_again(source: Path, tmp_path: Path) -> None:
@@ -163,12 +164,12 @@ def test_image_and_rope_settings_of_transformers_5_stay_what_they_were(source: P
     settings = {"size": {"shortest_edge": 56}, "crop_size": 56, "image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 2]}
     (model / "processor_config.json").write_text(json.dumps({"image_processor": settings, "shortest_edge": 48}))
     convert_checkpoint(model, tmp_path / "out", W8A16)
-    before, after = (PreprocessorConfig.from_dir(path, 56) for path in (model, tmp_path / "out"))
+    before, after = (read_preprocessor_config(path, 56) for path in (model, tmp_path / "out"))
     assert before == after == PreprocessorConfig(56, 48, (0.5, 0.4, 0.3), (1, 1, 2))
     made = json.loads((tmp_path / "out" / "config.json").read_text())
     assert made["rope_theta"] == made["text_config"]["rope_theta"] == 5e5
     assert not [s for s in (made, made["text_config"]) if s.keys() & {"rope_scaling", "rope_parameters"}]
-    assert PllavaConfig.from_dir(tmp_path / "out").text == PllavaConfig.from_dir(model).text
+    assert read_config(tmp_path / "out").text == read_config(model).text
 
 
 def test_lora_is_merged_before_it_is_rounded(source: Path, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_every_rank_reads_its_slice_of_the_whole(
     source: Path, tmp_path: Path, size: int, options: ConvertOptions
 ) -> None:
     convert_checkpoint(source, tmp_path / "out", options)
-    config, whole = PllavaConfig.from_dir(source), dequantised(tensors(tmp_path / "out"))
+    config, whole = read_config(source), dequantised(tensors(tmp_path / "out"))
     checkpoint = open_checkpoint(tmp_path / "out")
     for rank in range(size):
         model = Pllava(config, get_backend("cpu"), torch.float32, TensorParallel(rank, size), checkpoint.int8)
@@ -524,7 +525,7 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
     """A checkpoint of zeros in bfloat16 that takes no room on the disk."""
     directory.mkdir()
     with torch.device("meta"):
-        parts = Pllava(PllavaConfig.from_json(raw), get_backend("cpu"), torch.bfloat16).weight_map()
+        parts = Pllava(config_from_json(raw), get_backend("cpu"), torch.bfloat16).weight_map()
     specs = tuple(shards.TensorSpec(name, "BF16", part.shape) for name, part in parts.items())
     shard = shards.Shard("model.safetensors", specs)
     with open(directory / shard.file, "wb") as stream:
@@ -538,6 +539,7 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
 MEASURE = """
 import resource, sys
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from atb_pllava.loader.weight_loader import open_checkpoint
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint(sys.argv[1], sys.argv[2], ConvertOptions("pllava_w8a16"))

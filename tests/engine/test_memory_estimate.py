@@ -10,6 +10,7 @@ import torch
 from atb_pllava import LLM
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.engine.memory_estimate import kv_cache_tokens, memory_need, published_bytes
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.ops import free_memory, get_backend
@@ -22,7 +23,7 @@ GB = 1e9
 
 
 def config(size: str) -> PllavaConfig:
-    return PllavaConfig.from_json(PUBLISHED[size])
+    return config_from_json(PUBLISHED[size])
 
 
 # README's table of real weights, in GB: download; weights in bfloat16 and W8A16; memory for one video at a time.

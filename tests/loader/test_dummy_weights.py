@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import plan_random, random_int8
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Layers
 from tests.support import raw_config
 
-CONFIG = PllavaConfig.from_json(raw_config(intermediate_size=97, vocab_size=305))
+CONFIG = config_from_json(raw_config(intermediate_size=97, vocab_size=305))
 
 
 def parts(parallel: TensorParallel, int8: bool = False):

@@ -22,6 +22,7 @@ from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import WeightError
 from atb_pllava.loader import checkpoint
 from atb_pllava.loader import weight_loader as weights
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.weight_loader import (
     Checkpoint,
     CheckpointError,
@@ -101,7 +102,7 @@ def fill(plan: LoadPlan, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 def load_reference(
     model: Path, weight_dir: Path | None = None, alpha: float | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    config = PllavaConfig.from_dir(model)
+    config = read_config(model)
     checkpoint = open_checkpoint(model, weight_dir)
     plan = checkpoint.check(pllava_shapes(config), unused=unused_vision_layers(config), lora_alpha=alpha)
     return fill(plan, dtype)
@@ -708,6 +709,7 @@ def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptu
 CHILD = """
 import sys, torch
 from atb_pllava.distributed.tensor_parallel import ShardSpec
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.weight_loader import open_checkpoint
 def status(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024

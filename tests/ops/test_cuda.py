@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import BackendError
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader import model_loader as loading
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
@@ -337,7 +337,7 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
         monkeypatch.setattr(kernels, name, Noted(name, launches))
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
-    config = PllavaConfig.from_json(raw_config())
+    config = config_from_json(raw_config())
     with torch.device("meta"):
         model = Pllava(config, ops, torch.bfloat16, None, random_int8(config) if int8 else None)
     runner = ModelRunner(model, 4, 16)
