@@ -11,7 +11,7 @@ from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.engine.memory_estimate import memory_need, published_bytes
 from atb_pllava.loader.checkpoint_config import config_from_json
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED
 from atb_pllava.ops.int8 import Int8Layers
 from tests.support import ROOT
@@ -83,7 +83,7 @@ def test_the_memory_of_real_weights_is_what_the_package_computes() -> None:
     for size, sizes in PUBLISHED.items():
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `hf download ermu2001/pllava-{size} ")]
         model = config_from_json(sizes)
-        floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), random_int8(model)))
+        floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), dummy_quant_config(model)))
         numbers = [(floats.least, int8.least), (floats.default, int8.default)]
         cells = [f"{published_bytes(model, LORA_RANK) / 1e9:.1f} GB"]
         cells += [f"{one / 1e9:.1f} / {other / 1e9:.1f} GB" for one, other in numbers]

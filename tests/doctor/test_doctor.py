@@ -21,7 +21,7 @@ from atb_pllava.doctor.machine import Room
 from atb_pllava.doctor.packages import Gpu, Torch
 from atb_pllava.files import write_json
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.mindie import doctor, install, places, service_config
 from atb_pllava.mindie.cards import device_files
 from atb_pllava.mindie.doctor import Setting, examine
@@ -286,7 +286,7 @@ def named(setting: Setting, name: str) -> list[Check]:
 
 def shape(size: str, int8: bool = False) -> machine.Model:
     config = config_from_json(PUBLISHED[size])
-    return machine.Model(config, random_int8(config) if int8 else Int8Layers(), Path(f"/models/pllava-{size}"))
+    return machine.Model(config, dummy_quant_config(config) if int8 else Int8Layers(), Path(f"/models/pllava-{size}"))
 
 
 def memory(free: float, model: machine.Model, world_size: int = 1, **more: object) -> Check:

@@ -150,5 +150,6 @@ class Weights:
         shapes = {name: part.shape for name, part in parts.items()}
         plan = checkpoint.check(shapes, unused=unused_vision_layers(config))
         assert all(item.weight.key == name for name, item in plan.items.items()), "the host knows plain names only"
-        plan.load_into(parts)
+        for _ in plan.load(parts):
+            pass
         return model.language
