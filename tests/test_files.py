@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from atb_pllava.batch.result_log import Key, ResultLog
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.cli.predict import existing_answers
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json, read_object
 from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import read_config, read_preprocessor_config
-from atb_pllava.loader.weight_loader import CheckpointError, open_checkpoint
+from atb_pllava.loader.problems import CheckpointError
+from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import _sources
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from precision.clip_score import MediaFolder, OpenClip, read_answers
 from precision.evaluate import mvbench, recaption
 from precision.parity import compare_files, recorded_errors
 from precision.videobench import dataset
-from tests.support import raw_config, tokenizer_definition, write_checkpoint
+from tests.support import convert_checkpoint, raw_config, tokenizer_definition, write_checkpoint
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

@@ -88,7 +88,7 @@ def convert_checkpoint(
     """
     start_time = time.monotonic()
     dst = Path(destination).resolve()
-    conversion = _check(Path(source), dst, options, Path(weight_dir) if weight_dir else None, calibration, host_files)
+    conversion = _check(source, dst, options, weight_dir, calibration, host_files)
     if conversion.plan.lora is not None:
         logger.info("%s, merged into %d tensors", conversion.plan.lora, len(conversion.plan.lora_ranks))
     partial = dst.with_name(dst.name + ".partial")
@@ -105,18 +105,18 @@ def convert_checkpoint(
 
 
 def _check(
-    source: Path,
+    source: str | os.PathLike[str],
     dst: Path,
     options: ConvertOptions,
-    weight_dir: Path | None,
+    weight_dir: str | os.PathLike[str] | None,
     calibration: Sequence[str],
     host_files: HostFiles,
 ) -> Conversion:
     """Everything that can be wrong with source and options raises here."""
-    configured, option = config_directory(source, weight_dir, ("-src", "-weight_dir"))
+    configured, option = config_directory(source, weight_dir or None, ("-src", "-weight_dir"))
     configured = configured.resolve()
-    src = source.resolve()
-    upper = weight_dir.resolve() if weight_dir else src
+    src = Path(source).resolve()
+    upper = Path(weight_dir).resolve() if weight_dir else src
     config = read_config(configured, option)
     _check_destination(dst, (src, upper))
     _check_calibration(calibration, options)

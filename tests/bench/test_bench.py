@@ -26,7 +26,7 @@ from atb_pllava.bench.shapes import SHAPES, shape_config
 from atb_pllava.bench.sweep import COLUMNS, costs_of
 from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError
 from atb_pllava.files import check_writable
@@ -38,7 +38,7 @@ from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from precision.error_plot import plot_errors
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
 SMALL = config_from_json(raw_config())
 

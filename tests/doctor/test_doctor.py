@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.convert.converter import host_config
 from atb_pllava.doctor import machine, packages
 from atb_pllava.doctor.check import Check
 from atb_pllava.doctor.machine import Room
@@ -25,6 +24,7 @@ from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.mindie import doctor, install, places, service_config
 from atb_pllava.mindie.cards import device_files
 from atb_pllava.mindie.doctor import Setting, examine
+from atb_pllava.mindie.host_files import host_config
 from atb_pllava.model.published_sizes import PUBLISHED
 from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.ops.cpu.build import BuildError, load_library

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import read_config
-from tests.support import raw_config, write_checkpoint
+from tests.support import convert_checkpoint, raw_config, write_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Random weights of real sizes: the same on every number of ranks, the right types, refused when they do not fit."""
+"""Dummy weights of real sizes: the same on every number of ranks, the right types, refused if they do not fit."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from atb_pllava.loader.dummy_weights import dummy_quant_config, plan_dummy_weigh
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Layers
-from tests.support import raw_config
+from tests.support import load_all, raw_config
 
 CONFIG = config_from_json(raw_config(intermediate_size=97, vocab_size=305))
 
@@ -21,7 +21,7 @@ def parts(parallel: TensorParallel, int8: bool = False):
         model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16, parallel, layers)
     model.to_empty(device="cpu")
     found = model.weight_map()
-    plan_dummy_weights(found, parallel.size, 2**30).load_into(found)
+    load_all(plan_dummy_weights(found, parallel.size, 2**30), found)
     return found
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.convert.converter import host_config
 from atb_pllava.errors import ConfigError
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.mindie import install as installation
 from atb_pllava.mindie.contract import CONTRACT, RUNNER_CONTRACT, check_contract
+from atb_pllava.mindie.host_files import host_config
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, find_examples
 from tests.host_sources import HOST, RUNNER_SOURCES, write_host

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import atb_pllava
 from atb_pllava.config import PreprocessorConfig, TextConfig
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
 from atb_pllava.llm import LLM
@@ -36,7 +36,7 @@ from atb_pllava.mindie.media_ids import find_blocks, insert_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder, Truncation
 from atb_pllava.mindie.quirks import QUIRKS
 from atb_pllava.mindie.segments import Segment, read_segment
-from tests.support import IMAGE_ID, ROOT, raw_config, write_checkpoint, write_video
+from tests.support import IMAGE_ID, ROOT, convert_checkpoint, raw_config, write_checkpoint, write_video
 
 STAND_IN = ROOT / "tests" / "mindie_host"
 REAL = os.environ.get("ATB_LLM_HOME")
