@@ -20,10 +20,9 @@ Options:
                      scale the LoRA by -lora_alpha, or 4, whatever its adapter_config.json says
   -asymmetric        zero points: finer steps where a row's weights are not spread around 0
   -group_size N      64 or 128 columns share a scale (default: 0, a whole row, which is what MindIE takes)
-  -quantizer NAME    own (default), or msmodelslim where that is installed: the same files, one layer in memory at a time
+  -quantizer NAME    builtin (default), or msmodelslim if it is installed: the same files, one layer in memory at a time
   -calib DIR         videos on which the rounding is tuned (AWQ): a few typical clips; needs the vision tower, the
                      embedding and one decoder layer in memory in float32, and minutes
-  -device cpu        where to convert (default: cpu)
   -h, --help         this text
 
 The result is complete: weights in shards of at most 4 GiB, tokenizer, preprocessor, config.json and, for W8A16,

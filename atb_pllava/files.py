@@ -24,6 +24,7 @@ REFUSED_ENDINGS = frozenset(
     + [".jp2", ".jxl"]
 )
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS holds instead of a file
+MAX_CONFIG_BYTES = 10 * 2**20
 WEIGHT_ENDINGS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".gguf"])
 LFS_REMEDY = (
     "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download the directory again"
@@ -133,6 +134,11 @@ def read_object(
     if not isinstance(value, dict):
         raise ConfigError(f"{os.fspath(path)} must contain a JSON object, not a {type(value).__name__}")
     return value
+
+
+def read_config_json(path: str | os.PathLike[str], distinct_keys: bool = False) -> dict[str, Any]:
+    """`read_object` of a file of at most MAX_CONFIG_BYTES, such as the JSON files of a checkpoint directory."""
+    return read_object(path, MAX_CONFIG_BYTES, distinct_keys)
 
 
 def why_unreadable(path: str | os.PathLike[str], error: OSError) -> str:

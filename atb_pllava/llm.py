@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice
+from atb_pllava.config import DTYPE_CHOICES, EngineConfig, check_choice
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import plan_blocks
 from atb_pllava.engine.core import Engine
@@ -25,6 +25,7 @@ from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestErr
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.executor.worker import Rendezvous, send_worker_options, share_threads
+from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.model.costs import Costs
 from atb_pllava.model.pllava import Pllava
@@ -92,7 +93,7 @@ class LLM:
         if unknown:
             raise TypeError(f"LLM() got unexpected arguments {unknown}; {', '.join(EngineConfig.__dataclass_fields__)}")
         engine_config = EngineConfig(**engine)
-        check_choice("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, DTYPE_CHOICES)
         options = ModelOptions(
             model_path, weight_dir, lora_alpha, num_frames, pooling_shape, dtype, backend, load_format,
             kernels, compiler, kernel_dir, ignore_adapter_config)  # fmt: skip
@@ -107,7 +108,7 @@ class LLM:
                 f"conversation {conversation!r} ends turns with {self.conversation.assistant_end.strip()}, which is no "
                 f"token of {model_path}: the _llavanext conversations are for 34B"
             )
-        preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
+        preprocessor = read_preprocessor_config(model_path, self.config.vision.image_size)
         frames = FrameCache[list[ProcessedVideo]](engine_config.video_cache_bytes)
         self.processor = VideoProcessor(
             self.config.num_frames, preprocessor, frame_sampler, resize, limits or MediaLimits(), frames

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from atb_pllava.bench.shapes import shape_config, write_shape
 from atb_pllava.cli.parser import Parser
 from atb_pllava.distributed.tensor_parallel import ShardSpec
-from atb_pllava.loader.dummy_weights import RandomWeights
+from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 
@@ -49,8 +49,9 @@ def write(directory: Path, shape: str) -> None:
     for number, shapes in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: torch.empty(size, dtype=torch.bfloat16) for name, size in shapes.items()}
-        weights = RandomWeights(sum(tensor.nbytes for tensor in tensors.values()))
-        weights.load_into({name: ShardSpec.whole(tensor) for name, tensor in tensors.items()})
+        weights = DummyWeights(sum(tensor.nbytes for tensor in tensors.values()))
+        for _ in weights.load({name: ShardSpec.whole(tensor) for name, tensor in tensors.items()}):
+            pass
         save_file(tensors, directory / file)
         weight_map.update(dict.fromkeys(tensors, file))
         print(f"{file}, {weights.bytes_total / 1e9:.1f} GB", file=sys.stderr)

@@ -21,9 +21,11 @@ if __name__ == "__main__":
 
 from atb_pllava.cli.ending import run_command
 from atb_pllava.cli.parser import Parser
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.converter import convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.mindie.host_files import host_files
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import Int8Weight
 
@@ -54,7 +56,8 @@ def round_trip(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as directory:
         for scheme, options in SCHEMES.items():
             target = Path(directory, scheme.replace(" ", "-"))
-            convert_checkpoint(source, target, ConvertOptions("pllava_w8a16", quantizer="msmodelslim", **options))
+            convert_options = ConvertOptions("pllava_w8a16", quantizer="msmodelslim", **options)
+            convert_checkpoint(source, target, convert_options, host_files=host_files)
             worst = worst_step(load(target), exact)
             status |= worst > 0.5001
             print(f"msmodelslim {version('msmodelslim')}, {scheme}: at most {worst:.4f} steps off")

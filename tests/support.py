@@ -1,6 +1,7 @@
 """What many tests share: paths of the repository, a small random model, its checkpoint directory, a small video."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava.config import PllavaConfig
+from atb_pllava.convert import converter
+from atb_pllava.convert.options import ConvertOptions
+from atb_pllava.distributed.tensor_parallel import ShardSpec
+from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.loader.dummy_weights import DummyWeights
+from atb_pllava.loader.weight_loader import LoadPlan
+from atb_pllava.mindie.host_files import host_files
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 
@@ -80,12 +88,29 @@ def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
 def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Path:
     """A loadable directory with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = random_model(PllavaConfig.from_json(raw), seed)
+    model = random_model(config_from_json(raw), seed)
     save_file({name: part.tensor.contiguous().clone() for name, part in model.weight_map().items()},
               directory / "model.safetensors")  # fmt: skip
     (directory / "config.json").write_text(json.dumps(raw))
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     return directory
+
+
+def load_all(plan: LoadPlan | DummyWeights, destinations: Mapping[str, ShardSpec]) -> None:
+    """Fill all destinations."""
+    for _ in plan.load(destinations):
+        pass
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    options: ConvertOptions,
+    weight_dir: str | Path | None = None,
+    calibration: Sequence[str] = (),
+) -> None:
+    """Convert a checkpoint with MindIE's JSON files, as the command line does."""
+    converter.convert_checkpoint(source, destination, options, weight_dir, calibration, host_files=host_files)
 
 
 def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from atb_pllava.batch.result_log import Key, ResultLog
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.cli.predict import existing_answers
-from atb_pllava.config import PllavaConfig, PreprocessorConfig
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json, read_object
 from atb_pllava.llm import LLM
-from atb_pllava.loader.weight_loader import CheckpointError, open_checkpoint
+from atb_pllava.loader.checkpoint_config import read_config, read_preprocessor_config
+from atb_pllava.loader.problems import CheckpointError
+from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import _sources
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ from precision.clip_score import MediaFolder, OpenClip, read_answers
 from precision.evaluate import mvbench, recaption
 from precision.parity import compare_files, recorded_errors
 from precision.videobench import dataset
-from tests.support import raw_config, tokenizer_definition, write_checkpoint
+from tests.support import convert_checkpoint, raw_config, tokenizer_definition, write_checkpoint
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
@@ -107,11 +108,11 @@ FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "p
 
 @pytest.mark.parametrize("encoding", ENCODINGS[1:])
 def test_a_checkpoint_saved_on_windows_loads_and_converts(model: Path, tmp_path: Path, encoding: str) -> None:
-    plain = [PllavaConfig.from_dir(model), PreprocessorConfig.from_dir(model, 56)]
+    plain = [read_config(model), read_preprocessor_config(model, 56)]
     expected = LLM(model, dtype="float32", backend="cpu").chat(None, "what?")
     for name in FILES:
         in_encoding(model / name, encoding)
-    assert [PllavaConfig.from_dir(model), PreprocessorConfig.from_dir(model, 56)] == plain
+    assert [read_config(model), read_preprocessor_config(model, 56)] == plain
     assert LLM(model, dtype="float32", backend="cpu").chat(None, "what?").token_ids == expected.token_ids
     convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_w8a16"))
     # Other readers of the result, MindIE among them, know plain UTF-8 only.

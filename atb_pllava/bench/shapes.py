@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import PllavaConfig, read_json
+from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_config_json
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.published_sizes import PUBLISHED, sizes_json
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
@@ -20,17 +22,17 @@ def shape_json(name: str) -> dict[str, Any]:
         return SHAPES[name]
     if not os.path.isfile(name):
         raise ConfigError(f"--shape {name!r} is neither one of {', '.join(SHAPES)} nor a config.json")
-    return read_json(Path(name))
+    return read_config_json(Path(name))
 
 
 def shape_config(name: str) -> PllavaConfig:
-    return PllavaConfig.from_json(shape_json(name))
+    return config_from_json(shape_json(name))
 
 
 def write_shape(directory: Path, name: str) -> Path:
     """A directory that loads with load_format "random"."""
     raw = shape_json(name)
-    config = PllavaConfig.from_json(raw)
+    config = config_from_json(raw)
     (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     definition = json.dumps(_tokenizer(config.text.vocab_size, config.image_token_index))
     (directory / "tokenizer.json").write_text(definition, encoding="utf-8")

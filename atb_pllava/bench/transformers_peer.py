@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import ConfigError
-from atb_pllava.loader.dummy_weights import RandomWeights
+from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.ops.int8 import Int8Layers, Int8Weight
 
 FILL = 0.01  # of every cached key and value where a context is made up
@@ -119,11 +119,12 @@ class TransformersPeer:
 @torch.no_grad()
 def _fill(destinations: dict[str, ShardSpec], int8: Int8Layers, dtype: torch.dtype) -> None:
     """Our random weights under the same names; int8 ones as the float they mean."""
-    RandomWeights(sum(part.tensor.nbytes for part in destinations.values())).load_into(
-        {name: part for name, part in destinations.items() if name not in int8.names}
-    )
+    weights = DummyWeights(sum(part.tensor.nbytes for part in destinations.values()))
+    for _ in weights.load({name: part for name, part in destinations.items() if name not in int8.names}):
+        pass
     for name in sorted(int8.names):
         room = Int8Weight.empty(len(destinations[name].tensor), destinations[name].shape[1], dtype)
         parts = {name: room.values, f"{name}_scale": room.scale, f"{name}_offset": room.offset}
-        RandomWeights(room.values.nbytes).load_into({part: ShardSpec.whole(tensor) for part, tensor in parts.items()})
+        for _ in weights.load({part: ShardSpec.whole(tensor) for part, tensor in parts.items()}):
+            pass
         destinations[name].tensor.copy_(room.dequantise())

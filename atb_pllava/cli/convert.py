@@ -2,8 +2,10 @@
 
 import argparse
 
-from atb_pllava.convert.converter import QUANTIZERS, ConvertOptions, convert_checkpoint
-from atb_pllava.convert.converter import TYPES as CONVERT_TYPES
+from atb_pllava.convert.converter import convert_checkpoint
+from atb_pllava.convert.options import QUANTIZERS, ConvertOptions
+from atb_pllava.convert.options import TYPES as CONVERT_TYPES
+from atb_pllava.mindie.host_files import host_files
 from atb_pllava.multimodal.media import list_media
 from atb_pllava.ops.int8 import GROUP_SIZES
 
@@ -44,12 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="columns that share a scale (default 0: a whole row, which is what MindIE's models take)",
     )
     parser.add_argument(
-        "-quantizer", choices=QUANTIZERS, default="own", help="own (default), or the installed msmodelslim"
+        "-quantizer", choices=QUANTIZERS, default="builtin", help="builtin (default), or the installed msmodelslim"
     )
     parser.add_argument(
         "-calib", metavar="DIR", help="videos on which scales are tuned before rounding (default: none are needed)"
     )
-    parser.add_argument("-device", choices=("cpu",), default="cpu", help="where to convert (default cpu)")
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -63,5 +64,5 @@ def convert(arguments: argparse.Namespace) -> int:
         quantizer=arguments.quantizer,
     )
     clips = list_media(arguments.calib) if arguments.calib else []
-    convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir, clips)
+    convert_checkpoint(arguments.src, arguments.dst, options, arguments.weight_dir, clips, host_files=host_files)
     return 0

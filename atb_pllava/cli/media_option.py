@@ -4,9 +4,9 @@ import argparse
 import os
 from typing import Any
 
-from atb_pllava.config import MODEL_TYPES
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_object
+from atb_pllava.loader.checkpoint_config import MODEL_TYPES
 from atb_pllava.loader.directory import check_has_config, config_directory, holds_media
 
 _LARGEST_CONFIG = 1 << 20  # bytes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from atb_pllava.cli.environment import compiler, kernel_dir, master_port, started_by_torchrun
-from atb_pllava.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
+from atb_pllava.config import DTYPE_CHOICES, KV_CACHE_DTYPES, EngineConfig
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.executor.worker import Rendezvous, run_worker
@@ -96,7 +96,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     )
     group.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=DTYPE_CHOICES,
         default="auto",
         metavar="NAME",
         help="float32, bfloat16, float16 or auto (default): as stored; on a CPU bfloat16 where native, else float32",

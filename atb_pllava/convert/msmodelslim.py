@@ -1,8 +1,8 @@
-"""msModelSlim instead of our own rounding, one decoder layer at a time.
+"""msModelSlim as the quantizer, one decoder layer at a time.
 
-The package (github.com/Ascend/msit, `pip install msmodelslim transformers`) is optional and imported here only. It
-quantises whole models of transformers, so a LLaMA of one layer is built around each layer's weights; memory is a few
-times that of a layer in float32.
+The package msmodelslim (github.com/Ascend/msit, `pip install msmodelslim transformers`) is optional and imported here
+only. msModelSlim quantises whole models of transformers, so each decoder layer is put into a LLaMA of one layer. The
+memory needed is a few times that of a layer in float32.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _LAYER = "model.layers.0."
 
 
 class MsModelSlim:
-    """Quantises decoder layers of one model; raises ConfigError where the packages are missing."""
+    """Quantises decoder layers of one model. Raises ConfigError if msmodelslim or transformers cannot be imported."""
 
     def __init__(self, config: TextConfig, *, symmetric: bool, group_size: int) -> None:
         try:
@@ -33,9 +33,11 @@ class MsModelSlim:
         except ImportError as error:
             raise ConfigError(
                 f"-quantizer msmodelslim cannot be used here ({error}); run `pip install msmodelslim transformers`, or "
-                "leave the option out: our own quantizer writes the same files"
+                "leave the option out: the builtin quantizer writes the same files"
             ) from None
-        self._model_class, self._calibrator, self.group_size = transformers.LlamaForCausalLM, Calibrator, group_size
+        self.group_size = group_size
+        self._model_class = transformers.LlamaForCausalLM
+        self._calibrator = Calibrator
         self._model_config = transformers.LlamaConfig(
             vocab_size=8,
             num_hidden_layers=1,
@@ -53,8 +55,8 @@ class MsModelSlim:
         )
 
     def quantise_layer(self, weights: Mapping[str, Tensor]) -> dict[str, Int8Weight]:
-        """Float32 weights [out, in] of one layer's linears, by their names below the layer, to int8."""
-        # Whatever the package prints is no answer of ours: it belongs on stderr.
+        """The int8 weights for the float32 weights [out, in] of one layer's linears, by their names below the layer."""
+        # The package prints to stdout, which is for results: its lines go to stderr.
         with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as directory:
             model = self._model_class(self._model_config).eval().to(torch.float32)
             missing, unexpected = model.load_state_dict({_LAYER + n: w for n, w in weights.items()}, strict=False)

@@ -1,65 +1,75 @@
-"""The values of a converted checkpoint, some rows at a time: float as they are or with factors folded in, or int8."""
+"""Quantizers: the values of a converted checkpoint, some rows at a time, as floats or as int8."""
 
-from collections.abc import Callable
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from atb_pllava.convert.awq import Smoothing
+from atb_pllava.convert.awq import AwqScales
 from atb_pllava.convert.msmodelslim import MsModelSlim
-from atb_pllava.loader.checkpoint import DTYPES
+from atb_pllava.convert.options import QuantScheme
+from atb_pllava.loader.checkpoint import FLOAT_DTYPES
 from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.ops.int8 import Int8Weight
 
 
-class Rounding(Protocol):
-    """Where the converter gets its values from."""
+class Quantizer(ABC):
+    """Makes the values that the converter writes from the tensors of a load plan, LoRA merged."""
 
-    def floats(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:
-        """Rows of a tensor, LoRA merged."""
-        ...
+    def __init__(self, plan: LoadPlan) -> None:
+        self.plan = plan
 
-    def int8(self, name: str, rows: range) -> Int8Weight:
-        """Rows of a linear layer's weight, LoRA merged."""
-        ...
-
-
-class OwnRounding:
-    """Our own quantizer: `quantise` is quant.quantise with its options bound. `smoothing` is folded in before."""
-
-    def __init__(self, plan: LoadPlan, quantise: Callable[..., Int8Weight], smoothing: Smoothing) -> None:
-        self.plan, self.quantise, self.smoothing = plan, quantise, smoothing
-
-    def floats(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:
-        """Rows of a tensor, LoRA merged."""
-        return self.smoothing.apply(name, self.plan.read_rows(name, rows, dtype), rows).to(dtype)
-
-    def int8(self, name: str, rows: range) -> Int8Weight:
-        """The scales have the type the weight is stored in."""
-        # From float32: a merged weight is rounded once, to 8 bits.
-        scale_dtype = DTYPES[self.plan.items[name].weight.dtype]
-        return self.quantise(self.floats(name, rows, torch.float32), scale_dtype=scale_dtype)
-
-
-class MsModelSlimRounding:
-    """msModelSlim's quantizer, which wants a decoder layer at once; the last one is kept for the rows that follow."""
-
-    def __init__(self, plan: LoadPlan, slim: MsModelSlim) -> None:
-        self.plan, self.slim = plan, slim
-        self.prefix, self.layer = "", dict[str, Int8Weight]()
-
-    def floats(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:
-        """Rows of a tensor, LoRA merged."""
+    def float_rows(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:
+        """Rows of a tensor in `dtype`. Raises CheckpointError for values that no model can use."""
         return self.plan.read_rows(name, rows, dtype)
 
-    def int8(self, name: str, rows: range) -> Int8Weight:
+    @abstractmethod
+    def int8_rows(self, name: str, rows: range) -> Int8Weight:
+        """Rows of the weight of a linear layer as int8."""
+
+
+class BuiltinQuantizer(Quantizer):
+    """Rounds each row or group of columns by its extremes, after the AWQ scales were multiplied in."""
+
+    def __init__(self, plan: LoadPlan, scheme: QuantScheme, awq_scales: AwqScales) -> None:
+        super().__init__(plan)
+        self.scheme = scheme
+        self.awq_scales = awq_scales
+
+    def float_rows(self, name: str, rows: range, dtype: torch.dtype) -> Tensor:
+        """Rows of a tensor in `dtype`, with its AWQ scales multiplied in."""
+        return self.awq_scales.apply(name, super().float_rows(name, rows, dtype), rows).to(dtype)
+
+    def int8_rows(self, name: str, rows: range) -> Int8Weight:
+        """The scales have the dtype in which the weight is stored.
+
+        The merged weight is rounded once, from float32 to int8.
+        """
+        scale_dtype = FLOAT_DTYPES[self.plan.items[name].weight.dtype]
+        return self.scheme.quantise(self.float_rows(name, rows, torch.float32), scale_dtype)
+
+
+class MsModelSlimQuantizer(Quantizer):
+    """msModelSlim quantises a whole decoder layer at once. The latest layer is kept for the rows that follow."""
+
+    def __init__(self, plan: LoadPlan, slim: MsModelSlim) -> None:
+        super().__init__(plan)
+        self.slim = slim
+        self._prefix = ""  # of the names in the layer that is kept
+        self._layer: dict[str, Int8Weight] = {}  # by name below the prefix
+
+    def int8_rows(self, name: str, rows: range) -> Int8Weight:
         """The scales are float32."""
-        parts = name.split(".")  # ... layers.N.BLOCK.LINEAR.weight
+        parts = name.split(".")  # language_model.model.layers.N.self_attn.q_proj.weight
         prefix = ".".join(parts[:-3]) + "."
-        if prefix != self.prefix:
-            names = [n for n in self.plan.items if n.startswith(prefix) and n.endswith("_proj.weight")]
-            floats = {n: self.floats(n, range(self.plan.items[n].weight.shape[0]), torch.float32) for n in names}
-            self.layer = self.slim.quantise_layer({n[len(prefix) :]: w for n, w in floats.items()})
-            self.prefix = prefix
-        return self.layer[name[len(prefix) :]].rows(slice(rows.start, rows.stop))
+        if prefix != self._prefix:
+            self._layer = self._quantise_layer(prefix)
+            self._prefix = prefix
+        return self._layer[name.removeprefix(prefix)].rows(slice(rows.start, rows.stop))
+
+    def _quantise_layer(self, prefix: str) -> dict[str, Int8Weight]:
+        names = [name for name in self.plan.items if name.startswith(prefix) and name.endswith("_proj.weight")]
+        return self.slim.quantise_layer({name.removeprefix(prefix): self._whole(name) for name in names})
+
+    def _whole(self, name: str) -> Tensor:
+        return self.float_rows(name, range(self.plan.items[name].weight.shape[0]), torch.float32)

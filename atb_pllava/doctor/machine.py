@@ -17,8 +17,9 @@ from atb_pllava.distributed.tensor_parallel import check_world_size
 from atb_pllava.doctor.check import Check
 from atb_pllava.engine.memory_estimate import MemoryNeed, memory_need, published_bytes
 from atb_pllava.errors import PllavaError, counted
-from atb_pllava.loader.checkpoint import KINDS, CheckpointError
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config
+from atb_pllava.loader.dummy_weights import dummy_quant_config
+from atb_pllava.loader.problems import KINDS, CheckpointError
 from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.model.costs import Costs
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
@@ -77,7 +78,7 @@ def gigabytes(size: float) -> str:
 
 def read_model(path: str, world_size: int = 1) -> Model:
     """Config and headers of a directory. Raises ConfigError and CheckpointError for one that is of no use here."""
-    config = PllavaConfig.from_dir(path)
+    config = read_config(path)
     check_world_size(world_size, config.text)
     logger = logging.getLogger("atb_pllava.loader.weight_loader")
     before = logger.level
@@ -91,7 +92,7 @@ def read_model(path: str, world_size: int = 1) -> Model:
 def published_model(name: str) -> Model | None:
     """The sizes of a published model by its name on the Hub; None for a name that is none of them."""
     size = published_size(name)
-    return None if size is None else Model(PllavaConfig.from_json(PUBLISHED[size]), Int8Layers(), None)
+    return None if size is None else Model(config_from_json(PUBLISHED[size]), Int8Layers(), None)
 
 
 def auto_dtype(config: PllavaConfig, backend: str) -> str:
@@ -138,7 +139,7 @@ def _ways_to_fit(room: Room, model: Model, element: int, world_size: int, need: 
     if room.limited_by:
         yield f"give the container more memory: docker run --memory={-(-need.least // 2**30)}g"
     if not model.is_int8:
-        int8 = random_int8(model.config)
+        int8 = dummy_quant_config(model.config)
         smaller = memory_need(model.config, element, int8, world_size, together=room.is_cpu)
         if smaller.least <= room.total:
             yield f"8-bit weights need {gigabytes(smaller.least)} GB: {_convert(model)}"
@@ -204,7 +205,7 @@ def disk_check(model: Model, named: str) -> Check:
         return Check("disk", True, f"{size}, in 8 bits already")
     place = model.path.resolve().parent
     free = shutil.disk_usage(place).free
-    needed = Costs(model.config, 2, random_int8(model.config)).weight_bytes
+    needed = Costs(model.config, 2, dummy_quant_config(model.config)).weight_bytes
     merged = Costs(model.config, 2).weight_bytes
     what = f"{size}; a conversion takes {gigabytes(needed)} GB (pllava_w8a16) or {gigabytes(merged)} (pllava_merged)"
     what += f"; {gigabytes(free)} GB are free in {place}"

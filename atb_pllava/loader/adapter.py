@@ -1,7 +1,7 @@
-"""What PEFT's adapter_config.json says about the LoRA tensors beside it: their scale, and what else they would need.
+"""PEFT's adapter_config.json: the scale of the LoRA tensors beside it, and settings that are refused.
 
-Only W + scale * B @ A is computed here. A file that asks for more is refused by the name of its key. Keys and defaults
-are those of `LoraConfig` in PEFT up to 0.21; published PLLaVA directories have no such file.
+This package computes W + scale * B @ A. A file that asks for more is refused, and the message names the key. Keys and
+defaults are those of `LoraConfig` in PEFT up to 0.21. Published PLLaVA directories have no such file.
 """
 
 import json
@@ -12,20 +12,20 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_config_json
+from atb_pllava.loader.directory import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
-DEFAULT_ALPHA = 4.0  # that of PLLaVA's published scores, where no file says another
+DEFAULT_ALPHA = 4.0  # of PLLaVA's published scores; used if no file states an alpha
 
-# Keys that change what the tensors mean, with the values for which W + scale * B @ A is all; null is one too.
+# Keys that change what the tensors mean, with the values for which W + scale * B @ A is right. null is allowed too.
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none",),  # others are trained biases
-    # The others replace the frozen weight by what their start leaves of it; PEFT writes true when it took that back.
+    "bias": ("none",),  # with other values biases were trained
+    # Other initialisations subtract the initial B @ A from the frozen weight. PEFT writes true after it undid that.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-# Keys that say how the adapter was trained, or which layers have one; the tensors themselves say the latter.
+# Keys about the training of the adapter, or about the layers that have one. The tensors themselves show the layers.
 _NO_EFFECT = frozenset(
     ["task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"]
     + ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core"]
@@ -33,7 +33,7 @@ _NO_EFFECT = frozenset(
     + ["runtime_config", "merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"]
 )
 _OWN_CHECKS = frozenset(["r", "lora_alpha", "use_rslora", "modules_to_save"])
-# All other keys, known ones such as use_dora, rank_pattern and fan_in_fan_out among them, must be false or empty.
+# All other keys must be false or empty. Known ones among them are use_dora, rank_pattern and fan_in_fan_out.
 _REMEDY = (
     "merge the adapter with PEFT (merge_and_unload) and load the merged model; --ignore_adapter_config takes the "
     "tensors as plain LoRA all the same"
@@ -42,7 +42,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class LoraScale:
-    """How much a LoRA counts: W + scale * B @ A. `source` names what said `alpha`."""
+    """The scale in W + scale * B @ A. `source` is the file or option that stated `alpha`."""
 
     alpha: float
     rank: int
@@ -61,7 +61,7 @@ class LoraScale:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The part of one adapter_config.json that decides the scale; `rank` is None where the file does not say it."""
+    """The part of one adapter_config.json that decides the scale. `rank` is None if the file does not state one."""
 
     path: Path
     alpha: float
@@ -70,23 +70,26 @@ class AdapterConfig:
 
     @classmethod
     def from_dir(cls, directory: Path, names: Collection[str]) -> "AdapterConfig | None":
-        """Read the file of a directory whose tensors have these canonical names; None where there is no file.
+        """Read the file of a directory whose tensors have the canonical names `names`. None if there is no file.
 
-        Raises ConfigError in one line that names every key it cannot follow, with its value and what is allowed.
+        Raises ConfigError with one line that names every unsupported key, its value and the allowed values.
         """
         path = directory / ADAPTER_CONFIG
         if not os.path.lexists(path):
             return None
-        raw = read_json(path, distinct_keys=True)
+        raw = read_config_json(path, distinct_keys=True)
         wrong = [*_refused(raw), *_unsaved_modules(raw, names)]
-        if raw.get("peft_type") in (None, *_ALLOWED["peft_type"]):  # others have no alpha
+        if raw.get("peft_type") in (None, *_ALLOWED["peft_type"]):  # other methods of PEFT have no alpha
             wrong += _unusable_numbers(raw)
         if wrong:
             raise ConfigError(f"{path}: {'; '.join(wrong)}. What to do: {_REMEDY}")
         return cls(path, float(raw["lora_alpha"]), raw.get("r"), raw.get("use_rslora") is True)
 
     def scale(self, rank: int, given: float | None) -> LoraScale:
-        """The scale of LoRA tensors of this rank. Raises ConfigError where rank or --lora_alpha is another one."""
+        """The scale of LoRA tensors of rank `rank`.
+
+        Raises ConfigError if the file states another rank, or another alpha than `given`, which is --lora_alpha.
+        """
         if self.rank is not None and self.rank != rank:
             raise ConfigError(
                 f"{self.path}: r is {self.rank}, and the LoRA tensors beside it have rank {rank}: the two do not "
@@ -101,18 +104,19 @@ class AdapterConfig:
 
 
 def plain_scale(rank: int, given: float | None) -> LoraScale:
-    """The scale of LoRA tensors without an adapter_config.json, or with one that is ignored: alpha / r."""
+    """alpha / r, the scale of LoRA tensors if there is no adapter_config.json or if the file is ignored."""
     if given is None:
         return LoraScale(DEFAULT_ALPHA, rank, False, "PLLaVA's published scores")
     return LoraScale(float(given), rank, False, "--lora_alpha")
 
 
 def is_alpha(value: object) -> bool:
-    """A usable LoRA alpha: a number above 0."""
+    """Whether the value is a usable LoRA alpha: a number above 0 and at most 1e6."""
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and 0 < value <= 1e6
 
 
 def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Each key that asks for more than a scaled LoRA, with its value and the allowed values."""
     for key, value in raw.items():
         if key in _NO_EFFECT or key in _OWN_CHECKS or value is None:
             continue
@@ -124,7 +128,10 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unsaved_modules(raw: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
-    """Modules trained as a whole are saved among the tensors; one that is not would be the base model's in silence."""
+    """Each module of modules_to_save without a tensor in the directory.
+
+    Such modules were trained as a whole. Without their tensors the base model's would be used, and nobody would know.
+    """
     modules = raw.get("modules_to_save") or []
     modules = [modules] if isinstance(modules, str) else modules
     if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
@@ -132,13 +139,15 @@ def _unsaved_modules(raw: Mapping[str, Any], names: Collection[str]) -> Iterator
         return
     saved = [f".{name}" for name in names if ".lora_" not in name]
     for module in modules:
-        # PEFT compares the ends of module names, and what comes before differs between layouts.
+        # PEFT compares the ends of module names. The beginnings differ between layouts.
         if not any(f".{module.split('.')[-1]}." in name for name in saved):
             yield f"modules_to_save names {_shown(module)}, and no tensor of it lies beside the LoRA"
 
 
 def _unusable_numbers(raw: Mapping[str, Any]) -> Iterator[str]:
-    alpha, rank, rslora = raw.get("lora_alpha"), raw.get("r"), raw.get("use_rslora")
+    alpha = raw.get("lora_alpha")
+    rank = raw.get("r")
+    rslora = raw.get("use_rslora")
     if not is_alpha(alpha):
         yield f"lora_alpha is {_shown(alpha)}, only a number above 0 is supported"
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
@@ -148,6 +157,6 @@ def _unusable_numbers(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    """A value as it stands in the file, shortened."""
+    """The value as JSON, at most 83 characters."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 80 else f"{text[:80]}..."

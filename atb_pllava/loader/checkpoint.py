@@ -1,6 +1,6 @@
-"""A checkpoint directory as its headers describe it: which files, which tensors, and what is wrong with them.
+"""The tensors of a checkpoint directory by the headers of its files: which files, which tensors, what is wrong.
 
-No tensor is read here; `weights.py` does that. Pickles are never opened.
+No tensor is read here; `tensor_values.py` reads them. Pickle files are never opened.
 """
 
 import math
@@ -14,26 +14,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atb_pllava.config import read_json
-from atb_pllava.errors import ConfigError, WeightError, counted
-from atb_pllava.files import LFS_POINTER, LFS_REMEDY, why_unreadable
+from atb_pllava.errors import ConfigError, counted
+from atb_pllava.files import LFS_POINTER, LFS_REMEDY, read_config_json, why_unreadable
+from atb_pllava.loader.problems import Problem
 from atb_pllava.ops.int8 import Int8Layers
 
 INDEX_FILE = "model.safetensors.index.json"
-QUANT_STEM = "quant_model_weight"  # what msModelSlim calls its weight files, sharded or not
+QUANT_STEM = "quant_model_weight"  # msModelSlim's weight files begin with it, sharded or not
 WEIGHT_FILE = re.compile(rf"(?:(?:adapter_)?model|{QUANT_STEM}).*\.safetensors")
 INDEX = re.compile(rf"(?:model|{QUANT_STEM}\w*)\.safetensors\.index\.json")
 PICKLES = (".bin", ".pt", ".pth")
 
-# Real headers hold about 1200 names in 0.2 MB; the bounds keep a hostile file from filling the memory.
+# Real headers hold about 1200 names in 0.2 MB. The bounds keep a hostile file from filling the memory.
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
-NAMES_PER_GROUP = 20
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-INT8 = "I8"  # weights of a quantised directory, in safetensors' word for them
+# Types by their names in safetensors files.
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INT8 = "I8"
 
-# Applied in this order to every name in a file; what comes out is the name in a plain LLaVA state dict.
+# Applied in this order to every tensor name in a file. The result is the name in a plain LLaVA state dict.
 RENAMES = (
     (r"\bbase_model\.model\.", ""),  # PEFT around the language model (published PLLaVA) or around the whole model
     (r"\.base_layer\.", "."),  # PEFT: the frozen weight beside its LoRA
@@ -44,58 +44,10 @@ RENAMES = (
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),  # transformers >= 5
 )
 
-# Kind of problem: heading in the report, what to do about it. The order is that of the report.
-KINDS = {
-    "file": ("files", "download the directory again, and check that --model_path and --weight_dir name the right ones"),
-    "quant": ("quantisation", "a quantised directory is converted as a whole: convert the float checkpoint again, LoRA "
-              "included, with convert_quant_weights.sh into a directory of its own"),
-    "missing": ("missing tensors", "config.json and the weights must be of one model; a directory with LoRA and "
-                "projector only is a --weight_dir and needs its base model as --model_path"),
-    "unexpected": ("unexpected tensors", "the checkpoint holds more than PLLaVA reads: check that config.json belongs "
-                   "to it"),
-    "duplicate": ("tensors stored twice", "remove one of the two files or names"),
-    "shape": ("wrong shapes", "config.json, base model and --weight_dir must be of the same model size"),
-    "dtype": ("unsupported types", f"save these tensors as one of {', '.join(DTYPES)}"),
-    "value": ("unusable values", "the file is damaged or the training diverged: compare checksums, download again; "
-              "where float16 is too narrow, run in bfloat16 or float32"),
-    "lora": ("LoRA", "LoRA needs lora_A and lora_B of one rank for linear layers of the language model, and an "
-             "alpha above zero"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, order=True)
-class Problem:
-    """One thing that is wrong: its kind (a key of KINDS), the tensor or file, and what was found there."""
-
-    kind: str
-    name: str
-    detail: str
-
-
-class CheckpointError(WeightError):
-    """Everything that is wrong with a checkpoint: `problems` is the whole list, the message a readable part of it."""
-
-    def __init__(self, where: str, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(set(problems), key=lambda p: (list(KINDS).index(p.kind), p)))
-        super().__init__("\n".join(self._lines(where)))
-
-    def _lines(self, where: str) -> Iterator[str]:
-        count = len(self.problems)
-        yield f"the checkpoint {where} cannot be loaded, {count} problem{'s' if count > 1 else ''}:"
-        groups = {kind: [p for p in self.problems if p.kind == kind] for kind in KINDS}
-        for kind, found in groups.items():
-            if found:
-                yield f"{KINDS[kind][0]} ({len(found)}):"
-                yield from (f"  {_printable(p.name)}: {_printable(p.detail)}" for p in found[:NAMES_PER_GROUP])
-            if len(found) > NAMES_PER_GROUP:
-                yield f"  ... and {len(found) - NAMES_PER_GROUP} more"
-        yield "what to do:"
-        yield from (f"  {KINDS[kind][0]}: {KINDS[kind][1]}" for kind, found in groups.items() if found)
-
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what its header says; `dtype` in the words of safetensors ("BF16")."""
+    """One tensor of a file by the file's header. `key` is its name there, `dtype` the name of its type ("BF16")."""
 
     file: Path
     key: str
@@ -104,13 +56,14 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the file; the dtype must be one of DTYPES or INT8."""
-        return math.prod(self.shape) * (1 if self.dtype == INT8 else DTYPES[self.dtype].itemsize)
+        """Bytes in the file. The dtype must be in FLOAT_DTYPES or be INT8."""
+        itemsize = 1 if self.dtype == INT8 else FLOAT_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * itemsize
 
 
 @dataclass(frozen=True)
 class WeightDir:
-    """One directory: its tensors by canonical name, which are int8, and what is wrong between these."""
+    """One directory: its tensors by canonical name, the int8 tensors among them, and the problems found so far."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -125,92 +78,108 @@ class WeightDir:
         int8: Int8Layers | None = None,
         problems: Iterable[Problem] = (),
     ) -> "WeightDir":
+        """The directory of these tensors. A canonical name that two tensors have is a problem more."""
         tensors: dict[str, StoredTensor] = {}
-        duplicates = list(problems)
+        all_problems = list(problems)
         for tensor in stored:
-            first = tensors.setdefault(canonical_name(tensor.key), tensor)
+            name = canonical_name(tensor.key)
+            first = tensors.setdefault(name, tensor)
             if first is not tensor:
                 detail = f"both {first.key} in {first.file.name} and {tensor.key} in {tensor.file.name}"
-                duplicates.append(Problem("duplicate", canonical_name(tensor.key), detail))
-        return cls(path, tensors, int8 or Int8Layers(), tuple(duplicates))
+                all_problems.append(Problem("duplicate", name, detail))
+        return cls(path, tensors, int8 or Int8Layers(), tuple(all_problems))
 
     @property
     def lora_targets(self) -> set[str]:
+        """The weights that the LoRA tensors of this directory belong to."""
         return {lora_target(name) for name in self.tensors if is_lora(name)}
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter_config.json in it would be about its tensors."""
+        """Whether an adapter_config.json in this directory belongs to its tensors."""
         return bool(self.lora_targets) or any(t.file.name.startswith("adapter_model") for t in self.tensors.values())
 
     def describe(self) -> str:
-        keys = [t.key for t in self.tensors.values()]
+        """One line for the log: tensors, files, naming, LoRA or W8A16."""
+        tensors = counted(len(self.tensors), "tensor")
+        files = counted(len({tensor.file for tensor in self.tensors.values()}), "file")
+        return f"{self.path}: {tensors} in {files}, {self._naming()}, {self._extras()}"
+
+    def _naming(self) -> str:
+        keys = [tensor.key for tensor in self.tensors.values()]
         if any("base_model.model." in key for key in keys):
-            layout = "PEFT-wrapped names"
-        else:
-            layout = "plain LLaVA names" if not any(k.startswith("model.") for k in keys) else "transformers 5 names"
-        lora = f", LoRA for {counted(len(self.lora_targets), 'tensor')}" if self.lora_targets else ", no LoRA"
+            return "PEFT-wrapped names"
+        return "transformers 5 names" if any(key.startswith("model.") for key in keys) else "plain LLaVA names"
+
+    def _extras(self) -> str:
         if self.int8.names:
             groups = f"groups of {self.int8.group_size} columns" if self.int8.group_size else "rows"
-            lora = f", W8A16: {counted(len(self.int8.names), 'int8 weight')}, scales for {groups}"
-        files = {t.file for t in self.tensors.values()}
-        return f"{self.path}: {counted(len(keys), 'tensor')} in {counted(len(files), 'file')}, {layout}{lora}"
+            return f"W8A16: {counted(len(self.int8.names), 'int8 weight')}, scales for {groups}"
+        targets = self.lora_targets
+        return f"LoRA for {counted(len(targets), 'tensor')}" if targets else "no LoRA"
 
 
 def canonical_name(key: str) -> str:
-    """The name in a plain LLaVA state dict of a tensor that a file calls `key`."""
+    """The name that a tensor called `key` in a file has in a plain LLaVA state dict."""
     for pattern, replacement in RENAMES:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def is_lora(name: str) -> bool:
+    """Whether the canonical name is that of a LoRA matrix."""
     return name.endswith((".lora_A.weight", ".lora_B.weight"))
 
 
 def lora_target(name: str) -> str:
-    """`x.lora_A.weight` and `x.lora_B.weight` to `x.weight`."""
+    """The weight that a LoRA matrix belongs to: `x.weight` for `x.lora_A.weight` and `x.lora_B.weight`."""
     return name[: -len("lora_A.weight")] + "weight"
 
 
 def read_directory(path: Path, problems: list[Problem]) -> list[StoredTensor]:
-    """Every tensor of a directory; what is wrong with it is added to `problems`."""
+    """Every tensor of a directory, by the headers of its files. Problems with the directory are added to `problems`."""
     try:
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError as error:
         problems.append(Problem("file", str(path), f"cannot be listed: {error.strerror}"))
         return []
-    indexes = [name for name in names if INDEX.fullmatch(name)]
-    if len(indexes) > 1:
-        detail = f"has {' and '.join(indexes)}: float weights beside quantised ones, or one of them is stale"
-        problems.append(Problem("file", str(path), detail))
-    index = _read_index(path / indexes[-1], problems) if indexes else None
-    files = _choose_files(path, names, index, problems)
+    index = _find_index(path, names, problems)
     stored: list[StoredTensor] = []
-    for name in files:
+    for name in _choose_files(path, names, index, problems):
         header = _read_header(path / name, problems)
         if header is None:
             continue
         stored += header
         if index is not None:
-            problems += _compare_index(path / name, {t.key for t in header}, index)
+            problems += _compare_index(path / name, {tensor.key for tensor in header}, index)
         if len(stored) > MAX_TENSORS:
             problems.append(Problem("file", str(path), f"holds more than {MAX_TENSORS} tensors"))
             break
     return stored
 
 
+def _find_index(path: Path, names: Sequence[str], problems: list[Problem]) -> dict[str, str] | None:
+    """Tensor name to file name, from the index among the files `names`. None if there is no index."""
+    indexes = [name for name in names if INDEX.fullmatch(name)]
+    if not indexes:
+        return None
+    if len(indexes) > 1:
+        detail = f"has {' and '.join(indexes)}: float weights beside quantised ones, or one of them is stale"
+        problems.append(Problem("file", str(path), detail))
+    return _read_index(path / indexes[-1], problems)
+
+
 def _read_index(file: Path, problems: list[Problem]) -> dict[str, str]:
-    """Tensor name to file name; entries that do not name a file of the directory are left out and reported."""
+    """Tensor name to file name. Entries that do not name a file of the directory are left out, and are problems."""
     try:
-        weight_map = read_json(file).get("weight_map")
+        weight_map = read_config_json(file).get("weight_map")
     except ConfigError as error:
         problems.append(Problem("file", str(file), str(error)))
         return {}
     if not isinstance(weight_map, dict) or not weight_map:
         problems.append(Problem("file", str(file), "has no weight_map of tensor names to files"))
         return {}
-    # Links are fine, the hub's cache consists of them; a path in the index is not.
+    # The file may be a link: the cache of the Hugging Face Hub consists of links. A path in the index is refused.
     good = {key: name for key, name in weight_map.items() if isinstance(name, str) and _is_plain_file_name(name)}
     for key in weight_map.keys() - good.keys():
         detail = f"{weight_map[key]!r} (for {key}) is not the name of a safetensors file in this directory"
@@ -221,26 +190,56 @@ def _read_index(file: Path, problems: list[Problem]) -> dict[str, str]:
 def _choose_files(
     path: Path, names: Sequence[str], index: Mapping[str, str] | None, problems: list[Problem]
 ) -> list[str]:
-    """The files to read: those of the index, else the shards, else the single file. Leftover weights are reported."""
-    candidates = [n for n in names if WEIGHT_FILE.fullmatch(n)]
-    shards = [n for n in candidates if n.startswith(QUANT_STEM)] or [n for n in candidates if n.startswith("model-")]
-    single = [n for n in reversed(candidates) if n in ("model.safetensors", "adapter_model.safetensors")][:1]
-    chosen = sorted(set(index.values())) if index is not None else shards or single
-    if index is None and not chosen:
-        problems.append(Problem("file", str(path), _explain_absence(names)))
-    for name in sorted(set(candidates) - set(chosen)) if chosen else []:
-        detail = "is not named by the index" if index is not None else f"lies beside {chosen[0]}: one of them is stale"
-        if any(n.startswith(QUANT_STEM) for n in chosen) and not name.startswith(QUANT_STEM):
-            detail = f"holds other weights beside the quantised {chosen[0]}; keep them in directories of their own"
-        problems.append(Problem("file", str(path / name), detail))
-    if index is None:
-        missing = {n for shard in shards for n in _numbered_siblings(shard)} - set(names)
-        problems += [Problem("file", str(path / n), "missing shard, going by the names of the others") for n in missing]
+    """The weight files to read: those of the index if there is one, else the shards, else the single file.
+
+    Missing shards and weight files that are not read are added to `problems`.
+    """
+    candidates = [name for name in names if WEIGHT_FILE.fullmatch(name)]
+    if index is not None:
+        chosen = sorted(set(index.values()))
+        why_left_over = "is not named by the index"
+    else:
+        chosen = _files_by_name(candidates)
+        why_left_over = f"lies beside {chosen[0]}: one of them is stale" if chosen else ""
+        problems += _missing_files(path, names, chosen)
+    if chosen:
+        problems += _left_over_files(path, candidates, chosen, why_left_over)
     return chosen
 
 
+def _files_by_name(candidates: Sequence[str]) -> list[str]:
+    """The files to read in a directory without an index: quantised ones first, then shards, then a single file."""
+    for prefix in (QUANT_STEM, "model-"):
+        shards = [name for name in candidates if name.startswith(prefix)]
+        if shards:
+            return shards
+    for single in ("model.safetensors", "adapter_model.safetensors"):
+        if single in candidates:
+            return [single]
+    return []
+
+
+def _missing_files(path: Path, names: Sequence[str], chosen: Sequence[str]) -> Iterator[Problem]:
+    if not chosen:
+        yield Problem("file", str(path), _explain_absence(names))
+    siblings = {sibling for name in chosen for sibling in _numbered_siblings(name)}
+    for name in siblings - set(names):
+        yield Problem("file", str(path / name), "missing shard, going by the names of the others")
+
+
+def _left_over_files(path: Path, candidates: Sequence[str], chosen: Sequence[str], why: str) -> Iterator[Problem]:
+    """A problem for each weight file that is not read; `why` says how the files to read were found."""
+    is_quantised = any(name.startswith(QUANT_STEM) for name in chosen)
+    for name in sorted(set(candidates) - set(chosen)):
+        detail = why
+        if is_quantised and not name.startswith(QUANT_STEM):
+            detail = f"holds other weights beside the quantised {chosen[0]}; keep them in directories of their own"
+        yield Problem("file", str(path / name), detail)
+
+
 def _explain_absence(names: Sequence[str]) -> str:
-    pickles = [n for n in names if n.endswith(PICKLES)]
+    """Why a directory with these files has no weights to read."""
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if not pickles:
         what = f"{counted(len(names), 'other file')}" if names else "nothing at all"
         return f"no model.safetensors, model-*.safetensors or {INDEX_FILE} here, but {what}"
@@ -252,7 +251,7 @@ def _explain_absence(names: Sequence[str]) -> str:
 
 
 def _numbered_siblings(shard: str) -> list[str]:
-    """`model-00001-of-00003.safetensors` to the names of all three; other names have no siblings."""
+    """The names of all shards for one of them: three for `model-00001-of-00003.safetensors`. Other names have none."""
     match = re.fullmatch(r"(\w+-)(\d{1,5})(-of-)(\d{1,5})(\.safetensors)", shard)
     if match is None:
         return []
@@ -261,9 +260,9 @@ def _numbered_siblings(shard: str) -> list[str]:
 
 
 def _read_header(file: Path, problems: list[Problem]) -> list[StoredTensor] | None:
-    """The tensors of one file, without reading them; None when the file cannot be used."""
+    """The tensors of one file by its header. None if the file cannot be used; the reason is added to `problems`."""
     try:
-        reason = _unusable_file(file)
+        reason = _why_unusable(file)
         if reason is None:
             with safe_open(str(file), framework="pt") as handle:
                 slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
@@ -276,8 +275,11 @@ def _read_header(file: Path, problems: list[Problem]) -> list[StoredTensor] | No
     return None
 
 
-def _unusable_file(file: Path) -> str | None:
-    """Why a file is not worth handing to the library: no regular file (a pipe would block), no weights, huge header."""
+def _why_unusable(file: Path) -> str | None:
+    """Why a file is not given to the safetensors library; None if it may be.
+
+    A pipe would block the library, a Git LFS pointer has no weights, and a huge header fills the memory.
+    """
     if not stat.S_ISREG(os.stat(file).st_mode):
         return "is not a regular file"
     with open(file, "rb") as stream:
@@ -291,6 +293,7 @@ def _unusable_file(file: Path) -> str | None:
 
 
 def _compare_index(file: Path, keys: set[str], index: Mapping[str, str]) -> Iterator[Problem]:
+    """Problems where the tensors `keys` of a file are not those that the index has for this file."""
     listed = {key for key, name in index.items() if name == file.name}
     for key in listed - keys:
         yield Problem("file", str(file), f"lacks {key}, which the index says it holds")
@@ -301,14 +304,3 @@ def _compare_index(file: Path, keys: set[str], index: Mapping[str, str]) -> Iter
 
 def _is_plain_file_name(name: str) -> bool:
     return name == os.path.basename(name) and name.endswith(".safetensors") and "\0" not in name
-
-
-def raise_if_any(where: str, problems: Sequence[Problem]) -> None:
-    if problems:
-        raise CheckpointError(where, problems)
-
-
-def _printable(text: str) -> str:
-    """Names come from files: no control characters in a terminal, no name that fills the screen."""
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 400 else text[:400] + "..."

@@ -1,6 +1,6 @@
-"""Whether a path can be a checkpoint directory and, where it cannot, what it probably is instead.
+"""Checks that a path is a checkpoint directory. The error says what the path probably is instead.
 
-Nothing is ever downloaded: a name of the Hugging Face Hub gets the command that downloads it.
+Nothing is downloaded. For a name on the Hugging Face Hub the message has the command that downloads it.
 """
 
 import os
@@ -16,13 +16,17 @@ _HUB_NAME = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)?"
     r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?:/(?:tree|blob|resolve)/.*)?/?"
 )
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _ON_TOP = {"--model_path": "--weight_dir", "-src": "-weight_dir"}
-_FOLDERS_SEARCHED = 50  # enough to meet the media of a folder, few enough for a wrong path such as /
+_FOLDERS_SEARCHED = 50  # for media: enough for a folder of clips, few enough for a wrong path such as /
 
 
 def check_directory(path: str | os.PathLike[str], option: str = "--model_path") -> Path:
-    """The path, which is a directory. `option` is what named it. Raises ConfigError that says what to do."""
+    """The path, if it is a directory. `option` is the command line option that named it, for messages.
+
+    Raises ConfigError otherwise. The message names videos, files and names on the Hugging Face Hub as such, and says
+    what to do.
+    """
     name = os.fspath(path)
     if name and os.path.isdir(name):
         return Path(name)
@@ -44,12 +48,15 @@ def check_directory(path: str | os.PathLike[str], option: str = "--model_path") 
 
 
 def check_has_config(directory: Path, option: str = "--model_path") -> Path:
-    """config.json of a checkpoint directory. Raises ConfigError where there is none."""
+    """The path of config.json in a checkpoint directory. Raises ConfigError if there is none.
+
+    The message recognises a PEFT adapter alone and a folder of videos or images.
+    """
     config = directory / "config.json"
     if os.path.lexists(config):
         return config
     missing = f"{config} does not exist; a checkpoint directory needs it"
-    if os.path.lexists(directory / _ADAPTER_CONFIG):
+    if os.path.lexists(directory / ADAPTER_CONFIG):
         missing = (
             f"{config} does not exist; {directory} holds a PEFT adapter: give it as {_ON_TOP.get(option, option)}, and "
             f"its base model as {option}. Where only one directory is taken, merge the two first: "
@@ -68,17 +75,18 @@ def config_directory(
     weight_dir: str | os.PathLike[str] | None,
     options: tuple[str, str] = ("--model_path", "--weight_dir"),
 ) -> tuple[Path, str]:
-    """The directory whose config.json counts, and the option that named it; `options` are those of the two paths.
+    """The directory whose config.json is read, and the option that named the directory.
 
-    It is weight_dir where that has a config.json, else model_path: PEFT saves adapters without one.
-    Raises ConfigError where one of the two is no directory.
+    `weight_dir` is taken if it has a config.json, else `model_path`: PEFT saves adapters without a config.json.
+    `options` are the options that named the two paths. Raises ConfigError if one of the two is no directory, and if
+    the two are swapped.
     """
     base = check_directory(model_path, options[0])
     if weight_dir is not None:
         upper = check_directory(weight_dir, options[1])
         if os.path.lexists(upper / "config.json"):
-            if os.path.lexists(base / _ADAPTER_CONFIG):
-                check_has_config(base, options[0])  # an adapter alone: the two are swapped
+            if os.path.lexists(base / ADAPTER_CONFIG):
+                check_has_config(base, options[0])  # raises for an adapter alone: the two paths are swapped
             return upper, options[1]
     return base, options[0]
 
@@ -88,6 +96,9 @@ def _is_media(name: str) -> bool:
 
 
 def holds_media(directory: str | os.PathLike[str]) -> bool:
-    """Whether a file of the folder or of its first subfolders has the ending of a video or image."""
+    """Whether a file of the folder or of its first subfolders has the ending of a video or image.
+
+    At most 50 folders are searched.
+    """
     folders = islice(os.walk(directory), _FOLDERS_SEARCHED)
     return any(_is_media(file) for _, _, files in folders for file in files if not file.startswith("."))

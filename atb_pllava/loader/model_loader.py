@@ -11,8 +11,9 @@ import torch
 from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
 from atb_pllava.distributed.tensor_parallel import TensorParallel, check_world_size
 from atb_pllava.errors import BackendError
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.directory import config_directory
-from atb_pllava.loader.dummy_weights import RandomWeights, plan_random, random_int8
+from atb_pllava.loader.dummy_weights import DummyWeights, dummy_quant_config, plan_dummy_weights
 from atb_pllava.loader.weight_loader import LoadPlan, open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, free_memory, get_backend
@@ -62,10 +63,10 @@ class ModelOptions:
     def config(self) -> PllavaConfig:
         """The model's configuration: weight_dir's own config.json where it has one, else model_path's."""
         directory, option = config_directory(self.model_path, self.weight_dir)
-        return PllavaConfig.from_dir(directory, option).with_video(self.num_frames, self.pooling_shape)
+        return read_config(directory, option).with_video(self.num_frames, self.pooling_shape)
 
 
-def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | RandomWeights]:
+def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | DummyWeights]:
     """The model without memory, and what to read into it; all that is wrong with a checkpoint's headers raises here."""
     config = options.config()
     check_world_size(parallel.size, config.text)
@@ -90,16 +91,16 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
 
 def _plan_random(
     load_format: str, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel
-) -> tuple[Pllava, RandomWeights]:
-    int8 = random_int8(config) if load_format == "random_w8a16" else Int8Layers()
+) -> tuple[Pllava, DummyWeights]:
+    int8 = dummy_quant_config(config) if load_format == "random_w8a16" else Int8Layers()
     with torch.device("meta"):
         model = Pllava(config, ops, dtype, parallel, int8)
     ranks_here = parallel.size if ops.name == "cpu" else 1
-    return model, plan_random(model.weight_map(), ranks_here, free_memory(ops))
+    return model, plan_dummy_weights(model.weight_map(), ranks_here, free_memory(ops))
 
 
 def fill_model(
-    model: Pllava, plan: LoadPlan | RandomWeights, each: Callable[[], None] | None = None, pack: bool = False
+    model: Pllava, plan: LoadPlan | DummyWeights, each: Callable[[], None] | None = None, pack: bool = False
 ) -> Pllava:
     """Allocate the model on its device and read its weights; `each` is called after every tensor.
 
@@ -117,7 +118,8 @@ def fill_model(
         if each is not None:
             each()
 
-    plan.load_into(parts, loaded)
+    for name in plan.load(parts):
+        loaded(name)
     return model.eval()
 
 

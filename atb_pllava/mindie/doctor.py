@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atb_pllava.config import PllavaConfig, read_json
 from atb_pllava.doctor.check import Check
 from atb_pllava.doctor.packages import (
     PACKAGES,
@@ -27,6 +26,8 @@ from atb_pllava.doctor.packages import (
     torch_check,
 )
 from atb_pllava.errors import PllavaError, counted
+from atb_pllava.files import read_config_json
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.mindie import places
 from atb_pllava.mindie.cards import DEVICES, Card, device_files, list_cards
 from atb_pllava.mindie.contract import CONTRACT, check_contract
@@ -298,7 +299,7 @@ def _config_only(setting: Setting) -> Check:
         if setting.mindie:
             config = read_host_model(setting.model_path, setting.world_size)
         else:
-            config = PllavaConfig.from_dir(setting.model_path)
+            config = read_config(setting.model_path)
     except PllavaError as error:
         return Check("model", False, str(error))
     return Check("model", True, f"{setting.model_path}: {config.num_video_tokens} tokens a video, {config.dtype}")
@@ -307,10 +308,10 @@ def _config_only(setting: Setting) -> Check:
 def _service(setting: Setting) -> Iterator[Check]:
     assert setting.config is not None
     try:
-        config, model = read_json(Path(setting.config)), None
+        config, model = read_config_json(Path(setting.config)), None
         path = setting.model_path or _weight_path(config)
         if path is not None:
-            model = PllavaConfig.from_dir(path)
+            model = read_config(path)
     except PllavaError as error:
         yield Check("config", False, str(error), "python -m atb_pllava mindie config writes one")
         return
@@ -357,7 +358,7 @@ def _ports(setting: Setting) -> Check:
     ip, ports = "127.0.0.1", [setting.port or 1025]
     if setting.config is not None and setting.port is None:
         try:
-            server = read_json(Path(setting.config))["ServerConfig"]
+            server = read_config_json(Path(setting.config))["ServerConfig"]
             ip, ports = server["ipAddress"], [server[name] for name in ("port", "managementPort", "metricsPort")]
         except (PllavaError, KeyError, TypeError):
             pass  # said by the checks of the config itself

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atb_pllava.config import LARGEST_WORLD, TextConfig, read_json
+from atb_pllava.config import LARGEST_WORLD, TextConfig
 from atb_pllava.errors import ConfigError, WeightError
+from atb_pllava.files import read_config_json
 
 if TYPE_CHECKING:  # nothing here needs torch, and doctor runs where torch is what is broken
     from atb_pllava.loader.weight_loader import Checkpoint
@@ -67,7 +68,7 @@ def check_head_size(text: TextConfig) -> None:
 
 def check_model_dir(model_dir: str | os.PathLike[str]) -> None:
     """Raises ConfigError where config.json is not one that the host gives to this plugin, as the published ones."""
-    found = read_json(Path(model_dir) / "config.json").get("model_type")
+    found = read_config_json(Path(model_dir) / "config.json").get("model_type")
     if found != MODEL_TYPE:
         raise ConfigError(
             f"{os.fspath(model_dir)}: config.json says model_type {found!r}; MindIE takes {MODEL_TYPE!r}, and plain "

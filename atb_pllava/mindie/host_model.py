@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-from atb_pllava.config import PllavaConfig, read_json
+from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError
+from atb_pllava.files import read_config_json
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.mindie.host_checks import check_head_size, check_model_dir, check_world_size, convert_command
 
 HOST_DTYPES = ("float16", "bfloat16")
@@ -19,9 +21,9 @@ def read_host_model(model_path: str | os.PathLike[str], world_size: int = 1) -> 
     host refuses, or cannot be split over `world_size` devices.
     """
     directory = Path(model_path)
-    config = PllavaConfig.from_dir(directory)
+    config = read_config(directory)
     check_model_dir(directory)
-    raw = read_json(directory / "config.json")
+    raw = read_config_json(directory / "config.json")
     if not isinstance(raw.get("vocab_size"), int):
         raise ConfigError(f"{directory}/config.json has no vocab_size on its top level. {convert_command(directory)}")
     if raw.get("torch_dtype") not in HOST_DTYPES:

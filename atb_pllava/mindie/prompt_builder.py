@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from atb_pllava.config import PllavaConfig, PreprocessorConfig
+from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError, RequestError
+from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.mindie.dialogue import Dialogue, shorten
 from atb_pllava.mindie.media_ids import check_block_length, insert_blocks
 from atb_pllava.mindie.segments import Segment, remove_segments, write_segment
@@ -73,7 +74,7 @@ class PromptBuilder:
                 f"conversation {options.conversation!r} ends turns with {conversation.assistant_end.strip()}, which is "
                 f"no token of {os.fspath(model_dir)}: the _llavanext conversations are for 34B"
             )
-        preprocessor = PreprocessorConfig.from_dir(model_dir, config.vision.image_size)
+        preprocessor = read_preprocessor_config(model_dir, config.vision.image_size)
         reader = VideoProcessor(config.num_frames, preprocessor, options.sampler, options.resize)
         return cls(config, tokenizer, conversation, reader)
 

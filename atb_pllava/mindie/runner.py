@@ -57,9 +57,9 @@ except ImportError as missing:
     sys.exit(2)
 
 from atb_pllava.bench.host_csv import LLAVA_COLUMNS
-from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError, PllavaError, RequestError, counted
 from atb_pllava.files import write_json, write_text
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.multimodal.media import list_media
 from atb_pllava.prompt.chat_template import choose_conversation, render
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN, Tokenizer
@@ -99,7 +99,7 @@ class PllavaRunner(MultimodalPARunner):
     def __init__(self, frames: int | None, **options: Any) -> None:
         self.frames = frames
         super().__init__(**options)
-        config = PllavaConfig.from_dir(self.model_path)
+        config = read_config(self.model_path)
         self.text = Tokenizer.from_dir(self.model_path, config.image_token_index)
 
     def init_processor(self) -> None:

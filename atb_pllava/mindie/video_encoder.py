@@ -36,7 +36,8 @@ class VideoEncoder(nn.Module):
         model.to_empty(device=device)
         views = {**model.vision.weight_views(), **model.projector.weight_views()}
         ours = {name: item for name, item in plan.items.items() if name in views}
-        LoadPlan(plan.where, ours).load_into({name: ShardSpec.whole(view) for name, view in views.items()})
+        for _ in LoadPlan(plan.where, ours).load({name: ShardSpec.whole(view) for name, view in views.items()}):
+            pass
         self.model = model
 
     @torch.no_grad()

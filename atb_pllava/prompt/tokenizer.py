@@ -18,8 +18,8 @@ from typing import Any
 
 import tokenizers
 
-from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, RequestError
+from atb_pllava.files import read_config_json
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Tokenizer:
                 f"{path} does not exist; PLLaVA needs the tokenizer.json the checkpoint was published with "
                 "(take it from the base model when a training output lacks it)"
             )
-        tokenizer = cls(read_json(path), image_token_index, str(path))
+        tokenizer = cls(read_config_json(path), image_token_index, str(path))
         for contradiction in tokenizer.contradictions(path.with_name("tokenizer_config.json")):
             logger.warning("%s", contradiction)
         return tokenizer
@@ -188,7 +188,7 @@ class Tokenizer:
         if not os.path.lexists(config_file):
             return
         try:
-            config = read_json(config_file)
+            config = read_config_json(config_file)
         except ConfigError as error:
             yield f"{error}; only tokenizer.json is used"
             return

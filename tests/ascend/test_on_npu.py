@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.ops import free_memory, get_backend
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.reference import TorchBackend
-from tests.support import EXAMPLES, raw_config, write_checkpoint
+from tests.support import EXAMPLES, convert_checkpoint, raw_config, write_checkpoint
 
 assert device.machine is not None
 MACHINE = device.machine

@@ -26,21 +26,21 @@ from atb_pllava.bench.shapes import SHAPES, shape_config
 from atb_pllava.bench.sweep import COLUMNS, costs_of
 from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
-from atb_pllava.config import PllavaConfig
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError
 from atb_pllava.files import check_writable
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.costs import Cost, Costs
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from precision.error_plot import plot_errors
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
-SMALL = PllavaConfig.from_json(raw_config())
+SMALL = config_from_json(raw_config())
 
 
 # What is counted
@@ -75,8 +75,8 @@ def test_int8_weights_are_the_bytes_of_the_file(group_size: int, tmp_path: Path)
 @pytest.mark.parametrize("kind", ["", "proj", "layers.0.mlp"])
 def test_ranks_add_up_to_the_model(kind: str, group_size: int) -> None:
     # Of 192 columns two ranks have 96 each: they both need the scales of the group in the middle.
-    config = PllavaConfig.from_json(raw_config(hidden_size=128, intermediate_size=192))
-    names = frozenset(name for name in random_int8(config).names if kind and kind in name)
+    config = config_from_json(raw_config(hidden_size=128, intermediate_size=192))
+    names = frozenset(name for name in dummy_quant_config(config).names if kind and kind in name)
     layers = Int8Layers(names, group_size)
     for rank in range(2):
         parallel = TensorParallel(rank, 2)
@@ -109,7 +109,7 @@ def test_8_bit_keys_and_values_by_hand() -> None:
 
 def test_int8_weights_by_hand() -> None:
     config = shape_config("7b")
-    costs, floats = Costs(config, int8=random_int8(config)), Costs(config)
+    costs, floats = Costs(config, int8=dummy_quant_config(config)), Costs(config)
     rows = 3 * 4096 + 4096 + 2 * 11008 + 4096
     fewer = 32 * (4 * 4096**2 + 3 * 4096 * 11008) - 32 * rows * 2 * 2
     assert floats.decoder_weight_bytes - costs.decoder_weight_bytes == fewer
@@ -167,7 +167,7 @@ def test_roofline_by_hand() -> None:
 def test_prediction_of_7b_is_the_known_one() -> None:
     # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s; W8A16 reads half the weights: 197.
     machine = Machine("910B", 1.6e12, 313e12, 64e9)
-    for int8, speed in ((Int8Layers(), 109), (random_int8(shape_config("7b")), 197)):
+    for int8, speed in ((Int8Layers(), 109), (dummy_quant_config(shape_config("7b")), 197)):
         found = predict(Costs(shape_config("7b"), int8=int8), machine, 1, 2364)
         assert found.tokens_per_second == pytest.approx(speed, rel=0.03)
     assert largest_batch(Costs(shape_config("34b")), machine, 2364) == 0

@@ -1,25 +1,22 @@
 """Activation-aware scales: the float model stays what it is, and rounding hurts less where inputs are uneven."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atb_pllava.config import PllavaConfig
-from atb_pllava.convert import awq as calibrate
-from atb_pllava.convert import converter as convert
-from atb_pllava.convert.awq import Smoothing, find_smoothing
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert import awq, converter
+from atb_pllava.convert.awq import AwqScales, embed_prompts, find_awq_scales, forward_layer
+from atb_pllava.convert.options import ConvertOptions, QuantScheme
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.llm import LLM
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops.int8 import quantise
-from tests.support import raw_config, write_checkpoint, write_video
+from tests.support import convert_checkpoint, raw_config, write_checkpoint, write_video
 
 
 @pytest.fixture(params=[4, 2], ids=["MHA", "GQA"])
@@ -45,33 +42,38 @@ def load(directory: Path) -> Pllava:
 
 def outputs(model: Pllava, directory: Path, clips: list[str]) -> torch.Tensor:
     """Hidden states behind the last layer, for all tokens of all clips."""
-    hidden = list(calibrate._embeddings(model, str(directory), clips))
+    hidden = list(embed_prompts(model, str(directory), clips))
     with torch.no_grad():
         for layer in model.language.layers:
-            hidden = [calibrate._forward(layer, x) for x in hidden]  # type: ignore[arg-type]
+            hidden = [forward_layer(layer, x) for x in hidden]  # type: ignore[arg-type]
     return torch.cat(hidden)
 
 
-def find(source: Path, clips: list[str]) -> Smoothing:
-    config, model = PllavaConfig.from_dir(source), load(source)
+def find(source: Path, clips: list[str]) -> AwqScales:
+    config = read_config(source)
+    model = load(source)
     shapes = {name: part.shape for name, part in model.weight_map().items()}
     plan = open_checkpoint(source).check(shapes, unused=unused_vision_layers(config))
-    return find_smoothing(plan, config, str(source), clips, partial(quantise, group_size=0))
+    return find_awq_scales(plan, config, str(source), clips, QuantScheme())
 
 
-def test_any_factors_leave_the_float_model_as_it_is(
+def test_any_scales_leave_the_float_model_as_it_is(
     source: Path, clips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    factors = lambda x, weight, rounding: torch.rand(x.shape[1], generator=generator) + 0.5  # noqa: E731
-    monkeypatch.setattr(calibrate, "_best_factors", factors)
-    smoothing, model = find(source, clips), load(source)
+
+    def random_scales(x: torch.Tensor, weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+        return torch.rand(x.shape[1], generator=generator) + 0.5
+
+    monkeypatch.setattr(awq, "_best_scales", random_scales)
+    awq_scales = find(source, clips)
+    model = load(source)
     before = outputs(model, source, clips)
     for name, part in model.weight_map().items():
-        values = smoothing.apply(name, part.tensor, range(len(part.tensor)))
+        values = awq_scales.apply(name, part.tensor, range(len(part.tensor)))
         part.tensor.copy_(values.bfloat16() if "layernorm" in name else values)
     assert float((outputs(model, source, clips) - before).norm() / before.norm()) < 1e-4
-    linears = {name.split(".")[-2] for name in smoothing.columns}
+    linears = {name.split(".")[-2] for name in awq_scales.columns}
     is_mha = model.config.text.num_attention_heads == model.config.text.num_key_value_heads
     assert linears == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj", *(["o_proj"] * is_mha)}
 
@@ -99,7 +101,7 @@ def test_other_clips_are_another_conversion(source: Path, clips: list[str], tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_conversion_keeps_its_factors(
+def test_an_interrupted_conversion_keeps_its_scales(
     source: Path, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*arguments: object) -> None:
@@ -107,14 +109,14 @@ def test_an_interrupted_conversion_keeps_its_factors(
 
     options = ConvertOptions("pllava_w8a16")
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_write_shards", stop)
+        patch.setattr(converter, "_write_shards", stop)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(source, tmp_path / "out", options, calibration=clips)
-    monkeypatch.setattr(convert, "find_smoothing", stop)
+    monkeypatch.setattr(converter, "find_awq_scales", stop)
     convert_checkpoint(source, tmp_path / "out", options, calibration=clips)
-    assert not (tmp_path / "out" / convert.FACTORS).exists()
+    assert not (tmp_path / "out" / converter.AWQ_FILE).exists()
     monkeypatch.undo()
     convert_checkpoint(source, tmp_path / "again", options, calibration=clips)
-    file = "quant_model_weight_w8a16-00001-of-00001.safetensors"
+    file = "quant_model_weight_w8a16.safetensors"
     one, two = (load_file(tmp_path / name / file) for name in ("out", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -17,19 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig, PreprocessorConfig
-from atb_pllava.convert import converter as convert
-from atb_pllava.convert import safetensors_writer as shards
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.config import PreprocessorConfig
+from atb_pllava.convert import converter, safetensors_writer
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.llm import LLM
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
-from atb_pllava.loader.weight_loader import CheckpointError, open_checkpoint, unused_vision_layers
+from atb_pllava.loader.problems import CheckpointError
+from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Weight
-from tests.support import ROOT, raw_config, tokenizer_definition, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, load_all, raw_config, tokenizer_definition, write_checkpoint
 
 RAW = raw_config(num_attention_heads=16, num_key_value_heads=8, intermediate_size=192, hidden_size=128)
 LAYER = "language_model.model.layers.0."
@@ -118,18 +119,17 @@ def test_answers_are_those_of_the_dequantised_model(source: Path, tmp_path: Path
 
 def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     names = {file.name for file in quantised.iterdir()}
-    weights = "quant_model_weight_w8a16"
     assert names == {
-        "config.json", "tokenizer.json", "tokenizer_config.json", "quant_model_description.json",
-        f"{weights}.safetensors.index.json", f"{weights}-00001-of-00001.safetensors",
-    }  # fmt: skip
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "quant_model_description.json",
+        "quant_model_weight_w8a16.safetensors",
+    }
     tokenizer = json.loads((quantised / "tokenizer_config.json").read_text())  # the source has none
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (tokenizer["bos_token"], tokenizer["eos_token"]) == ("<s>", "</s>")
     content = tensors(quantised)
-    index = json.loads((quantised / f"{weights}.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == content.keys()
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in content.values())
     description = json.loads((quantised / "quant_model_description.json").read_text())
     assert (description.pop("version"), description.pop("model_quant_type")) == ("1.0.0", "W8A16")
     assert description.pop("group_size") == 0
@@ -143,7 +143,7 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     for key, value in {**RAW["text_config"], "rope_theta": 10000.0, "eos_token_id": 2}.items():
         assert config[key] == value
     # MindIE runs no float32; everything else is the source's.
-    assert PllavaConfig.from_dir(quantised) == replace(PllavaConfig.from_dir(source), dtype="float16")
+    assert read_config(quantised) == replace(read_config(source), dtype="float16")
 
 
 def test_merged_is_the_float_checkpoint_again(source: Path, tmp_path: Path) -> None:
@@ -163,12 +163,12 @@ def test_image_and_rope_settings_of_transformers_5_stay_what_they_were(source: P
     settings = {"size": {"shortest_edge": 56}, "crop_size": 56, "image_mean": [0.5, 0.4, 0.3], "image_std": [1, 1, 2]}
     (model / "processor_config.json").write_text(json.dumps({"image_processor": settings, "shortest_edge": 48}))
     convert_checkpoint(model, tmp_path / "out", W8A16)
-    before, after = (PreprocessorConfig.from_dir(path, 56) for path in (model, tmp_path / "out"))
+    before, after = (read_preprocessor_config(path, 56) for path in (model, tmp_path / "out"))
     assert before == after == PreprocessorConfig(56, 48, (0.5, 0.4, 0.3), (1, 1, 2))
     made = json.loads((tmp_path / "out" / "config.json").read_text())
     assert made["rope_theta"] == made["text_config"]["rope_theta"] == 5e5
     assert not [s for s in (made, made["text_config"]) if s.keys() & {"rope_scaling", "rope_parameters"}]
-    assert PllavaConfig.from_dir(tmp_path / "out").text == PllavaConfig.from_dir(model).text
+    assert read_config(tmp_path / "out").text == read_config(model).text
 
 
 def test_lora_is_merged_before_it_is_rounded(source: Path, tmp_path: Path) -> None:
@@ -203,18 +203,27 @@ def test_shards_stay_below_their_limit(
     source: Path, quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 2**20 + 300_000
-    monkeypatch.setattr(convert, "plan_shards", partial(shards.plan_shards, limit=limit))
+    monkeypatch.setattr(safetensors_writer, "MAX_SHARD_BYTES", limit)
     convert_checkpoint(source, tmp_path / "out", W8A16)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and all(file.stat().st_size <= limit for file in files)
-    one, many = tensors(quantised), tensors(tmp_path / "out")
+    one = tensors(quantised)
+    many = tensors(tmp_path / "out")
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    # The names and the index that transformers and MindIE look for.
+    stem = "quant_model_weight_w8a16"
+    assert [file.name for file in files] == [
+        f"{stem}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    index = json.loads((tmp_path / "out" / f"{stem}.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["metadata"] == {"total_size": sum(t.numel() * t.element_size() for t in many.values())}
 
 
 def test_blocks_of_rows_change_nothing(
     source: Path, quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "ELEMENTS_PER_BLOCK", 1000)
+    monkeypatch.setattr(converter, "CONVERT_ELEMENTS", 1000)
     convert_checkpoint(source, tmp_path / "out", W8A16)
     one, many = tensors(quantised), tensors(tmp_path / "out")
     assert all(torch.equal(one[name], many[name]) for name in one)
@@ -229,13 +238,13 @@ def test_every_rank_reads_its_slice_of_the_whole(
     source: Path, tmp_path: Path, size: int, options: ConvertOptions
 ) -> None:
     convert_checkpoint(source, tmp_path / "out", options)
-    config, whole = PllavaConfig.from_dir(source), dequantised(tensors(tmp_path / "out"))
+    config, whole = read_config(source), dequantised(tensors(tmp_path / "out"))
     checkpoint = open_checkpoint(tmp_path / "out")
     for rank in range(size):
         model = Pllava(config, get_backend("cpu"), torch.float32, TensorParallel(rank, size), checkpoint.int8)
         parts = model.weight_map()
         shapes = {name: part.shape for name, part in parts.items()}
-        checkpoint.check(shapes, unused=unused_vision_layers(config)).load_into(parts)
+        load_all(checkpoint.check(shapes, unused=unused_vision_layers(config)), parts)
         for i, layer in enumerate(model.language.layers):
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 (weight,) = linear.weights
@@ -389,7 +398,8 @@ def test_float_shards_beside_quantised_ones(source: Path, quantised: Path, tmp_p
     (directory / "model-00001-of-00001.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     error = load_error(directory)
     assert [p.kind for p in error.problems] == ["file"] and "beside the quantised" in str(error)
-    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    for stem in ("model", "quant_model_weight_w8a16"):
+        (directory / f"{stem}.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
     assert "beside quantised ones" in str(load_error(directory))
 
 
@@ -448,7 +458,7 @@ def test_a_nan_leaves_nothing_behind(source: Path, tmp_path: Path, name: str) ->
 
 
 def test_no_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(converter.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10})())
     refuse(ConfigError, "GB are free there", source, tmp_path / "out", W8A16)
 
 
@@ -461,19 +471,19 @@ def test_somebody_elses_directory_is_not_touched(source: Path, tmp_path: Path) -
 
 SLOW = """
 import sys, time
-from functools import partial
-from atb_pllava.convert import converter as convert
-from atb_pllava.convert import safetensors_writer as shards
-convert.plan_shards = partial(shards.plan_shards, limit=2**20 + 300_000)
-write, written = convert._write_tensor, []
+from atb_pllava.convert import safetensors_writer
+from atb_pllava.convert.options import ConvertOptions
+from tests.support import convert_checkpoint
+safetensors_writer.MAX_SHARD_BYTES = 2**20 + 300_000
+write = safetensors_writer.ShardWriter.write
 def slow(writer, name, *rest):
     write(writer, name, *rest)
-    if "layers.1.mlp.up" in name:
+    if name.endswith("layers.1.mlp.up_proj.weight_offset"):
         print("half-way", flush=True)
         time.sleep(60)
 if len(sys.argv) > 3:
-    convert._write_tensor = slow
-convert.convert_checkpoint(sys.argv[1], sys.argv[2], convert.ConvertOptions("pllava_w8a16"))
+    safetensors_writer.ShardWriter.write = slow
+convert_checkpoint(sys.argv[1], sys.argv[2], ConvertOptions("pllava_w8a16"))
 """
 
 
@@ -512,7 +522,7 @@ def test_other_options_start_over(source: Path, tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_write_rest", stop)
+        patch.setattr(converter, "write_index", stop)
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(source, tmp_path / "out", W8A16)
     assert list((tmp_path / "out.partial").glob("*.safetensors"))
@@ -524,9 +534,9 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
     """A checkpoint of zeros in bfloat16 that takes no room on the disk."""
     directory.mkdir()
     with torch.device("meta"):
-        parts = Pllava(PllavaConfig.from_json(raw), get_backend("cpu"), torch.bfloat16).weight_map()
-    specs = tuple(shards.TensorSpec(name, "BF16", part.shape) for name, part in parts.items())
-    shard = shards.Shard("model.safetensors", specs)
+        parts = Pllava(config_from_json(raw), get_backend("cpu"), torch.bfloat16).weight_map()
+    specs = tuple(safetensors_writer.TensorSpec(name, "BF16", part.shape) for name, part in parts.items())
+    shard = safetensors_writer.Shard("model.safetensors", specs)
     with open(directory / shard.file, "wb") as stream:
         stream.write(shard.header)
         stream.truncate(shard.num_bytes)
@@ -537,8 +547,9 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
 
 MEASURE = """
 import resource, sys
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
-from atb_pllava.loader.weight_loader import open_checkpoint
+from atb_pllava.convert.options import ConvertOptions
+from tests.support import convert_checkpoint
+import huggingface_hub.serialization
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint(sys.argv[1], sys.argv[2], ConvertOptions("pllava_w8a16"))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -561,7 +572,7 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
 
 def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["convert", "-src", str(source), "-dst", str(tmp_path / "out"), "-type", "pllava_w8a16"]
-    assert main([*arguments, "-asymmetric", "-group_size", "64", "-device", "cpu"]) == 0
+    assert main([*arguments, "-asymmetric", "-group_size", "64"]) == 0
     capsys.readouterr()
     assert main(arguments) == 2
     message = capsys.readouterr().err
@@ -569,7 +580,7 @@ def test_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "options", [["-type", "w4a16"], ["-group_size", "32"], ["-device", "tpu"], ["-lora_alpha", "x"], ["-nonsense"]]
+    "options", [["-type", "w4a16"], ["-group_size", "32"], ["-quantizer", "own"], ["-lora_alpha", "x"], ["-nonsense"]]
 )
 def test_bad_options(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams, WeightError
 from atb_pllava.config import TextConfig
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel, check_world_size
 from atb_pllava.executor.model_input import EmbedSlice, ModelInput
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
 FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
 REQUESTS = [
@@ -145,8 +145,8 @@ def test_ranks_read_their_slices_only(model: Path, monkeypatch: pytest.MonkeyPat
     from atb_pllava.loader import weight_loader as weights
 
     read: list[int] = []
-    plain = weights._read
-    monkeypatch.setattr(weights, "_read", lambda *a: read.append((t := plain(*a)).numel()) or t)
+    plain = weights.read_tensor
+    monkeypatch.setattr(weights, "read_tensor", lambda *a: read.append((t := plain(*a)).numel()) or t)
     options = loading.ModelOptions(str(model), dtype="float32", backend="cpu")
     held = []
     for rank in range(4):

@@ -14,17 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig
-from atb_pllava.convert.converter import host_config
 from atb_pllava.doctor import machine, packages
 from atb_pllava.doctor.check import Check
 from atb_pllava.doctor.machine import Room
 from atb_pllava.doctor.packages import Gpu, Torch
 from atb_pllava.files import write_json
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.mindie import doctor, install, places, service_config
 from atb_pllava.mindie.cards import device_files
 from atb_pllava.mindie.doctor import Setting, examine
+from atb_pllava.mindie.host_files import host_config
 from atb_pllava.model.published_sizes import PUBLISHED
 from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.ops.cpu.build import BuildError, load_library
@@ -127,8 +127,8 @@ def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     install.install(host, "link", [tmp_path])
     raw = {**raw_config(), "torch_dtype": "float16"}
     model = write_checkpoint(tmp_path / "small", raw)
-    write_json(model / "config.json", host_config(raw, {}, PllavaConfig.from_json(raw), quantised=False), 0o640)
-    lengths = service_config.plan_lengths(PllavaConfig.from_dir(model), 1, None, None)
+    write_json(model / "config.json", host_config(raw, {}, config_from_json(raw), quantised=False), 0o640)
+    lengths = service_config.plan_lengths(read_config(model), 1, None, None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -285,8 +285,8 @@ def named(setting: Setting, name: str) -> list[Check]:
 
 
 def shape(size: str, int8: bool = False) -> machine.Model:
-    config = PllavaConfig.from_json(PUBLISHED[size])
-    return machine.Model(config, random_int8(config) if int8 else Int8Layers(), Path(f"/models/pllava-{size}"))
+    config = config_from_json(PUBLISHED[size])
+    return machine.Model(config, dummy_quant_config(config) if int8 else Int8Layers(), Path(f"/models/pllava-{size}"))
 
 
 def memory(free: float, model: machine.Model, world_size: int = 1, **more: object) -> Check:
@@ -322,7 +322,7 @@ def test_a_cpu_without_bfloat16_needs_twice_the_memory(monkeypatch) -> None:
 
 
 def test_the_dtype_is_the_one_that_auto_takes() -> None:
-    config = PllavaConfig.from_json(PUBLISHED["7b"])
+    config = config_from_json(PUBLISHED["7b"])
     chosen = choose_dtype("auto", "float16", get_backend("cpu"))
     assert machine.auto_dtype(config, "cpu") == str(chosen).removeprefix("torch.")
     assert machine.auto_dtype(config, "cuda") == machine.auto_dtype(config, "ascend") == "bfloat16"

@@ -10,7 +10,8 @@ import torch
 from atb_pllava import LLM
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.engine.memory_estimate import kv_cache_tokens, memory_need, published_bytes
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.ops import free_memory, get_backend
 from atb_pllava.ops.host_memory import HostMemory, host_memory
@@ -22,7 +23,7 @@ GB = 1e9
 
 
 def config(size: str) -> PllavaConfig:
-    return PllavaConfig.from_json(PUBLISHED[size])
+    return config_from_json(PUBLISHED[size])
 
 
 # README's table of real weights, in GB: download; weights in bfloat16 and W8A16; memory for one video at a time.
@@ -36,7 +37,7 @@ def config(size: str) -> PllavaConfig:
 )
 def test_the_table_of_published_models(size, download, bfloat16, w8a16, one_bfloat16, one_w8a16) -> None:
     model = config(size)
-    floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), random_int8(model)))
+    floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), dummy_quant_config(model)))
     assert round(published_bytes(model, LORA_RANK) / GB, 1) == download
     assert (round(floats.weights / GB, 1), round(int8.weights / GB, 1)) == (bfloat16, w8a16)
     assert (round(floats.least / GB, 1), round(int8.least / GB, 1)) == (one_bfloat16, one_w8a16)

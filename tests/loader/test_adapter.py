@@ -18,16 +18,19 @@ from torch import Tensor
 
 from atb_pllava.__main__ import main
 from atb_pllava.batch.run_metadata import checkpoint_files, settings_of
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.converter import Conversion
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.adapter import AdapterConfig
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.model_loader import ModelOptions, plan_model
-from atb_pllava.loader.weight_loader import CheckpointError, LoadPlan
+from atb_pllava.loader.problems import CheckpointError
+from atb_pllava.loader.weight_loader import LoadPlan
 from precision.parity import main as parity
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
 TINY = ROOT / "examples" / "tiny_pllava"
 CLIP = str(ROOT / "examples" / "videos" / "red_circle_moves_left.mp4")
@@ -369,13 +372,15 @@ def test_a_broken_file_is_an_error(base: Path, tmp_path: Path, lora: dict[str, T
 
 def test_another_scale_is_another_conversion(base: Path, tmp_path: Path, lora: dict[str, Tensor]) -> None:
     """An interrupted conversion does not go on with shards of another scale."""
-    from atb_pllava.convert.converter import _job  # what a finished shard is kept for
-
     adapter = save_adapter(tmp_path / "adapter", lora, settings(4, 16))
-    options = ConvertOptions("pllava_merged")
-    before = _job(plan_of(base, adapter), options, ())
+
+    def job() -> dict[str, Any]:
+        options = ConvertOptions("pllava_merged")
+        return Conversion(base, read_config(base), plan_of(base, adapter), options, (), (), {}, {}).job()
+
+    before = job()
     (adapter / "adapter_config.json").write_text(json.dumps(settings(4, 8)))
-    assert _job(plan_of(base, adapter), options, ()) != before
+    assert job() != before
 
 
 # A directory without config.json

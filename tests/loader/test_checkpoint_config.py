@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from atb_pllava.config import EngineConfig, PllavaConfig, PreprocessorConfig, check_pooling_shape
+from atb_pllava.config import EngineConfig, PreprocessorConfig, check_pooling_shape
 from atb_pllava.errors import ConfigError
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from tests.support import raw_config, tokenizer_definition
 
 
@@ -19,7 +20,7 @@ def test_published_7b_relies_on_llama_defaults() -> None:
         "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
                           "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
     }  # fmt: skip
-    config = PllavaConfig.from_json(raw)
+    config = config_from_json(raw)
     text = config.text
     assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (4096, 11008, 32)
     assert (text.num_key_value_heads, text.head_dim, text.rope_theta) == (32, 128, 10000.0)
@@ -31,7 +32,7 @@ def test_other_spellings() -> None:
     raw = raw_config(rope_parameters={"rope_type": "default", "rope_theta": 5e6}, eos_token_id=7)
     raw["dtype"] = "float16"
     raw["image_token_id"] = raw.pop("image_token_index")
-    config = PllavaConfig.from_json(raw, {"eos_token_id": [7, 8]})
+    config = config_from_json(raw, {"eos_token_id": [7, 8]})
     assert (config.text.rope_theta, config.dtype, config.eos_token_ids) == (5e6, "float16", (7, 8))
     assert config.image_token_index == 300
 
@@ -75,7 +76,7 @@ def test_impossible_configs(path: str, value: Any, message: str) -> None:
     *section, key = path.split(".")
     (raw[section[0]] if section else raw)[key] = value
     with pytest.raises(ConfigError, match=message):
-        PllavaConfig.from_json(raw)
+        config_from_json(raw)
 
 
 @pytest.mark.parametrize("shape", [(16, 12, 12), [16, 12, 12], "16-12-12", "16x12x12"])
@@ -91,7 +92,7 @@ def test_bad_pooling_shapes(shape: Any) -> None:
 
 
 def test_arguments_override_the_file() -> None:
-    config = PllavaConfig.from_json(raw_config())
+    config = config_from_json(raw_config())
     assert config.with_video().pooling_shape == (2, 2, 2)
     assert config.with_video(8, "8-4-4").num_video_tokens == 128
     for bad in (0, -1, 5000, "4", 2.0, True):
@@ -101,9 +102,9 @@ def test_arguments_override_the_file() -> None:
 
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a readable directory"):
-        PllavaConfig.from_dir(tmp_path / "nothing")
+        read_config(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="config.json does not exist"):
-        PllavaConfig.from_dir(tmp_path)
+        read_config(tmp_path)
     for content, message in [
         ("{", "not valid JSON"),
         ("[1]", "must contain a JSON object"),
@@ -112,18 +113,18 @@ def test_files(tmp_path: Path) -> None:
     ]:
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=message):
-            PllavaConfig.from_dir(tmp_path)
+            read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(raw_config()))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
-    assert PllavaConfig.from_dir(tmp_path).eos_token_ids == (9,)
+    assert read_config(tmp_path).eos_token_ids == (9,)
 
 
 def test_preprocessor(tmp_path: Path) -> None:
-    assert PreprocessorConfig.from_dir(tmp_path, 336) == PreprocessorConfig()
+    assert read_preprocessor_config(tmp_path, 336) == PreprocessorConfig()
     (tmp_path / "preprocessor_config.json").write_text('{"crop_size": {"height": 112}, "size": {"shortest_edge": 112}}')
-    assert PreprocessorConfig.from_dir(tmp_path, 112).crop_size == 112
+    assert read_preprocessor_config(tmp_path, 112).crop_size == 112
     with pytest.raises(ConfigError, match="crops to 112 pixels; the vision tower needs 336"):
-        PreprocessorConfig.from_dir(tmp_path, 336)
+        read_preprocessor_config(tmp_path, 336)
     for odd in (
         '{"image_mean": [1, 2]}',
         '{"image_mean": 5}',
@@ -132,14 +133,14 @@ def test_preprocessor(tmp_path: Path) -> None:
     ):
         (tmp_path / "preprocessor_config.json").write_text(odd)
         with pytest.raises(ConfigError, match="three numbers"):
-            PreprocessorConfig.from_dir(tmp_path, 336)
+            read_preprocessor_config(tmp_path, 336)
     (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": false}')
     with pytest.raises(ConfigError, match="do_normalize is False"):
-        PreprocessorConfig.from_dir(tmp_path, 336)
+        read_preprocessor_config(tmp_path, 336)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     (tmp_path / "processor_config.json").write_text('{"shortest_edge": -5}')
     with pytest.raises(ConfigError, match="shortest_edge"):
-        PreprocessorConfig.from_dir(tmp_path, 336)
+        read_preprocessor_config(tmp_path, 336)
 
 
 NESTED = {
@@ -156,7 +157,7 @@ def write_processor(folder: Path, **contents: Any) -> None:
 @pytest.mark.parametrize("key", ["image_processor", "video_processor"])
 def test_image_settings_as_transformers_5_nests_them(tmp_path: Path, key: str) -> None:
     write_processor(tmp_path, **{key: NESTED}, shortest_edge=100)
-    found = PreprocessorConfig.from_dir(tmp_path, 112)
+    found = read_preprocessor_config(tmp_path, 112)
     assert found == PreprocessorConfig(112, 100, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
     for change, message in [
         ({"crop_size": {"height": 112, "width": 100}}, "crops to .* the vision tower needs 112"),
@@ -171,13 +172,13 @@ def test_image_settings_as_transformers_5_nests_them(tmp_path: Path, key: str) -
     ]:
         write_processor(tmp_path, **{key: {**NESTED, **change}})
         with pytest.raises(ConfigError, match=message) as caught:
-            PreprocessorConfig.from_dir(tmp_path, 112)
+            read_preprocessor_config(tmp_path, 112)
         assert f"processor_config.json ({key})" in str(caught.value)
     write_processor(tmp_path, **{key: [1]})
     with pytest.raises(ConfigError, match="must be a JSON object of image settings"):
-        PreprocessorConfig.from_dir(tmp_path, 112)
+        read_preprocessor_config(tmp_path, 112)
     write_processor(tmp_path, **{key: None})
-    assert PreprocessorConfig.from_dir(tmp_path, 112) == PreprocessorConfig(112, 112)
+    assert read_preprocessor_config(tmp_path, 112) == PreprocessorConfig(112, 112)
 
 
 @pytest.mark.parametrize("beside", ["preprocessor_config.json", "video_preprocessor_config.json", "video_processor"])
@@ -191,17 +192,17 @@ def test_two_places_with_image_settings_must_agree(tmp_path: Path, beside: str) 
 
     # The same settings in the other spellings that transformers reads.
     write({**NESTED, "size": 112, "crop_size": 112, "do_convert_rgb": True})
-    assert PreprocessorConfig.from_dir(tmp_path, 112).image_mean == (0.5, 0.4, 0.3)
+    assert read_preprocessor_config(tmp_path, 112).image_mean == (0.5, 0.4, 0.3)
     for key, value in [("image_mean", [0.4, 0.4, 0.3]), ("image_std", [0.3, 0.2, 0.2]), ("crop_size", 336),
                        ("size", {"shortest_edge": 336}), ("resample", 2), ("do_normalize", False)]:  # fmt: skip
         write({**NESTED, key: value})
         with pytest.raises(ConfigError, match=f"says {key} .* says ") as caught:
-            PreprocessorConfig.from_dir(tmp_path, 112)
+            read_preprocessor_config(tmp_path, 112)
         assert beside in str(caught.value) and "processor_config.json (image_processor)" in str(caught.value)
     # What one place leaves out is CLIP's default there.
     write({"size": 112, "crop_size": 112})
     with pytest.raises(ConfigError, match="says image_mean"):
-        PreprocessorConfig.from_dir(tmp_path, 112)
+        read_preprocessor_config(tmp_path, 112)
 
 
 def test_settings_that_transformers_saves(tmp_path: Path) -> None:
@@ -215,8 +216,8 @@ def test_settings_that_transformers_saves(tmp_path: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     transformers.LlavaProcessor(images, tokenizer, patch_size=14).save_pretrained(tmp_path)
     assert not (tmp_path / "preprocessor_config.json").exists()
-    assert PreprocessorConfig.from_dir(tmp_path, 112).image_mean == (0.5, 0.4, 0.3)
-    assert PreprocessorConfig.from_dir(tmp_path, 112).image_std == (0.3, 0.2, 0.1)
+    assert read_preprocessor_config(tmp_path, 112).image_mean == (0.5, 0.4, 0.3)
+    assert read_preprocessor_config(tmp_path, 112).image_std == (0.3, 0.2, 0.1)
 
 
 PLAIN = [
@@ -239,16 +240,16 @@ SCALED = [
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("top", [False, True], ids=["text_config", "top level"])
 def test_rope_settings_count_only_where_they_scale_nothing(name: str, top: bool) -> None:
-    plain = PllavaConfig.from_json(raw_config())
+    plain = config_from_json(raw_config())
     for settings in PLAIN:
         raw = {**raw_config(), name: settings} if top else raw_config(**{name: settings})
-        assert PllavaConfig.from_json(raw) == plain
+        assert config_from_json(raw) == plain
     for settings in SCALED:
         raw = {**raw_config(), name: settings} if top else raw_config(**{name: settings})
         if top and "rope_theta" in str(settings):
             continue  # thetas on the top level are copies for other readers
         with pytest.raises(ConfigError, match=f"config.json: .*({name}|rope_theta differs)"):
-            PllavaConfig.from_json(raw)
+            config_from_json(raw)
 
 
 @pytest.mark.parametrize("settings", [s for s in PLAIN if s and "full_attention" not in s and None not in s.values()])
@@ -268,10 +269,10 @@ def test_transformers_scales_nothing_there_either(settings: dict[str, Any]) -> N
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_a_theta_among_rope_settings_counts(name: str) -> None:
     settings = {"rope_type": "default", "rope_theta": 5e5}
-    assert PllavaConfig.from_json(raw_config(**{name: settings}, rope_theta=1e4)).text.rope_theta == 5e5
+    assert config_from_json(raw_config(**{name: settings}, rope_theta=1e4)).text.rope_theta == 5e5
     both = raw_config(rope_scaling=settings, rope_parameters={**settings, "rope_theta": 1e4})
     with pytest.raises(ConfigError, match="rope_theta differs"):
-        PllavaConfig.from_json(both)
+        config_from_json(both)
 
 
 @pytest.mark.parametrize("option", ["block_size", "max_batch_size", "prefill_chunk", "max_input_length"])
@@ -282,9 +283,9 @@ def test_engine_options(option: str) -> None:
 
 
 def test_a_notice_is_one_printable_line() -> None:
-    assert PllavaConfig.from_json(raw_config()).notice == ""
-    told = PllavaConfig.from_json({**raw_config(), "notice": " only\nshapes\x1b[31m "})
+    assert config_from_json(raw_config()).notice == ""
+    told = config_from_json({**raw_config(), "notice": " only\nshapes\x1b[31m "})
     assert told.notice == "only shapes [31m"
     for wrong in (7, ["a"], "a" * 501):
         with pytest.raises(ConfigError, match="notice must be a text of at most 500 characters"):
-            PllavaConfig.from_json({**raw_config(), "notice": wrong})
+            config_from_json({**raw_config(), "notice": wrong})

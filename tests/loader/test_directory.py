@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.errors import ConfigError, PllavaError
 from atb_pllava.llm import LLM
-from tests.support import raw_config, write_checkpoint
+from atb_pllava.loader.checkpoint_config import read_config
+from tests.support import convert_checkpoint, raw_config, write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_media_given_for_weights_are_recognised(tmp_path: Path, media: Path) -> 
     # A checkpoint may have pictures beside it.
     model = write_checkpoint(tmp_path / "model", raw_config())
     (model / "logo.png").write_bytes(b"")
-    assert PllavaConfig.from_dir(model).image_token_index == 300
+    assert read_config(model).image_token_index == 300
 
 
 def test_a_file_of_the_checkpoint_is_not_its_directory(checkpoint: Path) -> None:

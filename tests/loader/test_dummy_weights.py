@@ -1,27 +1,27 @@
-"""Random weights of real sizes: the same on every number of ranks, the right types, refused when they do not fit."""
+"""Dummy weights of real sizes: the same on every number of ranks, the right types, refused if they do not fit."""
 
 import pytest
 import torch
 
-from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError
-from atb_pllava.loader.dummy_weights import plan_random, random_int8
+from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.loader.dummy_weights import dummy_quant_config, plan_dummy_weights
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Layers
-from tests.support import raw_config
+from tests.support import load_all, raw_config
 
-CONFIG = PllavaConfig.from_json(raw_config(intermediate_size=97, vocab_size=305))
+CONFIG = config_from_json(raw_config(intermediate_size=97, vocab_size=305))
 
 
 def parts(parallel: TensorParallel, int8: bool = False):
-    layers = random_int8(CONFIG) if int8 else Int8Layers()
+    layers = dummy_quant_config(CONFIG) if int8 else Int8Layers()
     with torch.device("meta"):
         model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16, parallel, layers)
     model.to_empty(device="cpu")
     found = model.weight_map()
-    plan_random(found, parallel.size, 2**30).load_into(found)
+    load_all(plan_dummy_weights(found, parallel.size, 2**30), found)
     return found
 
 
@@ -61,6 +61,6 @@ def test_what_does_not_fit_is_refused() -> None:
         model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16)
     found = model.weight_map()
     size = sum(part.tensor.nbytes for part in found.values())
-    assert plan_random(found, 1, size).bytes_total == size
+    assert plan_dummy_weights(found, 1, size).bytes_total == size
     with pytest.raises(ConfigError, match="smaller shape"):
-        plan_random(found, 2, 2 * size - 1)
+        plan_dummy_weights(found, 2, 2 * size - 1)

@@ -20,18 +20,12 @@ from torch import Tensor
 from atb_pllava.config import PllavaConfig, TextConfig, VisionConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import WeightError
-from atb_pllava.loader import checkpoint
-from atb_pllava.loader import weight_loader as weights
-from atb_pllava.loader.weight_loader import (
-    Checkpoint,
-    CheckpointError,
-    LoadPlan,
-    StoredTensor,
-    WeightDir,
-    canonical_name,
-    open_checkpoint,
-    unused_vision_layers,
-)
+from atb_pllava.loader import checkpoint, progress, weight_loader
+from atb_pllava.loader.checkpoint import StoredTensor, WeightDir, canonical_name
+from atb_pllava.loader.checkpoint_config import read_config
+from atb_pllava.loader.problems import KINDS, CheckpointError
+from atb_pllava.loader.weight_loader import Checkpoint, LoadPlan, open_checkpoint, unused_vision_layers
+from tests.support import ROOT, load_all
 from tests.support import SHARED_DATA as DATA
 
 REFERENCE = DATA / "reference" / "checkpoints"
@@ -94,14 +88,14 @@ def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
 def fill(plan: LoadPlan, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Load into fresh tensors that hold NaN, so that a row left out is noticed."""
     out = {name: torch.full(item.weight.shape, torch.nan, dtype=dtype) for name, item in plan.items.items()}
-    plan.load_into(whole(out))
+    load_all(plan, whole(out))
     return out
 
 
 def load_reference(
     model: Path, weight_dir: Path | None = None, alpha: float | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    config = PllavaConfig.from_dir(model)
+    config = read_config(model)
     checkpoint = open_checkpoint(model, weight_dir)
     plan = checkpoint.check(pllava_shapes(config), unused=unused_vision_layers(config), lora_alpha=alpha)
     return fill(plan, dtype)
@@ -239,7 +233,7 @@ def test_blocks_of_rows_make_the_same_tensor(tmp_path: Path, monkeypatch: pytest
     plan = open_checkpoint(tmp_path).check(SHAPES, lora_alpha=4)
     whole = fill(plan)
     for elements in (1, 20):
-        monkeypatch.setattr(weights, "ELEMENTS_PER_BLOCK", elements)
+        monkeypatch.setattr(weight_loader, "MERGE_ELEMENTS", elements)
         for name, tensor in fill(plan).items():
             torch.testing.assert_close(tensor, whole[name], rtol=1e-6, atol=1e-6)
 
@@ -248,8 +242,8 @@ def test_destinations_may_be_rows_of_a_fused_parameter(tmp_path: Path) -> None:
     save(tmp_path, tensors())
     plan = open_checkpoint(tmp_path).check(SHAPES)
     fused = torch.nn.Parameter(torch.zeros(10, 8))
-    plan.load_into(
-        whole({f"{Q}.weight": fused[:6], f"{V}.weight": fused[6:], NORM: torch.empty(8), PROJ: torch.empty(8, 5)})
+    load_all(
+        plan, whole({f"{Q}.weight": fused[:6], f"{V}.weight": fused[6:], NORM: torch.empty(8), PROJ: torch.empty(8, 5)})
     )
     assert torch.equal(fused, torch.cat([tensors()[f"{Q}.weight"], tensors()[f"{V}.weight"]]))
     assert plan.lora_scale is None
@@ -665,7 +659,7 @@ def test_one_report_holds_problems_of_every_kind(tmp_path: Path) -> None:
     ]
     message = str(error)
     assert message.startswith(f"the checkpoint {tmp_path} cannot be loaded, 8 problems:\n")
-    assert all(heading in message for heading, _ in list(checkpoint.KINDS.values())[2:])
+    assert all(heading in message for heading, _ in list(KINDS.values())[2:])
     assert message.index("missing tensors (1):") < message.index("LoRA (1):") < message.index("what to do:")
 
 
@@ -690,9 +684,9 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
 def test_log_says_what_was_found_and_done(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "SECONDS_BETWEEN_PROGRESS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     save_sharded(tmp_path, {**tensors(), **lora(rank=2)})
-    with caplog.at_level(logging.DEBUG, logger="atb_pllava.loader.weight_loader"):
+    with caplog.at_level(logging.DEBUG, logger="atb_pllava.loader"):
         fill(open_checkpoint(tmp_path).check(SHAPES, lora_alpha=4))
     assert "8 tensors in 2 files, PEFT-wrapped names, LoRA for 2 tensors" in caplog.text
     assert "LoRA r=2 alpha=4 scale=2 (alpha from --lora_alpha), merged into 2 tensors" in caplog.text
@@ -700,7 +694,7 @@ def test_log_says_what_was_found_and_done(
 
 
 def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, logger="atb_pllava.loader.weight_loader"):
+    with caplog.at_level(logging.DEBUG, logger="atb_pllava.loader"):
         plan = open_checkpoint(save(tmp_path, tensors())).check(SHAPES, lora_alpha=4)
     assert plan.lora_scale is None and "no effect" in caplog.text
 
@@ -708,6 +702,7 @@ def test_alpha_without_lora_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptu
 CHILD = """
 import sys, torch
 from atb_pllava.distributed.tensor_parallel import ShardSpec
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.weight_loader import open_checkpoint
 def status(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
@@ -716,7 +711,8 @@ shapes = {n: t.shape for n, t in checkpoint.base.tensors.items() if ".lora_" not
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 destinations = {n: torch.zeros(*s, dtype=torch.bfloat16) for n, s in shapes.items()}
 before = status("VmRSS")
-checkpoint.check(shapes, lora_alpha=4).load_into({n: ShardSpec.whole(t) for n, t in destinations.items()})
+for _ in checkpoint.check(shapes, lora_alpha=4).load({n: ShardSpec.whole(t) for n, t in destinations.items()}):
+    pass
 print(status("VmHWM") - before)
 """
 
@@ -734,7 +730,7 @@ def test_memory_stays_within_the_model_and_one_tensor(tmp_path: Path) -> None:
         save(tmp_path, content, f"model-0000{i + 1}-of-00002.safetensors")
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=300,
-        cwd=Path(weights.__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     assert int(child.stdout) < 80 * 2**20, f"{int(child.stdout) / 2**20:.0f} MiB above the model"

@@ -15,17 +15,18 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig
-from atb_pllava.convert.converter import host_config
 from atb_pllava.errors import ConfigError
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.mindie import install as installation
 from atb_pllava.mindie.contract import CONTRACT, RUNNER_CONTRACT, check_contract
+from atb_pllava.mindie.host_files import host_config
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, find_examples
 from tests.host_sources import HOST, RUNNER_SOURCES, write_host
 from tests.support import ROOT, raw_config
 
 REAL = os.environ.get("ATB_LLM_HOME")
+
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
@@ -85,8 +86,7 @@ def python(site: Path, host: Path, code: str) -> subprocess.CompletedProcess[str
 
 
 ASK = (
-    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); "
-    "print(type(r).__name__, r.args)"
+    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); print(type(r).__name__, r.args)"
 )
 
 
@@ -369,7 +369,7 @@ def test_runs_that_cannot_work_are_refused_before_they_start(
         mindie(capsys, "install", *places)
     raw = raw_config()
     model = weights(tmp_path / "w", "pllava")
-    config = host_config({**raw, "torch_dtype": "float16"}, {}, PllavaConfig.from_json(raw), quantised=False)
+    config = host_config({**raw, "torch_dtype": "float16"}, {}, config_from_json(raw), quantised=False)
     (model / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
     status, _, err = mindie(capsys, *arguments, "--model_path", model, *places)
     assert status == 2 and message in err

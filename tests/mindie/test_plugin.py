@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import atb_pllava
-from atb_pllava.config import PllavaConfig, PreprocessorConfig, TextConfig
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.config import PreprocessorConfig, TextConfig
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
 from atb_pllava.llm import LLM
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from atb_pllava.mindie import segments
 from atb_pllava.mindie.dialogue import from_inputs, from_messages
 from atb_pllava.mindie.host_checks import check_groups, check_head_size, check_model_dir, check_world_size
@@ -35,7 +36,7 @@ from atb_pllava.mindie.media_ids import find_blocks, insert_blocks
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder, Truncation
 from atb_pllava.mindie.quirks import QUIRKS
 from atb_pllava.mindie.segments import Segment, read_segment
-from tests.support import IMAGE_ID, ROOT, raw_config, write_checkpoint, write_video
+from tests.support import IMAGE_ID, ROOT, convert_checkpoint, raw_config, write_checkpoint, write_video
 
 STAND_IN = ROOT / "tests" / "mindie_host"
 REAL = os.environ.get("ATB_LLM_HOME")
@@ -142,7 +143,7 @@ def prompts_of(runner: Any) -> PromptBuilder:
 
 def collapse(ids: Sequence[int], path: Path) -> list[int]:
     """A prompt's ids with one image token in place of each block."""
-    length = PllavaConfig.from_dir(path).num_video_tokens
+    length = read_config(path).num_video_tokens
     ids = [int(token) for token in ids]
     blocks = find_blocks(ids, IMAGE_ID, length)
     inside = {i for span, _ in blocks for i in range(span.start + 1, span.start + span.length)}
@@ -237,7 +238,7 @@ def test_config_has_what_the_host_reads(merged: Path) -> None:
         assert holder.torch_dtype == getattr(torch, DTYPE) and holder.quantize is None
     assert text.model_type == "llama" and text.rms_norm_eps == 1e-5 and config.top_k <= config.vocab_size
     assert config.eos_token_id == config.generation_config.eos_token_id == 2
-    assert config.pllava == PllavaConfig.from_dir(merged)
+    assert config.pllava == read_config(merged)
 
 
 def test_the_longest_sequence_reaches_the_rotary_table(merged: Path) -> None:
@@ -424,7 +425,7 @@ def test_options_of_a_chat_have_an_effect_or_are_refused(merged: Path) -> None:
 
 
 def test_truncation_keeps_videos_whole(merged: Path, clips: list[str], names: Path) -> None:
-    prompts = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged))
+    prompts = PromptBuilder.from_dir(merged, read_config(merged))
     first = {"role": "user", "content": [{"video": clips[0]}, {"text": "a b"}]}
     last = {"role": "user", "content": [{"text": "e f"}, {"video": clips[1]}]}
     dialogue = from_messages([first, {"role": "assistant", "content": "c d"}, last])
@@ -451,7 +452,7 @@ def test_plugin_options(merged: Path, source: Path) -> None:
 
 
 def write_one(merged: Path, clips: list[str], names: Path) -> Segment:
-    prompts = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged))
+    prompts = PromptBuilder.from_dir(merged, read_config(merged))
     ids = prompts.build(from_inputs([{"video": clips[1]}, {"text": "Q"}]), names)
     ((_, segment),) = find_blocks(ids, IMAGE_ID, 8)
     return segment
@@ -461,8 +462,8 @@ def test_frames_arrive_as_they_were(merged: Path, clips: list[str], names: Path)
     segment = write_one(merged, clips, names)
     file = segments.SHARED_MEMORY / segment.name
     assert names.read_text().split() == [segment.name] and file.stat().st_mode & 0o777 == 0o600
-    preprocessor = PreprocessorConfig.from_dir(merged, 56)
-    (wanted,) = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged)).reader.prepare([clips[1]])
+    preprocessor = read_preprocessor_config(merged, 56)
+    (wanted,) = PromptBuilder.from_dir(merged, read_config(merged)).reader.prepare([clips[1]])
     got = read_segment(segment, preprocessor)
     assert len(got) == 3 and got.inverse_indices == wanted.inverse_indices and torch.equal(got.pixels, wanted.pixels)
 
@@ -537,7 +538,7 @@ def test_blocks() -> None:
         with pytest.raises(RequestError, match="not part of a whole video"):
             find_blocks(wrong, IMAGE_ID, 6)
     with pytest.raises(ConfigError, match="at least 4"):
-        router_config = PllavaConfig.from_json({**raw_config(), "pooling_shape": [1, 1, 3]})
+        router_config = config_from_json({**raw_config(), "pooling_shape": [1, 1, 3]})
         PromptBuilder(router_config, None, None, None)  # type: ignore[arg-type]
 
 

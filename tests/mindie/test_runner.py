@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
+from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.mindie.install import PLUGIN
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.multimodal.media import list_media
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
 STAND_IN = ROOT / "tests" / "mindie_host"
 QUESTION = "what is it?"

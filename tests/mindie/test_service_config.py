@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.config import PllavaConfig
-from atb_pllava.convert.converter import host_config
 from atb_pllava.engine.memory_estimate import working_bytes
 from atb_pllava.errors import ConfigError
+from atb_pllava.loader.checkpoint_config import config_from_json, read_config
 from atb_pllava.mindie import service_config as service
 from atb_pllava.mindie.cards import list_cards
+from atb_pllava.mindie.host_files import host_config
 from atb_pllava.mindie.weight_memory import weight_bytes
 from tests.support import ROOT, raw_config, write_checkpoint
 
@@ -25,8 +25,8 @@ VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 
           "max_position_embeddings": 4096, "vocab_size": 32064}  # fmt: skip
 YI = {"hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60, "num_attention_heads": 56,
       "num_key_value_heads": 8, "max_position_embeddings": 4096, "vocab_size": 64064}  # fmt: skip
-B7 = PllavaConfig.from_json({"model_type": "pllava", "text_config": VICUNA, "vision_config": VISION})
-B34 = PllavaConfig.from_json({"model_type": "pllava", "text_config": YI, "vision_config": VISION})
+B7 = config_from_json({"model_type": "pllava", "text_config": VICUNA, "vision_config": VISION})
+B34 = config_from_json({"model_type": "pllava", "text_config": YI, "vision_config": VISION})
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small directory as convert_quant_weights.sh makes them."""
     raw = raw_config()
     directory = write_checkpoint(tmp_path_factory.mktemp("models") / "small", raw)
-    config = host_config({**raw, "torch_dtype": "float16"}, {}, PllavaConfig.from_json(raw), quantised=False)
+    config = host_config({**raw, "torch_dtype": "float16"}, {}, config_from_json(raw), quantised=False)
     (directory / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
     return directory
 
@@ -94,7 +94,7 @@ def test_working_memory_is_at_least_the_tensors_that_exist_at_once() -> None:
 
 
 def test_weights_of_a_card(converted: Path) -> None:
-    config = PllavaConfig.from_dir(converted).text
+    config = read_config(converted).text
     layer = config.hidden_size * (2 * config.hidden_size + 2 * 2 * 16 + 3 * config.intermediate_size + 2)
     split = 4 * (2 * layer + config.vocab_size * config.hidden_size)  # float32, two layers and the head
     whole = sum(file.stat().st_size for file in converted.glob("*.safetensors"))
@@ -119,7 +119,7 @@ def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     server = config["ServerConfig"]
     assert (server["port"], server["managementPort"], server["metricsPort"]) == (2025, 2026, 2027)
     assert server["ipAddress"] == "127.0.0.1" and server["httpsEnabled"] is False
-    assert list(service.find_problems(config, PllavaConfig.from_dir(converted))) == []
+    assert list(service.find_problems(config, read_config(converted))) == []
     status, out, err = run(capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025,
                            "--resize", "res672")  # fmt: skip
     assert status == 0 and json.loads(out) == config and "mode 640; --write FILE makes it so" in err

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from atb_pllava.config import PllavaConfig
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
@@ -51,7 +51,7 @@ def whole_prompt(model: Pllava, ids: list[int], block_size: int) -> torch.Tensor
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 130])
 @torch.inference_mode()
 def test_decoder_equals_transformers(text: dict, length: int) -> None:
-    model = random_model(PllavaConfig.from_json(raw_config(**text)))
+    model = random_model(config_from_json(raw_config(**text)))
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{**raw_config(**text)["text_config"], "attn_implementation": "eager"})
     ).eval()
@@ -65,7 +65,7 @@ def test_decoder_equals_transformers(text: dict, length: int) -> None:
 def test_vision_tower_equals_transformers(act: str) -> None:
     raw = raw_config()
     raw["vision_config"]["hidden_act"] = act
-    model = random_model(PllavaConfig.from_json(raw))
+    model = random_model(config_from_json(raw))
     config = transformers.CLIPVisionConfig(**raw["vision_config"])
     theirs = transformers.CLIPVisionModel(config).eval()
     prefix = "vision_tower."
@@ -79,7 +79,7 @@ def test_vision_tower_equals_transformers(act: str) -> None:
 
 @torch.inference_mode()
 def test_a_repeated_frame_is_encoded_once() -> None:
-    model = random_model(PllavaConfig.from_json(raw_config()))
+    model = random_model(config_from_json(raw_config()))
     pixels = torch.randn(2, 3, 56, 56)
     inverse_indices = [0, 0, 1, 1]
     once = model.pool_frames(model.encode_frames(pixels), inverse_indices)
@@ -90,5 +90,5 @@ def test_the_meta_device_needs_no_memory() -> None:
     big = raw_config(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
                      num_key_value_heads=8, vocab_size=64064)  # fmt: skip
     with torch.device("meta"):
-        model = Pllava(PllavaConfig.from_json(big), get_backend("cpu"), torch.bfloat16)
+        model = Pllava(config_from_json(big), get_backend("cpu"), torch.bfloat16)
     assert sum(view.numel() for view in views(model).values()) > 33e9

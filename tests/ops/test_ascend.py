@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import BackendError
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.ops import choose_dtype, free_memory, get_backend
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend.attention import pad_rows
@@ -194,7 +194,7 @@ class Recorder(TorchBackend):
 
 def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
     """Logits of three decode steps of sequences with their own cached tokens, in blocks of 16."""
-    model = random_model(PllavaConfig.from_json(raw_config()))
+    model = random_model(config_from_json(raw_config()))
     for module in (model, *model.modules()):
         if hasattr(module, "ops"):
             module.ops = backend

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import BackendError
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader import model_loader as loading
-from atb_pllava.loader.dummy_weights import random_int8
+from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.cuda import backend as cuda
@@ -337,9 +337,9 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
         monkeypatch.setattr(kernels, name, Noted(name, launches))
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
-    config = PllavaConfig.from_json(raw_config())
+    config = config_from_json(raw_config())
     with torch.device("meta"):
-        model = Pllava(config, ops, torch.bfloat16, None, random_int8(config) if int8 else None)
+        model = Pllava(config, ops, torch.bfloat16, None, dummy_quant_config(config) if int8 else None)
     runner = ModelRunner(model, 4, 16)
     some = [0] * batch
     step = ModelInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from atb_pllava import LLM, ConfigError, VideoError
 from atb_pllava.__main__ import main as atb_main
-from atb_pllava.config import PllavaConfig
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.ops.reference import TorchBackend
 from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLOURS, plot_errors
@@ -60,7 +60,7 @@ def parity(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
 @torch.no_grad()
 def test_forced_logits_and_states_are_those_of_transformers(llm: LLM) -> None:
     raw = raw_config(num_hidden_layers=LAYERS)
-    ours = {name: part.tensor for name, part in random_model(PllavaConfig.from_json(raw)).weight_map().items()}
+    ours = {name: part.tensor for name, part in random_model(config_from_json(raw)).weight_map().items()}
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**raw["text_config"])).eval()
     prefix = "language_model."
     theirs.load_state_dict({k.removeprefix(prefix): v for k, v in ours.items() if k.startswith(prefix)}, strict=False)

@@ -5,7 +5,7 @@ from typing import Any
 from atb_llm.models.base.config import BaseConfig
 from atb_llm.models.llama.config_llama import LlamaConfig
 
-from atb_pllava.config import PllavaConfig as ModelConfig
+from atb_pllava.loader.checkpoint_config import config_from_json
 
 
 class PllavaConfig(BaseConfig):  # type: ignore[misc]
@@ -19,7 +19,7 @@ class PllavaConfig(BaseConfig):  # type: ignore[misc]
 
     def __init__(self, **raw: Any) -> None:
         # Copies, which the host's from_dict changes.
-        self.pllava = ModelConfig.from_json(raw, raw.get("generation_config"))
+        self.pllava = config_from_json(raw, raw.get("generation_config"))
         text = self.pllava.text
         sizes = {
             name: getattr(text, name)

@@ -9,8 +9,8 @@ from atb_llm.models.base.router import BaseRouter
 from atb_llm.models.pllava.config_pllava import PllavaConfig
 from atb_llm.models.pllava.input_builder_pllava import PllavaInputBuilder
 
-from atb_pllava.config import PllavaConfig as ModelConfig
 from atb_pllava.errors import ConfigError
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.mindie.dialogue import from_inputs
 from atb_pllava.mindie.host_checks import check_model_dir
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
@@ -22,7 +22,7 @@ class PllavaRouter(BaseRouter):  # type: ignore[misc]
     @cached_property
     def prompts(self) -> PromptBuilder:
         """What makes ids of requests."""
-        config = ModelConfig.from_json(self.config_dict, self.generation_config)
+        config = config_from_json(self.config_dict, self.generation_config)
         return PromptBuilder.from_dir(self.tokenizer_path, config, PluginOptions.from_host(self.llm_config))
 
     def tokenize(self, inputs: Sequence[Any], **kwargs: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_llm.models.llama.config_llama import LlamaConfig
-from atb_pllava.config import PllavaConfig
+from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
@@ -144,11 +144,12 @@ class Weights:
         self.process_group, self.mapping = Group(size), Mapping()
 
     def read_decoder(self) -> Any:
-        config, checkpoint = PllavaConfig.from_dir(self.path), open_checkpoint(self.path)
+        config, checkpoint = read_config(self.path), open_checkpoint(self.path)
         model = Pllava(config, TorchBackend(), self.dtype, int8=checkpoint.int8)
         parts = model.checkpoint_parts()
         shapes = {name: part.shape for name, part in parts.items()}
         plan = checkpoint.check(shapes, unused=unused_vision_layers(config))
         assert all(item.weight.key == name for name, item in plan.items.items()), "the host knows plain names only"
-        plan.load_into(parts)
+        for _ in plan.load(parts):
+            pass
         return model.language
