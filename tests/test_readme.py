@@ -13,7 +13,7 @@ from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.memory_estimate import memory_need, published_bytes
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def test_the_memory_of_real_weights_is_what_the_package_computes() -> None:
     for size, sizes in PUBLISHED.items():
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `hf download ermu2001/pllava-{size} ")]
         model = PllavaConfig.from_json(sizes)
-        floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), random_int8(model)))
+        floats, int8 = (memory_need(model, 2, layers) for layers in (QuantConfig(), random_int8(model)))
         numbers = [(floats.least, int8.least), (floats.default, int8.default)]
         cells = [f"{published_bytes(model, LORA_RANK) / 1e9:.1f} GB"]
         cells += [f"{one / 1e9:.1f} / {other / 1e9:.1f} GB" for one, other in numbers]

@@ -21,8 +21,8 @@ from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.model.llama import DecoderLayer, rotary_tables
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.processor import Media, VideoProcessor
+from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight
-from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def _embeddings(model: Pllava, model_dir: str, clips: Sequence[Media]) -> Iterat
 
 def _run(layer: DecoderLayer, hidden: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Sampled inputs [rows, in] of the layer's matrices by attribute name, and the layer's output for each clip."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in ("qkv", "out", "gate_up", "down")}
+    seen: dict[str, list[Tensor]] = {name: [] for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
     per_clip = max(1, SAMPLED_ROWS // len(hidden))
 
     def keep(name: str) -> Callable[..., None]:
@@ -146,11 +146,12 @@ def _forward(layer: DecoderLayer, x: Tensor) -> Tensor:
     positions = torch.arange(tokens)
     cos, sin = rotary_tables(positions, layer.head_dim, layer.config.rope_theta)
     cache = layer.ops.new_kv_cache(1, blocks, BLOCK, layer.kv_heads, layer.head_dim, x.dtype)[0]
-    prompt = SequenceBatch((0, tokens), (tokens,), torch.arange(blocks)[None])
-    nothing = SequenceBatch((0,), (), torch.zeros(0, 0, dtype=torch.int64))
+    prompt = SequenceBatch.of([tokens], [tokens], torch.arange(blocks)[None])
+    nothing = SequenceBatch.of([], [], torch.zeros(0, 0, dtype=torch.int64))
     batch = ForwardBatch(positions, positions, positions, nothing, prompt, positions[-1:])
-    out: Tensor = layer(x, cos, sin, cache, batch)
-    return out
+    out, residual = layer(x, None, cache, layer.ops.prepare(batch, cos, sin))
+    total: Tensor = residual + out
+    return total
 
 
 def _smooth_layer(
@@ -162,23 +163,23 @@ def _smooth_layer(
     rounding: Rounding,
 ) -> None:
     """Add the factors of one decoder layer to `smoothing`."""
-    best = {name: _best_factors(x, getattr(layer, name).weights[0], rounding) for name, x in inputs.items()}
+    best = {name: _best_factors(x, getattr(layer, name).matrices[0].weight, rounding) for name, x in inputs.items()}
     for norm, norm_weight, matrix in [
-        ("input_layernorm", layer.attn_norm, "qkv"),
-        ("post_attention_layernorm", layer.mlp_norm, "gate_up"),
+        ("input_layernorm", layer.attn_norm, "qkv_proj"),
+        ("post_attention_layernorm", layer.mlp_norm, "gate_up_proj"),
     ]:
         name = f"{prefix}{norm}.weight"
         smoothing.rows[name] = best[matrix]
         # The norm is stored in few bits: the weight takes the factor that its rounded norm leaves.
         stored = (norm_weight / best[matrix]).to(DTYPES[plan.items[name].weight.dtype]).float()
         factors = torch.where((stored == 0) | (norm_weight == 0), best[matrix], norm_weight / stored)
-        for linear in getattr(layer, matrix).rows:
+        for linear in getattr(layer, matrix).sizes:
             smoothing.columns[f"{prefix}{linear}.weight"] = factors
-    smoothing.rows[f"{prefix}mlp.up_proj.weight"] = best["down"]
-    smoothing.columns[f"{prefix}mlp.down_proj.weight"] = best["down"]
+    smoothing.rows[f"{prefix}mlp.up_proj.weight"] = best["down_proj"]
+    smoothing.columns[f"{prefix}mlp.down_proj.weight"] = best["down_proj"]
     if layer.heads == layer.kv_heads:
-        smoothing.rows[f"{prefix}self_attn.v_proj.weight"] = best["out"]
-        smoothing.columns[f"{prefix}self_attn.o_proj.weight"] = best["out"]
+        smoothing.rows[f"{prefix}self_attn.v_proj.weight"] = best["o_proj"]
+        smoothing.columns[f"{prefix}self_attn.o_proj.weight"] = best["o_proj"]
 
 
 def _best_factors(x: Tensor, weight: Tensor, rounding: Rounding) -> Tensor:

@@ -329,7 +329,7 @@ def _write_tensor(writer: ShardWriter, name: str, plan: LoadPlan, options: Conve
         rows = range(first, min(first + block, stored.shape[0]))
         if _is_int8(name, options):
             weight = rounding.int8(name, rows)
-            tensors = (weight.values, weight.scale, weight.offset)
+            tensors = (weight.values, weight.scale, weight.zero_point)
             for tensor_name, tensor in zip((name, *companions(name)), tensors, strict=True):
                 writer.write(tensor_name, tensor, first)
         else:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from atb_pllava.config import read_json
 from atb_pllava.errors import ConfigError, WeightError, counted
 from atb_pllava.files import LFS_POINTER, LFS_REMEDY, why_unreadable
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_STEM = "quant_model_weight"  # what msModelSlim calls its weight files, sharded or not
@@ -114,7 +114,7 @@ class WeightDir:
 
     path: Path
     tensors: Mapping[str, StoredTensor]
-    int8: Int8Layers = Int8Layers()
+    int8: QuantConfig = QuantConfig()
     problems: tuple[Problem, ...] = ()
 
     @classmethod
@@ -122,7 +122,7 @@ class WeightDir:
         cls,
         path: Path,
         stored: Iterable[StoredTensor],
-        int8: Int8Layers | None = None,
+        int8: QuantConfig | None = None,
         problems: Iterable[Problem] = (),
     ) -> "WeightDir":
         tensors: dict[str, StoredTensor] = {}
@@ -132,7 +132,7 @@ class WeightDir:
             if first is not tensor:
                 detail = f"both {first.key} in {first.file.name} and {tensor.key} in {tensor.file.name}"
                 duplicates.append(Problem("duplicate", canonical_name(tensor.key), detail))
-        return cls(path, tensors, int8 or Int8Layers(), tuple(duplicates))
+        return cls(path, tensors, int8 or QuantConfig(), tuple(duplicates))
 
     @property
     def lora_targets(self) -> set[str]:

@@ -35,7 +35,7 @@ from atb_pllava.loader.checkpoint import (
     read_directory,
 )
 from atb_pllava.loader.quant_description import DESCRIPTION, companions, read_description
-from atb_pllava.ops.int8 import HIGHEST, LOWEST, Int8Layers
+from atb_pllava.ops.int8 import HIGHEST, LOWEST, QuantConfig
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class Checkpoint:
         return str(self.base.path) + (f" with {self.delta.path}" if self.delta else "")
 
     @property
-    def int8(self) -> Int8Layers:
+    def int8(self) -> QuantConfig:
         """The tensors that are stored as int8 weights; none in a float checkpoint."""
         return self.base.int8
 
