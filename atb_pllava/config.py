@@ -185,7 +185,9 @@ class EngineConfig:
 
     `max_input_length` and `max_output_length` are token counts for one request (None: bounded by the KV cache only);
     `kv_cache_bytes` bounds the KV cache (None: room for `max_batch_size` requests, at most half the free memory).
-    `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding. `video_cache_bytes` bounds
+    `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding, `vision_batch` the frames
+    that a rank encodes at once, which bounds the vision tower's memory (None: what suits the backend, 512 tokens and 8
+    frames on a CPU, 4096 and 16 on an accelerator). `video_cache_bytes` bounds
     the tokens of videos seen before that are kept (18 MiB each for 7B in bfloat16), and as much again their frames;
     `kv_cache_dtype` "int8" keeps keys and values in 8 bits (on a CPU), "auto" in the model's dtype;
     with `prefix_cache` prompts that begin alike, up to the same video, share their keys and values. `decode_graphs`
@@ -197,17 +199,19 @@ class EngineConfig:
     max_input_length: int | None = None
     max_output_length: int | None = None
     kv_cache_bytes: int | None = None
-    prefill_chunk: int = 512
-    vision_batch: int = 8  # frames encoded at once: bounds the vision tower's memory
+    prefill_chunk: int | None = None
+    vision_batch: int | None = None
     video_cache_bytes: int = 2**30
     prefix_cache: bool = True
     kv_cache_dtype: str = "auto"
     decode_graphs: bool = True
 
     def __post_init__(self) -> None:
-        for name, largest in [("block_size", 4096), ("max_batch_size", 4096), ("prefill_chunk", 2**20),
-                              ("vision_batch", 4096)]:  # fmt: skip
-            _check_range(name, getattr(self, name), 1, largest)
+        for name in ("block_size", "max_batch_size"):
+            _check_range(name, getattr(self, name), 1, 4096)
+        for name, largest in [("prefill_chunk", 2**20), ("vision_batch", 4096)]:
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 1, largest)
         _check_range("video_cache_bytes", self.video_cache_bytes, 0, 2**62)
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         for name in ("prefix_cache", "decode_graphs"):

@@ -27,12 +27,11 @@ from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.executor.worker import Rendezvous, send_worker_options, share_threads
 from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
-from atb_pllava.model.costs import Costs
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
-from atb_pllava.ops import free_memory
+from atb_pllava.ops.interface import Feature
 from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
 from atb_pllava.prompt.tokenizer import Tokenizer
 
@@ -121,8 +120,8 @@ class LLM:
         """Load the model on this rank and, with a size above 1, on all others, started here unless they are there."""
         parallel = workers.parallel if workers else TensorParallel(0, size)
         model, plan = plan_model(options, parallel)
-        if config.kv_cache_dtype == "int8" and model.ops.name != "cpu":
-            raise BackendError(f"kv_cache_dtype 'int8' works on the cpu backend only, not on {model.ops.name}")
+        if config.kv_cache_dtype == "int8":
+            model.ops.require(Feature.INT8_KV_CACHE)
         self.weights = plan
         self._finalizer: weakref.finalize[..., LLM] | None = None
         if parallel.size == 1:
@@ -174,7 +173,7 @@ class LLM:
         ranks = "" if model.parallel.size == 1 else f", world_size={model.parallel.size}"
         return (
             f"LLM({self.options.model_path!r}{on_top}, dtype={str(model.dtype).removeprefix('torch.')}, "
-            f"backend={model.ops.name}, device={model.ops.device}{ranks}, num_frames={self.config.num_frames})"
+            f"backend={model.ops}, device={model.ops.device}{ranks}, num_frames={self.config.num_frames})"
         )
 
     def __enter__(self) -> "LLM":
@@ -392,10 +391,17 @@ class LLM:
 
     def _plan_blocks(self, model: Pllava, config: EngineConfig) -> int:
         """KV cache blocks: room for a full batch of the longest requests, within the memory there is."""
-        element, int8 = torch.empty(0, dtype=model.dtype).element_size(), config.kv_cache_dtype == "int8"
-        per_token = Costs(self.config, element, parallel=model.parallel, int8_kv=int8).kv_bytes_per_token
+        text = self.config.text
+        element_size = torch.empty(0, dtype=model.dtype).element_size()
+        per_token = model.ops.kv_bytes_per_token(
+            text.num_hidden_layers,
+            model.language.kv_heads,
+            text.head_dim,
+            element_size,
+            int8=config.kv_cache_dtype == "int8",
+        )
         wanted = kv_cache_tokens(self.config, config)
-        free = free_memory(model.ops) // (model.parallel.size if model.ops.name == "cpu" else 1)
+        free = model.ops.free_memory() // model.ops.ranks_sharing_memory(model.parallel.size)
         blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free)
         logger.debug(
             "KV cache: %d blocks of %d tokens, %.2f GB", blocks, config.block_size,

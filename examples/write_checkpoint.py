@@ -24,7 +24,7 @@ from atb_pllava.cli.parser import Parser
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
+from atb_pllava.ops.reference import TorchBackend
 
 SHARD_BYTES = 4e9
 
@@ -43,7 +43,7 @@ def write(directory: Path, shape: str) -> None:
     directory.mkdir(parents=True)
     write_shape(directory, shape)
     with torch.device("meta"):
-        model = Pllava(shape_config(shape), get_backend("cpu"), torch.bfloat16)
+        model = Pllava(shape_config(shape), TorchBackend(), torch.bfloat16)
     shards = plan_shards({name: part.shape for name, part in model.weight_map().items()})
     weight_map = {}
     for number, shapes in enumerate(shards, start=1):

@@ -189,7 +189,13 @@ def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: 
     description = _digest(name) if name.endswith(".json") else None
     judge = {key: value for key, value in made["judge"].items() if key != "weights"}  # the digest decides, not the path
     dataset = os.path.abspath(arguments.dataset_path)
-    return {**made, "judge": judge, "description": description, "device": device.type, "dataset": dataset}
+    return {
+        **made,
+        "judge": judge,
+        "description": description,
+        "device": str(device).partition(":")[0],
+        "dataset": dataset,
+    }
 
 
 def read_answers(file: str) -> dict[str, str]:
@@ -346,7 +352,7 @@ def choose_device(name: str) -> torch.device:
     backends = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
     if kind not in backends or (number and (kind in ("auto", "cpu") or not number.isdigit())):
         raise ConfigError(f"--device is {name!r}; it must be auto, cpu, cuda, npu, or with a number: cuda:1, npu:0, 0")
-    device = get_backend(backends[kind], int(number or 0)).device
+    device = get_backend(backends[kind], int(number or 0), kernels="torch").device
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", int(number)) if kind == "cuda" and number else device

@@ -120,8 +120,10 @@ class _Listener:
     def keep_input(self, stage: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.keep(stage, _, inputs, inputs[0])
 
-    def keep(self, stage: str, _: nn.Module, inputs: tuple[Any, ...], states: Tensor) -> None:
+    def keep(self, stage: str, _: nn.Module, inputs: tuple[Any, ...], states: Any) -> None:
         """Hidden states [N, hidden] of the decoder or [frames, tokens, hidden] of the vision tower."""
+        if isinstance(states, tuple):  # a decoder layer leaves the addition of its residual to the next one
+            states = states[1] + states[0]
         if stage.startswith("decoder"):
             self.decoder[stage].append(states[self._rows].float().cpu())
         else:

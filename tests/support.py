@@ -17,7 +17,9 @@ from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.mindie.host_files import host_files
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
+from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch, SequenceBatch
+from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.reference import TorchBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -75,7 +77,7 @@ def raw_config(**text: Any) -> dict[str, Any]:
 
 def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
     """A float32 model with random weights of a size that makes every part matter."""
-    model = Pllava(config, get_backend("cpu"), torch.float32)
+    model = Pllava(config, TorchBackend(), torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for name, part in model.weight_map().items():
         view = part.tensor
@@ -129,3 +131,25 @@ def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), 
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+def decode_metadata(ops: Backend, context_lens: Sequence[int], block_tables: torch.Tensor) -> AttentionMetadata:
+    """What `ops` prepares for a step in which every sequence decodes one token."""
+    decode = SequenceBatch.of([1] * len(context_lens), context_lens, block_tables)
+    return _prepared(ops, decode, SequenceBatch.of([], [], block_tables[:0]))
+
+
+def prefill_metadata(
+    ops: Backend, query_lens: Sequence[int], context_lens: Sequence[int], block_tables: torch.Tensor
+) -> AttentionMetadata:
+    """What `ops` prepares for a step of prompt chunks alone."""
+    prefill = SequenceBatch.of(query_lens, context_lens, block_tables)
+    return _prepared(ops, SequenceBatch.of([], [], block_tables[:0]), prefill)
+
+
+def _prepared(ops: Backend, decode: SequenceBatch, prefill: SequenceBatch) -> AttentionMetadata:
+    """Of a step without positions: attention reads no token ids, slots or rotary tables."""
+    rows = torch.zeros(decode.cu_seqlens[-1] + prefill.cu_seqlens[-1], dtype=torch.int64)
+    rows = rows.to(decode.block_tables.device)
+    angles = torch.zeros(len(rows), 1, device=rows.device)
+    return ops.prepare(ForwardBatch(rows, rows, rows, decode, prefill, rows[:0]), angles, angles)

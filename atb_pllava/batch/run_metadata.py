@@ -48,7 +48,7 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
         "lora_alpha": llm.weights.lora_alpha,
         "lora_scale": llm.weights.lora_scale,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": model.ops.name,
+        "backend": str(model.ops),
         "kernels": model.ops.kernels,
         "kv_cache_dtype": llm.engine.config.kv_cache_dtype,
         "world_size": model.parallel.size,

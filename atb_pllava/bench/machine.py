@@ -54,19 +54,18 @@ def measure(backend: Backend, rounds: int = 5, threads: int | None = None) -> Li
 
 
 def _measure(backend: Backend, rounds: int) -> Limits:
-    device = backend.device
-    is_cpu = device.type == "cpu"
-    name = _cpu_name() if is_cpu else torch.cuda.get_device_name(device)
+    is_cpu = backend.on_host
+    name = _cpu_name() if is_cpu else torch.cuda.get_device_name(backend.device)
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
     ways = {kind: list(_multiplying(kind, backend)) for kind in kinds}
-    flops = {kind: _fastest(some, rounds, device)[1] for kind, some in ways.items() if some}
+    flops = {kind: _fastest(some, rounds, backend)[1] for kind, some in ways.items() if some}
     threads = torch.get_num_threads() if is_cpu else 1
     return Limits(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat())
 
 
 def read_bandwidth(backend: Backend, rounds: int = 7) -> float:
     """Bytes/s of the fastest way there is to look at every byte of half a GiB once."""
-    return _fastest(_reading(backend), rounds, backend.device)[1]
+    return _fastest(_reading(backend), rounds, backend)[1]
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,19 @@ def probes(backend: Backend, dtype: torch.dtype) -> tuple[Probe, Probe]:
     """The fastest way to read and to multiply numbers of `dtype`, to be timed in turns with other work."""
     kind = str(dtype).removeprefix("torch.")
     ways = _reading(backend), list(_multiplying(kind, backend))
-    read, multiply = (_fastest(some, 3, backend.device)[0] for some in ways)
+    read, multiply = (_fastest(some, 3, backend)[0] for some in ways)
     return read, multiply
 
 
-def _fastest(ways: Sequence[Probe], rounds: int, device: torch.device) -> tuple[Probe, float]:
+def _fastest(ways: Sequence[Probe], rounds: int, backend: Backend) -> tuple[Probe, float]:
     """The best of them, and its bytes or FLOPs in a second."""
-    rates = [way.amount / median_seconds(way.work, rounds, device) for way in ways]
+    rates = [way.amount / median_seconds(way.work, rounds, backend) for way in ways]
     best = max(range(len(ways)), key=rates.__getitem__)
     return ways[best], rates[best]
 
 
 def _reading(backend: Backend) -> list[Probe]:
-    buffer = _buffer(backend.device)
+    buffer = _buffer(backend)
     longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
     if isinstance(backend, NativeBackend):
@@ -101,9 +100,9 @@ def _reading(backend: Backend) -> list[Probe]:
     return [Probe(way, _BUFFER) for way in ways]
 
 
-def _buffer(device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.ones(_BUFFER, dtype=torch.uint8, device=device)
+def _buffer(backend: Backend) -> Tensor:
+    if not backend.on_host:
+        return torch.ones(_BUFFER, dtype=torch.uint8, device=backend.device)
     # Private, because large pages of shared memory are switched off on most systems: without them the page tables are
     # the limit, not the memory.
     pages = mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -114,16 +113,17 @@ def _buffer(device: torch.device) -> Tensor:
 
 def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
     """Ways to multiply and add numbers of a kind; nothing where there is none."""
-    side = _SIDE if backend.device.type == "cpu" else 4 * _SIDE
-    for product in _products(kind, backend.device, side):
+    side = _SIDE if backend.on_host else 4 * _SIDE
+    for product in _products(kind, backend, side):
         yield Probe(product, 2 * side**3)
     if isinstance(backend, NativeBackend) and kind in ("float32", "bfloat16"):
         dtype: torch.dtype = getattr(torch, kind)
         yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))
 
 
-def _products(kind: str, device: torch.device, side: int) -> Iterator[Callable[[], Tensor]]:
+def _products(kind: str, backend: Backend, side: int) -> Iterator[Callable[[], Tensor]]:
     """Ways to multiply, those that this torch has for this device."""
+    device = backend.device
     if kind == "int8":
         whole, other = (torch.randint(-100, 100, (side, side), dtype=torch.int8, device=device) for _ in range(2))
         if _works(lambda: torch._int_mm(whole, other)):
@@ -133,7 +133,7 @@ def _products(kind: str, device: torch.device, side: int) -> Iterator[Callable[[
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     yield lambda: left @ right
     mkldnn = torch.ops.mkldnn
-    if device.type == "cpu" and _works(lambda: mkldnn._reorder_linear_weight(right, side)):
+    if backend.on_host and _works(lambda: mkldnn._reorder_linear_weight(right, side)):
         packed = mkldnn._reorder_linear_weight(right, side)
         yield lambda: mkldnn._linear_pointwise(left, packed, None, "none", [], "")
 

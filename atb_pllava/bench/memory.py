@@ -3,15 +3,15 @@
 import resource
 import sys
 
-import torch
+from atb_pllava.ops.interface import Backend
 
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak(backend: Backend) -> None:
     """Count from now on; where the system cannot (no Linux, no permission) the peak stays that of the whole run."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if not backend.on_host:
+        backend.reset_peak_memory()
         return
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -20,10 +20,10 @@ def reset_peak(device: torch.device) -> None:
         pass
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_bytes(backend: Backend) -> int:
     """Most bytes in use since `reset_peak`: of the device, or of this process where that is the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if not backend.on_host:
+        return backend.peak_memory()
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             fields = dict(line.split(":", 1) for line in file)

@@ -7,15 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from atb_pllava.bench.memory import peak_bytes, reset_peak
 from atb_pllava.bench.run import run_round
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import percentile
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.llm import LLM
-from atb_pllava.ops.interface import finish
+from atb_pllava.ops.reference import TorchBackend
 
 Row = dict[str, Any]
 
@@ -48,7 +46,7 @@ class ModelTime:
 
     def __init__(self, llm: LLM) -> None:
         self.seconds: list[float] = []
-        self._device, self._began = llm.model.ops.device, 0.0
+        self._ops, self._began = llm.model.ops, 0.0
         self._hooks = [
             llm.model.register_forward_pre_hook(self._enter),
             llm.model.register_forward_hook(self._leave),
@@ -58,7 +56,7 @@ class ModelTime:
         self._began = time.perf_counter()
 
     def _leave(self, *_: object) -> None:
-        finish(self._device)
+        self._ops.synchronize()
         self.seconds.append(time.perf_counter() - self._began)
 
     def remove(self) -> None:
@@ -96,7 +94,7 @@ def loading(directory: str, load: Callable[[], LLM]) -> Row:
     began = time.perf_counter()
     _read(files)
     reading = time.perf_counter() - began
-    cpu = torch.device("cpu")
+    cpu = TorchBackend()
     reset_peak(cpu)
     before = peak_bytes(cpu)
     began = time.perf_counter()

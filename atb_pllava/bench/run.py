@@ -37,8 +37,8 @@ def run_round(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingP
 
     All arrive at the same moment; their media are read before the first step.
     """
-    device = llm.model.ops.device
-    reset_peak(device)
+    backend = llm.model.ops
+    reset_peak(backend)
     began = time.perf_counter()
     ready = [_prepared(llm, request, params, number, began) for number, request in enumerate(requests)]
     steps = []
@@ -52,7 +52,7 @@ def run_round(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingP
         for request in ready:
             llm.engine.abort(request)
     seconds = time.perf_counter() - began
-    return Round([request.output() for request in ready], steps, seconds, peak_bytes(device))
+    return Round([request.output() for request in ready], steps, seconds, peak_bytes(backend))
 
 
 def _prepared(llm: LLM, request: Mapping[str, Any], params: SamplingParams, number: int, arrival: float) -> Request:

@@ -8,7 +8,7 @@ from atb_pllava.bench.shapes import shape_config
 from atb_pllava.distributed.tensor_parallel import TensorParallel, check_world_size
 from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.costs import Costs
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ def scaling_rows(shapes: Sequence[str], machines: Sequence[Machine], sizes: Sequ
 def _row(shape: str, machine: Machine, size: int, int8: bool, prompt: int) -> Row:
     config = shape_config(shape)
     check_world_size(size, config.text)
-    layers = dummy_quant_config(config) if int8 else Int8Layers()
+    layers = dummy_quant_config(config) if int8 else QuantConfig()
     costs = Costs(config, 2, layers, TensorParallel(0, size))
     row: Row = {"model": shape, "device": machine.name, "weights": "W8A16" if int8 else "16 bits", "TP": size}
     row["GB_per_rank"] = round(costs.weight_bytes / 1e9, 1)

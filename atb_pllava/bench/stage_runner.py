@@ -17,12 +17,13 @@ class Stages:
 
     def __init__(self, llm: LLM) -> None:
         self.executor, self.config = llm.engine.executor, llm.engine.config
+        self.vision_batch = llm.engine.vision_batch
         self.model = llm.model
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [T, 3, size, size] to video tokens, a few frames at a time as the engine does."""
         self.executor.forget(_VIDEO)
-        at_once = self.config.vision_batch * self.executor.parallel.size
+        at_once = self.vision_batch * self.executor.parallel.size
         for start in range(0, len(pixels), at_once):
             self.executor.encode_frames(_VIDEO, pixels[start : start + at_once])
         self.executor.pool_frames(_VIDEO, range(len(pixels)))

@@ -167,7 +167,7 @@ def batch_cost(llm: LLM, part: Callable[[Costs], Cost]) -> Cost:
     `sent` is that of rank 0.
     """
     model = llm.model
-    ranks = range(model.parallel.size) if model.ops.name == "cpu" else range(1)
+    ranks = range(model.ops.ranks_sharing_memory(model.parallel.size))
     costs = [part(costs_of(llm, TensorParallel(rank, model.parallel.size))) for rank in ranks]
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs), costs[0].sent, costs[0].messages)
 
@@ -176,7 +176,7 @@ def costs_of(llm: LLM, parallel: TensorParallel | None = None) -> Costs:
     """The costs of a loaded model on one rank, this one unless said otherwise."""
     model = llm.model
     element = torch.empty(0, dtype=model.dtype).element_size()
-    reduced = 4 if model.ops.name == "cpu" else element
+    reduced = torch.empty(0, dtype=model.ops.all_reduce_dtype(model.dtype)).element_size()
     int8_kv = llm.engine.config.kv_cache_dtype == "int8"
     return Costs(llm.config, element, model.int8, parallel or model.parallel, reduced, int8_kv)
 

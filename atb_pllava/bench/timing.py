@@ -4,15 +4,14 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
-import torch
+from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.reference import TorchBackend
 
-from atb_pllava.ops.interface import finish
-
-CPU = torch.device("cpu")
+CPU = TorchBackend()
 Work = Callable[[], object]
 
 
-def interleaved(works: Sequence[Work], rounds: int, device: torch.device = CPU) -> list[list[float]]:
+def interleaved(works: Sequence[Work], rounds: int, backend: Backend = CPU) -> list[list[float]]:
     """Seconds of each work in each round, one after the other within a round, after a first round to warm up.
 
     Neighbours on a shared machine slow all of a round's works alike, so compare them round by round.
@@ -22,14 +21,14 @@ def interleaved(works: Sequence[Work], rounds: int, device: torch.device = CPU) 
         for work, own in zip(works, seconds, strict=True):
             began = time.perf_counter()
             work()
-            finish(device)
+            backend.synchronize()
             if number:
                 own.append(time.perf_counter() - began)
     return seconds
 
 
-def median_seconds(work: Work, rounds: int = 5, device: torch.device = CPU) -> float:
-    return median(interleaved([work], rounds, device)[0])
+def median_seconds(work: Work, rounds: int = 5, backend: Backend = CPU) -> float:
+    return median(interleaved([work], rounds, backend)[0])
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import ConfigError
 from atb_pllava.loader.dummy_weights import DummyWeights
-from atb_pllava.ops.int8 import Int8Layers, Int8Weight
+from atb_pllava.ops.int8 import Int8Weight, QuantConfig
 
 FILL = 0.01  # of every cached key and value where a context is made up
 
@@ -22,7 +22,7 @@ FILL = 0.01  # of every cached key and value where a context is made up
 class TransformersPeer:
     """`int8` names the layers whose weights are our dequantised ones. Raises ConfigError without transformers."""
 
-    def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: Int8Layers) -> None:
+    def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: QuantConfig) -> None:
         try:
             import transformers
         except ImportError:
@@ -117,14 +117,14 @@ class TransformersPeer:
 
 
 @torch.no_grad()
-def _fill(destinations: dict[str, ShardSpec], int8: Int8Layers, dtype: torch.dtype) -> None:
+def _fill(destinations: dict[str, ShardSpec], int8: QuantConfig, dtype: torch.dtype) -> None:
     """Our random weights under the same names; int8 ones as the float they mean."""
     weights = DummyWeights(sum(part.tensor.nbytes for part in destinations.values()))
     for _ in weights.load({name: part for name, part in destinations.items() if name not in int8.names}):
         pass
     for name in sorted(int8.names):
         room = Int8Weight.empty(len(destinations[name].tensor), destinations[name].shape[1], dtype)
-        parts = {name: room.values, f"{name}_scale": room.scale, f"{name}_offset": room.offset}
+        parts = {name: room.values, f"{name}_scale": room.scale, f"{name}_offset": room.zero_point}
         for _ in weights.load({part: ShardSpec.whole(tensor) for part, tensor in parts.items()}):
             pass
         destinations[name].tensor.copy_(room.dequantise())

@@ -303,7 +303,7 @@ def _loaded(llm: LLM) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     weights = f"8-bit weights, {dtype}" if model.int8.names else dtype
     ranks = "" if model.parallel.size == 1 else f", {model.parallel.size} ranks"
-    return f"loaded {what}{on_top}: {weights} on {model.ops.name}{ranks}, {llm.weights.lora or 'no LoRA'}"
+    return f"loaded {what}{on_top}: {weights} on {model.ops}{ranks}, {llm.weights.lora or 'no LoRA'}"
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:

@@ -25,7 +25,7 @@ from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.model.llama import DecoderLayer, rotary_tables
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.processor import Media, VideoProcessor
-from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
+from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def _run(layer: DecoderLayer, hidden: Sequence[Tensor]) -> tuple[dict[str, Tenso
 
     Returns sampled inputs [tokens, in] of the layer's matrices by attribute name, and the output for each clip.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for name in ("qkv", "out", "gate_up", "down")}
+    seen: dict[str, list[Tensor]] = {name: [] for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
     per_clip = max(1, SAMPLED_TOKENS // len(hidden))
 
     def keep(name: str) -> Callable[..., None]:
@@ -158,11 +158,12 @@ def forward_layer(layer: DecoderLayer, x: Tensor) -> Tensor:
     positions = torch.arange(tokens)
     cos, sin = rotary_tables(positions, layer.head_dim, layer.config.rope_theta)
     cache = layer.ops.new_kv_cache(1, blocks, KV_BLOCK_SIZE, layer.kv_heads, layer.head_dim, x.dtype)[0]
-    prompt = SequenceBatch((0, tokens), (tokens,), torch.arange(blocks)[None])
-    nothing = SequenceBatch((0,), (), torch.zeros(0, 0, dtype=torch.int64))
+    prompt = SequenceBatch.of([tokens], [tokens], torch.arange(blocks)[None])
+    nothing = SequenceBatch.of([], [], torch.zeros(0, 0, dtype=torch.int64))
     batch = ForwardBatch(positions, positions, positions, nothing, prompt, positions[-1:])
-    out: Tensor = layer(x, cos, sin, cache, batch)
-    return out
+    out, residual = layer(x, None, cache, layer.ops.prepare(batch, cos, sin))
+    total: Tensor = residual + out
+    return total
 
 
 def _add_layer_scales(
@@ -174,23 +175,23 @@ def _add_layer_scales(
     scheme: QuantScheme,
 ) -> None:
     """Add the scales of one decoder layer, whose tensor names begin with `prefix`, to `awq_scales`."""
-    best = {name: _best_scales(x, getattr(layer, name).weights[0], scheme) for name, x in inputs.items()}
+    best = {name: _best_scales(x, getattr(layer, name).matrices[0].weight, scheme) for name, x in inputs.items()}
     for norm, norm_weight, matrix in [
-        ("input_layernorm", layer.attn_norm, "qkv"),
-        ("post_attention_layernorm", layer.mlp_norm, "gate_up"),
+        ("input_layernorm", layer.attn_norm, "qkv_proj"),
+        ("post_attention_layernorm", layer.mlp_norm, "gate_up_proj"),
     ]:
         name = f"{prefix}{norm}.weight"
         awq_scales.rows[name] = best[matrix]
         # The divided norm is rounded to the stored dtype. The columns get the scale that the rounded norm implies.
         stored = (norm_weight / best[matrix]).to(FLOAT_DTYPES[plan.items[name].weight.dtype]).float()
         scales = torch.where((stored == 0) | (norm_weight == 0), best[matrix], norm_weight / stored)
-        for linear in getattr(layer, matrix).rows:
+        for linear in getattr(layer, matrix).sizes:
             awq_scales.columns[f"{prefix}{linear}.weight"] = scales
-    awq_scales.rows[f"{prefix}mlp.up_proj.weight"] = best["down"]
-    awq_scales.columns[f"{prefix}mlp.down_proj.weight"] = best["down"]
+    awq_scales.rows[f"{prefix}mlp.up_proj.weight"] = best["down_proj"]
+    awq_scales.columns[f"{prefix}mlp.down_proj.weight"] = best["down_proj"]
     if layer.heads == layer.kv_heads:
-        awq_scales.rows[f"{prefix}self_attn.v_proj.weight"] = best["out"]
-        awq_scales.columns[f"{prefix}self_attn.o_proj.weight"] = best["out"]
+        awq_scales.rows[f"{prefix}self_attn.v_proj.weight"] = best["o_proj"]
+        awq_scales.columns[f"{prefix}self_attn.o_proj.weight"] = best["o_proj"]
 
 
 def _best_scales(x: Tensor, weight: Tensor, scheme: QuantScheme) -> Tensor:

@@ -273,7 +273,7 @@ def _write_tensor(conversion: Conversion, name: str, quantizer: Quantizer, write
             scale_name, zero_name = scale_and_zero_names(name)
             writer.write(name, weight.values, first)
             writer.write(scale_name, weight.scale, first)
-            writer.write(zero_name, weight.offset, first)
+            writer.write(zero_name, weight.zero_point, first)
         else:
             writer.write(name, quantizer.float_rows(name, rows, dtype), first)
 

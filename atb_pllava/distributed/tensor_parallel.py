@@ -7,6 +7,7 @@ is on every rank. Two all-reduces a layer join attention and MLP; frames of a vi
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from atb_pllava.config import LARGEST_WORLD, TextConfig
 from atb_pllava.errors import ConfigError
+
+
+class Collectives(Protocol):
+    """How a device joins the tensors of all ranks; see `ops.interface.Backend`."""
+
+    def all_reduce(self, x: Tensor) -> Tensor: ...
+
+    def all_gather(self, part: Tensor, ranks: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,13 +39,9 @@ class TensorParallel:
         first = rank * each + min(rank, more)
         return range(first, first + each + (rank < more))
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the ranks; on a CPU in float32 whatever the dtype, so that the sum is rounded once."""
-        if self.size == 1:
-            return x
-        total = x.float() if x.device.type == "cpu" else x.contiguous()
-        dist.all_reduce(total)
-        return total.to(x.dtype)
+    def all_reduce(self, x: Tensor, device: Collectives) -> Tensor:
+        """Sum over the ranks."""
+        return x if self.size == 1 else device.all_reduce(x)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's values on every rank; the others give a tensor of the same shape to write into."""
@@ -44,21 +49,14 @@ class TensorParallel:
             dist.broadcast(x, src=0)
         return x
 
-    def all_gather(self, x: Tensor, units: int) -> Tensor:
+    def all_gather(self, x: Tensor, units: int, device: Collectives) -> Tensor:
         """Join the ranks' shares of `units` along the first axis: [share, ...] to [units, ...] on every rank."""
         if self.size == 1:
             return x
         longest = len(self.share(units, 0))
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: len(x)] = x
-        whole = x.new_empty(self.size * longest, *x.shape[1:])
-        parts = whole.split(longest)
-        if x.device.type == "cpu":
-            # As bytes: the gloo of torch 2.1 knows no bfloat16.
-            dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8))
-        else:  # into one tensor: no copies behind the collective, and no padding of its parts, which cannot be captured
-            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
-            gather(whole, padded)
+        parts = device.all_gather(padded, self.size).split(longest)
         return torch.cat([part[: len(self.share(units, rank))] for rank, part in enumerate(parts)])
 
 

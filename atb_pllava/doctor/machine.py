@@ -25,7 +25,7 @@ from atb_pllava.model.costs import Costs
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.ops.cpu.build import BuildError, default_directory, find_library, try_compiler
 from atb_pllava.ops.host_memory import HostMemory
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import has_native_bfloat16
 
 LIBRARY_BYTES = 50_000_000  # for compiled kernels and what the compiler keeps for a moment; the library is below 1 MB
@@ -63,7 +63,7 @@ class Model:
     """A checkpoint by its headers; `int8` are its W8A16 layers. `path` is None where it is not here."""
 
     config: PllavaConfig
-    int8: Int8Layers
+    int8: QuantConfig
     path: Path | None
 
     @property
@@ -92,7 +92,7 @@ def read_model(path: str, world_size: int = 1) -> Model:
 def published_model(name: str) -> Model | None:
     """The sizes of a published model by its name on the Hub; None for a name that is none of them."""
     size = published_size(name)
-    return None if size is None else Model(config_from_json(PUBLISHED[size]), Int8Layers(), None)
+    return None if size is None else Model(config_from_json(PUBLISHED[size]), QuantConfig(), None)
 
 
 def auto_dtype(config: PllavaConfig, backend: str) -> str:

@@ -18,7 +18,6 @@ from atb_pllava.errors import PllavaError, RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_input import ModelInput, StepStats
 from atb_pllava.multimodal.processor import ProcessedVideo
-from atb_pllava.ops.interface import finish
 
 
 class Engine:
@@ -27,7 +26,9 @@ class Engine:
     def __init__(self, executor: Executor, config: EngineConfig) -> None:
         self.executor, self.config = executor, config
         self.block_manager = BlockManager(executor.runner.blocks)
-        self.scheduler = Scheduler(config, self.block_manager)
+        ops = executor.runner.ops
+        self.vision_batch = config.vision_batch or ops.preferred_vision_batch  # frames that a rank encodes at once
+        self.scheduler = Scheduler(config, self.block_manager, config.prefill_chunk or ops.preferred_chunk)
         self.videos = EncoderCache(config.video_cache_bytes // executor.runner.bytes_per_video, executor.forget)
         self.progress = Progress()
         self._seconds_per_frame: float | None = None  # of the last video, other work of its steps included
@@ -82,7 +83,7 @@ class Engine:
         self._say_what_runs(step)
         began = time.perf_counter()
         due = self._forward(step)
-        finish(self.executor.runner.device)
+        self.executor.runner.ops.synchronize()
         seconds = time.perf_counter() - began
         if step.prefill:
             self._seconds_per_token = seconds / sum(tokens for _, tokens in step.prefill)
@@ -119,7 +120,7 @@ class Engine:
             state.video = None
             if state.began is not None:
                 self._seconds_per_frame = (time.monotonic() - state.began) / state.frames_encoded
-        finish(self.executor.runner.device)
+        self.executor.runner.ops.synchronize()
 
     def encode_video(self, video: ProcessedVideo) -> Tensor:
         """Video tokens [t * h * w, hidden] of one video, outside of any request."""
@@ -177,7 +178,7 @@ class Engine:
 
     @property
     def _frames_at_once(self) -> int:
-        return self.config.vision_batch * self.executor.parallel.size
+        return self.vision_batch * self.executor.parallel.size
 
     def _say_what_is_encoded(self, request: Request, state: EncoderEntry, frames: int) -> None:
         """Into `progress`: which frames come next, and the time until the last one is done."""

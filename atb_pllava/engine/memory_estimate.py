@@ -12,7 +12,8 @@ from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import blocks_for
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.model.costs import Costs
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.interface import Backend
 
 PROCESS_BYTES = 400_000_000  # Python, torch and its libraries: resident after the imports, measured on x86-64 Linux
 TEXT_TOKENS = 512  # of a template, a question and an answer beside one video
@@ -47,20 +48,24 @@ class MemoryNeed:
 def memory_need(
     config: PllavaConfig,
     element: int,
-    int8: Int8Layers,
+    int8: QuantConfig,
     world_size: int = 1,
     *,
     together: bool = False,
+    vision_batch: int = Backend.preferred_vision_batch,
     engine: EngineConfig | None = None,
 ) -> MemoryNeed:
-    """What the engine needs with floats of `element` bytes: on rank 0, which has the largest share, or all together."""
+    """What the engine needs with floats of `element` bytes: on rank 0, which has the largest share, or all together.
+
+    vision_batch: frames encoded at once where `engine` names no number.
+    """
     engine = engine or EngineConfig()
     ranks = range(world_size if together else 1)
     int8_kv = engine.kv_cache_dtype == "int8"
     costs = [Costs(config, element, int8, TensorParallel(rank, world_size), int8_kv=int8_kv) for rank in ranks]
     per_token = sum(cost.kv_bytes_per_token for cost in costs)
     tokens = config.num_video_tokens + TEXT_TOKENS
-    frames = config.with_video(min(config.num_frames, engine.vision_batch))
+    frames = config.with_video(min(config.num_frames, engine.vision_batch or vision_batch))
     working = PROCESS_BYTES + working_bytes(frames, tokens, world_size) * element // 2
     return MemoryNeed(
         weights=sum(cost.weight_bytes for cost in costs),

@@ -32,8 +32,9 @@ class SchedulerOutput:
 class Scheduler:
     """First come, first served, up to `max_batch_size` requests at a time."""
 
-    def __init__(self, config: EngineConfig, pool: BlockManager) -> None:
+    def __init__(self, config: EngineConfig, pool: BlockManager, prefill_chunk: int) -> None:
         self.config, self.block_manager = config, pool
+        self.prefill_chunk = prefill_chunk  # prompt tokens of a step beside decoding requests
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
 
@@ -112,7 +113,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """The next step's work; a request whose videos are not encoded yet sits out."""
         decode = self._decoding()
-        budget = self.config.prefill_chunk if decode else _LONGEST_CHUNK
+        budget = self.prefill_chunk if decode else _LONGEST_CHUNK
         prefill = []
         for request in self.running:
             if budget == 0:

@@ -112,7 +112,7 @@ class Rendezvous:
         verdict = self._verdict()
         if verdict:
             raise BackendError(f"{verdict}; all ranks were stopped")
-        _init_group(self.store, self.parallel, model.ops.device)
+        _init_group(self.store, self.parallel, model.ops.process_group)
 
     def fail(self, reason: str) -> None:
         """Leave word for rank 0 of what went wrong here."""
@@ -260,10 +260,9 @@ def _listen(size: int, port: int | None) -> tuple[Store, int]:
     return store, bound
 
 
-def _init_group(store: Store, parallel: TensorParallel, device: torch.device) -> None:
+def _init_group(store: Store, parallel: TensorParallel, process_group: str) -> None:
     # Gloo otherwise listens on the interface of the host's name, which other machines can reach.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}[device.type]
     dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=parallel.rank, world_size=parallel.size,
+        process_group, store=dist.PrefixStore("group", store), rank=parallel.rank, world_size=parallel.size,
         timeout=_COLLECTIVE_TIMEOUT)  # fmt: skip

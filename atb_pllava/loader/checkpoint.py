@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import LFS_POINTER, LFS_REMEDY, read_config_json, why_unreadable
 from atb_pllava.loader.problems import Problem
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 QUANT_STEM = "quant_model_weight"  # msModelSlim's weight files begin with it, sharded or not
@@ -67,7 +67,7 @@ class WeightDir:
 
     path: Path
     tensors: Mapping[str, StoredTensor]
-    int8: Int8Layers = Int8Layers()
+    int8: QuantConfig = QuantConfig()
     problems: tuple[Problem, ...] = ()
 
     @classmethod
@@ -75,7 +75,7 @@ class WeightDir:
         cls,
         path: Path,
         stored: Iterable[StoredTensor],
-        int8: Int8Layers | None = None,
+        int8: QuantConfig | None = None,
         problems: Iterable[Problem] = (),
     ) -> "WeightDir":
         """The directory of these tensors. A canonical name that two tensors have is a problem more."""
@@ -87,7 +87,7 @@ class WeightDir:
             if first is not tensor:
                 detail = f"both {first.key} in {first.file.name} and {tensor.key} in {tensor.file.name}"
                 all_problems.append(Problem("duplicate", name, detail))
-        return cls(path, tensors, int8 or Int8Layers(), tuple(all_problems))
+        return cls(path, tensors, int8 or QuantConfig(), tuple(all_problems))
 
     @property
     def lora_targets(self) -> set[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.errors import ConfigError
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ def _random_numbers() -> Tensor:
     return torch.randn(_NUM_RANDOM_VALUES, generator=torch.Generator().manual_seed(_SEED))
 
 
-def dummy_quant_config(config: PllavaConfig) -> Int8Layers:
+def dummy_quant_config(config: PllavaConfig) -> QuantConfig:
     """The layers that a conversion to W8A16 makes int8: all linear layers of the decoder, with one scale a row."""
     layers = range(config.text.num_hidden_layers)
     names = (f"language_model.model.layers.{i}.{name}.weight" for i in layers for name in _LINEAR)
-    return Int8Layers(frozenset(names))
+    return QuantConfig(frozenset(names))
 
 
 def plan_dummy_weights(destinations: Mapping[str, ShardSpec], ranks_here: int, free: int) -> DummyWeights:

@@ -10,22 +10,22 @@ import torch
 
 from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
 from atb_pllava.distributed.tensor_parallel import TensorParallel, check_world_size
-from atb_pllava.errors import BackendError
 from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.directory import config_directory
 from atb_pllava.loader.dummy_weights import DummyWeights, dummy_quant_config, plan_dummy_weights
 from atb_pllava.loader.weight_loader import LoadPlan, open_checkpoint, unused_vision_layers
+from atb_pllava.model.linear import pack_weights
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import choose_dtype, free_memory, get_backend
-from atb_pllava.ops.int8 import Int8Layers
-from atb_pllava.ops.interface import Backend, PackingBackend
+from atb_pllava.ops import choose_dtype, get_backend
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.interface import Backend, Feature
 
 LOAD_FORMATS = ("safetensors", "random", "random_w8a16")
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What decides the numbers a model computes; see `LLM` for the meaning of each."""
+    """The options that decide the numbers a model computes; see `LLM` for the meaning of each."""
 
     model_path: str | os.PathLike[str]
     weight_dir: str | os.PathLike[str] | None = None
@@ -56,7 +56,7 @@ class ModelOptions:
         return cls(**json.loads(text))
 
     def described(self) -> str:
-        """All of it but the paths, for ranks to compare: the weights themselves are compared by content."""
+        """All options but the paths, for ranks to compare. The weights themselves are compared by content."""
         here = dict.fromkeys(("model_path", "weight_dir", "compiler", "kernel_dir"))
         return json.dumps({**asdict(self), **here})
 
@@ -67,12 +67,16 @@ class ModelOptions:
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | DummyWeights]:
-    """The model without memory, and what to read into it; all that is wrong with a checkpoint's headers raises here."""
+    """The model without memory, and the plan that fills it. Headers are read, no tensors.
+
+    Raises CheckpointError with everything that is wrong with the checkpoint's headers, and BackendError or ConfigError
+    for options that this device or model does not allow.
+    """
     config = options.config()
     check_world_size(parallel.size, config.text)
     ops = get_backend(options.backend, parallel.rank, options.kernels, options.compiler, options.kernel_dir)
-    if parallel.size > 1 and ops.name == "cuda":
-        raise BackendError(f"world_size {parallel.size} needs --backend cpu or ascend; cuda takes one device")
+    if parallel.size > 1:
+        ops.require(Feature.TENSOR_PARALLEL)
     dtype = choose_dtype(options.dtype, config.dtype, ops)
     if options.load_format != "safetensors":
         return _plan_random(options.load_format, config, ops, dtype, parallel)
@@ -92,11 +96,11 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
 def _plan_random(
     load_format: str, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel
 ) -> tuple[Pllava, DummyWeights]:
-    int8 = dummy_quant_config(config) if load_format == "random_w8a16" else Int8Layers()
+    quant_config = dummy_quant_config(config) if load_format == "random_w8a16" else QuantConfig()
     with torch.device("meta"):
-        model = Pllava(config, ops, dtype, parallel, int8)
-    ranks_here = parallel.size if ops.name == "cpu" else 1
-    return model, plan_dummy_weights(model.weight_map(), ranks_here, free_memory(ops))
+        model = Pllava(config, ops, dtype, parallel, quant_config)
+    ranks = ops.ranks_sharing_memory(parallel.size)
+    return model, plan_dummy_weights(model.weight_map(), ranks, ops.free_memory())
 
 
 def fill_model(
@@ -104,15 +108,15 @@ def fill_model(
 ) -> Pllava:
     """Allocate the model on its device and read its weights; `each` is called after every tensor.
 
-    With `pack` each layer gets its backend's form (see `Pllava.pack`) as soon as it is there, and what was read is
-    freed: memory that is not yet written to takes no room, so at most one layer is in memory twice.
+    pack=True packs each part (see `Pllava.modules_by_prefix`) right after its last tensor, and frees what was loaded.
+    Peak memory is the model plus one part: memory that was never written to takes no room.
     """
     model.to_empty(device=model.ops.device)
     parts = model.weight_map()
-    packing = _Packing(model, parts) if pack and isinstance(model.ops, PackingBackend) else None
+    packing = _Packing(model, parts) if pack else None
 
     def loaded(name: str) -> None:
-        del parts[name]  # or the memory below it stays
+        del parts[name]  # the shard keeps the loaded tensor's memory alive
         if packing is not None:
             packing.loaded(name)
         if each is not None:
@@ -124,17 +128,17 @@ def fill_model(
 
 
 class _Packing:
-    """Packs each part of a model when the last of its tensors has been loaded."""
+    """Packs each part of a model when the last of the part's tensors has been loaded."""
 
     def __init__(self, model: Pllava, names: Iterable[str]) -> None:
-        assert isinstance(model.ops, PackingBackend)
-        self._ops, self._parts = model.ops, model.packable_modules()
+        self._parts = model.modules_by_prefix()
         self._prefix_of = {name: prefix for name in names for prefix in self._parts if name.startswith(prefix)}
         self._missing = Counter(self._prefix_of.values())
 
     def loaded(self, name: str) -> None:
+        """Count one tensor as loaded."""
         prefix = self._prefix_of.get(name)
         if prefix is not None:
             self._missing[prefix] -= 1
             if not self._missing[prefix]:
-                self._parts[prefix].pack(self._ops)
+                pack_weights(self._parts[prefix])

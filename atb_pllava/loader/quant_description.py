@@ -13,7 +13,7 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_config_json
 from atb_pllava.loader.checkpoint import FLOAT_DTYPES, INT8, StoredTensor, canonical_name
 from atb_pllava.loader.problems import CheckpointError, Problem
-from atb_pllava.ops.int8 import GROUP_SIZES, Int8Layers
+from atb_pllava.ops.int8 import GROUP_SIZES, QuantConfig
 
 DESCRIPTION = "quant_model_description.json"  # msModelSlim's "ascendV1"
 DESCRIPTIONS = (DESCRIPTION, "quant_model_description_w8a16.json")
@@ -36,7 +36,7 @@ def scale_and_zero_names(name: str) -> tuple[str, str]:
     return name + "_scale", name + "_offset"
 
 
-def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8Layers, list[Problem]]:
+def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[QuantConfig, list[Problem]]:
     """The int8 tensors of a directory by its description, and the problems with the description.
 
     A directory without a description has no int8 tensors. Raises CheckpointError for a description that cannot be
@@ -44,7 +44,7 @@ def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8La
     """
     files = [path / name for name in DESCRIPTIONS if os.path.lexists(path / name)]
     if not files:
-        return Int8Layers(), []
+        return QuantConfig(), []
     try:
         raw = read_config_json(files[0])
     except ConfigError as error:
@@ -58,7 +58,7 @@ def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[Int8La
         problems.append(Problem("quant", str(path), f"has both {' and '.join(DESCRIPTIONS)}; one of them is stale"))
     names = {name for name, kind in types.items() if kind == QUANT_TYPE and name.endswith(".weight")}
     group_size = raw.get("group_size") or 0
-    return Int8Layers(frozenset(names), group_size if group_size in GROUP_SIZES else 0), problems
+    return QuantConfig(frozenset(names), group_size if group_size in GROUP_SIZES else 0), problems
 
 
 def _check_fields(file: Path, fields: Mapping[str, Any]) -> Iterator[Problem]:

@@ -35,7 +35,7 @@ from atb_pllava.loader.problems import CheckpointError, Problem, raise_if_any
 from atb_pllava.loader.progress import ShardProgress
 from atb_pllava.loader.quant_description import read_description
 from atb_pllava.loader.tensor_values import all_finite, find_unusable_values, read_tensor, scan_values
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class Checkpoint:
         return str(self.base.path) + (f" with {self.delta.path}" if self.delta else "")
 
     @property
-    def int8(self) -> Int8Layers:
+    def int8(self) -> QuantConfig:
         """The tensors that are stored as int8 weights. A float checkpoint has none."""
         return self.base.int8
 

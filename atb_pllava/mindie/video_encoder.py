@@ -29,7 +29,7 @@ class VideoEncoder(nn.Module):
         super().__init__()
         self.config, self.device = config, device
         with torch.device("meta"):
-            model = Pllava(config, TorchBackend(device.type), dtype, int8=checkpoint.int8)
+            model = Pllava(config, TorchBackend(device), dtype, int8=checkpoint.int8)
         shapes = {name: part.shape for name, part in model.weight_map().items()}
         plan = checkpoint.check(shapes, unused=unused_vision_layers(config))
         del model.language

@@ -4,9 +4,9 @@ Counted is what the model's definition asks for, once: matrix products and atten
 weight read once a step, every cached key and value read once a token. Norms, rotary embeddings, activations and the
 rows of the embedding are left out: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
 
-Weights are counted as their file holds them: an int8 weight's scale and offset once a row, or once a row and group of
-columns, in the model's dtype. What a backend makes of that is not: our CPU kernels read scales and offsets in float32,
-and of symmetric weights no offsets.
+Weights are counted as their file holds them: an int8 weight's scale and zero point once a row, or once a row and group
+of columns, in the model's dtype. What a backend makes of them is not counted: our CPU kernels read scales and zero
+points in float32, and of symmetric weights no zero points.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import TensorParallel
-from atb_pllava.ops.int8 import Int8Layers, column_groups
+from atb_pllava.ops.int8 import QuantConfig, column_groups
+from atb_pllava.ops.reference import TorchBackend
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Costs:
 
     config: PllavaConfig
     element: int = 2
-    int8: Int8Layers = Int8Layers()
+    int8: QuantConfig = QuantConfig()
     parallel: TensorParallel = TensorParallel()
     reduced: int = 2
     int8_kv: bool = False
@@ -75,7 +76,7 @@ class Costs:
         text, layers = self.config.text, self.config.text.num_hidden_layers
         linear = 2 * tokens * layers * sum(rows * len(columns) for rows, columns in self._linears().values())
         attention = 4 * attended * layers * self._heads * text.head_dim
-        head = 2 * wanted * self._words * text.hidden_size
+        head = 2 * wanted * self._vocab_rows * text.hidden_size
         cache = (read + tokens) * self.kv_bytes_per_token
         return Cost(linear + attention + head, self.decoder_weight_bytes + cache) + self._between_ranks(tokens, wanted)
 
@@ -98,8 +99,9 @@ class Costs:
     def kv_bytes_per_token(self) -> int:
         """Keys and values of all layers: 512 KiB for 7B in bfloat16 on one rank."""
         text = self.config.text
-        per_head = text.head_dim + 4 if self.int8_kv else text.head_dim * self.element  # 4: a float32 scale
-        return 2 * text.num_hidden_layers * self._kv_heads * per_head
+        return TorchBackend.kv_bytes_per_token(
+            text.num_hidden_layers, self._kv_heads, text.head_dim, self.element, self.int8_kv
+        )
 
     @property
     def decoder_weight_bytes(self) -> int:
@@ -110,7 +112,7 @@ class Costs:
             for layer in range(layers)
             for name, (rows, columns) in linears.items()
         )
-        return total + ((2 * layers + 1) * text.hidden_size + self._words * text.hidden_size) * self.element
+        return total + ((2 * layers + 1) * text.hidden_size + self._vocab_rows * text.hidden_size) * self.element
 
     @property
     def vision_weight_bytes(self) -> int:
@@ -125,11 +127,11 @@ class Costs:
     @property
     def weight_bytes(self) -> int:
         """All weights of this rank, the embedding included."""
-        embedding = self._words * self.config.text.hidden_size * self.element
+        embedding = self._vocab_rows * self.config.text.hidden_size * self.element
         return self.vision_weight_bytes + self.decoder_weight_bytes + embedding
 
     def _linear_bytes(self, rows: int, columns: range, int8: bool) -> int:
-        """A group's scale and offset are on every rank that has some of its columns."""
+        """A group's scale and zero point are on every rank that has some of its columns."""
         if not int8:
             return rows * len(columns) * self.element
         groups = column_groups(slice(columns.start, columns.stop), self.int8.group_size)
@@ -137,15 +139,21 @@ class Costs:
 
     def _linears(self) -> dict[str, tuple[int, range]]:
         """A layer's matrices on this rank: how many rows, and which columns of the whole matrix."""
-        text, mine = self.config.text, self.parallel.share(self.config.text.num_key_value_heads)
-        width, inner = range(text.hidden_size), self.parallel.share(text.intermediate_size)
-        per_group = text.num_attention_heads // text.num_key_value_heads * text.head_dim
-        heads = range(mine.start * per_group, mine.stop * per_group)  # this rank's elements of all heads side by side
-        kv = len(mine) * text.head_dim, width
+        text = self.config.text
+        kv_heads = self.parallel.share(text.num_key_value_heads)
+        width = range(text.hidden_size)
+        inner = self.parallel.share(text.intermediate_size)
+        per_kv_head = text.num_attention_heads // text.num_key_value_heads * text.head_dim
+        heads = range(kv_heads.start * per_kv_head, kv_heads.stop * per_kv_head)  # elements of all heads side by side
+        kv_rows = len(kv_heads) * text.head_dim
         return {
-            **{"self_attn.q_proj": (len(heads), width), "self_attn.k_proj": kv, "self_attn.v_proj": kv},
-            **{"self_attn.o_proj": (text.hidden_size, heads), "mlp.gate_proj": (len(inner), width)},
-            **{"mlp.up_proj": (len(inner), width), "mlp.down_proj": (text.hidden_size, inner)},
+            "self_attn.q_proj": (len(heads), width),
+            "self_attn.k_proj": (kv_rows, width),
+            "self_attn.v_proj": (kv_rows, width),
+            "self_attn.o_proj": (text.hidden_size, heads),
+            "mlp.gate_proj": (len(inner), width),
+            "mlp.up_proj": (len(inner), width),
+            "mlp.down_proj": (text.hidden_size, inner),
         }
 
     @property
@@ -158,5 +166,5 @@ class Costs:
         return self._kv_heads * (text.num_attention_heads // text.num_key_value_heads)
 
     @property
-    def _words(self) -> int:
+    def _vocab_rows(self) -> int:
         return len(self.parallel.share(self.config.text.vocab_size))

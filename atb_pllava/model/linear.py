@@ -1,113 +1,214 @@
-"""Linear layers of the decoder, float or int8, whole or a rank's share."""
+"""Linear layers: one float, int8 or packed matrix each, and the decoder's fused layers, whole or a rank's shard."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from atb_pllava.distributed.tensor_parallel import ShardSpec
-from atb_pllava.ops.int8 import Int8Layers, Int8Weight, column_groups
-from atb_pllava.ops.interface import Backend, PackingBackend, Weight
+from atb_pllava.ops.int8 import Int8Weight, QuantConfig, column_groups
+from atb_pllava.ops.interface import Backend, Weight
 
 
-class Int8Matrix(nn.Module):
-    """Room for an Int8Weight, as buffers, which a module's `to_empty` finds; read like an nn.Linear."""
+class Linear(nn.Module):
+    """x [..., in] times a float weight [out, in] transposed, plus a bias if there is one: [..., out]."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, ops: Backend, rows: int, columns: int, dtype: torch.dtype, bias: bool = False) -> None:
+        super().__init__()
+        self.ops = ops
+        # Not an nn.Linear: that one draws initial values.
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without bias whose weight is an Int8Weight, kept as buffers so that `to_empty` finds it."""
 
     values: Tensor
     scale: Tensor
-    offset: Tensor
+    zero_point: Tensor
+    bias: None = None
 
-    def __init__(self, empty: Int8Weight) -> None:
+    def __init__(self, ops: Backend, weight: Int8Weight) -> None:
         super().__init__()
-        self.group_size, self.lead = empty.group_size, empty.lead
-        for name in ("values", "scale", "offset"):
-            self.register_buffer(name, getattr(empty, name))
+        self.ops = ops
+        self.group_size = weight.group_size
+        self.group_offset = weight.group_offset
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("zero_point", weight.zero_point)
 
     @property
     def weight(self) -> Int8Weight:
-        return Int8Weight(self.values, self.scale, self.offset, self.group_size, self.lead)
-
-
-class Packable(Protocol):
-    """A part of a model whose weights a backend can pack."""
-
-    def pack(self, ops: PackingBackend) -> None: ...
-
-
-def pack_weights(module: nn.Module, ops: PackingBackend, *names: str) -> None:
-    """Put the backend's packed form in the place of float weights, which are freed."""
-    for name in names:
-        weight = getattr(module, name)
-        packed = ops.pack(weight)
-        if packed is not weight:
-            delattr(module, name)
-            setattr(module, name, packed)
-
-
-class FusedLinear(nn.Module):
-    """Layers without bias that read the same input, results side by side; one matrix if all are float or all int8.
-
-    `rows` gives each layer's name and the rows of its whole weight [rows, columns]; of these, or with axis 1 of the
-    columns, this rank owns the `share` out of `units` equal slices. `int8` names the weights that are int8.
-    """
-
-    def __init__(
-        self, ops: Backend, rows: Mapping[str, int], columns: int, axis: int, share: range, units: int,
-        dtype: torch.dtype, int8: Int8Layers,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.ops, self.axis, self.share, self.units, self.columns = ops, axis, share, units, columns
-        mine = slice(columns // units * share.start, columns // units * share.stop) if axis else slice(0, columns)
-        self.rows = {name: size if axis else size // units * len(share) for name, size in rows.items()}
-        kinds = {name: f"{name}.weight" in int8.names for name in rows}
-        sizes = [sum(self.rows.values())] if len(set(kinds.values())) == 1 else list(self.rows.values())
-        self.matrices = nn.ModuleList(
-            Int8Matrix(Int8Weight.empty(size, mine.stop - mine.start, dtype, int8.group_size, mine.start))
-            if is_int8
-            else nn.Linear(mine.stop - mine.start, size, bias=False, dtype=dtype)
-            for size, is_int8 in zip(sizes, kinds.values(), strict=False)
-        )
-        self._packed: list[Weight] | None = None
-
-    @property
-    def weights(self) -> list[Tensor | Int8Weight]:
-        """The matrices [out, in] that are multiplied with the input, top to bottom; as they are loaded."""
-        assert self._packed is None, "packed weights are only multiplied"
-        return [matrix.weight for matrix in self.matrices]  # type: ignore[misc]
-
-    def pack(self, ops: PackingBackend) -> None:
-        """Keep the backend's packed form of the weights instead of what was loaded."""
-        if self._packed is not None:
-            return
-        self._packed = [ops.pack(weight) for weight in self.weights]
-        self.matrices = nn.ModuleList()
+        return Int8Weight(self.values, self.scale, self.zero_point, self.group_size, self.group_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in] to [N, rows of all layers]."""
-        weights = self.weights if self._packed is None else self._packed
-        outs = [self.ops.linear(x, weight) for weight in weights]
+        return self.ops.linear(x, self.weight)
+
+
+class PackedLinear(nn.Module):
+    """Takes the place of a Linear or Int8Linear whose weight the backend has packed; nothing can be loaded into it."""
+
+    def __init__(self, ops: Backend, weight: Weight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.ops = ops
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Replace the linear layers below `module` by their packed form, where the backend has one for them.
+
+    Nothing can be loaded into a packed layer. Model loading packs each part of a model right after its last tensor.
+    Whoever fills a model otherwise calls `pack_weights(model)` before its first step. A second call changes nothing.
+    """
+    for parent in module.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear | Int8Linear):
+                weight = child.weight
+                packed = child.ops.pack(weight)
+                if packed is not weight:
+                    setattr(parent, name, PackedLinear(child.ops, packed, child.bias))
+
+
+class ParallelLinear(nn.Module):
+    """Several linear layers without bias that read the same input, fused, of which this rank holds a shard.
+
+    Their outputs lie side by side. All float or all int8 layers are one matrix; a mixture is one matrix a layer.
+    Subclasses say along which `axis` of the weights [out, in] ranks divide them.
+
+    sizes: rows of each layer's whole weight by layer name. columns: of the whole weights. The divided axis consists of
+    `units` equal units, of which this rank holds `share`. quant_config: which of the layers' weights are int8.
+    """
+
+    axis: int
+
+    def __init__(
+        self,
+        ops: Backend,
+        sizes: Mapping[str, int],
+        columns: int,
+        share: range,
+        units: int,
+        dtype: torch.dtype,
+        quant_config: QuantConfig,
+    ) -> None:
+        super().__init__()
+        self.columns = columns
+        self.share = share
+        self.units = units
+        self.sizes = {name: self._own_rows(size) for name, size in sizes.items()}
+        is_int8 = {name: f"{name}.weight" in quant_config.names for name in sizes}
+        own_columns = self._own_columns()
+        width = own_columns.stop - own_columns.start
+
+        def matrix(rows: int, int8: bool) -> Linear | Int8Linear:
+            if not int8:
+                return Linear(ops, rows, width, dtype)
+            return Int8Linear(ops, Int8Weight.empty(rows, width, dtype, quant_config.group_size, own_columns.start))
+
+        if len(set(is_int8.values())) == 1:
+            self.matrices = nn.ModuleList([matrix(sum(self.sizes.values()), any(is_int8.values()))])
+        else:
+            self.matrices = nn.ModuleList(matrix(rows, is_int8[name]) for name, rows in self.sizes.items())
+
+    def _own_rows(self, rows: int) -> int:
+        """How many of a layer's `rows` this rank holds."""
+        return rows if self.axis == 1 else rows // self.units * len(self.share)
+
+    def _own_columns(self) -> slice:
+        """Which of the weights' columns this rank holds."""
+        if self.axis == 0:
+            return slice(0, self.columns)
+        unit = self.columns // self.units
+        return slice(unit * self.share.start, unit * self.share.stop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, this rank's columns] to [N, this rank's rows of all layers]."""
+        outs = [matrix(x) for matrix in self.matrices]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def weight_map(self) -> dict[str, ShardSpec]:
-        """Each layer's tensors with what this rank takes of them."""
-        weights, sizes = self.weights, list(self.rows.values())
+        """Each layer's tensors by their names in a checkpoint, with what this rank takes of them. Not once packed."""
+        weights: list[Tensor | Int8Weight] = [matrix.weight for matrix in self.matrices]  # type: ignore[misc]
+        sizes = list(self.sizes.values())
         each = weights if len(weights) == len(sizes) else list(weights[0].split(sizes))
         parts: dict[str, ShardSpec] = {}
-        for name, weight in zip(self.rows, each, strict=True):
+        for name, weight in zip(self.sizes, each, strict=True):
             if isinstance(weight, Int8Weight):
-                parts[f"{name}.weight"] = ShardSpec.of(weight.values, self.axis, self.share, self.units)
-                parts[f"{name}.weight_scale"] = self._part_of_scale(weight.scale, weight.group_size)
-                parts[f"{name}.weight_offset"] = self._part_of_scale(weight.offset, weight.group_size)
+                parts[f"{name}.weight"] = self._shard(weight.values)
+                parts[f"{name}.weight_scale"] = self._scale_shard(weight.scale, weight.group_size)
+                parts[f"{name}.weight_offset"] = self._scale_shard(weight.zero_point, weight.group_size)
             else:
-                parts[f"{name}.weight"] = ShardSpec.of(weight, self.axis, self.share, self.units)
+                parts[f"{name}.weight"] = self._shard(weight)
         return parts
 
-    def _part_of_scale(self, scale: Tensor, group_size: int) -> ShardSpec:
-        """Rows of scales go with the rows of the weight; its columns share the scales of a row or have some groups."""
-        if self.axis == 0:
-            return ShardSpec.of(scale, 0, self.share, self.units)
+    def _shard(self, tensor: Tensor) -> ShardSpec:
+        return ShardSpec.of(tensor, self.axis, self.share, self.units)
+
+    def _scale_shard(self, scale: Tensor, group_size: int) -> ShardSpec:
+        """How scales and zero points [out, groups] are divided; rows like those of the weight."""
+        return self._shard(scale)
+
+
+class MergedColumnParallelLinear(ParallelLinear):
+    """Layers whose output rows the ranks divide; the outputs of a rank are its rows of each layer in turn."""
+
+    axis = 0
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """The projections to queries, keys and values. A unit is a KV head together with the query heads that read it."""
+
+    def __init__(
+        self,
+        ops: Backend,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        share: range,
+        dtype: torch.dtype,
+        quant_config: QuantConfig,
+    ) -> None:
+        kv_rows = num_kv_heads * head_dim
+        sizes = {
+            "self_attn.q_proj": num_heads * head_dim,
+            "self_attn.k_proj": kv_rows,
+            "self_attn.v_proj": kv_rows,
+        }
+        super().__init__(ops, sizes, hidden_size, share, num_kv_heads, dtype, quant_config)
+
+
+class RowParallelLinear(ParallelLinear):
+    """One layer whose input columns the ranks divide; the layer's output is the sum over the ranks."""
+
+    axis = 1
+
+    def __init__(
+        self,
+        ops: Backend,
+        name: str,
+        rows: int,
+        columns: int,
+        share: range,
+        units: int,
+        dtype: torch.dtype,
+        quant_config: QuantConfig,
+    ) -> None:
+        super().__init__(ops, {name: rows}, columns, share, units, dtype, quant_config)
+
+    def _scale_shard(self, scale: Tensor, group_size: int) -> ShardSpec:
+        """Whole with one scale a row, else the groups that overlap this rank's columns."""
         if not group_size:
             return ShardSpec.whole(scale)
-        first = column_groups(slice(self.columns // self.units * self.share.start, self.columns), group_size)
-        return ShardSpec(scale, (len(scale), column_groups(slice(0, self.columns), group_size).stop), 1, first.start)
+        first = column_groups(self._own_columns(), group_size).start
+        return ShardSpec(scale, (len(scale), column_groups(slice(0, self.columns), group_size).stop), 1, first)

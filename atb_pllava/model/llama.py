@@ -8,137 +8,164 @@ from torch import Tensor, nn
 
 from atb_pllava.config import TextConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel
-from atb_pllava.model.linear import FusedLinear, pack_weights
-from atb_pllava.ops.int8 import Int8Layers
-from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
+from atb_pllava.model.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.interface import Backend, LayerCache
 
 PREFIX = "language_model.model."  # of the decoder's tensors in a plain LLaVA state dict
+_LM_HEAD = "language_model.lm_head"
 
 
 class DecoderLayer(nn.Module):
     """Attention and SwiGLU, each behind an RMSNorm; q, k, v are one matrix, gate and up another.
 
-    A rank has its share of the KV groups and of the MLP's columns; a sum over the ranks follows each half.
+    A rank holds some KV heads with their query heads, and some columns of the MLP. A sum over the ranks follows the
+    attention and the MLP.
     """
 
     def __init__(
-        self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, int8: Int8Layers
+        self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, quant_config: QuantConfig
     ) -> None:
         super().__init__()
-        self.config, self.ops, self.parallel = config, ops, parallel
-        groups, all_groups = parallel.share(config.num_key_value_heads), config.num_key_value_heads
-        inner = parallel.share(config.intermediate_size)
-        self.kv_heads, self.head_dim = len(groups), config.head_dim
-        self.heads = self.kv_heads * (config.num_attention_heads // config.num_key_value_heads)
-        width, columns = config.hidden_size, config.intermediate_size
-        q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.attn_norm, self.mlp_norm = (nn.Parameter(torch.empty(width, dtype=dtype)) for _ in range(2))
-        # The table of split rules: whole KV groups of attention, whole columns of the MLP.
-        by_group, by_column = (groups, all_groups, dtype, int8), (inner, columns, dtype, int8)
-        qkv = {"self_attn.q_proj": q_rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
-        self.qkv = FusedLinear(ops, qkv, width, 0, *by_group)
-        self.out = FusedLinear(ops, {"self_attn.o_proj": width}, q_rows, 1, *by_group)
-        self.gate_up = FusedLinear(ops, {"mlp.gate_proj": columns, "mlp.up_proj": columns}, width, 0, *by_column)
-        self.down = FusedLinear(ops, {"mlp.down_proj": width}, columns, 1, *by_column)
+        self.config = config
+        self.ops = ops
+        self.parallel = parallel
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        inner = config.intermediate_size
+        all_heads = config.num_attention_heads
+        all_kv_heads = config.num_key_value_heads
+        kv_heads = parallel.share(all_kv_heads)
+        self.kv_heads = len(kv_heads)
+        self.heads = self.kv_heads * (all_heads // all_kv_heads)
+        self.attn_norm = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.mlp_norm = nn.Parameter(torch.empty(width, dtype=dtype))
+        # The table of split rules: whole KV heads of attention, whole columns of the MLP.
+        self.qkv_proj = QKVParallelLinear(
+            ops, width, self.head_dim, all_heads, all_kv_heads, kv_heads, dtype, quant_config
+        )
+        self.o_proj = RowParallelLinear(
+            ops, "self_attn.o_proj", width, all_heads * self.head_dim, kv_heads, all_kv_heads, dtype, quant_config
+        )
+        mlp_columns = parallel.share(inner)
+        gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+        self.gate_up_proj = MergedColumnParallelLinear(ops, gate_up, width, mlp_columns, inner, dtype, quant_config)
+        self.down_proj = RowParallelLinear(ops, "mlp.down_proj", width, inner, mlp_columns, inner, dtype, quant_config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
-        """[N, hidden] to the same."""
-        ops, join, eps = self.ops, self.parallel.all_reduce, self.config.rms_norm_eps
-        attended = self._attention(ops.rms_norm(x, self.attn_norm, eps), cos, sin, cache, batch)
-        x = x + join(self.out(attended))
-        inner = ops.swiglu(self.gate_up(ops.rms_norm(x, self.mlp_norm, eps)))
-        return x + join(self.down(inner))
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cache: LayerCache, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """x and residual [N, hidden] to the same; the hidden states between layers are their sum.
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: ForwardBatch) -> Tensor:
-        """[N, hidden] to [N, H * D]: decoding rows read the cache, prompt chunks their own keys and cached prefix."""
-        ops = self.ops
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)
+        The addition is left to the next norm, which a backend can fuse with it. The first layer has no residual.
+        """
+        eps = self.config.rms_norm_eps
+        if residual is None:
+            residual = x
+            x = self.ops.rms_norm(x, self.attn_norm, eps)
+        else:
+            x, residual = self.ops.fused_add_rms_norm(x, residual, self.attn_norm, eps)
+        x = self._join(self.o_proj(self._attention(x, cache, metadata)))
+        x, residual = self.ops.fused_add_rms_norm(x, residual, self.mlp_norm, eps)
+        x = self._join(self.down_proj(self.ops.swiglu(self.gate_up_proj(x))))
+        return x, residual
+
+    def _join(self, x: Tensor) -> Tensor:
+        return self.parallel.all_reduce(x, self.ops)
+
+    def _attention(self, x: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
+        """[N, hidden] to [N, H * D]. Decoding rows read the cache; prompt chunks their own keys and a cached prefix."""
+        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         query, keys, values = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        query, keys = ops.rotary(query, cos, sin), ops.rotary(keys, cos, sin)
-        ops.write_kv(keys, values, cache, batch.slot_mapping)
-        decoding = len(batch.decode)
+        query, keys = self.ops.rotary_and_write_kv(query, keys, values, cache, metadata)
+        decoding = len(metadata.decode)
         parts = []
         if decoding:
-            parts.append(ops.decode_attention(query[:decoding], cache, batch.decode))
-        if len(batch.prefill):
-            chunk = slice(decoding, None)
-            parts.append(ops.prefill_attention(query[chunk], keys[chunk], values[chunk], cache, batch.prefill))
+            parts.append(self.ops.decode_attention(query[:decoding], cache, metadata))
+        if len(metadata.prefill):
+            chunks = slice(decoding, None)
+            parts.append(self.ops.prefill_attention(query[chunks], keys[chunks], values[chunks], cache, metadata))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
-    @property
-    def linears(self) -> tuple[FusedLinear, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
-
-    def pack(self, ops: PackingBackend) -> None:
-        """See `Pllava.pack`."""
-        for linear in self.linears:
-            linear.pack(ops)
-
     def weight_map(self, prefix: str) -> dict[str, ShardSpec]:
-        """Names of transformers' LlamaDecoderLayer, each with what this rank takes of it."""
-        parts = {name: part for linear in self.linears for name, part in linear.weight_map().items()}
+        """Names of transformers' LlamaDecoderLayer behind `prefix`, each with what this rank takes of the tensor."""
+        linears = (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
+        parts = {name: part for linear in linears for name, part in linear.weight_map().items()}
         parts["input_layernorm.weight"] = ShardSpec.whole(self.attn_norm)
         parts["post_attention_layernorm.weight"] = ShardSpec.whole(self.mlp_norm)
         return {prefix + name: part for name, part in parts.items()}
 
 
 class Llama(nn.Module):
-    """Embeddings in, logits out. A rank has its share of the vocabulary's rows."""
+    """Embeddings in, logits out. A rank holds some rows of the vocabulary."""
 
     def __init__(
-        self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, int8: Int8Layers
+        self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, quant_config: QuantConfig
     ) -> None:
         super().__init__()
-        self.config, self.ops, self.parallel = config, ops, parallel
-        self.words = parallel.share(config.vocab_size)
+        self.config = config
+        self.ops = ops
+        self.parallel = parallel
         self.kv_heads: int = len(parallel.share(config.num_key_value_heads))
+        self.vocab_range = parallel.share(config.vocab_size)
         # Not an nn.Embedding: drawing its initial values imports torch's compiler, which takes seconds.
-        self.embedding, self.lm_head = (
-            nn.Parameter(torch.empty(len(self.words), config.hidden_size, dtype=dtype)) for _ in range(2)
+        self.embedding = nn.Parameter(torch.empty(len(self.vocab_range), config.hidden_size, dtype=dtype))
+        self.lm_head = MergedColumnParallelLinear(
+            ops,
+            {_LM_HEAD: config.vocab_size},
+            config.hidden_size,
+            self.vocab_range,
+            config.vocab_size,
+            dtype,
+            QuantConfig(),
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, ops, dtype, parallel, int8.below(f"{PREFIX}layers.{i}."))
+            DecoderLayer(config, ops, dtype, parallel, quant_config.below(f"{PREFIX}layers.{i}."))
             for i in range(config.num_hidden_layers)
         )
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[N] to [N, hidden]; a word's row is on one rank, the others add zeros."""
-        rows = token_ids - self.words.start
-        here = (rows >= 0) & (rows < len(self.words))
-        found = F.embedding(rows.clamp(0, len(self.words) - 1), self.embedding)
-        return self.parallel.all_reduce(found * here[:, None])
+        """[N] to [N, hidden]. One rank has a token's row, the others add zeros."""
+        rows = token_ids - self.vocab_range.start
+        here = (rows >= 0) & (rows < len(self.vocab_range))
+        found = F.embedding(rows.clamp(0, len(self.vocab_range) - 1), self.embedding)
+        return self.parallel.all_reduce(found * here[:, None], self.ops)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: Sequence[LayerCache]) -> Tensor:
         """Embeddings [N, hidden] to float32 logits [L, vocabulary] of the rows in batch.logits_indices."""
-        cos, sin = rotary_tables(batch.positions, self.config.head_dim, self.config.rope_theta)
+        metadata = self.ops.prepare(
+            batch, *rotary_tables(batch.positions, self.config.head_dim, self.config.rope_theta)
+        )
+        residual = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, cos, sin, layer_cache, batch)
-        if len(batch.logits_indices) == 0:  # devices refuse operators and collectives on nothing
+            x, residual = layer(x, residual, layer_cache, metadata)
+        assert residual is not None, "a model has layers"
+        wanted = batch.logits_indices
+        if len(wanted) == 0:  # devices refuse operators and collectives on nothing
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
-        x = self.ops.rms_norm(x[batch.logits_indices], self.norm, self.config.rms_norm_eps)
-        logits = self.ops.linear(x, self.lm_head).float()  # [L, this rank's words]
-        return self.parallel.all_gather(logits.T, self.config.vocab_size).T
-
-    def pack(self, ops: PackingBackend) -> None:
-        """See `Pllava.pack`; the layers are packed one by one."""
-        pack_weights(self, ops, "lm_head")
+        x, _ = self.ops.fused_add_rms_norm(x[wanted], residual[wanted], self.norm, self.config.rms_norm_eps)
+        logits = self.lm_head(x).float()  # [L, this rank's rows of the vocabulary]
+        return self.parallel.all_gather(logits.T, self.config.vocab_size, self.ops).T
 
     def weight_map(self) -> dict[str, ShardSpec]:
-        vocabulary = self.config.vocab_size
-        parts = {
-            f"{PREFIX}embed_tokens.weight": ShardSpec.of(self.embedding, 0, self.words, vocabulary),
-            f"{PREFIX}norm.weight": ShardSpec.whole(self.norm),
-            "language_model.lm_head.weight": ShardSpec.of(self.lm_head, 0, self.words, vocabulary),
-        }
+        """Names of transformers' LLaVA, each with what this rank takes of the tensor."""
+        embedding = ShardSpec.of(self.embedding, 0, self.vocab_range, self.config.vocab_size)
+        parts = {f"{PREFIX}embed_tokens.weight": embedding, f"{PREFIX}norm.weight": ShardSpec.whole(self.norm)}
+        parts.update(self.lm_head.weight_map())
         for prefix, layer in self.layers_by_prefix().items():
             parts.update(layer.weight_map(prefix))
         return parts
 
     def layers_by_prefix(self) -> dict[str, DecoderLayer]:
-        """Each layer by what the names of its tensors begin with."""
+        """Each layer by the beginning of its tensors' names."""
         layers = enumerate(self.layers)
         return {f"{PREFIX}layers.{i}.": layer for i, layer in layers if isinstance(layer, DecoderLayer)}
+
+    def modules_by_prefix(self) -> dict[str, nn.Module]:
+        """The parts with linear layers, by the beginning of their tensors' names."""
+        return {**self.layers_by_prefix(), f"{_LM_HEAD}.": self.lm_head}
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

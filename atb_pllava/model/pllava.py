@@ -1,4 +1,4 @@
-"""The whole model: video tokens in front of a decoder. Knows no files and no requests."""
+"""The whole model: video embeddings in front of a decoder. Knows no files and no requests."""
 
 from collections.abc import Sequence
 
@@ -7,18 +7,19 @@ from torch import Tensor, nn
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel
-from atb_pllava.model.linear import Packable
+from atb_pllava.model import projector
 from atb_pllava.model.llama import Llama
 from atb_pllava.model.projector import Projector
 from atb_pllava.model.vision import VisionTower
-from atb_pllava.ops.int8 import Int8Layers
-from atb_pllava.ops.interface import Backend, ForwardBatch, LayerCache, PackingBackend
+from atb_pllava.ops.forward_batch import ForwardBatch
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.interface import Backend, LayerCache
 
 
 class Pllava(nn.Module):
-    """CLIP tower, projector, pooling and LLaMA. The values come later, through `weight_map`.
+    """CLIP tower, projector, pooling and LLaMA. Weights are uninitialised; loading fills them through `weight_map`.
 
-    `int8` names the linear layers of the decoder whose weights are int8, as the checkpoint says.
+    int8: which linear layers of the decoder have int8 weights, as the checkpoint says; none unless given.
     """
 
     language: Llama
@@ -29,11 +30,14 @@ class Pllava(nn.Module):
         ops: Backend,
         dtype: torch.dtype,
         parallel: TensorParallel | None = None,
-        int8: Int8Layers | None = None,
+        int8: QuantConfig | None = None,
     ) -> None:
         super().__init__()
         self.parallel = parallel or TensorParallel()
-        self.config, self.ops, self.dtype, self.int8 = config, ops, dtype, int8 or Int8Layers()
+        self.config = config
+        self.ops = ops
+        self.dtype = dtype
+        self.int8 = int8 or QuantConfig()
         self.vision = VisionTower(config.vision, config.vision_layers_used, ops, dtype)
         self.projector = Projector(config.vision.hidden_size, config.text.hidden_size, ops, dtype)
         self.language = Llama(config.text, ops, dtype, self.parallel, self.int8)
@@ -41,17 +45,19 @@ class Pllava(nn.Module):
 
     def encode_frames(self, pixels: Tensor) -> Tensor:
         """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden]; each rank does some frames."""
-        side, mine = self.config.vision.grid, self.parallel.share(len(pixels))
+        side = self.config.vision.grid
+        mine = self.parallel.share(len(pixels))
         if mine:
             features: Tensor = self.projector(self.vision(pixels[mine.start : mine.stop]))  # [share, patches, hidden]
         else:  # more ranks than frames; devices refuse operators on nothing
             features = torch.empty(0, side * side, self.config.text.hidden_size, dtype=self.dtype, device=pixels.device)
-        return self.parallel.all_gather(features.reshape(len(mine), side, side, features.shape[-1]), len(pixels))
+        features = features.reshape(len(mine), side, side, features.shape[-1])
+        return self.parallel.all_gather(features, len(pixels), self.ops)
 
     def pool_frames(self, grid: Tensor, inverse_indices: Sequence[int]) -> Tensor:
-        """Features [U, grid, grid, hidden] of the distinct frames to video tokens [t * h * w, hidden].
+        """Features [U, grid, grid, hidden] of the distinct frames to video embeddings [t * h * w, hidden].
 
-        inverse_indices [T] is the position of each of the T frames among the U distinct ones: short clips repeat
+        inverse_indices [T] is the position of each of the T frames among the U distinct ones. Short clips repeat
         frames, and a repeated frame has the same features.
         """
         if list(inverse_indices) != list(range(len(grid))):
@@ -66,23 +72,15 @@ class Pllava(nn.Module):
         logits: Tensor = self.language(x, batch, cache)
         return logits
 
-    def pack(self) -> None:
-        """Bring the linear layers' weights into the form the backend multiplies fastest; nothing is loaded afterwards.
-
-        At most one weight is in memory twice at a time; what is packed stays as it is.
-        """
-        if isinstance(self.ops, PackingBackend):
-            for part in self.packable_modules().values():
-                part.pack(self.ops)
-
-    def packable_modules(self) -> dict[str, Packable]:
-        """The parts that can be packed one by one, by the prefix of the names of their tensors."""
+    def modules_by_prefix(self) -> dict[str, nn.Module]:
+        """The parts with linear layers, by the beginning of their tensors' names: a part can be packed once loaded."""
         return {
-            **self.vision.layers_by_prefix(), "multi_modal_projector.": self.projector,
-            **self.language.layers_by_prefix(), "language_model.lm_head.": self.language,
-        }  # fmt: skip
+            **self.vision.layers_by_prefix(),
+            projector.PREFIX: self.projector,
+            **self.language.modules_by_prefix(),
+        }
 
     def weight_map(self) -> dict[str, ShardSpec]:
-        """Every tensor a checkpoint must hold, by its plain LLaVA name, with what this rank takes and where it goes."""
+        """Every tensor that a checkpoint must hold, by its plain LLaVA name, with what this rank takes of it."""
         front = {**self.vision.weight_views(), **self.projector.weight_views()}
         return {**{name: ShardSpec.whole(view) for name, view in front.items()}, **self.language.weight_map()}

@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atb_pllava.model.linear import pack_weights
-from atb_pllava.ops.interface import Backend, PackingBackend
+from atb_pllava.model.linear import Linear
+from atb_pllava.ops.interface import Backend
+
+PREFIX = "multi_modal_projector."
 
 
 class Projector(nn.Module):
@@ -13,19 +15,14 @@ class Projector(nn.Module):
 
     def __init__(self, vision_width: int, text_width: int, ops: Backend, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ops = ops
-        self.linear_1 = nn.Linear(vision_width, text_width, dtype=dtype)
-        self.linear_2 = nn.Linear(text_width, text_width, dtype=dtype)
+        self.linear_1 = Linear(ops, text_width, vision_width, dtype, bias=True)
+        self.linear_2 = Linear(ops, text_width, text_width, dtype, bias=True)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[T, patches, vision width] to [T, patches, text width]."""
-        inner = F.gelu(self.ops.linear(patches, self.linear_1.weight, self.linear_1.bias))
-        return self.ops.linear(inner, self.linear_2.weight, self.linear_2.bias)
-
-    def pack(self, ops: PackingBackend) -> None:
-        """See `Pllava.pack`."""
-        for linear in (self.linear_1, self.linear_2):
-            pack_weights(linear, ops, "weight")
+        projected: Tensor = self.linear_2(F.gelu(self.linear_1(patches)))
+        return projected
 
     def weight_views(self) -> dict[str, Tensor]:
-        return {f"multi_modal_projector.{name}": parameter for name, parameter in self.named_parameters()}
+        """Every parameter by its name in a checkpoint."""
+        return {f"{PREFIX}{name}": parameter for name, parameter in self.named_parameters()}

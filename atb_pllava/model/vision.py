@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atb_pllava.config import VisionConfig
-from atb_pllava.model.linear import pack_weights
-from atb_pllava.ops.interface import Backend, PackingBackend
+from atb_pllava.model.linear import Linear
+from atb_pllava.ops.interface import Backend
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -18,43 +18,48 @@ class VisionLayer(nn.Module):
 
     def __init__(self, config: VisionConfig, ops: Backend, dtype: torch.dtype) -> None:
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.config, self.ops = config, ops
-        self.norm1_weight, self.norm1_bias = _empty(width, dtype=dtype), _empty(width, dtype=dtype)
-        self.qkv_weight, self.qkv_bias = _empty(3 * width, width, dtype=dtype), _empty(3 * width, dtype=dtype)
-        self.out_weight, self.out_bias = _empty(width, width, dtype=dtype), _empty(width, dtype=dtype)
-        self.norm2_weight, self.norm2_bias = _empty(width, dtype=dtype), _empty(width, dtype=dtype)
-        self.fc1_weight, self.fc1_bias = _empty(inner, width, dtype=dtype), _empty(inner, dtype=dtype)
-        self.fc2_weight, self.fc2_bias = _empty(width, inner, dtype=dtype), _empty(width, dtype=dtype)
+        width = config.hidden_size
+        inner = config.intermediate_size
+        self.config = config
+        self.ops = ops
+        self.norm1_weight = _empty(width, dtype=dtype)
+        self.norm1_bias = _empty(width, dtype=dtype)
+        self.qkv_proj = Linear(ops, 3 * width, width, dtype, bias=True)
+        self.out_proj = Linear(ops, width, width, dtype, bias=True)
+        self.norm2_weight = _empty(width, dtype=dtype)
+        self.norm2_bias = _empty(width, dtype=dtype)
+        self.fc1 = Linear(ops, inner, width, dtype, bias=True)
+        self.fc2 = Linear(ops, width, inner, dtype, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, tokens, hidden] to the same."""
-        config, ops = self.config, self.ops
+        config = self.config
         normed = F.layer_norm(x, x.shape[-1:], self.norm1_weight, self.norm1_bias, config.layer_norm_eps)
-        qkv = ops.linear(normed, self.qkv_weight, self.qkv_bias)
+        qkv = self.qkv_proj(normed)
         q, k, v = qkv.unflatten(-1, (3, config.num_attention_heads, config.head_dim)).unbind(2)  # [T, tokens, H, D]
-        x = x + ops.linear(ops.encoder_attention(q, k, v).flatten(2), self.out_weight, self.out_bias)
+        x = x + self.out_proj(self.ops.encoder_attention(q, k, v).flatten(2))
         normed = F.layer_norm(x, x.shape[-1:], self.norm2_weight, self.norm2_bias, config.layer_norm_eps)
-        inner = ops.linear(normed, self.fc1_weight, self.fc1_bias)
+        inner = self.fc1(normed)
         # CLIP's quick_gelu is x * sigmoid(1.702 x); with exact GELU most answers stay and all numbers are wrong.
-        inner = ops.quick_gelu(inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
-        return x + ops.linear(inner, self.fc2_weight, self.fc2_bias)
-
-    def pack(self, ops: PackingBackend) -> None:
-        """See `Pllava.pack`."""
-        pack_weights(self, ops, "qkv_weight", "out_weight", "fc1_weight", "fc2_weight")
+        inner = self.ops.quick_gelu(inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
+        out: Tensor = x + self.fc2(inner)
+        return out
 
     def weight_views(self, prefix: str) -> dict[str, Tensor]:
-        """Names of transformers' CLIPEncoderLayer, each with the part of a parameter it fills."""
+        """Names of transformers' CLIPEncoderLayer behind `prefix`, each with the part of a parameter it fills."""
         views: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
-            q, k, v = getattr(self, f"qkv_{kind}").chunk(3)
+            q, k, v = getattr(self.qkv_proj, kind).chunk(3)
             parts = {
-                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
-                "self_attn.out_proj": getattr(self, f"out_{kind}"),
-                "layer_norm1": getattr(self, f"norm1_{kind}"), "layer_norm2": getattr(self, f"norm2_{kind}"),
-                "mlp.fc1": getattr(self, f"fc1_{kind}"), "mlp.fc2": getattr(self, f"fc2_{kind}"),
-            }  # fmt: skip
+                "self_attn.q_proj": q,
+                "self_attn.k_proj": k,
+                "self_attn.v_proj": v,
+                "self_attn.out_proj": getattr(self.out_proj, kind),
+                "layer_norm1": getattr(self, f"norm1_{kind}"),
+                "layer_norm2": getattr(self, f"norm2_{kind}"),
+                "mlp.fc1": getattr(self.fc1, kind),
+                "mlp.fc2": getattr(self.fc2, kind),
+            }
             views.update({f"{prefix}{name}.{kind}": part for name, part in parts.items()})
         return views
 
@@ -64,12 +69,14 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: VisionConfig, layers_used: int, ops: Backend, dtype: torch.dtype) -> None:
         super().__init__()
-        width, patches = config.hidden_size, config.grid**2
+        width = config.hidden_size
+        patches = config.grid**2
         self.config = config
         self.class_embedding = _empty(width, dtype=dtype)
         self.patch_embedding = _empty(width, 3, config.patch_size, config.patch_size, dtype=dtype)
         self.position_embedding = _empty(patches + 1, width, dtype=dtype)
-        self.pre_norm_weight, self.pre_norm_bias = _empty(width, dtype=dtype), _empty(width, dtype=dtype)
+        self.pre_norm_weight = _empty(width, dtype=dtype)
+        self.pre_norm_bias = _empty(width, dtype=dtype)
         self.layers = nn.ModuleList(VisionLayer(config, ops, dtype) for _ in range(layers_used))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -84,6 +91,7 @@ class VisionTower(nn.Module):
         return x[:, 1:]
 
     def weight_views(self) -> dict[str, Tensor]:
+        """Every parameter, or part of one, by its name in a checkpoint."""
         prefix = "vision_tower.vision_model."
         views: dict[str, Tensor] = {
             f"{prefix}embeddings.class_embedding": self.class_embedding,
@@ -97,6 +105,6 @@ class VisionTower(nn.Module):
         return views
 
     def layers_by_prefix(self) -> dict[str, VisionLayer]:
-        """Each layer by what the names of its tensors begin with."""
+        """Each layer by the beginning of its tensors' names."""
         prefix = "vision_tower.vision_model.encoder.layers."
         return {f"{prefix}{i}.": layer for i, layer in enumerate(self.layers) if isinstance(layer, VisionLayer)}

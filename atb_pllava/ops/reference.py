@@ -1,109 +1,83 @@
-"""The ten functions in plain torch: the default backend, and the reference every other backend is compared with.
+"""The backend in plain torch: it runs on any torch device, and every other backend is compared with it.
 
 Cache layout: keys and values are [blocks, heads, block, dim], so that one head's block is contiguous. In 8 bits they
 are followed by the scales of both, float32 [blocks, heads, block].
 """
 
-from collections.abc import Callable
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atb_pllava.errors import BackendError
 from atb_pllava.ops.cpu.build import cpu_words
+from atb_pllava.ops.forward_batch import AttentionMetadata
 from atb_pllava.ops.int8 import HIGHEST, Int8Weight
-from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight, pool_by_matrices
+from atb_pllava.ops.interface import (
+    ACCELERATOR_CHUNK,
+    ACCELERATOR_VISION_BATCH,
+    Backend,
+    Feature,
+    LayerCache,
+    PackedWeight,
+)
+from atb_pllava.ops.pooling import pool_by_matrices
 
-# Rows up to which torch's int8 kernel beats a bfloat16 product with the weight made on the way, on an AVX-512 core:
-# it reads half the bytes, but multiplies with a quarter of the speed.
-INT8_KERNEL_ROWS = 16
-ELEMENTS_PER_BLOCK = 2**20  # of a dequantised weight: 2 MiB of bfloat16 stay in a core's cache
+logger = logging.getLogger(__name__)
+
+# Rows up to which torch's _weight_int8pack_mm beats a bfloat16 product with the weight dequantised on the way, on an
+# AVX-512 core: it reads half the bytes, but multiplies with a quarter of the speed.
+INT8PACK_MM_MAX_ROWS = 16
+# Elements of an int8 weight that are dequantised at once: 2 MiB of bfloat16 stay in a core's cache.
+DEQUANTISED_ELEMENTS = 2**20
+_SCALE_BYTES = 4  # of the float32 scale of an 8-bit key or value
 
 
-class TorchBackend:
-    """See `ops.interface.Backend`. Plain torch runs on any of its devices; `name` is that device's type."""
+class TorchBackend(Backend):
+    """See `ops.interface.Backend`. `name` is the type of the torch device that it computes on."""
 
-    kernels = "torch"
+    name = "cpu"
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.name = device
-        self.device = torch.device(device)
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        super().__init__(torch.device(device))
+        self.name = self.device.type
+        if self.on_host:
+            self.features = frozenset({Feature.INT8_KV_CACHE, Feature.TENSOR_PARALLEL})
+        else:
+            self.preferred_chunk = ACCELERATOR_CHUNK
+            self.preferred_vision_batch = ACCELERATOR_VISION_BATCH
 
-    def new_kv_cache(
-        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
-    ) -> list[LayerCache]:
-        shape = (blocks, heads, block_size, head_dim)
-        kinds: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, dtype)] * 2
-        if dtype == torch.int8:
-            if self.name != "cpu":
-                raise BackendError(f"kv_cache_dtype 'int8' works on the cpu backend only, not on {self.name}")
-            kinds += [(shape[:3], torch.float32)] * 2
-        return [tuple(torch.empty(s, dtype=d, device=self.device) for s, d in kinds) for _ in range(layers)]
+    def preferred_dtype(self, stored: str) -> str:
+        """On a CPU bfloat16 where the CPU multiplies it in hardware, else float32; elsewhere the stored dtype."""
+        if not self.on_host:
+            return stored
+        return "bfloat16" if has_native_bfloat16() else "float32"
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        assert not isinstance(weight, PackedWeight), "this backend packs no weights"
-        return int8_linear(x, weight, bias) if isinstance(weight, Int8Weight) else F.linear(x, weight, bias)
+    def check_dtype(self, dtype: str) -> None:
+        super().check_dtype(dtype)
+        if dtype == "float16" and self.on_host:
+            logger.warning("float16 matrix products have no fast kernel on most CPUs; bfloat16 or float32 is faster")
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return weight * wide.to(x.dtype)
+    def _linear_rows(self, x: Tensor, weight: Int8Weight | PackedWeight, bias: Tensor | None) -> Tensor:
+        """By torch's int8 kernel where it fits, else by the float weight, dequantised block by block."""
+        assert isinstance(weight, Int8Weight), "the weight was packed by another backend"
+        if _fits_int8pack_mm(x, weight):
+            out: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight.values, weight.scale[:, 0])
+            return out if bias is None else out + bias
+        return self._linear_dequantised(x, weight, bias, DEQUANTISED_ELEMENTS)
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        cos, sin = cos[:, None], sin[:, None]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def quick_gelu(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-        block_size = cache[0].shape[2]
-        blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-        for part, new in zip((0, 1), (keys, values), strict=True):
-            if len(cache) == 4:
-                new, cache[part + 2][blocks, :, offsets] = _quantise_heads(new)
-            cache[part][blocks, :, offsets] = new
-
-    def prefill_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
-    ) -> Tensor:
-        out = torch.empty_like(query)
-        for i, context in enumerate(batch.context_lens):
-            rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
-            length = rows.stop - rows.start
-            if context == length and len(cache) == 2:
-                out[rows] = self._attend(query[rows], keys[rows], values[rows], cached=0)
-            else:
-                # Of 8-bit keys the stored ones count, also for the chunk itself: answers do not depend on the chunks.
-                stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
-                out[rows] = self._attend(query[rows], stored[0], stored[1], cached=context - length)
+    def _linear_dequantised(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, elements: int) -> Tensor:
+        """x [R, in] to [R, out], with the float weight of some output rows, about `elements` numbers, at a time."""
+        rows = max(1, elements // weight.shape[1])
+        out = x.new_empty(len(x), weight.shape[0])
+        for start in range(0, weight.shape[0], rows):
+            block = slice(start, start + rows)
+            part = None if bias is None else bias[block]
+            out[:, block] = F.linear(x, self._dequantise(weight.rows(block), x.dtype), part)
         return out
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
-        """Causal attention of query [L, H, D] behind `cached` earlier tokens; keys and values [cached + L, K, D]."""
-        groups = query.shape[1] // keys.shape[1]
-        if groups > 1:
-            keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-        query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, H, L, D]
-        mask = None
-        if cached:
-            mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(cached)
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
-        return out[0].transpose(0, 1)
-
-    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
-        rows = zip(query, batch.block_tables, batch.context_lens, strict=True)
-        return torch.stack([_flash_decode(q, cache, table, context) for q, table, context in rows])
-
-    def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-        return out.transpose(1, 2)
+    def _dequantise(self, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+        return weight.dequantise(dtype)
 
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
         frames, rows, columns, width = grid.shape
@@ -113,32 +87,80 @@ class TorchBackend:
         bins = grid.float().reshape(t, frames // t, h, rows // h, w, columns // w, width)
         return bins.mean(dim=(1, 3, 5)).to(grid.dtype).reshape(t * h * w, width)
 
+    @classmethod
+    def kv_bytes_per_token(cls, layers: int, kv_heads: int, head_dim: int, element_size: int, int8: bool) -> int:
+        per_head = head_dim + _SCALE_BYTES if int8 else head_dim * element_size
+        return 2 * layers * kv_heads * per_head
 
-def int8_linear(
-    x: Tensor, weight: Int8Weight, bias: Tensor | None, block_elements: int = ELEMENTS_PER_BLOCK,
-    dequantise: Callable[[Int8Weight, torch.dtype], Tensor] = Int8Weight.dequantise,
-) -> Tensor:  # fmt: skip
-    """x [..., in] times an int8 weight: torch's kernel where it fits, else the float weight block by block."""
-    flat = x.reshape(-1, x.shape[-1])
-    if _int8_kernel_fits(flat, weight):
-        out: Tensor = torch.ops.aten._weight_int8pack_mm(flat, weight.values, weight.scale[:, 0])
-        out = out if bias is None else out + bias
-    else:
-        rows = max(1, block_elements // weight.shape[1])
-        out = flat.new_empty(len(flat), weight.shape[0])
-        for start in range(0, weight.shape[0], rows):
-            block = slice(start, start + rows)
-            part = None if bias is None else bias[block]
-            out[:, block] = F.linear(flat, dequantise(weight.rows(block), x.dtype), part)
-    return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+    def new_kv_cache(
+        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[LayerCache]:
+        shape = (blocks, heads, block_size, head_dim)
+        parts: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, dtype)] * 2
+        if dtype == torch.int8:
+            self.require(Feature.INT8_KV_CACHE)
+            parts += [(shape[:3], torch.float32)] * 2
+        return [
+            tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in parts) for _ in range(layers)
+        ]
+
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        block_size = cache[0].shape[2]
+        blocks = slot_mapping // block_size
+        offsets = slot_mapping % block_size
+        for part, new in enumerate((keys, values)):
+            if len(cache) == 4:
+                new, cache[part + 2][blocks, :, offsets] = _quantise_heads(new)
+            cache[part][blocks, :, offsets] = new
+
+    def prefill_attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        batch = metadata.prefill
+        out = torch.empty_like(query)
+        for i, context in enumerate(batch.context_lens):
+            rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
+            length = rows.stop - rows.start
+            if context == length and len(cache) == 2:
+                out[rows] = self._attend(query[rows], keys[rows], values[rows], cached=0)
+            else:
+                # An 8-bit cache is read for the chunk itself too, so that answers do not depend on the chunks.
+                stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
+                out[rows] = self._attend(query[rows], stored[0], stored[1], cached=context - length)
+        return out
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
+        """Causal attention of query [L, H, D] behind `cached` earlier tokens; keys and values [cached + L, K, D]."""
+        groups = query.shape[1] // keys.shape[1]
+        if groups > 1:
+            keys = keys.repeat_interleave(groups, dim=1)
+            values = values.repeat_interleave(groups, dim=1)
+        query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, H, L, D]
+        mask = None
+        if cached:
+            mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril(cached)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
+        return out[0].transpose(0, 1)
+
+    def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
+        batch = metadata.decode
+        rows = zip(query, batch.block_tables, batch.context_lens, strict=True)
+        return torch.stack([_flash_decode(q, cache, table, context) for q, table, context in rows])
+
+    def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+        return out.transpose(1, 2)
 
 
-def _int8_kernel_fits(x: Tensor, weight: Int8Weight) -> bool:
-    """x [N, in]: the kernel knows bfloat16 activations, one scale a row and no offset; it is not in torch 2.1."""
+def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:
+    """Whether torch's int8 kernel takes x [R, in] and the weight, and is fast there.
+
+    The kernel is for a CPU; it knows bfloat16 activations, one scale a row and zero points of 0. torch 2.1 has none.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == weight.scale.dtype == torch.bfloat16
-        and 0 < len(x) <= INT8_KERNEL_ROWS
+        and 0 < len(x) <= INT8PACK_MM_MAX_ROWS
         and weight.group_size == 0
         and weight.values.is_contiguous()
         and hasattr(torch.ops.aten, "_weight_int8pack_mm")
@@ -172,7 +194,8 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
     parallel. All sums are float32.
     """
     heads, dim = query.shape
-    block_size, kv_heads = cache[0].shape[2], cache[0].shape[1]
+    block_size = cache[0].shape[2]
+    kv_heads = cache[0].shape[1]
     used = table[: -(-context // block_size)]
     grouped = query.float().reshape(kv_heads, heads // kv_heads, dim) * dim**-0.5  # [K, G, D]
     scores: Tensor = grouped @ _stored(cache, 0, used).float().transpose(2, 3)  # [blocks, K, G, block]

@@ -16,32 +16,35 @@ if "STAND_IN_LIBRARIES" not in os.environ:
 from test_on_npu import IS_310P, MACHINE, answers, check_equal, models  # noqa: F401
 
 import atb_pllava.ops
-from atb_pllava.engine import decode_graphs, runner
+from atb_pllava.executor import graph_runner, model_runner
 from atb_pllava.ops.ascend import attention as ascend_attention
 from atb_pllava.ops.ascend import backend as ascend
+from atb_pllava.ops.ascend import graph as ascend_graph
+from atb_pllava.ops.ascend import int8 as ascend_int8
 
 B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
 
 # name, chips, module, the code, what it becomes
 MUTATIONS = [
-    ("the offset's sign is kept", ALL, ascend, "else -weight.offset", "else weight.offset"),
+    ("the zero point's sign is kept", ALL, ascend_int8, "else -weight.zero_point", "else weight.zero_point"),
     ("the weight is not transposed", ALL, ascend, "weight.values.t()", "weight.values"),
-    ("slot_mapping are int64", ALL, ascend, "slot_mapping.int()", "slot_mapping"),
+    ("slots are int64", ALL, ascend, "slot_mapping.int()", "slot_mapping"),
     ("block tables are int64", ALL, ascend, "batch.block_tables.int().contiguous()", "batch.block_tables.contiguous()"),
-    ("a capture reuses what was made before it", ALL, ascend, "self._forget()  # what", "# what"),
+    ("a step has the slots of the first", ALL, ascend, "slot_mapping=batch.slot_mapping.int()",
+     'slot_mapping=self.__dict__.setdefault("slots", batch.slot_mapping.int())'),
     ("pooling by torch's operator", ALL, ascend, "pooled = _pool_axis(pooled, axis, size)",
      "pooled = F.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0)"),
-    ("padded rows have slot 0", ALL, decode_graphs, "self._host[2] = -1", "self._host[2] = 0"),
-    ("a query's scale is left out", B, ascend_attention, "scale=dim**-0.5, block_size", "block_size"),
+    ("padded rows have slot 0", ALL, graph_runner, "self._host[2] = -1", "self._host[2] = 0"),
+    ("a query's scale is left out", B, ascend_attention, "scale=dim**-0.5,\n            block_size", "block_size"),
     ("a keyword of another operator", B, ascend_attention, "num_key_value_heads=cache", "num_kv_heads=cache"),
     ("a mask aligned at the first key", B, ascend_attention, '"sparse_mode": 3', '"sparse_mode": 2'),
     ("a mask that hides the diagonal", B, ascend_attention, "dtype=torch.int8).triu(1)", "dtype=torch.int8).triu(0)"),
     ("keys that are not contiguous", B, ascend_attention, "flatten(1)[None].contiguous()", "flatten(1)[None]"),
     ("the layout of another tensor", B, ascend_attention, 'input_layout="BSH"', 'input_layout="BSND"'),
-    ("lengths are not updated before a replay", B, ascend, "        if self._has_host_lengths:", "        if False:"),
-    ("old lengths at a replay", B, ascend, "list(context_lens)}", "[1] * len(context_lens)}"),
-    ("sine and cosine change places", B, ascend, "for a in (cos, sin)]", "for a in (sin, cos)]"),
-    ("context lengths stay on the host", P, ascend, "dtype=torch.int32).to(self.device)", "dtype=torch.int32)"),
+    ("lengths are not updated before a replay", B, ascend_graph, "if self._has_host_lengths:", "if False:"),
+    ("old lengths at a replay", B, ascend_graph, "list(context_lens)}", "[1] * len(context_lens)}"),
+    ("sine and cosine change places", B, ascend, "cos=_for_rotary_mul(cos)", "cos=_for_rotary_mul(sin)"),
+    ("context lengths stay on the host", P, ascend, "device_context_lens.int()", "device_context_lens.int().cpu()"),
     ("query lengths on the device", P, ascend_attention, "torch.tensor(lengths, dtype=torch.int32)",
      "torch.tensor(lengths, dtype=torch.int32).to(query.device)"),
     ("a cache in base format", P, ascend, "acl_format=FRACTAL_NZ)", "acl_format=2)"),
@@ -51,9 +54,12 @@ MUTATIONS = [
     ("padding joins the last sequence", P, ascend_attention, "[*lengths, more] if more",
      "[*lengths[:-1], lengths[-1] + more] if more"),
     ("another scale", P, ascend_attention, "scale_value=query.shape[2] ** -0.5", "scale_value=query.shape[2] ** -1"),
-    ("gate and up change places", P, ascend, "gate, up = gate_up", "up, gate = gate_up"),
+    ("padded rows have no context", P, ascend, ".int().clamp(min=1)", ".int()"),
 ]  # fmt: skip
 HERE = [m for m in MUTATIONS if ("310P" if IS_310P else "910B") in m[1]]
+
+
+SEAMS = (ascend_int8, ascend_graph, ascend_attention, ascend)  # the backend's module comes last: it imports the others
 
 
 def fresh(module: ModuleType, old: str = "", new: str = "") -> ModuleType:
@@ -85,18 +91,18 @@ def run(path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture) -> No
 
 
 def mutate(module: ModuleType, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for changed in (ascend_attention, ascend, decode_graphs):
+    for changed in (*SEAMS, graph_runner):
         monkeypatch.setitem(sys.modules, changed.__name__, changed)  # undone afterwards
-    if module is decode_graphs:
-        monkeypatch.setattr(runner, "GraphRunner", fresh(decode_graphs, old, new).GraphRunner)
+    if module is graph_runner:
+        monkeypatch.setattr(model_runner, "GraphRunner", fresh(graph_runner, old, new).GraphRunner)
         return
-    if module is ascend_attention:
-        fresh(ascend_attention, old, new)
+    if module is not ascend:
+        fresh(module, old, new)
         old = new = ""
     monkeypatch.setattr(atb_pllava.ops, "AscendBackend", fresh(ascend, old, new).AscendBackend)
 
 
-@pytest.mark.parametrize("module", [ascend, ascend_attention, decode_graphs], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [*SEAMS, graph_runner], ids=lambda m: m.__name__)
 def test_unchanged_is_green(models, module, expected, monkeypatch, caplog) -> None:  # noqa: F811
     mutate(module, "", "", monkeypatch)
     run(models["asymmetric"], expected, caplog)

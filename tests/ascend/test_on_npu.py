@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
 from atb_pllava.convert.options import ConvertOptions
-from atb_pllava.ops import free_memory, get_backend
+from atb_pllava.ops import get_backend
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.reference import TorchBackend
 from tests.support import EXAMPLES, convert_checkpoint, raw_config, write_checkpoint
@@ -171,8 +171,8 @@ def test_linear_with_bias() -> None:
     for dtype in (getattr(torch, name) for name in DTYPES):
         x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(16).to(dtype)
         weight = quantise(torch.randn(16, 64) + 0.5, symmetric=False, scale_dtype=dtype)
-        on_npu = type(weight)(*(t.to(backend.device) for t in (weight.values, weight.scale, weight.offset)))
-        got = backend.linear(x.to(backend.device), on_npu, bias.to(backend.device))
+        on_npu = type(weight)(*(t.to(backend.device) for t in (weight.values, weight.scale, weight.zero_point)))
+        got = backend.linear(x.to(backend.device), backend.pack(on_npu), bias.to(backend.device))
         assert_close(got.cpu().float(), cpu.linear(x, weight, bias).float(), atol=0.1, rtol=0.02)
 
 
@@ -190,7 +190,7 @@ def test_refusals(models: dict[str, Path]) -> None:
 
 def test_memory_and_device() -> None:
     backend = get_backend("ascend", 1)
-    assert backend.device == torch.device("npu:1") and free_memory(backend) > 2**30
+    assert backend.device == torch.device("npu:1") and backend.free_memory() > 2**30
     assert isinstance(backend, ascend.AscendBackend) and backend.chip.name == ("310P" if IS_310P else "910B")
     get_backend("ascend", 0)
 

@@ -35,8 +35,9 @@ from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.costs import Cost, Costs
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
-from atb_pllava.ops.int8 import Int8Layers
-from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
+from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.reference import TorchBackend
 from precision.error_plot import plot_errors
 from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
@@ -77,11 +78,11 @@ def test_ranks_add_up_to_the_model(kind: str, group_size: int) -> None:
     # Of 192 columns two ranks have 96 each: they both need the scales of the group in the middle.
     config = config_from_json(raw_config(hidden_size=128, intermediate_size=192))
     names = frozenset(name for name in dummy_quant_config(config).names if kind and kind in name)
-    layers = Int8Layers(names, group_size)
+    layers = QuantConfig(names, group_size)
     for rank in range(2):
         parallel = TensorParallel(rank, 2)
         with torch.device("meta"):
-            model = Pllava(config, get_backend("cpu"), torch.bfloat16, parallel, layers)
+            model = Pllava(config, TorchBackend(), torch.bfloat16, parallel, layers)
         held = sum(part.tensor.nbytes for part in model.weight_map().values())
         assert Costs(config, 2, layers, parallel).weight_bytes == held
 
@@ -126,7 +127,7 @@ def counted_flops(model: Pllava, run: Any) -> int:
 
 def meta_model() -> Pllava:
     with torch.device("meta"):
-        return Pllava(SMALL, get_backend("cpu"), torch.float32)
+        return Pllava(SMALL, TorchBackend(), torch.float32)
 
 
 def test_vision_flops_are_those_torch_counts() -> None:
@@ -136,8 +137,8 @@ def test_vision_flops_are_those_torch_counts() -> None:
 
 def test_prefill_flops_are_those_torch_counts() -> None:
     lengths = [7, 12]
-    nothing = SequenceBatch((0,), (), torch.empty(0, 0, dtype=torch.int64))
-    prompts = SequenceBatch((0, 7, 19), (7, 12), torch.zeros(2, 1, dtype=torch.int64))
+    nothing = SequenceBatch.of([], [], torch.empty(0, 0, dtype=torch.int64))
+    prompts = SequenceBatch.of([7, 12], [7, 12], torch.zeros(2, 1, dtype=torch.int64))
     ids = torch.arange(19)
     batch = ForwardBatch(ids, ids, ids, nothing, prompts, torch.tensor([6, 18]))
 
@@ -167,7 +168,7 @@ def test_roofline_by_hand() -> None:
 def test_prediction_of_7b_is_the_known_one() -> None:
     # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s; W8A16 reads half the weights: 197.
     machine = Machine("910B", 1.6e12, 313e12, 64e9)
-    for int8, speed in ((Int8Layers(), 109), (dummy_quant_config(shape_config("7b")), 197)):
+    for int8, speed in ((QuantConfig(), 109), (dummy_quant_config(shape_config("7b")), 197)):
         found = predict(Costs(shape_config("7b"), int8=int8), machine, 1, 2364)
         assert found.tokens_per_second == pytest.approx(speed, rel=0.03)
     assert largest_batch(Costs(shape_config("34b")), machine, 2364) == 0
@@ -397,7 +398,7 @@ def test_a_plot_of_an_earlier_run_may_be_replaced(sweep_rows, tmp_path: Path) ->
 
 
 def test_a_shape_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("atb_pllava.loader.model_loader.free_memory", lambda _: 10**9)
+    monkeypatch.setattr("atb_pllava.ops.interface.Backend.free_memory", lambda _: 10**9)
     assert bench("--shape", "1b", "--dtype", "bfloat16", "--backend", "cpu", "--csv", tmp_path / "t.csv") == 2
     assert "random weights of this shape take 2.5 GB and 1.0 GB" in capsys.readouterr().err
 

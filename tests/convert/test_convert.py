@@ -28,8 +28,8 @@ from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.loader.problems import CheckpointError
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Weight
+from atb_pllava.ops.reference import TorchBackend
 from tests.support import ROOT, convert_checkpoint, load_all, raw_config, tokenizer_definition, write_checkpoint
 
 RAW = raw_config(num_attention_heads=16, num_key_value_heads=8, intermediate_size=192, hidden_size=128)
@@ -241,15 +241,16 @@ def test_every_rank_reads_its_slice_of_the_whole(
     config, whole = read_config(source), dequantised(tensors(tmp_path / "out"))
     checkpoint = open_checkpoint(tmp_path / "out")
     for rank in range(size):
-        model = Pllava(config, get_backend("cpu"), torch.float32, TensorParallel(rank, size), checkpoint.int8)
+        model = Pllava(config, TorchBackend(), torch.float32, TensorParallel(rank, size), checkpoint.int8)
         parts = model.weight_map()
         shapes = {name: part.shape for name, part in parts.items()}
         load_all(checkpoint.check(shapes, unused=unused_vision_layers(config)), parts)
         for i, layer in enumerate(model.language.layers):
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                (weight,) = linear.weights
+            for linear in (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj):
+                (matrix,) = linear.matrices
+                weight = matrix.weight
                 assert isinstance(weight, Int8Weight)
-                names = [f"language_model.model.layers.{i}.{name}.weight" for name in linear.rows]
+                names = [f"language_model.model.layers.{i}.{name}.weight" for name in linear.sizes]
                 slices = torch.cat([whole[name][parts[name].span] for name in names])
                 assert torch.equal(weight.dequantise(), slices)
 
@@ -319,7 +320,7 @@ def test_float_layers_among_int8_ones(quantised: Path, source: Path, tmp_path: P
     directory = rewrite(copy(quantised, tmp_path / "mixed"), mixed)
     expected = torch.cat([dequantised(tensors(directory))[f"{LAYER}self_attn.{x}_proj.weight"] for x in "qkv"])
     x = torch.randn(3, 128)
-    torch.testing.assert_close(load(directory).language.layers[0].qkv(x), x @ expected.T, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(load(directory).language.layers[0].qkv_proj(x), x @ expected.T, atol=1e-3, rtol=1e-4)
 
 
 def change_one(name: str, edit: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
@@ -534,7 +535,7 @@ def sparse_checkpoint(directory: Path, raw: dict[str, Any]) -> Path:
     """A checkpoint of zeros in bfloat16 that takes no room on the disk."""
     directory.mkdir()
     with torch.device("meta"):
-        parts = Pllava(config_from_json(raw), get_backend("cpu"), torch.bfloat16).weight_map()
+        parts = Pllava(config_from_json(raw), TorchBackend(), torch.bfloat16).weight_map()
     specs = tuple(safetensors_writer.TensorSpec(name, "BF16", part.shape) for name, part in parts.items())
     shard = safetensors_writer.Shard("model.safetensors", specs)
     with open(directory / shard.file, "wb") as stream:

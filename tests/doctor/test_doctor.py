@@ -26,10 +26,11 @@ from atb_pllava.mindie.cards import device_files
 from atb_pllava.mindie.doctor import Setting, examine
 from atb_pllava.mindie.host_files import host_config
 from atb_pllava.model.published_sizes import PUBLISHED
-from atb_pllava.ops import choose_dtype, get_backend
+from atb_pllava.ops import choose_dtype
 from atb_pllava.ops.cpu.build import BuildError, load_library
 from atb_pllava.ops.host_memory import HostMemory
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.reference import TorchBackend
 from tests.host_sources import write_host
 from tests.support import ROOT, TINY, raw_config, write_checkpoint
 
@@ -286,7 +287,7 @@ def named(setting: Setting, name: str) -> list[Check]:
 
 def shape(size: str, int8: bool = False) -> machine.Model:
     config = config_from_json(PUBLISHED[size])
-    return machine.Model(config, dummy_quant_config(config) if int8 else Int8Layers(), Path(f"/models/pllava-{size}"))
+    return machine.Model(config, dummy_quant_config(config) if int8 else QuantConfig(), Path(f"/models/pllava-{size}"))
 
 
 def memory(free: float, model: machine.Model, world_size: int = 1, **more: object) -> Check:
@@ -323,7 +324,7 @@ def test_a_cpu_without_bfloat16_needs_twice_the_memory(monkeypatch) -> None:
 
 def test_the_dtype_is_the_one_that_auto_takes() -> None:
     config = config_from_json(PUBLISHED["7b"])
-    chosen = choose_dtype("auto", "float16", get_backend("cpu"))
+    chosen = choose_dtype("auto", "float16", TorchBackend())
     assert machine.auto_dtype(config, "cpu") == str(chosen).removeprefix("torch.")
     assert machine.auto_dtype(config, "cuda") == machine.auto_dtype(config, "ascend") == "bfloat16"
     wide = replace(config, dtype="float32")

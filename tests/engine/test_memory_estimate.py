@@ -13,9 +13,10 @@ from atb_pllava.engine.memory_estimate import kv_cache_tokens, memory_need, publ
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
-from atb_pllava.ops import free_memory, get_backend
+from atb_pllava.ops import interface
 from atb_pllava.ops.host_memory import HostMemory, host_memory
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.reference import TorchBackend
 from tests.support import SHARED_DATA, raw_config, write_checkpoint
 
 KEYS = SHARED_DATA / "published_keys.json"
@@ -37,7 +38,7 @@ def config(size: str) -> PllavaConfig:
 )
 def test_the_table_of_published_models(size, download, bfloat16, w8a16, one_bfloat16, one_w8a16) -> None:
     model = config(size)
-    floats, int8 = (memory_need(model, 2, layers) for layers in (Int8Layers(), dummy_quant_config(model)))
+    floats, int8 = (memory_need(model, 2, layers) for layers in (QuantConfig(), dummy_quant_config(model)))
     assert round(published_bytes(model, LORA_RANK) / GB, 1) == download
     assert (round(floats.weights / GB, 1), round(int8.weights / GB, 1)) == (bfloat16, w8a16)
     assert (round(floats.least / GB, 1), round(int8.least / GB, 1)) == (one_bfloat16, one_w8a16)
@@ -65,7 +66,7 @@ def test_the_kv_cache_of_a_load_is_the_one_that_is_said(tmp_path: Path, kv_cache
         held = sum(part.nbytes for layer in cache for part in layer)
         weights = sum(parameter.nbytes for parameter in llm.model.parameters())
     engine = EngineConfig(kv_cache_dtype=kv_cache_dtype)
-    need = memory_need(llm.config, 4, Int8Layers(), engine=engine)
+    need = memory_need(llm.config, 4, QuantConfig(), engine=engine)
     assert need.batch == held
     assert need.weights >= weights > 0
 
@@ -73,7 +74,7 @@ def test_the_kv_cache_of_a_load_is_the_one_that_is_said(tmp_path: Path, kv_cache
 def test_a_full_batch_by_hand() -> None:
     # 8 requests of 4096 positions and a block of 128 each; 512 KiB a token for 7B.
     assert kv_cache_tokens(config("7b"), EngineConfig()) == 8 * (4096 + 128)
-    need = memory_need(config("7b"), 2, Int8Layers())
+    need = memory_need(config("7b"), 2, QuantConfig())
     assert need.batch == 8 * 4224 * 2**19 and need.clip == (2304 + 512 + 128) * 2**19
     assert need.caches == 2 * 2**30
     short = EngineConfig(max_batch_size=2, max_input_length=2400, max_output_length=100)
@@ -82,13 +83,13 @@ def test_a_full_batch_by_hand() -> None:
 
 def test_ranks_divide_weights_and_keys_and_share_a_machine() -> None:
     model = config("7b")
-    one, four = (memory_need(model, 2, Int8Layers(), size) for size in (1, 4))
-    together = memory_need(model, 2, Int8Layers(), 4, together=True)
+    one, four = (memory_need(model, 2, QuantConfig(), size) for size in (1, 4))
+    together = memory_need(model, 2, QuantConfig(), 4, together=True)
     vision = 2 * 304e6  # the tower is on every rank
     assert one.weights / 4 < four.weights < one.weights / 4 + 2 * vision
     assert four.clip == one.clip // 4 and together.clip == one.clip
     assert together.weights == pytest.approx(4 * four.weights, rel=0.01)
-    uneven = [memory_need(model, 2, Int8Layers(), 3), memory_need(model, 2, Int8Layers(), 3, together=True)]
+    uneven = [memory_need(model, 2, QuantConfig(), 3), memory_need(model, 2, QuantConfig(), 3, together=True)]
     assert uneven[0].clip * 3 > uneven[1].clip == one.clip  # 11, 11 and 10 heads
 
 
@@ -156,8 +157,6 @@ def test_a_group_that_is_over_its_limit_has_nothing_free(tmp_path: Path) -> None
 
 
 def test_the_kv_cache_is_planned_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import atb_pllava.ops
-
-    monkeypatch.setattr(atb_pllava.ops, "host_memory", lambda: HostMemory(5, 3))
-    assert free_memory(get_backend("cpu")) == 3
+    monkeypatch.setattr(interface, "host_memory", lambda: HostMemory(5, 3))
+    assert TorchBackend().free_memory() == 3
     assert replace(host_memory(), limited_by=None).free > 0

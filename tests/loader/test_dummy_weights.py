@@ -8,17 +8,17 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config, plan_dummy_weights
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
-from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.reference import TorchBackend
 from tests.support import load_all, raw_config
 
 CONFIG = config_from_json(raw_config(intermediate_size=97, vocab_size=305))
 
 
 def parts(parallel: TensorParallel, int8: bool = False):
-    layers = dummy_quant_config(CONFIG) if int8 else Int8Layers()
+    layers = dummy_quant_config(CONFIG) if int8 else QuantConfig()
     with torch.device("meta"):
-        model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16, parallel, layers)
+        model = Pllava(CONFIG, TorchBackend(), torch.bfloat16, parallel, layers)
     model.to_empty(device="cpu")
     found = model.weight_map()
     load_all(plan_dummy_weights(found, parallel.size, 2**30), found)
@@ -58,7 +58,7 @@ def test_tensors_differ_and_the_decoder_is_int8() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with torch.device("meta"):
-        model = Pllava(CONFIG, get_backend("cpu"), torch.bfloat16)
+        model = Pllava(CONFIG, TorchBackend(), torch.bfloat16)
     found = model.weight_map()
     size = sum(part.tensor.nbytes for part in found.values())
     assert plan_dummy_weights(found, 1, size).bytes_total == size

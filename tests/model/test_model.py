@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
-from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
+from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
+from atb_pllava.ops.reference import TorchBackend
 from tests.support import random_model, raw_config
 
 transformers = pytest.importorskip("transformers")
@@ -33,8 +33,8 @@ def whole_prompt(model: Pllava, ids: list[int], block_size: int) -> torch.Tensor
         text.num_hidden_layers, blocks, block_size, text.num_key_value_heads, text.head_dim, model.dtype
     )
     rows = torch.arange(count)
-    nobody = SequenceBatch((0,), (), torch.zeros(0, 0, dtype=torch.int64))
-    prefill = SequenceBatch((0, count), (count,), torch.arange(blocks)[None])
+    nobody = SequenceBatch.of([], [], torch.zeros(0, 0, dtype=torch.int64))
+    prefill = SequenceBatch.of([count], [count], torch.arange(blocks)[None])
     return model(ForwardBatch(torch.tensor(ids), rows, rows, nobody, prefill, rows), cache)
 
 
@@ -90,5 +90,5 @@ def test_the_meta_device_needs_no_memory() -> None:
     big = raw_config(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
                      num_key_value_heads=8, vocab_size=64064)  # fmt: skip
     with torch.device("meta"):
-        model = Pllava(config_from_json(big), get_backend("cpu"), torch.bfloat16)
+        model = Pllava(config_from_json(big), TorchBackend(), torch.bfloat16)
     assert sum(view.numel() for view in views(model).values()) > 33e9

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from atb_pllava.errors import BackendError
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader.checkpoint_config import config_from_json
-from atb_pllava.ops import choose_dtype, free_memory, get_backend
+from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.ops.ascend import backend as ascend
+from atb_pllava.ops.ascend import runtime
 from atb_pllava.ops.ascend.attention import pad_rows
 from atb_pllava.ops.ascend.chips import CHIPS, chip_of
+from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight, quantise
-from atb_pllava.ops.interface import LayerCache, SequenceBatch
+from atb_pllava.ops.interface import CapturedGraph, Feature, LayerCache
 from atb_pllava.ops.reference import TorchBackend
 from tests.support import random_model, raw_config
 
@@ -35,7 +38,7 @@ def without_torch_npu(monkeypatch: pytest.MonkeyPatch, directory: Path | None = 
 
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
     if directory is None:
-        monkeypatch.setattr(ascend.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
     else:
         monkeypatch.syspath_prepend(directory)
 
@@ -68,7 +71,7 @@ def test_without_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: p
     with pytest.raises(BackendError, match="cannot be loaded: libhccl.so: .* source CANN's set_env.sh"):
         get_backend("ascend")
     with caplog.at_level(logging.INFO, logger="atb_pllava"):
-        assert get_backend("auto").name in ("cpu", "cuda")
+        assert get_backend("auto", kernels="torch").name in ("cpu", "cuda")
     assert "libhccl.so" in caplog.text
 
 
@@ -83,7 +86,7 @@ def backend_of(chip: str) -> ascend.AscendBackend:
     """The backend of a chip without its device: what computes with torch alone works on the CPU."""
     backend = ascend.AscendBackend.__new__(ascend.AscendBackend)
     backend.chip = next(c for c in CHIPS if c.name == chip)
-    backend.device, backend._widened = torch.device("cpu"), False
+    backend.device, backend._warned_of_groups = torch.device("cpu"), False
     return backend
 
 
@@ -108,13 +111,16 @@ def test_other_dtypes_are_refused_by_name(chip: str, name: str) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("group_size", "columns"), [(0, slice(0, 192)), (64, slice(0, 192)), (64, slice(96, 192))])
 def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns: slice) -> None:
-    """(q + offset) * scale of the operands is (q - offset) * scale of the weight, also where a group is cut."""
+    """(q + offset) * scale of the operands is (q - zero_point) * scale of the weight, also where a group is cut."""
     generator = torch.Generator().manual_seed(1)
     whole = quantise(torch.randn(48, 192, generator=generator) + 0.3, group_size=group_size, symmetric=symmetric)
     weight: Int8Weight = whole.columns(columns)
     packed = backend_of("910B").pack(weight)
-    values, scale, offset = packed.values, packed.scale, packed.offset
-    assert packed.shape == weight.shape and (packed.group_size, packed.lead) == (group_size, weight.lead)
+    values, scale, offset = packed.values, packed.scale, packed.antiquant_offset
+    assert packed.shape == weight.shape and (packed.group_size, packed.group_offset) == (
+        group_size,
+        weight.group_offset,
+    )
     if group_size:
         assert scale.shape == (-(-values.shape[1] // group_size), 48)
         spread = [None if x is None else x.t().repeat_interleave(group_size, 1) for x in (scale, offset)]
@@ -123,7 +129,7 @@ def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns:
         spread = [None if x is None else x[:, None] for x in (scale, offset)]
     assert (offset is None) == symmetric
     wide = values.float() + (0 if spread[1] is None else spread[1][:, : values.shape[1]])
-    got = (wide * spread[0][:, : values.shape[1]])[:, weight.lead if group_size else 0 :]
+    got = (wide * spread[0][:, : values.shape[1]])[:, weight.group_offset if group_size else 0 :]
     assert_close(got, weight.dequantise())
 
 
@@ -162,11 +168,12 @@ def test_caches_the_operators_cannot_address(chip: str, size: int, dim: int, mes
         backend_of(chip).new_kv_cache(1, 4, size, 2, dim, torch.float16)
 
 
-class Recorder(TorchBackend):
+class Recorder(TorchBackend, CapturedGraph):
     """A CPU that records steps: a replay runs the step again, with what its tensors hold by then."""
 
     def __init__(self, works: bool = True) -> None:
         super().__init__("cpu")
+        self.features = frozenset({Feature.GRAPH_CAPTURE})
         self.works, self.recorded, self.replays = works, 0, 0
 
     def capture(self, step: Callable[[], Tensor]) -> "Recorder":
@@ -183,12 +190,13 @@ class Recorder(TorchBackend):
         real = slot_mapping >= 0
         super().write_kv(keys[real], values[real], cache, slot_mapping[real])
 
-    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
-        lens = batch.context_lens if batch.context_lens_tensor is None else batch.context_lens_tensor.tolist()
+    def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
+        batch = metadata.decode
+        lens = batch.device_context_lens.tolist()
         out = torch.zeros_like(query)
         real = [i for i, context in enumerate(lens) if context]
-        some = SequenceBatch(tuple(range(len(real) + 1)), tuple(lens[i] for i in real), batch.block_tables[real])
-        out[real] = super().decode_attention(query[real], cache, some)
+        some = SequenceBatch.of([1] * len(real), [lens[i] for i in real], batch.block_tables[real])
+        out[real] = super().decode_attention(query[real], cache, replace(metadata, decode=some))
         return out
 
 
@@ -247,4 +255,4 @@ def test_free_memory_is_the_device_s(device: str, free: int, monkeypatch: pytest
     backend.device = torch.device(device)
     module = type("meta", (), {"mem_get_info": staticmethod(lambda index: (5 if index is None else 5 + index, 9))})
     monkeypatch.setattr(torch, "meta", module, raising=False)
-    assert free_memory(backend) == free
+    assert backend.free_memory() == free

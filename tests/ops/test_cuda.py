@@ -30,13 +30,14 @@ from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.cuda import backend as cuda
 from atb_pllava.ops.cuda.backend import CudaBackend
+from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import quantise
-from atb_pllava.ops.interface import CapturingBackend, SequenceBatch
+from atb_pllava.ops.interface import CapturedGraph, Feature
 from atb_pllava.ops.reference import TorchBackend
 from tests.ops.test_ascend import decode
 from tests.ops.test_kernels import INT8_SHARES
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, raw_config
+from tests.support import ROOT, decode_metadata, prefill_metadata, raw_config
 
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,6 +84,12 @@ def assert_near(result: Tensor, expected: Tensor, tolerance: float | None = None
     assert float(worst) <= (TOLERANCE[result.dtype] if tolerance is None else tolerance)
 
 
+def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
+    """Of a batch whose lengths on the device are not those on the host."""
+    unused = torch.empty(0)
+    return AttentionMetadata(unused, decode, decode, unused, unused)
+
+
 # Decoding
 
 
@@ -106,11 +113,13 @@ def test_attention_over_pages(
     padded[::2] = torch.where(used, tables, spare)
     lens = torch.zeros(len(padded), dtype=torch.int64)
     lens[::2] = torch.tensor(lengths)
-    batch = SequenceBatch(tuple(range(len(padded) + 1)), (99,) * len(padded), padded.T.contiguous().T.to(DEVICE),
-                          lens.to(DEVICE))  # fmt: skip
+    # The host's lengths are those of another step, as in a replay.
+    host_lens = (99,) * len(padded)
+    tables = padded.T.contiguous().T.to(DEVICE)
+    batch = SequenceBatch(tuple(range(len(padded) + 1)), host_lens, tables, lens.to(DEVICE))
     query = random(len(padded), heads + 3, dim).to(dtype)[:, :heads]
     ops = CudaBackend(DEVICE, multiprocessors)
-    out = ops.decode_attention(query, tuple(part.to(DEVICE) for part in cache), batch).cpu()
+    out = ops.decode_attention(query, tuple(part.to(DEVICE) for part in cache), metadata_of(batch)).cpu()
     expected = [dense_attention(q[None], k, v) for q, k, v in zip(query[::2].cpu(), keys, values, strict=True)]
     assert_near(out[::2], torch.cat(expected))
     assert not bool(out[1::2].any())
@@ -121,21 +130,22 @@ def test_lengths_of_a_step_that_is_not_recorded(fast: CudaBackend) -> None:
     cache, keys, values, tables = paged(lengths, 16, 1, 16, torch.float32)
     cache, query = tuple(part.to(DEVICE) for part in cache), random(2, 2, 16)
     for lens in (lengths, [2, 39]):  # another batch has other ones
-        batch = SequenceBatch((0, 1, 2), tuple(lens), tables.to(DEVICE))
+        metadata = decode_metadata(fast, lens, tables.to(DEVICE))
         expected = [dense_attention(query[i : i + 1].cpu(), keys[i][:n], values[i][:n]) for i, n in enumerate(lens)]
-        assert_near(fast.decode_attention(query, cache, batch).cpu(), torch.cat(expected))
+        assert_near(fast.decode_attention(query, cache, metadata).cpu(), torch.cat(expected))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter
 def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
     cache, keys, values, tables = paged([100], 16, 1, 16, torch.float32)
-    batch, cache = SequenceBatch((0, 1), (100,), tables.to(DEVICE)), tuple(part.to(DEVICE) for part in cache)
+    metadata = decode_metadata(fast, [100], tables.to(DEVICE))
+    cache = tuple(part.to(DEVICE) for part in cache)
     query = random(1, 2, 16) * 1000
     expected = dense_attention(query.cpu(), keys[0], values[0])
-    assert_near(fast.decode_attention(query, cache, batch).cpu(), expected)
+    assert_near(fast.decode_attention(query, cache, metadata).cpu(), expected)
     query[0, 1, 3] = float("nan")
     with np.errstate(invalid="ignore"):
-        out = fast.decode_attention(query, cache, batch)[0]
+        out = fast.decode_attention(query, cache, metadata)[0]
     assert out.isnan().all(dim=1).tolist() == [False, True]
 
 
@@ -173,8 +183,8 @@ def test_prompts_behind_a_cached_prefix(
     cache, keys, values, tables = paged(lengths, 16, kv_heads, 16, dtype)
     query = random(34, heads, 16).to(dtype)
     own_keys, own_values = (torch.cat([x[cached:] for x in xs]).to(DEVICE) for xs in (keys, values))
-    batch = SequenceBatch((0, 1, 34), tuple(lengths), tables.to(DEVICE))
-    out = fast.prefill_attention(query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), batch).cpu()
+    metadata = prefill_metadata(fast, [1, 33], lengths, tables.to(DEVICE))
+    out = fast.prefill_attention(query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), metadata).cpu()
     parts = (query[:1].cpu(), query[1:].cpu())
     assert_near(out, torch.cat([dense_attention(q, k, v) for q, k, v in zip(parts, keys, values, strict=True)]))
 
@@ -276,11 +286,12 @@ def test_answers_do_not_depend_on_the_kernels(
         assert_near(result, expected, 2e-5)
 
 
-class Repeater(CudaBackend):
+class Repeater(CudaBackend, CapturedGraph):
     """Records steps without a device: a replay runs the step again, by what is on the device alone."""
 
     def __init__(self, device: str = DEVICE) -> None:
         super().__init__(device, multiprocessors=4)
+        self.features = frozenset({Feature.GRAPH_CAPTURE})
         self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> "Repeater":
@@ -358,11 +369,11 @@ def test_a_recorded_graph_follows_its_inputs() -> None:
     ops = CudaBackend()
     cache, _, _, tables = paged([40, 70], 16, 2, 64, torch.bfloat16)
     cache, lens = tuple(part.to(DEVICE) for part in cache), torch.tensor([40, 7], device=DEVICE)
-    batch = SequenceBatch((0, 1, 2), (0, 0), tables.to(DEVICE), lens)
+    metadata = metadata_of(SequenceBatch((0, 1, 2), (0, 0), tables.to(DEVICE), lens))
     query, weight = random(2, 4, 64).bfloat16(), quantise(random(40, 256).bfloat16())
 
     def step() -> Tensor:
-        return ops.linear(ops.decode_attention(query, cache, batch).flatten(1), weight)
+        return ops.linear(ops.decode_attention(query, cache, metadata).flatten(1), weight)
 
     step()
     captured = ops.capture(step)
@@ -378,8 +389,8 @@ def test_a_cpu_records_nothing() -> None:
     ops = CudaBackend("cpu", 1) if DEVICE == "cpu" else None
     if ops is None:
         pytest.skip("Triton interprets on a CPU only")
-    assert isinstance(ops, CapturingBackend)
-    with pytest.raises(BackendError, match="recorded on a CUDA device, not on cpu"):
+    assert not ops.supports(Feature.GRAPH_CAPTURE)
+    with pytest.raises(BackendError, match="captured on a CUDA device, not on cpu"):
         ops.capture(lambda: torch.zeros(1))
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError
-from atb_pllava.model.linear import FusedLinear
-from atb_pllava.ops import get_backend
-from atb_pllava.ops import reference as cpu_ops
-from atb_pllava.ops.int8 import Int8Layers, Int8Weight, num_groups, quantise
+from atb_pllava.model.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
+from atb_pllava.ops import reference
+from atb_pllava.ops.int8 import Int8Weight, QuantConfig, num_groups, quantise
+from atb_pllava.ops.reference import TorchBackend
 
 SCHEMES = [(0, True), (0, False), (64, True), (128, False)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,10 +26,10 @@ def weight(rows: int = 24, columns: int = 256, dtype: torch.dtype = torch.float3
 
 def steps_off(quantised: Int8Weight, original: Tensor) -> float:
     """The largest distance from the original, in steps; the formula is written down again here."""
-    values, scale, offset = (x.double() for x in (quantised.values, quantised.scale, quantised.offset))
-    each = original.shape[1] // scale.shape[1]
-    scale, offset = scale.repeat_interleave(each, 1), offset.repeat_interleave(each, 1)
-    return float((((values - offset) * scale - original.double()).abs() / scale).max())
+    each = original.shape[1] // quantised.scale.shape[1]
+    scale = quantised.scale.double().repeat_interleave(each, 1)
+    zero_point = quantised.zero_point.double().repeat_interleave(each, 1)
+    return float((((quantised.values.double() - zero_point) * scale - original.double()).abs() / scale).max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,12 +38,12 @@ def test_every_weight_is_within_half_a_step(dtype: torch.dtype, group_size: int,
     original = weight(dtype=dtype)
     quantised = quantise(original, group_size=group_size, symmetric=symmetric)
     assert steps_off(quantised, original) <= 0.5 + 1e-5
-    assert quantised.values.dtype == torch.int8 and quantised.scale.dtype == quantised.offset.dtype == dtype
-    assert quantised.scale.shape == quantised.offset.shape == (24, 256 // group_size if group_size else 1)
+    assert quantised.values.dtype == torch.int8 and quantised.scale.dtype == quantised.zero_point.dtype == dtype
+    assert quantised.scale.shape == quantised.zero_point.shape == (24, 256 // group_size if group_size else 1)
     assert bool((quantised.scale > 0).all()) and quantised.is_symmetric == symmetric
-    assert torch.equal(quantised.offset, quantised.offset.round())
+    assert torch.equal(quantised.zero_point, quantised.zero_point.round())
     assert int(quantised.values.min()) >= (-127 if symmetric else -128)
-    assert bool((quantised.offset.float().abs() <= 128).all())
+    assert bool((quantised.zero_point.float().abs() <= 128).all())
     assert steps_off(quantised, quantised.dequantise(torch.float32)) <= 1e-4
 
 
@@ -89,48 +89,46 @@ def test_slices_are_slices_of_the_whole(size: int, group_size: int, symmetric: b
             assert torch.equal(part.dequantise(), expected) and part.shape == expected.shape
 
 
-def test_join_and_split_are_opposites() -> None:
-    parts = [quantise(weight(rows, seed=rows), group_size=64) for rows in (6, 4, 4)]
-    joined = Int8Weight.join(parts)
-    assert joined.shape == (14, 256)
-    for part, again in zip(parts, joined.split([6, 4, 4]), strict=True):
-        assert torch.equal(part.dequantise(), again.dequantise())
+def test_split_gives_consecutive_rows() -> None:
+    quantised = quantise(weight(14), group_size=64)
+    parts = [part.dequantise() for part in quantised.split([6, 4, 4])]
+    assert [len(part) for part in parts] == [6, 4, 4] and torch.equal(torch.cat(parts), quantised.dequantise())
 
 
 # The linear function on a CPU
 
 
-@pytest.mark.parametrize("tokens", [1, cpu_ops.INT8_KERNEL_ROWS, cpu_ops.INT8_KERNEL_ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, reference.INT8PACK_MM_MAX_ROWS, reference.INT8PACK_MM_MAX_ROWS + 1])
 @pytest.mark.parametrize(("group_size", "symmetric"), SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_equals_the_dequantised_product(
     tokens: int, group_size: int, symmetric: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_ops, "ELEMENTS_PER_BLOCK", 7 * 256)
+    monkeypatch.setattr(reference, "DEQUANTISED_ELEMENTS", 7 * 256)
     generator = torch.Generator().manual_seed(0)
     original, x, bias = (torch.randn(s, generator=generator).to(dtype) for s in [(37, 256), (tokens, 256), (37,)])
     quantised = quantise(original, group_size=group_size, symmetric=symmetric)
     expected = F.linear(x.double(), quantised.dequantise(torch.float64), bias.double())
-    result = get_backend("cpu").linear(x, quantised, bias)
+    result = TorchBackend().linear(x, quantised, bias)
     assert result.dtype == dtype
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]  # outputs are about 16; bfloat16 has 8 bits
     torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance / 10)
-    stacked = get_backend("cpu").linear(x.expand(2, *x.shape), quantised, bias)
+    stacked = TorchBackend().linear(x.expand(2, *x.shape), quantised, bias)
     assert stacked.shape == (2, tokens, 37)
 
 
 @pytest.mark.skipif(not hasattr(torch.ops.aten, "_weight_int8pack_mm"), reason="this torch has no int8 kernel")
 def test_one_token_in_bfloat16_never_makes_the_float_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     quantised = quantise(torch.randn(64, 128).bfloat16())
-    expected = get_backend("cpu").linear(torch.ones(40, 128).bfloat16(), quantised)[:1]
+    expected = TorchBackend().linear(torch.ones(40, 128).bfloat16(), quantised)[:1]
     monkeypatch.setattr(Int8Weight, "dequantise", None)
-    result = get_backend("cpu").linear(torch.ones(1, 128).bfloat16(), quantised)
+    result = TorchBackend().linear(torch.ones(1, 128).bfloat16(), quantised)
     torch.testing.assert_close(result, expected, atol=0.1, rtol=0.01)
 
 
 def test_no_tokens_at_all() -> None:
     quantised = quantise(torch.randn(8, 64).bfloat16())
-    assert get_backend("cpu").linear(torch.ones(0, 64).bfloat16(), quantised).shape == (0, 8)
+    assert TorchBackend().linear(torch.ones(0, 64).bfloat16(), quantised).shape == (0, 8)
 
 
 # Fused layers and their shares
@@ -141,23 +139,26 @@ ROWS = {"q": 48, "k": 16, "v": 16}
 
 def layer(
     int8: set[str], group_size: int, axis: int, parallel: TensorParallel, rows: dict[str, int], columns: int
-) -> FusedLinear:
-    scheme = Int8Layers(frozenset(f"{name}.weight" for name in int8), group_size)
-    share = parallel.share(8)
-    return FusedLinear(get_backend("cpu"), rows, columns, axis, share, 8, torch.float32, scheme).requires_grad_(False)
+) -> ParallelLinear:
+    scheme = QuantConfig(frozenset(f"{name}.weight" for name in int8), group_size)
+    rest = (columns, parallel.share(8), 8, torch.float32, scheme)
+    if axis == 0:
+        return MergedColumnParallelLinear(TorchBackend(), rows, *rest)
+    ((name, size),) = rows.items()
+    return RowParallelLinear(TorchBackend(), name, size, *rest)
 
 
-def fill(linear: FusedLinear, group_size: int, symmetric: bool) -> dict[str, Tensor]:
+def fill(linear: ParallelLinear, group_size: int, symmetric: bool) -> dict[str, Tensor]:
     """Fill every part from whole random tensors, as the loader does; the float weights it stands for."""
     parts, weights = linear.weight_map(), {}
-    for i, name in enumerate(linear.rows):
+    for i, name in enumerate(linear.sizes):
         shape = parts[f"{name}.weight"].shape
         original = torch.randn(shape, generator=torch.Generator().manual_seed(i))
         tensors = {"": original}
         weights[name] = original
         if f"{name}.weight_scale" in parts:
             quantised = quantise(original, group_size=group_size, symmetric=symmetric)
-            tensors = {"": quantised.values, "_scale": quantised.scale, "_offset": quantised.offset}
+            tensors = {"": quantised.values, "_scale": quantised.scale, "_offset": quantised.zero_point}
             weights[name] = quantised.dequantise()
         for suffix, tensor in tensors.items():
             part = parts[f"{name}.weight{suffix}"]

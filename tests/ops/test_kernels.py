@@ -18,15 +18,15 @@ from atb_pllava import LLM, SamplingParams
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
 from atb_pllava.loader.model_loader import LOAD_FORMATS, ModelOptions, fill_model, plan_model
-from atb_pllava.model.linear import FusedLinear
+from atb_pllava.model.linear import PackedLinear, RowParallelLinear, pack_weights
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.cpu import build
 from atb_pllava.ops.cpu.backend import NativeBackend, Panels
-from atb_pllava.ops.int8 import Int8Layers, quantise
-from atb_pllava.ops.interface import SequenceBatch
+from atb_pllava.ops.int8 import QuantConfig, quantise
 from atb_pllava.ops.reference import TorchBackend
+from tests.support import decode_metadata, prefill_metadata
 
-PLAIN = get_backend("cpu")
+PLAIN = TorchBackend()
 LEVELS = list(dict.fromkeys([build.best_level(), "avx2", "portable"]))
 DTYPES = [torch.float32, torch.bfloat16]
 # Group sizes and columns: a rank's share begins and ends anywhere in a group, with odd lengths too.
@@ -128,13 +128,13 @@ def test_shares_of_packed_columns_sum_to_the_whole(
     x, total = random(2, 384, seed=4), torch.zeros(2, 20)
     for rank in range(size):
         share = TensorParallel(rank, size).share(8)
-        int8 = Int8Layers(frozenset({"o.weight"}), group_size)
-        linear = FusedLinear(fast, {"o": 20}, 384, 1, share, 8, torch.float32, int8).requires_grad_(False)
-        stored = {"": whole.values, "_scale": whole.scale, "_offset": whole.offset}
+        int8 = QuantConfig(frozenset({"o.weight"}), group_size)
+        linear = RowParallelLinear(fast, "o", 20, 384, share, 8, torch.float32, int8)
+        stored = {"": whole.values, "_scale": whole.scale, "_offset": whole.zero_point}
         for suffix, tensor in stored.items():
             part = linear.weight_map()[f"o.weight{suffix}"]
             part.tensor.copy_(tensor[part.span])
-        linear.pack(fast)
+        pack_weights(linear)
         total += linear(x[:, 48 * share.start : 48 * share.stop])
     assert_near(total, F.linear(x, whole.dequantise()))
 
@@ -177,20 +177,20 @@ def test_attention_over_pages(
     for reference, part in zip(plain, own, strict=True):
         assert torch.equal(reference.nan_to_num(), part.nan_to_num())
     query = random(len(lengths), heads, dim, seed=9).to(dtype)
-    batch = SequenceBatch(tuple(range(len(lengths) + 1)), tuple(lengths), tables)
-    assert_near(fast.decode_attention(query, own, batch), PLAIN.decode_attention(query.float(), plain, batch))
+    metadata = decode_metadata(fast, lengths, tables)
+    assert_near(fast.decode_attention(query, own, metadata), PLAIN.decode_attention(query.float(), plain, metadata))
 
     chunks = [1, 2, 16, 5, 128, 1, 30]  # some whole prompts, some behind a cached prefix
-    offsets = [sum(chunks[:i]) for i in range(len(chunks) + 1)]
-    batch = SequenceBatch(tuple(offsets), tuple(max(n, c) for n, c in zip(lengths, chunks, strict=True)), tables)
+    contexts = [max(n, c) for n, c in zip(lengths, chunks, strict=True)]
+    metadata = prefill_metadata(fast, chunks, contexts, tables)
     query = random(sum(chunks), heads, dim, seed=8).to(dtype)
     pages = [tables[i] for i in range(len(lengths))]
     rows = [torch.tensor([int(t[p // block]) * block + p % block for p in range(n - c, n)])
-            for t, n, c in zip(pages, batch.context_lens, chunks, strict=True)]  # fmt: skip
+            for t, n, c in zip(pages, contexts, chunks, strict=True)]  # fmt: skip
     keys, values = ([stored(plain, part, slot_mapping, block) for slot_mapping in rows] for part in (0, 1))
-    expected = PLAIN.prefill_attention(query.float(), torch.cat(keys), torch.cat(values),
-                                       tuple(p.float() if kind != torch.int8 else p for p in plain), batch)  # fmt: skip
-    result = fast.prefill_attention(query, torch.cat(keys).to(dtype), torch.cat(values).to(dtype), own, batch)
+    wide = tuple(p.float() if kind != torch.int8 else p for p in plain)
+    expected = PLAIN.prefill_attention(query.float(), torch.cat(keys), torch.cat(values), wide, metadata)
+    result = fast.prefill_attention(query, torch.cat(keys).to(dtype), torch.cat(values).to(dtype), own, metadata)
     assert_near(result, expected)
 
 
@@ -207,8 +207,8 @@ def test_long_contexts(fast: NativeBackend, kind: torch.dtype) -> None:
     lengths = [5000, 1, 512, 513, 2304]
     plain, own, tables = filled_cache(lengths, 128, 2, 128, torch.bfloat16, kind, fast)
     query = random(len(lengths), 2, 128).bfloat16()
-    batch = SequenceBatch(tuple(range(len(lengths) + 1)), tuple(lengths), tables)
-    assert_near(fast.decode_attention(query, own, batch), PLAIN.decode_attention(query.float(), plain, batch))
+    metadata = decode_metadata(fast, lengths, tables)
+    assert_near(fast.decode_attention(query, own, metadata), PLAIN.decode_attention(query.float(), plain, metadata))
 
 
 def test_8_bits_of_keys_are_half_a_step_off_at_most() -> None:
@@ -229,8 +229,8 @@ def test_8_bits_show_what_is_not_finite_and_hold_what_is_tiny(fast: NativeBacken
     found = stored(cache, 0, torch.arange(4), 4)
     assert found[:, 0].isfinite().all(dim=1).tolist() == [False, False, True, True]
     assert float((found[2] - keys[2]).abs().max()) < 1e-40
-    batch = SequenceBatch((0, 1), (4,), torch.tensor([[0]]))
-    assert not bool(fast.decode_attention(keys[3:], cache, batch).isfinite().any())
+    metadata = decode_metadata(fast, [4], torch.tensor([[0]]))
+    assert not bool(fast.decode_attention(keys[3:], cache, metadata).isfinite().any())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -318,13 +318,12 @@ def test_layers_are_packed_as_they_come(compiled: None, checkpoint: Path, load_f
     counts = []
 
     def count() -> None:
-        weights = [layer.qkv_weight if hasattr(layer, "qkv_weight") else layer.qkv._packed for layer in layers]
-        counts.append(sum(weight is not None and not isinstance(weight, Tensor) for weight in weights))
+        counts.append(sum(any(isinstance(part, PackedLinear) for part in layer.modules()) for layer in layers))
 
     fill_model(model, plan, count, pack=True)
     assert counts[0] == 0 and sorted(set(counts)) == list(range(len(layers) + 1))
     whole = fill_model(*plan_model(options, TensorParallel()))
-    whole.pack()
+    pack_weights(whole)
     pixels = random(2, 3, *[model.config.vision.image_size] * 2)
     assert torch.equal(model.encode_frames(pixels), whole.encode_frames(pixels))
 
@@ -464,11 +463,12 @@ def huge_linear(fast: NativeBackend) -> None:
 
 def huge_attention(fast: NativeBackend, prefill: bool) -> None:
     (cache,) = fast.new_kv_cache(1, 1, 4, 2, 64, torch.float32)
-    batch, query = SequenceBatch((0, 1), (64 * HUGE,), torch.tensor([[0]])), random(1, 2, 64)
+    query = random(1, 2, 64)
+    table = torch.tensor([[0]])
     if prefill:
-        fast.prefill_attention(query, query, query, cache, batch)
+        fast.prefill_attention(query, query, query, cache, prefill_metadata(fast, [1], [64 * HUGE], table))
     else:
-        fast.decode_attention(query, cache, batch)
+        fast.decode_attention(query, cache, decode_metadata(fast, [64 * HUGE], table))
 
 
 def huge_encoder(fast: NativeBackend) -> None:
@@ -502,21 +502,23 @@ def test_a_limit_on_memory(compiled: None) -> None:
     program = (
         "import resource, sys, torch\n"
         "from atb_pllava.errors import OutOfMemoryError\n"
-        "from atb_pllava.ops import build, native\n"
-        "from atb_pllava.ops.interface import SequenceBatch\n"
-        "fast = native.NativeBackend(build.load_library())\n"
+        "from atb_pllava.ops.cpu.backend import NativeBackend\n"
+        "from atb_pllava.ops.cpu.build import load_library\n"
+        "from tests.support import prefill_metadata\n"
+        "fast = NativeBackend(load_library())\n"
         "torch.set_num_threads(2)\n"
         "(cache,) = fast.new_kv_cache(1, 1, 2**17, 4, 64, torch.float32)\n"
-        "x, batch = torch.ones(1, 4, 64), SequenceBatch((0, 1), (2**17,), torch.tensor([[0]]))\n"
+        "x = torch.ones(1, 4, 64)\n"
+        "metadata = prefill_metadata(fast, [1], [2**17], torch.tensor([[0]]))\n"
         "[part.fill_(0.5) for part in cache]\n"
         "used = 4096 * int(open('/proc/self/statm').read().split()[0])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, -1))\n"
         "try:\n"
-        "    fast.prefill_attention(x, x, x, cache, batch)\n"
+        "    fast.prefill_attention(x, x, x, cache, metadata)\n"
         "except OutOfMemoryError as error:\n"
         "    print(error)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))\n"
-        "print(fast.prefill_attention(x, x, x, cache, batch).unique().tolist())\n"
+        "print(fast.prefill_attention(x, x, x, cache, metadata).unique().tolist())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     asked = 2 * 4 * 2**17 * 64 * 4 / 1e6  # keys and values of four heads, put in order

@@ -1,14 +1,16 @@
-"""The ten functions against torch and transformers."""
+"""The plain operators against torch and transformers."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from atb_pllava.ops import get_backend
-from atb_pllava.ops.interface import LayerCache, SequenceBatch, pool_by_matrices, pooling_matrix
+from atb_pllava.ops.interface import LayerCache
+from atb_pllava.ops.pooling import pool_by_matrices, pooling_matrix
+from atb_pllava.ops.reference import TorchBackend
+from tests.support import decode_metadata, prefill_metadata
 
-OPS = get_backend("cpu")
+OPS = TorchBackend()
 
 
 def dense_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -50,8 +52,7 @@ def test_split_decode_equals_one_softmax(heads: int, kv_heads: int, dim: int, bl
     lengths = [1, 15, 16, 17, 127, 128, 129, 300]
     cache, keys, values, tables = paged(lengths, block_size, kv_heads, dim, dtype)
     query = torch.randn(len(lengths), heads, dim).to(dtype)
-    batch = SequenceBatch(tuple(range(len(lengths) + 1)), tuple(lengths), tables)
-    out = OPS.decode_attention(query, cache, batch)
+    out = OPS.decode_attention(query, cache, decode_metadata(OPS, lengths, tables))
     expected = torch.cat([dense_attention(q[None], k, v) for q, k, v in zip(query, keys, values, strict=True)])
     assert_close(out, expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-2)
 
@@ -65,7 +66,7 @@ def test_prefill_behind_a_cached_prefix(heads: int, kv_heads: int, cached: int) 
     query = torch.randn(sum(new), heads, 8)
     offsets = (0, new[0], new[0] + new[1], sum(new))
     own_keys, own_values = (torch.cat([x[cached:] for x in xs]) for xs in (keys, values))
-    out = OPS.prefill_attention(query, own_keys, own_values, cache, SequenceBatch(offsets, tuple(lengths), tables))
+    out = OPS.prefill_attention(query, own_keys, own_values, cache, prefill_metadata(OPS, new, lengths, tables))
     expected = [dense_attention(query[offsets[i] : offsets[i + 1]], keys[i], values[i]) for i in range(len(lengths))]
     assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-4)
 

@@ -1,10 +1,10 @@
-"""The ten functions on an Ascend NPU, by torch_npu's and ATB's operators. The only file that imports torch_npu.
+"""The backend of an Ascend NPU, by torch_npu's and ATB's operators.
 
-For machines with CANN, NNAL (ATB) and torch_npu, without MindIE. What differs between chips is in `ops.ascend_chips`,
-the decoder's attention in `ops.ascend_attention`.
+It is for machines with CANN, NNAL (ATB) and torch_npu, without MindIE. `ops.ascend.chips` lists what differs between
+chips, `ops.ascend.attention` has the decoder's attention.
 
-Every operator is called as it is documented, and the tests run each call through torch_npu's real schemas with
-reference kernels that refuse what the documents refuse. Only an NPU can settle:
+Every operator is called as it is documented. The tests run each call through torch_npu's real schemas, with reference
+kernels that refuse what the documents refuse. Only an NPU can settle:
 - speed of any kind, and whether W8A16 products are faster with an NZ weight (the documents say: graph mode only);
 - graph capture with several ranks, whose all-reduces are captured too, and capture on 310P at all;
 - that paged attention of 310P accepts the padded rows of a captured batch (they read one token of block 0);
@@ -13,23 +13,32 @@ reference kernels that refuse what the documents refuse. Only an NPU can settle:
 - how soon the others end when a rank dies within a collective (HCCL waits for HCCL_EXEC_TIMEOUT).
 """
 
-import importlib.util
-import inspect
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from atb_pllava.errors import BackendError, ConfigError
-from atb_pllava.ops.ascend.attention import FRACTAL_NZ, AtbAttention, FusedAttention, Latest, pad_rows
+from atb_pllava.ops.ascend.attention import FRACTAL_NZ, AtbAttention, FusedAttention, pad_rows
 from atb_pllava.ops.ascend.chips import Chip, chip_of
+from atb_pllava.ops.ascend.graph import NpuGraph, can_update_lengths, capture
+from atb_pllava.ops.ascend.int8 import Int8Operands, int8_operands
+from atb_pllava.ops.ascend.runtime import import_torch_npu
+from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight
-from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
+from atb_pllava.ops.interface import (
+    ACCELERATOR_CHUNK,
+    ACCELERATOR_VISION_BATCH,
+    Backend,
+    Feature,
+    LayerCache,
+    PackedWeight,
+    Weight,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +47,17 @@ _MAX_BLOCK_ELEMENTS = 128 * 128  # block size * head dimension of ATB's paged at
 
 
 @dataclass(frozen=True)
-class Int8Operands(PackedWeight):
-    """For npu_weight_quant_batchmatmul: values int8 [out, lead + in], scale and offset [out] or [groups, out]."""
+class AscendMetadata(AttentionMetadata):
+    """Slots and block tables are int32. On 310P so are device_context_lens, at least 1.
 
-    values: Tensor
-    scale: Tensor
-    offset: Tensor | None  # None: all are 0, which saves work
-    group_size: int = 0
-    lead: int = 0
+    cos, sin: [1, N, 1, D] float32 for npu_rotary_mul, or as usual where the chip has no such operator.
+    prefix_mask: the mask of prompt chunks behind a prefix, where the operator wants it in full, else None.
+    """
+
+    prefix_mask: Tensor | None = None
 
 
-class AscendBackend:
+class AscendBackend(Backend):
     """See `ops.interface.Backend`. Rank r of a tensor-parallel model takes the r-th visible NPU.
 
     Raises BackendError naming what is missing: torch_npu, CANN, a device, or support for its chip.
@@ -56,6 +65,9 @@ class AscendBackend:
 
     name = "ascend"
     kernels = "native"
+    features = frozenset({Feature.TENSOR_PARALLEL, Feature.GRAPH_CAPTURE})
+    preferred_chunk = ACCELERATOR_CHUNK
+    preferred_vision_batch = ACCELERATOR_VISION_BATCH
 
     def __init__(self, rank: int = 0) -> None:
         self._npu = import_torch_npu()
@@ -65,126 +77,83 @@ class AscendBackend:
                 f"backend 'ascend': rank {rank} needs NPU {rank}, but {count} {'is' if count == 1 else 'are'} visible: "
                 "lower --world_size or name more in ASCEND_RT_VISIBLE_DEVICES"
             )
-        self.device = torch.device("npu", rank)
+        super().__init__(torch.device("npu", rank))
         self._npu.npu.set_device(self.device)
         self.chip: Chip = chip_of(self._npu._C._npu_get_soc_version())
-        # Compiled operators are built anew for every shape; the precompiled ones are all that is used here.
+        # Compiled operators are built anew for every shape; only the precompiled ones are used here.
         self._npu.npu.set_compile_mode(jit_compile=False)
         self._npu.npu.config.allow_internal_format = self.chip.nz_cache
         attention = FusedAttention if self.chip.fused_attention else AtbAttention
         self._attention = attention(self._npu, self.device)
-        self._widened = False
+        self._warned_of_groups = False
         self._pool: Any = None
-        self._slots, self._tables, self._lens, self._angles = Latest(), Latest(), Latest(), Latest()
         logger.debug("NPU %d: %s, Ascend %s", rank, self._npu.npu.get_device_name(rank), self.chip.name)
 
-    def choose_dtype(self, name: str, stored: str) -> str:
-        """`name`, or for "auto" the checkpoint's dtype where the chip has it; BackendError for one it has not."""
-        if name == "auto":
-            name = stored if stored in self.chip.dtypes else self.chip.dtypes[0]
-            logger.debug("dtype auto: %s on ascend", name)
-        if name not in self.chip.dtypes:
+    def preferred_dtype(self, stored: str) -> str:
+        """The stored dtype where the chip computes in it, else the chip's first."""
+        return stored if stored in self.chip.dtypes else self.chip.dtypes[0]
+
+    def check_dtype(self, dtype: str) -> None:
+        if dtype not in self.chip.dtypes:
             raise BackendError(
-                f"dtype {name}: Ascend {self.chip.name} computes attention in {' or '.join(self.chip.dtypes)}; "
+                f"dtype {dtype}: Ascend {self.chip.name} computes attention in {' or '.join(self.chip.dtypes)}; "
                 f"use --dtype {self.chip.dtypes[0]}"
             )
-        return name
-
-    def new_kv_cache(
-        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
-    ) -> list[LayerCache]:
-        chip = self.chip
-        if dtype == torch.int8:
-            raise BackendError("kv_cache_dtype 'int8' works on the cpu backend only, not on ascend")
-        self._check_cache(blocks, block_size, heads, head_dim)
-
-        def room() -> Tensor:
-            # Zeros: paged kernels may load the unused tail of a block, and 0 * NaN would be NaN.
-            if not chip.nz_cache:
-                return torch.zeros(blocks, block_size, heads, head_dim, dtype=dtype, device=self.device)
-            shape = (blocks, heads * head_dim // 16, block_size, 16)
-            made: Tensor = self._npu.empty_with_format(shape, dtype=dtype, device=self.device, acl_format=FRACTAL_NZ)
-            return made.zero_()
-
-        return [(room(), room()) for _ in range(layers)]
 
     def pack(self, weight: Weight) -> Weight:
-        """An int8 weight as its operator takes it; all else stays. Where the chip has no int8 groups: as float."""
+        """An int8 weight as its operator takes it, or dequantised where the chip has no int8 groups. Floats stay."""
         if not isinstance(weight, Int8Weight):
             return weight
         if weight.scale.shape[1] > 1 and not self.chip.int8_groups:
-            if not self._widened:
+            if not self._warned_of_groups:
                 logger.warning(
                     "Ascend %s multiplies int8 with one scale a row: grouped weights are held in %s, twice the size; "
-                    "convert without -group_size to avoid that", self.chip.name, str(weight.scale.dtype)[6:],
-                )  # fmt: skip
-            self._widened = True
+                    "convert without -group_size to avoid that",
+                    self.chip.name,
+                    str(weight.scale.dtype).removeprefix("torch."),
+                )
+            self._warned_of_groups = True
             return weight.dequantise()
-        return _operands(weight)
+        return int8_operands(weight)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-        if isinstance(weight, Int8Weight):
-            weight = self.pack(weight)
-        if isinstance(weight, Tensor):
-            return F.linear(x, weight, bias)
-        assert isinstance(weight, Int8Operands), "packed by another backend"
-        flat = x.reshape(-1, x.shape[-1])
-        if weight.lead:
-            flat = F.pad(flat, (weight.lead, 0))
+    def _linear_rows(self, x: Tensor, weight: Int8Weight | PackedWeight, bias: Tensor | None) -> Tensor:
+        assert isinstance(weight, Int8Operands), "the weight was not packed by this backend"
+        if weight.group_offset:
+            x = F.pad(x, (weight.group_offset, 0))
         if bias is not None and x.dtype == torch.bfloat16:
             bias = bias.float()  # the operator's rule
         out: Tensor = self._npu.npu_weight_quant_batchmatmul(
-            flat, weight.values.t(), weight.scale, weight.offset, bias=bias, antiquant_group_size=weight.group_size
+            x,
+            weight.values.t(),
+            weight.scale,
+            weight.antiquant_offset,
+            bias=bias,
+            antiquant_group_size=weight.group_size,
         )
-        return out.unflatten(0, x.shape[:-1]) if x.dim() != 2 else out
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = self._npu.npu_rms_norm(x, weight, eps)[0]
         return normed
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """In float32, as the operator allows: a cosine rounded to bfloat16 would be off by a thousandth."""
         if not self.chip.fused_rotary:
-            first, second = x.float().chunk(2, dim=-1)
-            cos, sin = cos[:, None], sin[:, None]
-            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-        wide = self._angles.of(cos, lambda: [torch.cat((a, a), dim=-1)[None, :, None] for a in (cos, sin)])
-        rotated: Tensor = self._npu.npu_rotary_mul(x.float()[None], *wide)  # layout BSND: [1, N, heads, D]
+            return super().rotary(x, cos, sin)
+        return self._rotary_mul(x, _for_rotary_mul(cos), _for_rotary_mul(sin))
+
+    def _rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [N, heads, D] by cos, sin [1, N, 1, D] in layout BSND, [1, N, heads, D].
+
+        In float32, as the operator allows: a cosine rounded to bfloat16 would be off by a thousandth.
+        """
+        rotated: Tensor = self._npu.npu_rotary_mul(x.float()[None], cos, sin)
         return rotated[0].to(x.dtype)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        if self.chip.fused_swiglu:
-            out: Tensor = self._npu.npu_swiglu(gate_up, dim=-1)
-            return out
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    def quick_gelu(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-        """Slots below 0 are skipped by the operator: the padded rows of a captured batch."""
-        self._npu._npu_reshape_and_cache(
-            key=keys.contiguous(), value=values.contiguous(), key_cache=cache[0], value_cache=cache[1],
-            slot_indices=self._slots.of(slot_mapping, lambda: slot_mapping.int()))  # fmt: skip
-
-    def prefill_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
-    ) -> Tensor:
-        return self._attention.prefill(query, keys, values, cache, batch, *self._device_side(batch))
-
-    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
-        return self._attention.decode(query, cache, batch, *self._device_side(batch))
-
-    def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        frames, tokens, heads, dim = query.shape
-        q, k, v = (x.flatten(0, 1) for x in (query, keys, values))
-        q, k, v, lengths = pad_rows(q, k, v, [tokens] * frames, self.chip.row_multiple)
-        out = torch.empty_like(q)
-        self._npu._npu_flash_attention_unpad(
-            query=q, key=k, value=v, seq_len=torch.tensor(lengths, dtype=torch.int32), scale_value=dim**-0.5,
-            num_heads=heads, num_kv_heads=heads, out=out)  # fmt: skip
-        return out[: frames * tokens].reshape(query.shape)
+        if not self.chip.fused_swiglu:
+            return super().swiglu(gate_up)
+        out: Tensor = self._npu.npu_swiglu(gate_up, dim=-1)
+        return out
 
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Separable means in float32: AdaptiveAvgPool3d is limited or missing, float32 products are slow on 310P."""
@@ -193,46 +162,103 @@ class AscendBackend:
             pooled = _pool_axis(pooled, axis, size)
         return pooled.to(grid.dtype).reshape(-1, grid.shape[-1])
 
-    def capture(self, step: Callable[[], Tensor]) -> "CapturedStep":
-        """Record what `step` launches, without running it; its tensors must stay where they are.
+    def new_kv_cache(
+        self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[LayerCache]:
+        """A cache of zeros: paged kernels may load the unused tail of a block, and 0 * NaN would be NaN.
 
-        Raises BackendError where this torch_npu, driver or chip cannot.
+        Raises ConfigError for sizes that the operators cannot address.
         """
-        npu = self._npu.npu
-        if not hasattr(npu, "NPUGraph") or "auto_dispatch_capture" not in inspect.signature(npu.graph).parameters:
-            raise BackendError(f"torch_npu {self._npu.__version__} has no graphs whose lengths can be updated")
-        self._forget()  # what was made outside of the graph would not be made anew by it
-        self._pool = self._pool or npu.graph_pool_handle()
-        graph, stream = npu.NPUGraph(), npu.current_stream()
-        try:
-            # On 310P lengths are device tensors: there is nothing to update, and the update's operators are A2's.
-            with npu.graph(graph, pool=self._pool, auto_dispatch_capture=self.chip.fused_attention):
-                out = step()
-        except RuntimeError as error:
-            _leave_capture(graph)
-            npu.set_stream(stream)
-            raise BackendError(f"the NPU cannot capture a step: {str(error).splitlines()[0]}") from None
-        finally:
-            self._forget()
-        return CapturedStep(graph, out, self.chip.fused_attention)
+        if dtype == torch.int8:
+            self.require(Feature.INT8_KV_CACHE)
+        self._check_cache(blocks, block_size, heads, head_dim)
 
-    def _forget(self) -> None:
-        for latest in (self._slots, self._tables, self._lens, self._angles):
-            latest.forget()
+        def zeros() -> Tensor:
+            if not self.chip.nz_cache:
+                return torch.zeros(blocks, block_size, heads, head_dim, dtype=dtype, device=self.device)
+            shape = (blocks, heads * head_dim // 16, block_size, 16)
+            made: Tensor = self._npu.empty_with_format(shape, dtype=dtype, device=self.device, acl_format=FRACTAL_NZ)
+            return made.zero_()
 
-    def _device_side(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """Block tables and context lengths as int32 on the device, made once a step."""
-        tables = self._tables.of(batch, lambda: batch.block_tables.int().contiguous())
+        return [(zeros(), zeros()) for _ in range(layers)]
+
+    def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
+        """See `Backend.write_kv`; slot_mapping is int32, and the operator skips slots below 0."""
+        self._npu._npu_reshape_and_cache(
+            key=keys.contiguous(),
+            value=values.contiguous(),
+            key_cache=cache[0],
+            value_cache=cache[1],
+            slot_indices=slot_mapping,
+        )
+
+    def rotary_and_write_kv(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        if not self.chip.fused_rotary:
+            return super().rotary_and_write_kv(query, keys, values, cache, metadata)
+        query = self._rotary_mul(query, metadata.cos, metadata.sin)
+        keys = self._rotary_mul(keys, metadata.cos, metadata.sin)
+        self.write_kv(keys, values, cache, metadata.slot_mapping)
+        return query, keys
+
+    def prepare(self, batch: ForwardBatch, cos: Tensor, sin: Tensor) -> AscendMetadata:
+        prefill = self._on_device(batch.prefill)
+        fused_rotary = self.chip.fused_rotary
+        return AscendMetadata(
+            slot_mapping=batch.slot_mapping.int(),
+            decode=self._on_device(batch.decode),
+            prefill=prefill,
+            cos=_for_rotary_mul(cos) if fused_rotary else cos,
+            sin=_for_rotary_mul(sin) if fused_rotary else sin,
+            prefix_mask=self._attention.prefix_mask(prefill),
+        )
+
+    def _on_device(self, batch: SequenceBatch) -> SequenceBatch:
+        """Block tables, and for 310P context lengths, as int32; the operators of 910B read lengths on the host.
+
+        A padded row has context length 0, for which 310P's paged attention is not documented: it gets 1.
+        """
+        if not len(batch):
+            return batch  # devices refuse operators on nothing
+        tables = batch.block_tables.int().contiguous()
         if self.chip.fused_attention:
-            return tables, tables
-        return tables, self._lens.of(batch, lambda: self._lens_of(batch))
+            return replace(batch, block_tables=tables)
+        lens = batch.device_context_lens.int().clamp(min=1)
+        return replace(batch, block_tables=tables, device_context_lens=lens)
 
-    def _lens_of(self, batch: SequenceBatch) -> Tensor:
-        """Context lengths [B] int32; a padded row has none, and the paged kernel is not documented for that."""
-        lens = batch.context_lens_tensor
-        if lens is None:
-            return torch.tensor(batch.context_lens, dtype=torch.int32).to(self.device)
-        return lens.int().clamp(min=1)
+    def prefill_attention(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
+    ) -> Tensor:
+        assert isinstance(metadata, AscendMetadata)
+        return self._attention.prefill(query, keys, values, cache, metadata.prefill, metadata.prefix_mask)
+
+    def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
+        return self._attention.decode(query, cache, metadata.decode)
+
+    def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        frames, tokens, heads, dim = query.shape
+        q, k, v = (x.flatten(0, 1) for x in (query, keys, values))
+        q, k, v, lengths = pad_rows(q, k, v, [tokens] * frames, self.chip.row_multiple)
+        out = torch.empty_like(q)
+        self._npu._npu_flash_attention_unpad(
+            query=q,
+            key=k,
+            value=v,
+            seq_len=torch.tensor(lengths, dtype=torch.int32),
+            scale_value=dim**-0.5,
+            num_heads=heads,
+            num_kv_heads=heads,
+            out=out,
+        )
+        return out[: frames * tokens].reshape(query.shape)
+
+    def capture(self, step: Callable[[], Tensor]) -> NpuGraph:
+        """See `Backend.capture`. Raises BackendError where this torch_npu, driver or chip cannot."""
+        if not can_update_lengths(self._npu):
+            raise BackendError(f"torch_npu {self._npu.__version__} has no graphs whose lengths can be updated")
+        self._pool = self._pool or self._npu.npu.graph_pool_handle()
+        return capture(self._npu, self._pool, step, has_host_lengths=self.chip.fused_attention)
 
     def _check_cache(self, blocks: int, block_size: int, heads: int, head_dim: int) -> None:
         sizes = self.chip.block_sizes
@@ -254,68 +280,9 @@ class AscendBackend:
             )
 
 
-class CapturedStep:
-    """A recorded decode step. The host's lengths are part of the record and are replaced before each replay."""
-
-    def __init__(self, graph: Any, out: Tensor, has_host_lengths: bool) -> None:
-        self._graph, self._out, self._has_host_lengths = graph, out, has_host_lengths
-
-    def replay(self, context_lens: Sequence[int]) -> Tensor:
-        """Run it with what its tensors hold now; the result is overwritten by the next replay."""
-        if self._has_host_lengths:
-            self._graph.update(cpu_update_input=[{"actual_seq_lengths_kv": list(context_lens)}])
-        self._graph.replay()
-        return self._out
-
-
-def _leave_capture(graph: Any) -> None:
-    """Undo what torch_npu's context manager leaves behind when ending a capture fails: operators stay intercepted."""
-    mode = _get_current_dispatch_mode()
-    if mode is not None and mode is graph.graph_dispatch_mode:
-        mode.__exit__(None, None, None)
-
-
-def import_torch_npu() -> Any:
-    """torch_npu, where it and an NPU are there. Raises BackendError naming what is missing."""
-    version = ".".join(torch.__version__.split(".")[:2])
-    if importlib.util.find_spec("torch_npu") is None:
-        raise BackendError(
-            f"backend 'ascend': this Python has no torch_npu; install CANN and the torch-npu of torch {version} "
-            "(pip install 'atb_pllava[ascend]'), or use --backend cpu"
-        )
-    try:
-        import torch_npu
-
-        found = bool(torch_npu.npu.is_available())
-    except (ImportError, OSError, RuntimeError) as error:
-        raise BackendError(
-            f"backend 'ascend': torch_npu cannot be loaded: {str(error).splitlines()[0]}; source CANN's set_env.sh and "
-            f"use the torch-npu of torch {version}"
-        ) from None
-    if not found:
-        raise BackendError(
-            f"backend 'ascend': no NPU found: torch_npu {torch_npu.__version__} is installed and sees no device; look "
-            "at npu-smi info and ASCEND_RT_VISIBLE_DEVICES, or use --backend cpu"
-        )
-    if not hasattr(torch.ops.atb, "_npu_reshape_and_cache"):
-        raise BackendError("backend 'ascend': torch_npu has no ATB operators; install NNAL and source its set_env.sh")
-    return torch_npu
-
-
-def _operands(weight: Int8Weight) -> Int8Operands:
-    """Files store (q - offset) * scale, the operator computes (q + offset) * scale: the sign turns here, only here.
-
-    Columns that are missing at the left of the first group become zeros, which meet zeros in the input.
-    """
-    shape, values = (weight.shape[0], weight.shape[1]), weight.values
-    scale, offset = weight.scale, None if weight.is_symmetric else -weight.offset
-    if scale.shape[1] == 1:
-        by_row = None if offset is None else offset[:, 0].contiguous()
-        return Int8Operands(shape, values, scale[:, 0].contiguous(), by_row)
-    if weight.lead:
-        values = torch.cat((values.new_zeros(len(values), weight.lead), values), dim=1)
-    by_group = None if offset is None else offset.t().contiguous()
-    return Int8Operands(shape, values, scale.t().contiguous(), by_group, weight.group_size, weight.lead)
+def _for_rotary_mul(table: Tensor) -> Tensor:
+    """A rotary table [N, D / 2] as npu_rotary_mul takes it: [1, N, 1, D], both halves alike."""
+    return torch.cat((table, table), dim=-1)[None, :, None]
 
 
 def _pool_axis(x: Tensor, axis: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What differs between Ascend chips, in one table. Knows no torch_npu; called by `ops.ascend`."""
+"""What differs between Ascend chips, in one table. Knows no torch_npu; read by `ops.ascend.backend`."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from atb_pllava.errors import BackendError
 class Chip:
     """One family of NPUs. The numbers are documented limits of torch_npu's and ATB's operators.
 
-    soc_versions: what torch_npu calls its members (c10_npu's SocVersion); dtypes: of the model, preferred first;
-    block_sizes: tokens in a block of the KV cache; nz_cache: keys and values are stored as 16-wide fractals (NZ);
-    fused_attention: has npu_fused_infer_attention_score; row_multiple: rows its unpaged ATB attention wants;
-    fused_rotary, fused_swiglu, int8_groups: whether npu_rotary_mul and npu_swiglu exist and whether
+    soc_versions: torch_npu's numbers of the members (c10_npu's SocVersion). dtypes: of the model, preferred first.
+    block_sizes: tokens in a block of the KV cache. nz_cache: keys and values are stored as 16-wide fractals (NZ).
+    fused_attention: the chip has npu_fused_infer_attention_score. row_multiple: the number of rows of unpaged ATB
+    attention is a multiple of it. fused_rotary, fused_swiglu: npu_rotary_mul and npu_swiglu exist. int8_groups:
     npu_weight_quant_batchmatmul takes a scale for a group of columns.
     """
 

@@ -1,7 +1,7 @@
-"""The CPU backend on the compiled kernels: the same functions as plain torch, near the limits of the machine.
+"""The CPU backend on the compiled kernels: the same operators as plain torch, near the limits of the machine.
 
-Plain torch (`ops.cpu`) stays the reference, and the way for what the kernels do not know: float16, heads above
-256 elements. The layout of the KV cache is the same in both.
+Plain torch (`ops.reference`) stays the reference. It also computes what the kernels do not know: float16, and heads
+above 256 elements. The layout of the KV cache is the same in both.
 """
 
 import ctypes
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava.errors import OutOfMemoryError
+from atb_pllava.ops.forward_batch import AttentionMetadata
 from atb_pllava.ops.int8 import Int8Weight
-from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
+from atb_pllava.ops.interface import LayerCache, PackedWeight, Weight, contiguous_heads
 from atb_pllava.ops.reference import TorchBackend
 
 _PANEL = 32  # rows of a weight that lie side by side; PANEL in kernels.cpp
@@ -46,20 +47,39 @@ _MAY_FAIL = ("atb_linear", "atb_decode", "atb_prefill", "atb_encoder")
 
 
 class _Matrix(ctypes.Structure):
+    """A packed weight; the fields are those of Matrix in kernels.cpp."""
+
     _fields_ = [
-        ("data", _pointer), ("scale", _pointer), ("offset", _pointer), ("rows", _whole), ("columns", _whole),
-        ("lead", _whole), ("width", _whole), ("group", _whole), ("kind", _whole)]  # fmt: skip
+        ("data", _pointer),
+        ("scale", _pointer),
+        ("zero_point", _pointer),
+        ("rows", _whole),
+        ("columns", _whole),
+        ("group_offset", _whole),
+        ("width", _whole),
+        ("group_size", _whole),
+        ("kind", _whole),
+    ]
 
 
 class _Cache(ctypes.Structure):
+    """One layer's KV cache; the fields are those of Cache in kernels.cpp."""
+
     _fields_ = [
-        ("keys", _pointer), ("values", _pointer), ("key_scale", _pointer), ("value_scale", _pointer),
-        ("heads", _whole), ("block", _whole), ("dim", _whole), ("kind", _whole)]  # fmt: skip
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("key_scale", _pointer),
+        ("value_scale", _pointer),
+        ("heads", _whole),
+        ("block", _whole),
+        ("dim", _whole),
+        ("kind", _whole),
+    ]
 
 
 @dataclass(frozen=True)
 class Panels(PackedWeight):
-    """A weight as kernels.cpp reads it; `tensors` hold the memory that `matrix` points to."""
+    """A weight as kernels.cpp reads it, of float type `dtype`. `tensors` hold the memory that `matrix` points to."""
 
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
@@ -67,7 +87,7 @@ class Panels(PackedWeight):
 
 
 class NativeBackend(TorchBackend):
-    """See `ops.interface.Backend`; `library` is what `ops.build.load_library` returns."""
+    """See `ops.interface.Backend`; `library` is what `ops.cpu.build.load_library` returns."""
 
     kernels = "native"
 
@@ -75,14 +95,14 @@ class NativeBackend(TorchBackend):
         super().__init__("cpu")
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = arguments, _whole if name in _MAY_FAIL else None
+            function.argtypes = arguments
+            function.restype = _whole if name in _MAY_FAIL else None
         self._library = library
-        self._lengths: tuple[SequenceBatch | None, Tensor] = (None, torch.empty(0))
 
     def pack(self, weight: Weight) -> Weight:
         """`weight` in panels, or itself where plain torch has to multiply it. The memory of the original can be freed.
 
-        Panels hold rows filled up to 32 and columns to an even number; scales and offsets in float32.
+        Panels hold rows filled up to a multiple of 32 and columns to an even number; scales and zero points in float32.
         """
         if isinstance(weight, PackedWeight):
             return weight
@@ -91,16 +111,26 @@ class NativeBackend(TorchBackend):
         dtype = int8.scale.dtype if int8 else values.dtype
         if dtype not in (torch.float32, torch.bfloat16) or values.stride(-1) != 1:
             return weight
-        (rows, columns), lead = values.shape, int8.lead if int8 else 0
-        width, padded = _filled(lead + columns, 2), _filled(rows, _PANEL)
+        rows, columns = values.shape
+        group_offset = int8.group_offset if int8 else 0
+        width = _filled(group_offset + columns, 2)
+        padded = _filled(rows, _PANEL)
         data = self._large(padded * width * values.element_size())
         scale = _by_group(int8.scale, padded) if int8 else None
-        offset = _by_group(int8.offset, padded) if int8 and not int8.is_symmetric else None
+        zero_point = _by_group(int8.zero_point, padded) if int8 and not int8.is_symmetric else None
         matrix = _Matrix(
-            data.data_ptr(), _address(scale), _address(offset), rows, columns, lead, width,
-            int8.group_size if int8 else 0, _KINDS[values.dtype])  # fmt: skip
+            data=data.data_ptr(),
+            scale=_address(scale),
+            zero_point=_address(zero_point),
+            rows=rows,
+            columns=columns,
+            group_offset=group_offset,
+            width=width,
+            group_size=int8.group_size if int8 else 0,
+            kind=_KINDS[values.dtype],
+        )
         self._call("atb_pack", ctypes.addressof(matrix), values.data_ptr(), values.stride(0))
-        return Panels((rows, columns), dtype, (data, scale, offset), matrix)
+        return Panels((rows, columns), dtype, (data, scale, zero_point), matrix)
 
     def unpack(self, weight: Panels) -> Tensor:
         """The values [out, in] that were packed: floats, or the integers of an int8 weight."""
@@ -116,19 +146,28 @@ class NativeBackend(TorchBackend):
         for cache in caches:
             for part in cache:
                 self._library.atb_large_pages(part.data_ptr(), part.numel() * part.element_size())
-        self._library.atb_keep_freed_memory()  # from now on: the model is loaded, what follows are activations
+        # The model is loaded by now: memory that is freed from here on belonged to activations and is needed again.
+        self._library.atb_keep_freed_memory()
         return caches
 
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    def _linear_rows(self, x: Tensor, weight: Int8Weight | PackedWeight, bias: Tensor | None) -> Tensor:
         if not isinstance(weight, Panels):
-            return super().linear(x, weight, bias)
-        assert x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]
+            return super()._linear_rows(x, weight, bias)
+        assert x.dtype == weight.dtype and x.shape[1] == weight.shape[1]
         assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        flat = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, x.shape[-1]).contiguous()
+        x = x if x.stride(1) == 1 else x.contiguous()
+        out = x.new_empty(len(x), weight.shape[0])
         self._call(
-            "atb_linear", ctypes.addressof(weight.matrix), flat.data_ptr(), len(flat), flat.stride(0), _address(bias),
-            out.data_ptr(), weight.shape[0], _KINDS[x.dtype])  # fmt: skip
+            "atb_linear",
+            ctypes.addressof(weight.matrix),
+            x.data_ptr(),
+            len(x),
+            x.stride(0),
+            _address(bias),
+            out.data_ptr(),
+            weight.shape[0],
+            _KINDS[x.dtype],
+        )
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -136,26 +175,39 @@ class NativeBackend(TorchBackend):
             return super().rms_norm(x, weight, eps)
         x = x.contiguous()
         out = torch.empty_like(x)
-        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        width = x.shape[-1]
+        rows = x.numel() // width
         self._call("atb_rms_norm", x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), rows, width, _KINDS[x.dtype])
         return out
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not _knows(x):
             return super().rotary(x, cos, sin)
-        x, cos, sin = _heads_together(x), cos.contiguous(), sin.contiguous()
+        x = contiguous_heads(x)
+        cos = cos.contiguous()
+        sin = sin.contiguous()
         out = x.new_empty(x.shape)
         rows, heads, dim = x.shape
         self._call(
-            "atb_rotary", x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), rows, heads,
-            dim // 2, _KINDS[x.dtype])  # fmt: skip
+            "atb_rotary",
+            x.data_ptr(),
+            x.stride(0),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            rows,
+            heads,
+            dim // 2,
+            _KINDS[x.dtype],
+        )
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         if not _knows(gate_up):
             return super().swiglu(gate_up)
         gate_up = gate_up.contiguous()
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        rows = gate_up.shape[0]
+        width = gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
         self._call("atb_swiglu", gate_up.data_ptr(), out.data_ptr(), rows, width, _KINDS[gate_up.dtype])
         return out
@@ -171,47 +223,84 @@ class NativeBackend(TorchBackend):
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         if not _knows(keys):
             return super().write_kv(keys, values, cache, slot_mapping)
-        keys, values, place = _heads_together(keys), _heads_together(values), _of(cache)
+        keys = contiguous_heads(keys)
+        values = contiguous_heads(values)
+        kernel_cache = _cache_of(cache)
         self._call(
-            "atb_write_kv", ctypes.addressof(place), keys.data_ptr(), keys.stride(0), values.data_ptr(),
-            values.stride(0), slot_mapping.data_ptr(), len(slot_mapping), _KINDS[keys.dtype])  # fmt: skip
+            "atb_write_kv",
+            ctypes.addressof(kernel_cache),
+            keys.data_ptr(),
+            keys.stride(0),
+            values.data_ptr(),
+            values.stride(0),
+            slot_mapping.data_ptr(),
+            len(slot_mapping),
+            _KINDS[keys.dtype],
+        )
 
     def prefill_attention(
-        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, batch: SequenceBatch
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
         if not _knows(query) or query.shape[-1] > _LARGEST_HEAD:
-            return super().prefill_attention(query, keys, values, cache, batch)
-        query, place = _heads_together(query), _of(cache)
+            return super().prefill_attention(query, keys, values, cache, metadata)
+        batch = metadata.prefill
+        query = contiguous_heads(query)
         out = query.new_empty(query.shape)
+        kernel_cache = _cache_of(cache)
         for i, context in enumerate(batch.context_lens):
-            rows, table = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]), batch.block_tables[i]
+            rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             self._call(
-                "atb_prefill", ctypes.addressof(place), query[rows].data_ptr(), query.stride(0), out[rows].data_ptr(),
-                out.stride(0), table.data_ptr(), query.shape[1], rows.stop - rows.start, context,
-                _KINDS[query.dtype])  # fmt: skip
+                "atb_prefill",
+                ctypes.addressof(kernel_cache),
+                query[rows].data_ptr(),
+                query.stride(0),
+                out[rows].data_ptr(),
+                out.stride(0),
+                batch.block_tables[i].data_ptr(),
+                query.shape[1],
+                rows.stop - rows.start,
+                context,
+                _KINDS[query.dtype],
+            )
         return out
 
-    def decode_attention(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
+    def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
         if not _knows(query):
-            return super().decode_attention(query, cache, batch)
-        query, place = _heads_together(query), _of(cache)
+            return super().decode_attention(query, cache, metadata)
+        batch = metadata.decode
+        query = contiguous_heads(query)
         out = query.new_empty(query.shape)
-        if self._lengths[0] is not batch:  # all layers of a step have the same
-            self._lengths = (batch, torch.tensor(batch.context_lens, dtype=torch.int64))
+        kernel_cache = _cache_of(cache)
         self._call(
-            "atb_decode", ctypes.addressof(place), query.data_ptr(), query.stride(0), out.data_ptr(),
-            batch.block_tables.data_ptr(), batch.block_tables.stride(0), self._lengths[1].data_ptr(), len(query),
-            query.shape[1], _KINDS[query.dtype])  # fmt: skip
+            "atb_decode",
+            ctypes.addressof(kernel_cache),
+            query.data_ptr(),
+            query.stride(0),
+            out.data_ptr(),
+            batch.block_tables.data_ptr(),
+            batch.block_tables.stride(0),
+            batch.device_context_lens.data_ptr(),
+            len(query),
+            query.shape[1],
+            _KINDS[query.dtype],
+        )
         return out
 
     def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        alike = query.stride() == keys.stride() == values.stride() and query.stride(3) == 1
-        if not _knows(query) or query.shape[-1] > _LARGEST_HEAD or not alike:
+        same_strides = query.stride() == keys.stride() == values.stride() and query.stride(3) == 1
+        if not _knows(query) or query.shape[-1] > _LARGEST_HEAD or not same_strides:
             return super().encoder_attention(query, keys, values)
         out = query.new_empty(query.shape)
         self._call(
-            "atb_encoder", query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), *query.shape,
-            *query.stride()[:3], _KINDS[query.dtype])  # fmt: skip
+            "atb_encoder",
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            *query.shape,
+            *query.stride()[:3],
+            _KINDS[query.dtype],
+        )
         return out
 
     def read(self, data: Tensor) -> None:
@@ -232,7 +321,7 @@ class NativeBackend(TorchBackend):
         return float(tasks * rounds * flops)
 
     def _call(self, name: str, *arguments: object) -> None:
-        """Raises OutOfMemoryError; what the function has written until then does not count."""
+        """Call a kernel with all threads. Raises OutOfMemoryError; the kernel's results are undefined then."""
         function: Callable[..., int | None] = getattr(self._library, name)
         missing = function(*arguments, torch.get_num_threads())
         if missing:
@@ -241,7 +330,7 @@ class NativeBackend(TorchBackend):
             )
 
     def _large(self, size: int) -> Tensor:
-        """Uninitialised bytes, in large pages if there are enough of them: a weight is read from end to end."""
+        """`size` uninitialised bytes, in large pages from 2 MiB on: a weight is read from end to end."""
         room = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)
         room = room[-room.data_ptr() % _LARGE_PAGE :][:size] if size >= _LARGE_PAGE else room[:size]
         self._library.atb_large_pages(room.data_ptr(), size)
@@ -249,15 +338,12 @@ class NativeBackend(TorchBackend):
 
 
 def _knows(x: Tensor) -> bool:
+    """Whether there are kernels for the dtype of x."""
     return x.dtype in (torch.float32, torch.bfloat16)
 
 
-def _heads_together(x: Tensor) -> Tensor:
-    """[N, heads, D] whose rows may lie apart, but not the heads in them."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
-
-
-def _of(cache: LayerCache) -> _Cache:
+def _cache_of(cache: LayerCache) -> _Cache:
+    """The struct that describes a layer's cache to the kernels."""
     keys, values, *scales = cache
     addresses = [_address(scale) for scale in scales] or [None, None]
     _, heads, block, dim = keys.shape
@@ -274,5 +360,5 @@ def _filled(size: int, unit: int) -> int:
 
 
 def _by_group(x: Tensor, rows: int) -> Tensor:
-    """Scales or offsets [out, groups] as float32 [groups, rows], filled with zeros."""
+    """Scales or zero points [out, groups] as float32 [groups, rows], filled with zeros."""
     return F.pad(x.float().T, (0, rows - len(x))).contiguous()

@@ -10,7 +10,7 @@ from atb_llm.models.llama.config_llama import LlamaConfig
 from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
+from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
 
 STALE = 7.0  # what unused cache holds: memory is not zero
@@ -109,9 +109,8 @@ class FlashLlamaForCausalLM(nn.Module):
         else:
             assert len(sizes) == len(x) and logits_rows is None
             rows = torch.arange(len(x))
-        starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)] if is_prefill else list(range(len(sizes) + 1))
-        work = SequenceBatch(tuple(starts), tuple(sizes), tables.long())
-        none = SequenceBatch((0,), (), tables[:0].long())
+        work = SequenceBatch.of(sizes if is_prefill else [1] * len(sizes), sizes, tables.long())
+        none = SequenceBatch.of([], [], tables[:0].long())
         prefill, decode = (work, none) if is_prefill else (none, work)
         batch = ForwardBatch(positions, positions, slots.long(), decode, prefill, rows.long())
         with torch.no_grad():
