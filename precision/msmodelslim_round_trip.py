@@ -23,7 +23,8 @@ from atb_pllava.cli.ending import run_command
 from atb_pllava.cli.parser import Parser
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
-from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import Int8Weight
 

@@ -135,7 +135,7 @@ def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, messag
         request_ = {**request_, "video": [str(media / name) for name in request_["video"]]}
     with pytest.raises(error, match=message):
         llm.generate([request_], SHORT)
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize(

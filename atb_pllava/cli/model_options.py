@@ -12,7 +12,7 @@ from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.executor.worker import Rendezvous, run_worker
 from atb_pllava.llm import LLM
-from atb_pllava.loader.model_loader import ModelOptions
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.transforms import RESIZE_MODES

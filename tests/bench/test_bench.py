@@ -433,7 +433,7 @@ def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
     (directory / "model.safetensors").unlink()
     from atb_pllava import SamplingParams
 
-    with LLM(directory, load_format="random", dtype="float32", backend="cpu") as llm:
+    with LLM(directory, load_format="dummy", dtype="float32", backend="cpu") as llm:
         assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 

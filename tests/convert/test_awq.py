@@ -15,7 +15,8 @@ from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.llm import LLM
-from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import quantise

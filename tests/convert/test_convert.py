@@ -24,7 +24,8 @@ from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.llm import LLM
-from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import CheckpointError, open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend

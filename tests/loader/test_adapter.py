@@ -24,7 +24,8 @@ from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.adapter import AdapterConfig
-from atb_pllava.loader.model_loader import ModelOptions, plan_model
+from atb_pllava.loader.model_loader import plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import CheckpointError, LoadPlan
 from precision.parity import main as parity
 from tests.support import ROOT, raw_config, write_checkpoint
