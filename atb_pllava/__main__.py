@@ -32,8 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    if argv[:1] == ["bench"] and (not argv[1:] or argv[1].startswith("-")) and argv[1:2] not in (["-h"], ["--help"]):
-        argv = ["bench", "sweep", *argv[1:]]
     parser = Parser(prog="python -m atb_pllava", description="PLLaVA, the video language model.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, summary in VERBS.items():

@@ -531,11 +531,11 @@ def _stored_dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(section: str, config: Any) -> None:
-    for name, field in config.__dataclass_fields__.items():
+    for name, entry in config.__dataclass_fields__.items():
         value = getattr(config, name)
-        if field.type is int or field.type == "int":
+        if entry.type is int or entry.type == "int":
             check_whole_number(f"{section}.{name}", value, 1, _LARGEST.get(name, _LARGEST_SIZE))
-        elif (field.type is float or field.type == "float") and (not _are_numbers((value,), 1) or not 0 < value < 1e12):
+        elif (entry.type is float or entry.type == "float") and (not _are_numbers((value,), 1) or not 0 < value < 1e12):
             raise ConfigError(f"{section}.{name} is {value!r}; it must be a number above 0")
 
 

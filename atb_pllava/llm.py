@@ -202,6 +202,7 @@ class LLM:
         numbers: dict[Request, int] = {}
         more = True
         reader = ThreadPoolExecutor(1, "read media")
+        parse = self.request_parser.parse
         progress = self._engine.progress
         try:
             with progress.logged():
@@ -211,7 +212,7 @@ class LLM:
                         more = number >= 0
                         if more:
                             name = request_name(request, number)
-                            ahead.append((number, name, reader.submit(self.request_parser.parse, request, params, name)))
+                            ahead.append((number, name, reader.submit(parse, request, params, name)))
                     while ahead and (ahead[0][2].done() or not numbers):
                         number, name, reading = ahead.popleft()
                         if not reading.done():

@@ -20,24 +20,23 @@ from typing import Any, NamedTuple
 from atb_pllava.batch.progress import failures
 from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.cli.media_option import add_media, check_paths
-from atb_pllava.cli.model_options import (
+from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
-    join_torchrun,
-    load_model,
     sampling_params,
 )
+from atb_pllava.cli.loading import join_torchrun, load_model
+from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
-from atb_pllava.cli.run import DEFAULT_PROMPT
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.media import list_media
+from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 
 DEFAULT_OUTPUT = "predict_result.json"
 REMEDY = "name another --output_json, or start over with --overwrite"

@@ -9,16 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from atb_pllava.batch.row_file import RowFile
-from atb_pllava.cli.media_option import add_media, check_paths
-from atb_pllava.cli.model_options import (
+from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
-    join_torchrun,
-    load_model,
     sampling_params,
 )
+from atb_pllava.cli.loading import join_torchrun, load_model
+from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.engine.request import RequestOutput, SamplingParams
@@ -26,8 +25,8 @@ from atb_pllava.errors import ConfigError, PllavaError, counted
 from atb_pllava.files import check_writable
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.media import list_media
+from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 
-DEFAULT_PROMPT = "Describe the video in details."
 EXAMPLES = """examples:
   python -m atb_pllava run --model_path examples/tiny_pllava \\
       --media examples/videos --prompt "Describe the video."

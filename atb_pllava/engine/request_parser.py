@@ -1,4 +1,4 @@
-"""From a request as users write it, a mapping, to a `Request` of the engine: checked, media decoded, prompt tokenized."""
+"""From a request as users write it, a mapping, to the engine's `Request`: checked, media decoded, prompt tokenized."""
 
 import logging
 import time
@@ -51,7 +51,9 @@ class RequestParser:
         """
         unknown = sorted(set(options) - set(_SAMPLING_NAMES))
         if unknown:
-            raise TypeError(f"unexpected arguments {unknown}; fields of SamplingParams are {', '.join(_SAMPLING_NAMES)}")
+            raise TypeError(
+                f"unexpected arguments {unknown}; fields of SamplingParams are {', '.join(_SAMPLING_NAMES)}"
+            )
         if params is None:
             usual = SamplingParams.max_tokens
             longest = self.max_output_length or usual

@@ -38,9 +38,7 @@ class Launcher:
     Constructing a Launcher reads the checkpoint's headers and reserves no memory.
     """
 
-    def __init__(
-        self, options: ModelOptions, parallel: ParallelOptions, rendezvous: Rendezvous | None = None
-    ) -> None:
+    def __init__(self, options: ModelOptions, parallel: ParallelOptions, rendezvous: Rendezvous | None = None) -> None:
         size = 1 if parallel.world_size is None else parallel.world_size
         self.options = options
         self.rendezvous = rendezvous

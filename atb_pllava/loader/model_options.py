@@ -59,9 +59,7 @@ class ModelOptions:
     )
     backend: str = field(
         default="auto",
-        metadata=option(
-            "cpu, cuda, ascend or auto (default): NPU, GPU, else CPU", metavar="NAME", choices=BACKENDS
-        ),
+        metadata=option("cpu, cuda, ascend or auto (default): NPU, GPU, else CPU", metavar="NAME", choices=BACKENDS),
     )
     kernels: str = field(
         default="auto",

@@ -1,6 +1,5 @@
 """predict_result.json as a user meets it: merged, resumed after a kill, and never half written."""
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,9 @@ from atb_pllava.__main__ import main
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import settings_of
 from atb_pllava.cli import predict as predict_module
-from atb_pllava.cli.model_options import load_model, sampling_params
+from atb_pllava.cli.engine_args import sampling_params
+from atb_pllava.cli.loading import load_model
+from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.predict import add_options, given_media
 from atb_pllava.cli.resuming import planned_settings
 from tests.support import ROOT, raw_config, write_checkpoint
@@ -289,7 +290,7 @@ def test_other_weights_are_refused(capsys, options, clips: Path, tmp_path: Path)
 
 
 def test_what_is_known_before_loading_is_part_of_the_settings(checkpoint: Path) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_options(parser)
     given = ["--model_path", str(checkpoint), "--media", "x", "--num_frames", "2", "--pooling_shape", "2-1-1",
              "--frame_sampler", "eval", "--resize", "squash", "--conversation", "eval_mvbench", "--system", "Be brief.",
