@@ -14,7 +14,6 @@ from atb_pllava.__main__ import VERBS, main
 from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.parser import Parser
-from atb_pllava.multimodal.media import IMAGE_ENDINGS, VIDEO_ENDINGS
 from tests.support import ROOT
 
 GROUPS = {"bench": KINDS, "mindie": ACTIONS}
@@ -260,23 +259,6 @@ def test_help_that_needs_nothing() -> None:
     for words in (["bash", "tests/ascend/run.sh", "--help"], [sys.executable, "atb_pllava/mindie/runner.py", "--help"]):
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and done.stdout.startswith("usage: ") and done.stderr == ""
-
-
-def test_the_script_knows_the_options_and_endings(monkeypatch) -> None:
-    """run_pa.sh cannot ask Python's parsers, so it has lists."""
-    script = (ROOT / "run_pa.sh").read_text()
-    lists = {name: set(text.split()) for name, text in re.findall(r'^(flags|lists)="([^"]*)"$', script, re.MULTILINE)}
-    flags, many = set(), set()
-    native = (["run"], ["predict"], ["bench", "sweep"])
-    for verb in (*native, ["mindie", "run"], ["mindie", "performance"], ["mindie", "precision"]):
-        for action in parser_of(verb, monkeypatch)._actions:
-            names = set(action.option_strings) - {"-h", "--help"}
-            flags |= names if action.nargs == 0 else set()
-            many |= names if action.nargs in ("+", "*") else set()
-    assert lists == {"flags": flags, "lists": many}
-    endings = re.search(r'^endings="([^"]*)"$', script, re.MULTILINE)
-    assert endings is not None
-    assert {f".{ending}" for ending in endings.group(1).split("|")} == IMAGE_ENDINGS | VIDEO_ENDINGS
 
 
 def test_the_benchmark_scripts_leave_out_what_is_named(tmp_path: Path) -> None:

@@ -556,11 +556,11 @@ def test_the_examples_of_help_are_commands(capsys, monkeypatch) -> None:
     """Each is parsed as it is printed; what they would load is not there."""
     import shlex
 
-    from atb_pllava.__main__ import _parse
+    from atb_pllava.cli.verbs import parse
 
     text = help_of(capsys, "run").split("examples:\n")[1].replace("\\\n", " ")
     lines = [shlex.split(line) for line in text.splitlines() if line.strip()]
     assert len(lines) == 3
     for words in lines:
         assert words[:3] == ["python", "-m", "atb_pllava"]
-        assert _parse(words[3:]).model_path
+        assert parse(words[3:]).model_path
