@@ -1,6 +1,6 @@
 """The command line: `python -m atb_pllava run|predict|convert ...`. Each verb has a module in `cli`.
 
-Answers go to stdout, everything else to stderr. `cli.ending` lists the exit statuses.
+Answers go to stdout, everything else to stderr. `cli.command` lists the exit statuses.
 """
 
 import sys

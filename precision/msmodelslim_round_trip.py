@@ -19,8 +19,7 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.loader.model_loader import fill_model, plan_model

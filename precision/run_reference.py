@@ -20,8 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.cli.predict import add_options, predict
 from atb_pllava.errors import ConfigError
 

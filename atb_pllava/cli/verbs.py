@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.command import run_command
 from atb_pllava.cli.parser import Parser
 
 VERBS = {

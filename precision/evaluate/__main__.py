@@ -18,10 +18,9 @@ if __name__ == "__main__":
 
 from atb_pllava import SamplingParams
 from atb_pllava.batch.result_log import ResultLog
-from atb_pllava.cli.ending import run_command
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.cli.engine_args import add_engine_options, add_model_options, add_prompt_options, from_cli_args
 from atb_pllava.cli.loading import join_torchrun, load_model
-from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, write_json

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.cli.ending import run_command
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
@@ -38,7 +38,6 @@ from atb_pllava.cli.engine_args import (
     sampling_params,
 )
 from atb_pllava.cli.loading import join_torchrun, load_model
-from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, VideoError

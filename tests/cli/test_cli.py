@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.cli.ending import run_command
+from atb_pllava.cli.command import run_command
 from tests.support import ROOT
 
 
