@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from atb_pllava.__main__ import VERBS, main
 from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.mindie import ACTIONS
+from atb_pllava.cli.verbs import VERBS, main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.memory_estimate import memory_need, published_bytes
 from atb_pllava.loader.dummy_weights import random_int8

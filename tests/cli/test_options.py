@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from atb_pllava.__main__ import VERBS, main
 from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.parser import Parser
+from atb_pllava.cli.verbs import VERBS, main
 from tests.support import ROOT
 
 GROUPS = {"bench": KINDS, "mindie": ACTIONS}

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from atb_pllava import LLM, RequestError, SamplingParams
-from atb_pllava.__main__ import VERBS, main
 from atb_pllava.batch.row_file import RowFile, read_rows, write_rows
 from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.help import CONVERSATION_WORDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.screen import Screen, is_same_file
+from atb_pllava.cli.verbs import VERBS, main
 from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
 from atb_pllava.engine.core import Engine
