@@ -63,7 +63,11 @@ def test_batches_mix_videos_images_and_text(llm: LLM, media: Path) -> None:
     for request, out in zip(requests, together, strict=True):
         assert llm.generate(request, SHORT)[0].token_ids == out.token_ids
     assert [out.frame_indices for out in together[:4]] == [
-        [1, 4, 7, 9], [0, 1, 2, 2], [0, 0, 0, 0], [[1, 4, 7, 9], [0, 0, 1, 2]]]  # fmt: skip
+        [1, 4, 7, 9],
+        [0, 1, 2, 2],
+        [0, 0, 0, 0],
+        [[1, 4, 7, 9], [0, 0, 1, 2]],
+    ]
     assert together[4].frame_indices == [] and together[4].metrics.video_tokens == 0
     assert together[3].metrics.video_tokens == 16
     assert together[5].token_ids == together[0].token_ids

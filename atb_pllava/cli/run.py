@@ -84,9 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _ask(
     llm: LLM, jobs: Sequence[tuple[str | None, str]], params: SamplingParams, output_json: str | None, quiet: bool
 ) -> int:
-    """Print the answers in order as they come, and keep them in --output_json however the run ends; the exit status."""
+    """Print the answers in order, and keep them in --output_json however the run ends; the exit status."""
     began = time.perf_counter()
-    screen, file = Screen(jobs), RowFile(output_json)
+    screen = Screen(jobs)
+    file = RowFile(output_json)
     requests = (_request(number, len(jobs), *job) for number, job in enumerate(jobs))
     try:
         with screen.shared_with_log():
@@ -102,7 +103,7 @@ def _ask(
     rows = [file.rows[number] for number in range(len(jobs))]
     print(_summary(rows, time.perf_counter() - began), flush=True)
     failed = [_failure(number, row, len(jobs)) for number, row in enumerate(rows) if "error" in row]
-    if failed and not is_same_file(sys.stdout, sys.stderr):  # where they meet it has been said already
+    if failed and not is_same_file(sys.stdout, sys.stderr):  # else the error stands beside its answer already
         first = "" if len(failed) == 1 else ", the first"
         print(f"error: {len(failed)} of {len(jobs)} failed{first}: {failed[0]}", file=sys.stderr)
     return 2 if failed else 0

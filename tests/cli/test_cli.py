@@ -33,17 +33,30 @@ def options(checkpoint: Path) -> tuple[object, ...]:
 def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, tmp_path: Path) -> None:
     target = tmp_path / "answers.json"
     status, out, err = run(
-        capsys, *options, "--media", media, "--prompt", "what?", "--prompt", "why?", "--max_output_length", 3,
-        "--max_batch_size", 2, "--output_json", target)  # fmt: skip
+        capsys,
+        *options,
+        "--media",
+        media,
+        "--prompt",
+        "what?",
+        "--prompt",
+        "why?",
+        "--max_output_length",
+        3,
+        "--max_batch_size",
+        2,
+        "--output_json",
+        target,
+    )
     assert status == 0
     lines = out.splitlines()
     assert lines[0] == f"[1/6] {media}/clip2.mp4" and lines[1] == "  question: what?"
     assert [line.split()[1] for line in lines if line.startswith("[")] == [
         f"{media}/{name}" for name in ("clip2.mp4", "clip2.mp4", "clip10.mp4", "clip10.mp4", "red.png", "red.png")
     ]
-    assert re.fullmatch(
-        r"6 answers, 18 tokens in \S+ s: first token after \S+ s \(mean\), \S+ tokens/s", lines[-1]
-    ), lines[-1]
+    assert re.fullmatch(r"6 answers, 18 tokens in \S+ s: first token after \S+ s \(mean\), \S+ tokens/s", lines[-1]), (
+        lines[-1]
+    )
     assert lines[3].startswith("  3 tokens in ") and lines[3].endswith("; cut off by --max_output_length")
     first, second, third = err.splitlines()  # nothing more without --verbose
     lora = "LoRA r=2 alpha=4 scale=2 (alpha from PLLaVA's published scores)"
@@ -51,8 +64,17 @@ def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, t
     assert re.fullmatch(r"ready after \S+ s: 4 frames pooled to 2-2-2 = 8 video tokens", second)
     assert third == f"wrote {target}"
     rows = json.loads(target.read_text())
-    keys = {"media", "frame_indices", "prompt", "prompt_token_ids", "token_ids", "text", "finish_reason", "timings",
-            "num_cached_tokens"}  # fmt: skip
+    keys = {
+        "media",
+        "frame_indices",
+        "prompt",
+        "prompt_token_ids",
+        "token_ids",
+        "text",
+        "finish_reason",
+        "timings",
+        "num_cached_tokens",
+    }
     assert [set(row) for row in rows] == [keys] * 6
     assert rows[2]["frame_indices"] == [0, 0, 1, 2] and len(rows[0]["token_ids"]) == 3
     assert list(tmp_path.iterdir()) == [target]
@@ -126,9 +148,26 @@ def test_names_and_answers_outside_the_terminals_encoding(options, media: Path, 
     with open(odd, "wb") as file:
         file.write((media / "clip2.mp4").read_bytes())
     done = subprocess.run(
-        [sys.executable, "-m", "atb_pllava", "run", *map(str, options), "--max_output_length", "2", "--prompt", "视频",
-         "--media", odd, "--output_json", tmp_path / "out.json"],
-        cwd=ROOT, capture_output=True, timeout=120, env={**os.environ, "PYTHONIOENCODING": "latin-1"})  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "atb_pllava",
+            "run",
+            *map(str, options),
+            "--max_output_length",
+            "2",
+            "--prompt",
+            "视频",
+            "--media",
+            odd,
+            "--output_json",
+            tmp_path / "out.json",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())[0]["media"].encode("utf-8", "surrogateescape") == odd
 
