@@ -265,7 +265,7 @@ def existing_answers(path: str) -> dict[str, str]:
 
 
 def _short(row: Row | None) -> Row:
-    """The text, or the error, of a row of the log; empty without a row. All rows are in memory, so token ids are left out."""
+    """The text, or the error, of a row of the log; empty without a row. Rows lack their token ids to save memory."""
     return {name: (row or {})[name] for name in ("text", "error", "kind") if name in (row or {})}
 
 

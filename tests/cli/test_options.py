@@ -332,8 +332,8 @@ def test_commands_that_need_no_package(bare_python: Path) -> None:
 
 def test_the_sentence_says_what_to_type(bare_python: Path, tmp_path: Path) -> None:
     clone = tmp_path / "a clone"
-    (clone / "atb_pllava").mkdir(parents=True)
-    for name in ("__init__.py", "requirements.py"):
+    (clone / "atb_pllava" / "doctor").mkdir(parents=True)
+    for name in ("__init__.py", "doctor/__init__.py", "doctor/required_packages.py"):
         (clone / "atb_pllava" / name).write_bytes((ROOT / "atb_pllava" / name).read_bytes())
     ask = ["-c", "from atb_pllava.doctor.required_packages import require_packages as r; r()"]
     err = start(bare_python, *ask, cwd=clone).stderr
