@@ -27,8 +27,13 @@ __all__ = [
     "WeightError",
 ]
 
-_HOME = {"LLM": "llm", "MediaLimits": "multimodal.limits", "Metrics": "engine.request",
-         "RequestOutput": "engine.request", "SamplingParams": "engine.request"}  # fmt: skip
+_HOME = {
+    "LLM": "llm",
+    "MediaLimits": "multimodal.limits",
+    "Metrics": "engine.request",
+    "RequestOutput": "engine.request",
+    "SamplingParams": "engine.request",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -5,11 +5,11 @@ EngineConfig. Derived numbers are properties. No file is read here, and torch is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, check_whole_number
 
 LARGEST_WORLD = 8  # devices
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
@@ -180,46 +180,98 @@ class PreprocessorConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How the engine runs: everything here is the user's choice, nothing comes from the checkpoint.
+class Option:
+    """How a dataclass field is an option of the command line. `cli/engine_args.py` makes the option from it.
 
-    `max_input_length` and `max_output_length` are token counts for one request (None: bounded by the KV cache only);
-    `kv_cache_bytes` bounds the KV cache (None: room for `max_batch_size` requests, at most half the free memory).
-    `prefill_chunk` is the most prompt tokens a step adds while other requests are decoding, `vision_batch` the frames
-    that a rank encodes at once, which bounds the vision tower's memory (None: what suits the backend, 512 tokens and 8
-    frames on a CPU, 4096 and 16 on an accelerator). `video_cache_bytes` bounds
-    the tokens of videos seen before that are kept (18 MiB each for 7B in bfloat16), and as much again their frames;
-    `kv_cache_dtype` "int8" keeps keys and values in 8 bits (on a CPU), "auto" in the model's dtype;
-    with `prefix_cache` prompts that begin alike, up to the same video, share their keys and values. `decode_graphs`
-    lets a backend that can record a decode step launch it as one.
+    `help` may name the field's default as {default}. `metavar` stands for the value in --help.
     """
 
-    block_size: int = 128
-    max_batch_size: int = 8
-    max_input_length: int | None = None
-    max_output_length: int | None = None
-    kv_cache_bytes: int | None = None
-    prefill_chunk: int | None = None
-    vision_batch: int | None = None
-    video_cache_bytes: int = 2**30
-    prefix_cache: bool = True
-    kv_cache_dtype: str = "auto"
-    decode_graphs: bool = True
+    help: str
+    metavar: str = "N"
+    choices: tuple[str, ...] | None = None
+
+
+def option(help: str, metavar: str = "N", choices: Sequence[str] | None = None) -> dict[str, Option]:
+    """The metadata of a dataclass field that is an option."""
+    return {"option": Option(help, metavar, None if choices is None else tuple(choices))}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs. Every field is the user's choice; nothing comes from the checkpoint.
+
+    `max_input_length` and `max_output_length` count tokens of one request. None: the KV cache is the only bound.
+    `kv_cache_bytes` bounds the KV cache. None: room for `max_batch_size` requests, but at most half the free memory.
+    `prefill_chunk` is the most prompt tokens of a step while other requests decode. `vision_batch` is the number of
+    frames that each rank encodes at once; it bounds the vision tower's memory. None for either: what suits the
+    backend, 512 tokens and 8 frames on a CPU, 4096 tokens and 16 frames on an accelerator.
+    `video_cache_bytes` bounds two caches: embeddings of earlier videos (18 MiB each for 7B in bfloat16) and, in as
+    much memory again, their frames. `kv_cache_dtype` "int8" keeps keys and values in 8 bits, on the cpu backend only;
+    "auto" is the model's dtype. `prefix_cache` lets prompts with the same beginning, videos included, share keys and
+    values. `decode_graphs` lets a backend that can capture a decode step launch it as one graph.
+    """
+
+    block_size: int = field(default=128, metadata=option("tokens in a KV block (default {default})"))
+    max_batch_size: int = field(default=8, metadata=option("requests at a time (default {default})"))
+    max_input_length: int | None = field(
+        default=None,
+        metadata=option("longest prompt in tokens, video included (default: what the KV cache holds)"),
+    )
+    max_output_length: int | None = field(default=None, metadata=option("most tokens of an answer (default 200)"))
+    kv_cache_bytes: int | None = field(
+        default=None,
+        metadata=option("memory for the KV cache (default: a full batch's, at most half of what is free)"),
+    )
+    prefill_chunk: int | None = field(
+        default=None,
+        metadata=option("most prompt tokens of a step while others decode (default: 512 on a CPU, else 4096)"),
+    )
+    vision_batch: int | None = field(
+        default=None,
+        metadata=option("frames that a rank encodes at once, bounds memory (default: 8 on a CPU, else 16)"),
+    )
+    video_cache_bytes: int = field(
+        default=2**30,
+        metadata=option("memory for earlier videos: their embeddings, and as much for frames (default 1 GiB; 0: none)"),
+    )
+    prefix_cache: bool = field(
+        default=True,
+        metadata=option("share keys and values of prompts that begin alike, video included (default on)"),
+    )
+    kv_cache_dtype: str = field(
+        default="auto",
+        metadata=option(
+            "int8: keys and values in half the memory, slightly other numbers, CPU only; auto (default): as --dtype",
+            "NAME",
+            KV_CACHE_DTYPES,
+        ),
+    )
+    decode_graphs: bool = field(
+        default=True, metadata=option("launch a decode step as one graph where the device can (default on)")
+    )
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_batch_size"):
-            _check_range(name, getattr(self, name), 1, 4096)
-        for name, largest in [("prefill_chunk", 2**20), ("vision_batch", 4096)]:
-            if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), 1, largest)
-        _check_range("video_cache_bytes", self.video_cache_bytes, 0, 2**62)
+        for name, (lowest, largest) in _ENGINE_RANGES.items():
+            value = getattr(self, name)
+            if value is not None or EngineConfig.__dataclass_fields__[name].default is not None:
+                object.__setattr__(self, name, check_whole_number(name, value, lowest, largest))
         check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         for name in ("prefix_cache", "decode_graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        for name in ("max_input_length", "max_output_length", "kv_cache_bytes"):
-            if getattr(self, name) is not None:
-                _check_range(name, getattr(self, name), 1, 2**62)
+
+
+# Lowest and largest value of each number in EngineConfig. A field whose default is None may be None.
+_ENGINE_RANGES = {
+    "block_size": (1, 4096),
+    "max_batch_size": (1, 4096),
+    "prefill_chunk": (1, 2**20),
+    "vision_batch": (1, 4096),
+    "video_cache_bytes": (0, 2**62),
+    "max_input_length": (1, 2**62),
+    "max_output_length": (1, 2**62),
+    "kv_cache_bytes": (1, 2**62),
+}
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
@@ -231,7 +283,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
 
 def check_num_frames(num_frames: object) -> int:
     """A usable number of sampled frames: an integer from 1 to 4096 (reading a file allows fewer, see MediaLimits)."""
-    return _check_range("num_frames", num_frames, 1, 4096)
+    return check_whole_number("num_frames", num_frames, 1, 4096)
 
 
 def check_pooling_shape(shape: object) -> tuple[int, int, int]:
@@ -254,7 +306,7 @@ def check_pooling_shape(shape: object) -> tuple[int, int, int]:
 
 def _check_sizes(section: str, config: VisionConfig | TextConfig, names: Sequence[str]) -> None:
     for name in names:
-        _check_range(f"{section}.{name}", getattr(config, name), 1, _LARGEST.get(name, _LARGEST_SIZE))
+        check_whole_number(f"{section}.{name}", getattr(config, name), 1, _LARGEST.get(name, _LARGEST_SIZE))
 
 
 def _check_positive(name: str, value: object) -> None:
@@ -262,7 +314,3 @@ def _check_positive(name: str, value: object) -> None:
         raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
 
 
-def _check_range(name: str, value: object, lowest: int, largest: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= largest:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number from {lowest} to {largest}")
-    return value

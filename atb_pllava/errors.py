@@ -4,6 +4,9 @@ Each message names what was given, what is allowed and what to do. The command l
 and exits with status 2; a traceback means a mistake of ours.
 """
 
+from math import isfinite
+from numbers import Integral
+
 
 class PllavaError(Exception):
     """Base of all errors of this package."""
@@ -31,6 +34,34 @@ class BackendError(PllavaError):
 
 class OutOfMemoryError(BackendError, MemoryError):
     """Memory that a backend needed for a computation and could not have."""
+
+
+def check_whole_number(
+    name: str,
+    value: object,
+    lowest: int,
+    largest: int | None = None,
+    error: type[PllavaError] = ConfigError,
+    note: str = "",
+) -> int:
+    """`value` as an int. Raises `error` unless it is a whole number from `lowest` to `largest` (None: no upper bound).
+
+    numpy's integers are whole numbers; True and False are not. `note` ends the message.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_whole or int(value) < lowest or (largest is not None and int(value) > largest):  # type: ignore[call-overload]
+        allowed = f"of at least {lowest}" if largest is None else f"from {lowest} to {largest}"
+        raise error(f"{name} is {value!r}; it must be a whole number {allowed}{note}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def check_number(
+    name: str, value: object, lowest: float, largest: float, error: type[PllavaError] = ConfigError
+) -> None:
+    """Raises `error` unless `value` is a finite int or float from `lowest` to `largest`, bounds included."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not is_number or not lowest <= value <= largest:  # type: ignore[operator]
+        raise error(f"{name} is {value!r}; it must be a number from {lowest:g} to {largest:g}")
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from render_shapes import make_clip, render, sample_indices, write_video
 from shape_questions import choice_prompt, chosen_letter, facts, plain_prompt, questions, score_caption
 
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser
 
 Answerer = Callable[[list[dict], int], list[str]]
 

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser
 
 T = TypeVar("T")
 COLOURS = {

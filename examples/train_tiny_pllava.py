@@ -65,7 +65,7 @@ from tiny_tokenizer import build_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser
 
 CODED_SEED, DRAWN_SEED, CHECK_SEED, HELD_OUT_SEED = 500_000, 2_000_000, 800_000, 900_000
 CELL_FIELDS = ("colours", "shape", "places", "shift", "motion", "history", "frame")

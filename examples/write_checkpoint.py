@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava.bench.shapes import shape_config, write_shape
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.model.pllava import Pllava

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from atb_pllava.bench.shapes import shape_config
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser
 from atb_pllava.config import TextConfig
 
 

@@ -42,8 +42,7 @@ from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_log import Key, ResultLog, Row, error_row, key_of
 from atb_pllava.batch.run_metadata import surroundings
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.media import read_media

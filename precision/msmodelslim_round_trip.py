@@ -19,12 +19,12 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.convert.converter import convert_checkpoint
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
-from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.mindie.host_files import host_files
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import Int8Weight

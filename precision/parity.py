@@ -41,15 +41,14 @@ from atb_pllava import LLM, ConfigError, PllavaError, VideoError
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.batch.run_metadata import manifest_of
-from atb_pllava.cli.ending import run_command
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.cli.media_option import add_media
-from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.question import question
-from atb_pllava.cli.run import DEFAULT_PROMPT
 from atb_pllava.errors import counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
+from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record

@@ -20,13 +20,12 @@ if __name__ == "__main__":
 
 import torch
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.cli.predict import add_options, predict
 from atb_pllava.errors import ConfigError
 
 DEFAULT_OUTPUT = "gpu_coco_predict.json"
-PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefix_cache": "off"}
+PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefix_cache": False}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,8 +42,7 @@ if __name__ == "__main__":
 
 import tokenizers
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
 from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config", "distributed", "errors", "ops"},
     "loader": {"config", "distributed", "errors", "files", "model", "ops"},
     "executor": {"config", "distributed", "errors", "loader", "model", "ops"},
-    "engine": {"config", "distributed", "errors", "executor", "model", "multimodal", "ops", "prompt"},
+    "engine": {"config", "distributed", "errors", "executor", "loader", "model", "multimodal", "ops", "prompt"},
     "convert": {"config", "distributed", "errors", "files", "loader", "model", "multimodal", "ops", "prompt"},
     "llm": {"config", "distributed", "engine", "errors", "executor", "files", "loader", "model", "multimodal"}
     | {"ops", "prompt"},

@@ -63,7 +63,11 @@ def test_batches_mix_videos_images_and_text(llm: LLM, media: Path) -> None:
     for request, out in zip(requests, together, strict=True):
         assert llm.generate(request, SHORT)[0].token_ids == out.token_ids
     assert [out.frame_indices for out in together[:4]] == [
-        [1, 4, 7, 9], [0, 1, 2, 2], [0, 0, 0, 0], [[1, 4, 7, 9], [0, 0, 1, 2]]]  # fmt: skip
+        [1, 4, 7, 9],
+        [0, 1, 2, 2],
+        [0, 0, 0, 0],
+        [[1, 4, 7, 9], [0, 0, 1, 2]],
+    ]
     assert together[4].frame_indices == [] and together[4].metrics.video_tokens == 0
     assert together[3].metrics.video_tokens == 16
     assert together[5].token_ids == together[0].token_ids
@@ -135,7 +139,7 @@ def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, messag
         request_ = {**request_, "video": [str(media / name) for name in request_["video"]]}
     with pytest.raises(error, match=message):
         llm.generate([request_], SHORT)
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,9 @@ def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, messag
         ({"pooling_shape": (16, 0, 12)}, ConfigError, "pooling_shape"),
         ({"max_batch_size": 0}, ConfigError, "max_batch_size is 0"),
         ({"weight_dir": "/nowhere"}, ConfigError, "'/nowhere' is not a readable directory"),
-        ({"max_sequences": 3}, TypeError, "max_batch_size"),
+        ({"max_sequences": 3}, TypeError, "no option 'max_sequences'.*max_batch_size"),
+        ({"load_format": "random"}, ConfigError, "safetensors, dummy, dummy_w8a16"),
+        ({"prefix_cache": "off"}, ConfigError, "must be True or False"),
         ({"limits": {}}, ConfigError, "MediaLimits"),
         ({"system": "look at <image>"}, ConfigError, "text without <image>"),
         ({"conversation": "eval_vcg_llavanext"}, ConfigError, "which is no token of"),

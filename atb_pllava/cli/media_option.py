@@ -1,4 +1,4 @@
-"""`--media`, as every command has it, and the mistake of naming a checkpoint with it."""
+"""The option --media of every command, and the check that it and --model_path are not swapped."""
 
 import argparse
 import os
@@ -13,9 +13,10 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 
 
 def add_media(parser: Any, default: str | None = None) -> None:
-    """Files and folders, several after one --media or one after each. `default`: what its absence means.
+    """Add --media: files and folders, several after one --media or one after each.
 
-    MindIE's scripts say --image_path. Where media are optional, it is accepted and --help does not show it.
+    `default` says what its absence means; None makes the option required. MindIE's scripts call it --image_path. Where
+    media are optional, --image_path is accepted and --help does not show it.
     """
     optional = default is not None
     parser.add_argument(
@@ -32,7 +33,7 @@ def add_media(parser: Any, default: str | None = None) -> None:
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError when --model_path can be no checkpoint, or --media names one. Nothing is loaded."""
+    """Raises ConfigError when --model_path is no checkpoint, or --media names one. Nothing is loaded."""
     model = arguments.model_path
     if model is None:
         return
@@ -52,7 +53,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
 
 def _is_checkpoint(path: str) -> bool:
-    """Whether a folder has weights, or the config.json of a model that is known; a data set may have its own."""
+    """Whether a folder has weights or the config.json of a known model. A data set may have another config.json."""
     try:
         names = os.listdir(path)
     except (OSError, ValueError):

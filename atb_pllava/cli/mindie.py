@@ -29,9 +29,7 @@ from atb_pllava.mindie.service_config import (
 )
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.transforms import RESIZE_MODES
-from atb_pllava.prompt.chat_template import CONVERSATIONS
-
-DEFAULT_PROMPT = "Describe the video in details."
+from atb_pllava.prompt.chat_template import CONVERSATIONS, DEFAULT_PROMPT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

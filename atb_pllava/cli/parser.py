@@ -1,8 +1,8 @@
 """The argument parser of every command: each mistake is one line on stderr and exit status 2.
 
-What it adds to argparse: `--model-path` is `--model_path`; an option that takes one value is refused when it is given
-twice; an unknown option is named before anything else, with the nearest one there is; a value of the wrong kind is
-told what is allowed. Options are not abbreviated.
+It changes argparse in five ways. `--model-path` is `--model_path`. An option with one value is refused when it is given
+twice. An unknown option is reported before any other mistake, with the nearest known one. The message about a wrong
+value says what is allowed. Options cannot be abbreviated.
 """
 
 import argparse
@@ -31,23 +31,32 @@ _FOREIGN = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with the habits above."""
+    """argparse's parser with the changes above.
+
+    The parsed namespace has one attribute more, `given`: the destinations of the options that the command line has. A
+    command with subcommands takes `default_subcommand` where none is named.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-        self.given: set[str] = set()  # of the options that take one value, those met so far
+        self.default_subcommand: str | None = None
+        self.given: set[str] = set()  # destinations of the options met so far
+        self.stored: set[str] = set()  # those among them that take one value and have it
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
         self.register("type", int, _whole_number)
         self.register("type", float, _number)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's, but what is unknown or surplus is an error here, where the options are known."""
+        """As argparse's, but an unknown or surplus argument is an error here, where the options are known."""
         self.given.clear()
-        words = self._check_options(list(sys.argv[1:] if args is None else args))
+        self.stored.clear()
+        words = self._with_subcommand(list(sys.argv[1:] if args is None else args))
+        words = self._check_options(words)
         result, surplus = super().parse_known_args(words, namespace)
         if surplus:
             self._refuse_surplus(surplus[0])
+        result.given = self.given | getattr(result, "given", set())  # a subcommand has set its own
         return result, surplus
 
     def error(self, message: str) -> NoReturn:
@@ -56,6 +65,11 @@ class Parser(argparse.ArgumentParser):
             see = " See" if message.endswith("?") else "; see"
             print(f"error: {message.removeprefix('argument ')}{see} `{self.prog} --help`", file=sys.stderr)
         sys.exit(2)
+
+    def _with_subcommand(self, words: list[str]) -> list[str]:
+        """The words with the default subcommand in front, unless one is named or help is asked for."""
+        names_one = bool(words) and (not words[0].startswith("-") or words[0] in ("-h", "--help"))
+        return words if self.default_subcommand is None or names_one else [self.default_subcommand, *words]
 
     def _check_options(self, words: list[str]) -> list[str]:
         """The words with the options spelled as they are declared; ends with an error for a word that has no place."""
@@ -77,6 +91,7 @@ class Parser(argparse.ArgumentParser):
                 return words
             elif name in known:
                 words[place] = name + equals + value
+                self.given.add(known[name].dest)
                 room = 0 if equals else _values_of(known[name])
                 taker = name if room else ""
             elif os.path.lexists(word):
@@ -123,14 +138,25 @@ class Parser(argparse.ArgumentParser):
 
 
 class _StoreOnce(argparse.Action):
-    """Keeps one value; a second one is an error, since the first would be lost without a word."""
+    """Keeps one value. A second value is an error, since the first would be lost without a word."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if option_string is not None and self.dest in parser.given:
+        if option_string is not None and self.dest in parser.stored:
             before = getattr(namespace, self.dest)
             parser.error(f"{option_string} is given twice, {_shown(before)} and {_shown(values)}; give it once")
-        parser.given.add(self.dest)
-        setattr(namespace, self.dest, values)
+        parser.stored.add(self.dest)
+        setattr(namespace, self.dest, self.value_of(values))
+
+    def value_of(self, values: Any) -> Any:
+        """The value that is kept."""
+        return values
+
+
+class StoreSwitch(_StoreOnce):
+    """Keeps `on` as True and `off` as False."""
+
+    def value_of(self, values: Any) -> Any:
+        return values == "on"
 
 
 def _whole_number(text: str) -> int:
@@ -165,4 +191,6 @@ def _alternatives(action: argparse.Action) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,11 +1,11 @@
 """`python -m atb_pllava predict`: one answer about every medium, in one JSON file, for a judge to compare.
 
-The file is that of MindIE's precision tests, `predict_result.json`: {media path: text}, sorted by path. Beside it lie
-a manifest, which says what the answers were made with, and a log (see `answers`), in which each answer is kept as soon
-as it is there. The log stays: a later run asks about new and changed files only.
+The file is the `predict_result.json` of MindIE's precision tests: {media path: text}, sorted by path. Two files lie
+beside it. The manifest says with which settings the answers were made. The log (`batch.result_log`) gets each answer as
+soon as it is finished. The log stays: a later run asks about new and changed files only.
 
-Answers that the file holds about other media stay when the manifest shows the same settings. Answers of other
-settings are refused, and so is a file without a manifest, unless --overwrite is given.
+Answers about other media stay in the file when the manifest shows the same settings. With other settings, or without a
+manifest, the command ends with an error, unless --overwrite is given.
 """
 
 import argparse
@@ -20,24 +20,23 @@ from typing import Any, NamedTuple
 from atb_pllava.batch.progress import failures
 from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.cli.media_option import add_media, check_paths
-from atb_pllava.cli.model_options import (
+from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
-    join_torchrun,
-    load_model,
     sampling_params,
 )
+from atb_pllava.cli.loading import join_torchrun, load_model
+from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
-from atb_pllava.cli.run import DEFAULT_PROMPT
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.media import list_media
+from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 
 DEFAULT_OUTPUT = "predict_result.json"
 REMEDY = "name another --output_json, or start over with --overwrite"
@@ -78,7 +77,8 @@ def predict(arguments: argparse.Namespace) -> int:
     workers = join_torchrun(arguments)
     if isinstance(workers, int):
         return workers
-    target, overwrite = arguments.output_json, arguments.overwrite
+    target = arguments.output_json
+    overwrite = arguments.overwrite
     for path in (target, f"{target}.answers.jsonl", f"{target}.manifest.json"):
         check_writable(path, "--output_json", arguments.media)
     check_paths(arguments)
@@ -104,9 +104,9 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def given_media(names: Sequence[str]) -> list[Medium]:
-    """The media that the command line names, each once, with ids relative to the folder that was named.
+    """The media that the command line names, each once. An id is the path relative to the named folder.
 
-    Of a file that was named itself, that is the folder it lies in. Raises VideoError as `list_media` does, and
+    For a file that is named itself, the folder is the one that holds it. Raises VideoError as `list_media` does, and
     ConfigError for two media with the same id.
     """
     places: dict[str, Medium] = {}
@@ -132,7 +132,7 @@ def given_media(names: Sequence[str]) -> list[Medium]:
 class Results:
     """predict_result.json and its manifest, as earlier runs left them.
 
-    Raises ConfigError for a file that holds something else than {media path: text}.
+    Raises ConfigError for a file that holds anything but {media path: text}.
     """
 
     def __init__(self, path: str) -> None:
@@ -143,13 +143,13 @@ class Results:
 
     @property
     def is_new(self) -> bool:
-        """Whether there is no answer in it."""
+        """Whether the file has no answers."""
         return self.digest is None
 
     def check(self, settings: Mapping[str, Any], log: ResultLog) -> None:
-        """Raise ConfigError unless the answers are of these settings, as far as the manifest tells.
+        """Raise ConfigError unless the manifest shows these settings; settings that it lacks are not compared.
 
-        Answers that `log` may replace, since an earlier run began with --overwrite, are no obstacle.
+        No error is raised about answers that `log` may replace, since an earlier run began with --overwrite.
         """
         if self.is_new or self.is_replaced_by(log):
             return
@@ -168,7 +168,7 @@ class Results:
             )
 
     def others(self, media: Iterable[Medium], log: ResultLog) -> dict[str, str]:
-        """Answers about other files than `media`; none when the log may replace them all.
+        """Answers about other files than `media`; none when `log` may replace all answers.
 
         A path that was relative to another working directory becomes absolute.
         """
@@ -182,7 +182,7 @@ class Results:
         return {path: text for path, place, text in kept if place not in ours}
 
     def is_replaced_by(self, log: ResultLog) -> bool:
-        """Whether a run with --overwrite, which `log` goes on from, has not yet replaced these answers."""
+        """Whether `log` belongs to a run with --overwrite that has not replaced these answers yet."""
         return log.replaces is not None and log.replaces == self.digest
 
     def _manifest(self) -> dict[str, Any] | None:
@@ -207,8 +207,9 @@ def predict_media(
     """Ask `prompt` about each medium that `log` has no answer to, and write the results and their manifest.
 
     Returns a row for each of `media`, in their order. A medium that fails has a row with an "error" and no entry in
-    the results. What an interruption leaves is in the results too, unless they still hold those that --overwrite is to
-    replace. Raises ConfigError for a log or results of other settings, and when something cannot be written.
+    the results. After an interruption the finished answers are in the results too, unless the results still hold the
+    answers that --overwrite replaces. Raises ConfigError for a log or results of other settings, and for a file that
+    cannot be written.
     """
     settings = {**settings_of(llm, params), "prompt": prompt}
     if overwrite:
@@ -239,7 +240,7 @@ def predict_media(
         answer_all(llm, keys, request_of, params, log, what="predictions", quiet=quiet)
     except BaseException:
         if not is_replacing:
-            with suppress(ConfigError):  # where nothing can be written, that is why the run ends, and what it says
+            with suppress(ConfigError):  # the run ends with that same error already
                 write()
         elif not quiet:
             print(
@@ -254,7 +255,7 @@ def predict_media(
 
 
 def existing_answers(path: str) -> dict[str, str]:
-    """{media path: text} of an earlier run; empty when there is no file. Raises ConfigError for anything else in it."""
+    """{media path: text} of an earlier run; empty without a file. Raises ConfigError for any other content."""
     if not Path(path).exists():
         return {}
     answers = read_json(path)
@@ -264,7 +265,7 @@ def existing_answers(path: str) -> dict[str, str]:
 
 
 def _short(row: Row | None) -> Row:
-    """The text, or the error, of a row of the log; empty when there is none. All rows may be in memory at a time."""
+    """The text, or the error, of a row of the log; empty without a row. Rows lack their token ids to save memory."""
     return {name: (row or {})[name] for name in ("text", "error", "kind") if name in (row or {})}
 
 
@@ -279,8 +280,8 @@ def _write(
 ) -> None:
     """Write the manifest, then the results.
 
-    The manifest names the digests of the new results and of those `before`: after a kill between the two writes, it
-    fits both. Results that --overwrite replaces are in the log's header instead.
+    The manifest names the digests of the new results and of the results `before`. After a kill between the two writes,
+    the manifest then fits the results that are there. The log's header names results that --overwrite replaces.
     """
     write_manifest(
         path,
@@ -296,7 +297,7 @@ def _write(
 
 
 def _places(paths: Sequence[str]) -> list[str]:
-    """Where files are, however their folder is named: relative, absolute, through `..` or a link."""
+    """The real paths of files, whether their folder is named relative, absolute, through `..` or through a link."""
     folders: dict[str, str] = {}
     places = []
     for path in paths:

@@ -9,16 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from atb_pllava.batch.row_file import RowFile
-from atb_pllava.cli.media_option import add_media, check_paths
-from atb_pllava.cli.model_options import (
+from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
-    join_torchrun,
-    load_model,
     sampling_params,
 )
+from atb_pllava.cli.loading import join_torchrun, load_model
+from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.engine.request import RequestOutput, SamplingParams
@@ -26,8 +25,8 @@ from atb_pllava.errors import ConfigError, PllavaError, counted
 from atb_pllava.files import check_writable
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.media import list_media
+from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 
-DEFAULT_PROMPT = "Describe the video in details."
 EXAMPLES = """examples:
   python -m atb_pllava run --model_path examples/tiny_pllava \\
       --media examples/videos --prompt "Describe the video."
@@ -85,9 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _ask(
     llm: LLM, jobs: Sequence[tuple[str | None, str]], params: SamplingParams, output_json: str | None, quiet: bool
 ) -> int:
-    """Print the answers in order as they come, and keep them in --output_json however the run ends; the exit status."""
+    """Print the answers in order, and keep them in --output_json however the run ends; the exit status."""
     began = time.perf_counter()
-    screen, file = Screen(jobs), RowFile(output_json)
+    screen = Screen(jobs)
+    file = RowFile(output_json)
     requests = (_request(number, len(jobs), *job) for number, job in enumerate(jobs))
     try:
         with screen.shared_with_log():
@@ -103,7 +103,7 @@ def _ask(
     rows = [file.rows[number] for number in range(len(jobs))]
     print(_summary(rows, time.perf_counter() - began), flush=True)
     failed = [_failure(number, row, len(jobs)) for number, row in enumerate(rows) if "error" in row]
-    if failed and not is_same_file(sys.stdout, sys.stderr):  # where they meet it has been said already
+    if failed and not is_same_file(sys.stdout, sys.stderr):  # else the error stands beside its answer already
         first = "" if len(failed) == 1 else ", the first"
         print(f"error: {len(failed)} of {len(jobs)} failed{first}: {failed[0]}", file=sys.stderr)
     return 2 if failed else 0

@@ -1,7 +1,7 @@
-"""Answers on stdout, in the order of the questions; in a terminal the first one appears while it is written.
+"""Prints answers on stdout in the order of the questions. In a terminal the next answer appears while it is generated.
 
-Where stdout and stderr are one terminal, progress is a line below the answer that changes, not one more line every few
-seconds, and what is logged does not run into an answer.
+Where stdout and stderr are one terminal, progress is one line below the answer, which is replaced every few seconds.
+Log messages there do not run into an answer.
 """
 
 import logging
@@ -22,15 +22,17 @@ from atb_pllava.engine.request import RequestOutput
 from atb_pllava.errors import PllavaError, counted
 
 _ANSWER = "  answer:   "
-# Escape sequences of every terminal since the VT100. ROOM_BELOW makes sure that there is a line below the cursor and
-# keeps its column; at the end of the screen that scrolls. SAVE remembers the cursor, ERASE clears all behind it.
-_ROOM_BELOW, _SAVE, _RESTORE, _ERASE = "\x1bD\x1bM", "\x1b7", "\x1b8", "\x1b[J"
+# Escape sequences of every terminal since the VT100.
+_ROOM_BELOW = "\x1bD\x1bM"  # a line below the cursor, which keeps its column; scrolls at the end of the screen
+_SAVE = "\x1b7"  # remembers the cursor
+_RESTORE = "\x1b8"
+_ERASE = "\x1b[J"  # clears the screen behind the cursor
 
 
 class Screen:
-    """Prints answers about `jobs`, pairs of (medium or None, question), as soon as each and all before it are there.
+    """Prints answers about `jobs`, pairs of (medium or None, question). Each waits for all answers before it.
 
-    `is_live`: stdout is a terminal, so `show` prints an answer while it is written.
+    `is_live` says that stdout is a terminal: `show` then prints an answer while it is generated.
     """
 
     def __init__(self, jobs: Sequence[tuple[str | None, str]]) -> None:
@@ -45,7 +47,7 @@ class Screen:
         self.is_live = sys.stdout.isatty()
 
     def show(self, number: int, text: str) -> None:
-        """Job `number` has this answer so far; what is new of it is printed if it is the next one to print."""
+        """Take the answer of job `number` so far. Its new part is printed if this job is the next one to print."""
         with self._lock:
             if number != self._next or len(text) <= len(self._written):
                 return
@@ -56,11 +58,12 @@ class Screen:
             elif not self._mid_line:  # something was logged in between
                 print(" " * len(_ANSWER), end="")
             print(text[len(self._written) :], end="", flush=True)
-            self._written, self._mid_line = text, True
+            self._written = text
+            self._mid_line = True
             self._printed = time.monotonic()
 
     def finish(self, number: int, answer: RequestOutput | PllavaError) -> None:
-        """Job `number` has ended; prints it, and those behind it that ended before, if it is the next one to print."""
+        """Take the end of job `number`. If it is the next one to print, print it and the finished jobs behind it."""
         with self._lock:
             self._early[number] = answer
             while self._next in self._early:
@@ -69,14 +72,14 @@ class Screen:
                 self._written = ""
 
     def close(self) -> None:
-        """Leave the screen as the next program expects it, also in the middle of an answer."""
+        """Remove the line of progress and end the current line, also in the middle of an answer."""
         with self._lock:
             self._clear_status()
             self._end_line()
 
     @contextmanager
     def shared_with_log(self) -> Iterator[None]:
-        """While the body runs, what is logged and what is printed keep out of each other's lines in a terminal."""
+        """While the body runs, log messages and answers in one terminal do not share a line."""
         handlers = logging.getLogger().handlers if self.is_live and is_same_file(sys.stdout, sys.stderr) else []
         for handler in handlers:
             handler.addFilter(self._lets_pass)

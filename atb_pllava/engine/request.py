@@ -3,55 +3,58 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import numpy as np
 import torch
 
-from atb_pllava.errors import PllavaError, RequestError
+from atb_pllava.config import option
+from atb_pllava.errors import PllavaError, RequestError, check_number, check_whole_number
 from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.prompt.chat_template import VideoSpan
 from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
 
 TokenLogprobs = dict[int, float] | np.ndarray
 
+# Lowest and largest value of each whole number in SamplingParams. seed and logprobs may also be None.
+_WHOLE_NUMBERS = {"max_tokens": (1, 2**31), "top_k": (0, 2**31), "seed": (0, 2**63 - 1), "logprobs": (-1, 2**31)}
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt. The default is greedy, as in every published PLLaVA script.
 
-    max_tokens: most tokens to generate; temperature 0 is greedy, above it top_k (0: off) and top_p narrow the choice;
-    repetition_penalty divides positive and multiplies negative logits of tokens already in the prompt or the answer;
-    seed makes a sampled answer repeatable, whatever else is in the batch; stop ends the answer before any of these
-    strings; ignore_eos generates max_tokens in any case; logprobs=k returns the k best log-probabilities of each
-    token, -1 the whole row.
+    `max_tokens` bounds the answer's tokens. `temperature` 0 is greedy; above 0, `top_k` (0: off) and `top_p` narrow
+    the choice. `repetition_penalty` divides positive and multiplies negative logits of tokens that the prompt or the
+    answer has. `seed` makes a sampled answer repeatable, whatever else is in the batch. The answer ends before any of
+    the strings in `stop`. `ignore_eos` generates `max_tokens` tokens in any case. `logprobs` k returns the k best
+    log-probabilities of each token, -1 those of the whole vocabulary.
     """
 
     max_tokens: int = 200
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    temperature: float = field(default=0.0, metadata=option("0 (default): the likeliest token", "X"))
+    top_p: float = field(default=1.0, metadata=option("sample from the likeliest up to this sum", "X"))
+    top_k: int = field(default=0, metadata=option("sample from the K likeliest (0: all)", "K"))
+    repetition_penalty: float = field(
+        default=1.0, metadata=option("above 1: fewer repetitions (default 1: off)", "X")
+    )
+    seed: int | None = field(default=None, metadata=option("makes sampled answers repeatable"))
     stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    ignore_eos: bool = field(default=False, metadata=option("always generate --max_output_length tokens"))
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        _check_whole("max_tokens", self.max_tokens, 1, 2**31)
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
+        for name, (lowest, largest) in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("seed", "logprobs"):
+                object.__setattr__(self, name, check_whole_number(name, value, lowest, largest, RequestError))
+        check_number("temperature", self.temperature, 0.0, 100.0, RequestError)
+        check_number("top_p", self.top_p, 0.0, 1.0, RequestError)
         if self.top_p == 0:
             raise RequestError("top_p is 0; it must be above 0 and at most 1")
-        _check_whole("top_k", self.top_k, 0, 2**31)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if self.seed is not None:
-            _check_whole("seed", self.seed, 0, 2**63 - 1)
-        if self.logprobs is not None:
-            _check_whole("logprobs", self.logprobs, -1, 2**31)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, RequestError)
         if not all(isinstance(s, str) and s for s in self.stop) or len(self.stop) > 64:
             raise RequestError("stop must be at most 64 strings, none of them empty")
 
@@ -263,14 +266,3 @@ class Request:
             logprobs=self.logprobs if self.params.logprobs is not None else None,
             request_id=self.request_id,
         )
-
-
-def _check_whole(name: str, value: object, lowest: int, largest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= largest:
-        raise RequestError(f"{name} is {value!r}; it must be a whole number from {lowest} to {largest}")
-
-
-def _check_number(name: str, value: object, lowest: float, largest: float) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if not good or not lowest <= value <= largest:  # type: ignore[operator]
-        raise RequestError(f"{name} is {value!r}; it must be a number from {lowest:g} to {largest:g}")

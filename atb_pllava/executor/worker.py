@@ -27,7 +27,8 @@ from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError, PllavaError
 from atb_pllava.executor.executor import worker_loop
 from atb_pllava.executor.model_runner import ModelRunner
-from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.model.pllava import Pllava
 
 logger = logging.getLogger(__name__)

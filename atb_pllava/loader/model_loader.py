@@ -1,69 +1,20 @@
 """From a checkpoint directory to a model on this rank's device. Every rank does the same with the same options."""
 
-import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 
-from atb_pllava.config import PllavaConfig, check_choice, check_pooling_shape
+from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import TensorParallel, check_world_size
-from atb_pllava.loader.checkpoint_config import read_config
-from atb_pllava.loader.directory import config_directory
 from atb_pllava.loader.dummy_weights import DummyWeights, dummy_quant_config, plan_dummy_weights
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import LoadPlan, open_checkpoint, unused_vision_layers
 from atb_pllava.model.linear import pack_weights
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.interface import Backend, Feature
-
-LOAD_FORMATS = ("safetensors", "random", "random_w8a16")
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """The options that decide the numbers a model computes; see `LLM` for the meaning of each."""
-
-    model_path: str | os.PathLike[str]
-    weight_dir: str | os.PathLike[str] | None = None
-    lora_alpha: float | None = None
-    num_frames: int | None = None
-    pooling_shape: Sequence[int] | str | None = None
-    dtype: str = "auto"
-    backend: str = "auto"
-    load_format: str = "safetensors"
-    kernels: str = "auto"
-    compiler: str | None = None
-    kernel_dir: str | None = None
-    ignore_adapter_config: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("load_format", self.load_format, LOAD_FORMATS)
-        for name in ("model_path", "weight_dir"):
-            path = getattr(self, name)
-            object.__setattr__(self, name, None if path is None else os.fspath(path))
-        if self.pooling_shape is not None:
-            object.__setattr__(self, "pooling_shape", check_pooling_shape(self.pooling_shape))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "ModelOptions":
-        return cls(**json.loads(text))
-
-    def described(self) -> str:
-        """All options but the paths, for ranks to compare. The weights themselves are compared by content."""
-        here = dict.fromkeys(("model_path", "weight_dir", "compiler", "kernel_dir"))
-        return json.dumps({**asdict(self), **here})
-
-    def config(self) -> PllavaConfig:
-        """The model's configuration: weight_dir's own config.json where it has one, else model_path's."""
-        directory, option = config_directory(self.model_path, self.weight_dir)
-        return read_config(directory, option).with_video(self.num_frames, self.pooling_shape)
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | DummyWeights]:
@@ -96,7 +47,7 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
 def _plan_random(
     load_format: str, config: PllavaConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel
 ) -> tuple[Pllava, DummyWeights]:
-    quant_config = dummy_quant_config(config) if load_format == "random_w8a16" else QuantConfig()
+    quant_config = dummy_quant_config(config) if load_format == "dummy_w8a16" else QuantConfig()
     with torch.device("meta"):
         model = Pllava(config, ops, dtype, parallel, quant_config)
     ranks = ops.ranks_sharing_memory(parallel.size)

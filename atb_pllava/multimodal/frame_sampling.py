@@ -3,9 +3,7 @@
 Plain arithmetic on frame numbers; files are opened in `video.py`, which is the caller.
 """
 
-from numbers import Integral
-
-from atb_pllava.errors import VideoError
+from atb_pllava.errors import VideoError, check_whole_number
 
 FRAME_SAMPLERS = ("demo", "eval", "npu")
 
@@ -27,7 +25,7 @@ def sample_frame_indices(
     Raises VideoError for options out of range and for times that leave no frame.
     """
     check_frame_sampler(frame_sampler, start_seconds, end_seconds)
-    check_count("num_frames", wanted)
+    check_whole_number("num_frames", wanted, 1, error=VideoError)
     if total < 1:
         raise VideoError(f"the video has {total} frames; at least one is needed")
     if frame_sampler == "npu":
@@ -43,14 +41,6 @@ def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_sec
         raise VideoError(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
     if frame_sampler != "eval" and (start_seconds is not None or end_seconds is not None):
         raise VideoError(f"start_seconds and end_seconds need frame_sampler 'eval', not {frame_sampler!r}")
-
-
-def check_count(option: str, value: object, largest: int | None = None) -> None:
-    """Raises VideoError unless `value` is an integer from 1 to `largest`."""
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if not is_integer or int(value) < 1 or (largest is not None and int(value) > largest):  # type: ignore[call-overload]
-        allowed = "1 or more" if largest is None else f"1 to {largest} (MediaLimits.max_sampled_frames)"
-        raise VideoError(f"{option} is {value!r}; it must be an integer, {allowed}")
 
 
 def _frame_bounds(

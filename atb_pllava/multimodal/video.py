@@ -19,8 +19,8 @@ import av
 import numpy as np
 from av.error import FFmpegError
 
-from atb_pllava.errors import VideoError
-from atb_pllava.multimodal.frame_sampling import check_count, check_frame_sampler, sample_frame_indices
+from atb_pllava.errors import VideoError, check_whole_number
+from atb_pllava.multimodal.frame_sampling import check_frame_sampler, sample_frame_indices
 from atb_pllava.multimodal.limits import (
     MediaLimits,
     check_clip_bytes,
@@ -108,9 +108,13 @@ class FrameChoice:
         """Raises VideoError for what is wrong whatever the file is."""
         check_frame_sampler(self.frame_sampler, self.start_seconds, self.end_seconds)
         if self.frame_indices is not None:
-            check_count("the number of frame_indices", len(self.frame_indices), limits.max_sampled_frames)
+            name = "the number of frame_indices"
+            value: int | None = len(self.frame_indices)
         else:
-            check_count("num_frames", self.num_frames, limits.max_sampled_frames)
+            name = "num_frames"
+            value = self.num_frames
+        note = " (MediaLimits.max_sampled_frames)"
+        check_whole_number(name, value, 1, limits.max_sampled_frames, VideoError, note)
 
     def of(self, total: int, fps: float, name: str, is_gif: bool = False) -> list[int]:
         """The frame numbers in a clip of `total` frames. Raises VideoError when there are no such frames."""

@@ -11,6 +11,8 @@ from atb_pllava.config import check_choice
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN, Piece
 
+DEFAULT_PROMPT = "Describe the video in details."  # PLLaVA's own words
+
 _DEMO = (
     "You are a capable assistant for questions about videos. Watch the video the user provides, use any further "
     "information given, follow the user's instructions, and say only what the video supports."

@@ -18,16 +18,9 @@ if __name__ == "__main__":
 
 from atb_pllava import SamplingParams
 from atb_pllava.batch.result_log import ResultLog
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.model_options import (
-    add_engine_options,
-    add_model_options,
-    add_prompt_options,
-    join_torchrun,
-    load_model,
-    model_options,
-)
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
+from atb_pllava.cli.engine_args import add_engine_options, add_model_options, add_prompt_options, from_cli_args
+from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, write_json
@@ -111,7 +104,7 @@ def _questions(arguments: argparse.Namespace) -> list[Question]:
 
 def _conversation(arguments: argparse.Namespace) -> str:
     """The benchmark's conversation for this model: 34B speaks ChatML."""
-    benchmark, config = BENCHMARKS[arguments.verb], model_options(arguments).config()
+    benchmark, config = BENCHMARKS[arguments.verb], from_cli_args(arguments).model.config()
     chatml = Tokenizer.from_dir(arguments.model_path, config.image_token_index).is_chatml
     return benchmark.conversation_chatml if chatml else benchmark.conversation
 

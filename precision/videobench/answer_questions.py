@@ -28,18 +28,16 @@ if __name__ == "__main__":
 
 from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.model_options import (
+from atb_pllava.cli import Parser, run_command
+from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
     add_sampling_options,
-    join_torchrun,
-    load_model,
-    model_options,
+    from_cli_args,
     sampling_params,
 )
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
@@ -85,7 +83,7 @@ def answer_sets(arguments: argparse.Namespace) -> int:
 def usual_conversation(arguments: argparse.Namespace) -> str | None:
     """The conversation of the prompt format that fits the checkpoint's vocabulary."""
     chosen = FORMATS[arguments.prompt_format]
-    index = model_options(arguments).config().image_token_index
+    index = from_cli_args(arguments).model.config().image_token_index
     is_chatml = Tokenizer.from_dir(arguments.model_path, index).is_chatml
     return chosen.chatml_conversation if is_chatml else chosen.conversation
 

@@ -24,8 +24,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
+from atb_pllava.cli import Parser, run_command
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, write_json
 from precision.videobench.dataset import read_answers, read_json, some_of

@@ -1,7 +1,20 @@
 # What the two scripts of this folder share; sourced by them, with `root` and `usage` defined.
 
-# shellcheck source=../../atb_pllava/cli/script_arguments.sh
-. "$root/atb_pllava/cli/script_arguments.sh"
+refuse() {
+    echo "error: $1; see \`bash $0 --help\`" >&2
+    exit 2
+}
+
+# `named OPTION WORD...`: whether one of the words is the option, alone or with =VALUE, in either spelling.
+named() {
+    local option=${1//-/_} word
+    shift
+    for word in "$@"; do
+        word=${word%%=*}
+        [ "${word//-/_}" != "$option" ] || return 0
+    done
+    return 1
+}
 
 # Sets `positional` and, what follows --, `extra`.
 read_arguments() {

@@ -216,7 +216,7 @@ LIMITS = Limits("test machine", 1, 1e9, {"float32": 1e9, "bfloat16": 2e9}, "2026
 
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atb_pllava.cli.bench_sweep.measure", lambda *_: LIMITS)
+    monkeypatch.setattr("atb_pllava.cli.bench.sweep.measure", lambda *_: LIMITS)
 
 
 def bench(*arguments: object) -> int:
@@ -336,8 +336,8 @@ REFUSED = [
     (["--shape", "1b", "--lora_alpha", "4"], "--lora_alpha goes with --model_path"),
     (["--shape", "1b", "--weight_dir", "DIR"], "--weight_dir goes with --model_path"),
     (["--shape", "1b", "--batches", "2,1"], "each larger than the one before"),
-    (["--shape", "1b", "--max_batch_size", "0"], "whole numbers from 1"),
-    (["--shape", "1b", "--max_output_length", "0"], "at least 1 token"),
+    (["--shape", "1b", "--max_batch_size", "0"], "whole number of at least 1"),
+    (["--shape", "1b", "--max_output_length", "0"], "whole number of at least 1"),
     (["--shape", "1b", "--csv", "/nowhere/t.csv"], "--csv '/nowhere/t.csv' cannot be written"),
     (["limits", "--threads", "0"], "from 1 to 4096"),
     (["compare", "--model_path", "DIR"], "name a --shape"),
@@ -369,7 +369,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
 def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("atb_pllava.cli.bench_parts.measure", lambda _: LIMITS)
+    monkeypatch.setattr("atb_pllava.cli.bench.compare.measure", lambda _: LIMITS)
     arguments = [str(small_shape) if argument == "SMALL" else argument for argument in arguments]
     named = bool(arguments) and not arguments[0].startswith("-")
     assert bench(*arguments if named else ["sweep", *arguments]) == 2
@@ -434,7 +434,7 @@ def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
     (directory / "model.safetensors").unlink()
     from atb_pllava import SamplingParams
 
-    with LLM(directory, load_format="random", dtype="float32", backend="cpu") as llm:
+    with LLM(directory, load_format="dummy", dtype="float32", backend="cpu") as llm:
         assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 
@@ -458,7 +458,7 @@ def small_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("weights", [(), ("--w8a16",)])
 def test_compare_is_about_the_same_model(weights, small_shape, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr("atb_pllava.cli.bench_parts.measure", lambda _: LIMITS)
+    monkeypatch.setattr("atb_pllava.cli.bench.compare.measure", lambda _: LIMITS)
     target = tmp_path / "c.json"
     options = ("--shape", small_shape, *weights, "--dtype", "float32", "--rounds", 1, "--batches", "1,3", "--quiet")
     assert bench("compare", *options, "--text_tokens", 150, "--json", target) == 0

@@ -82,8 +82,14 @@ def variables(wheels: Path | None, **more: str) -> dict[str, str]:
 
 def set_up(clone: Path, wheels: Path | None, script: str = SCRIPT, **more: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        ["bash", "-c", script], cwd=clone, env=variables(wheels, **more), capture_output=True, text=True, timeout=300,
-        stdin=subprocess.DEVNULL)  # fmt: skip
+        ["bash", "-c", script],
+        cwd=clone,
+        env=variables(wheels, **more),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def installed(clone: Path) -> set[str]:
@@ -101,9 +107,16 @@ def site(clone: Path) -> Path:
 def start(clone: Path, wheels: Path) -> "subprocess.Popen[str]":
     """A set-up in a process group of its own, which takes SIGINT as in a terminal."""
     return subprocess.Popen(
-        ["bash", "-c", SCRIPT], cwd=clone, env=variables(wheels), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+        ["bash", "-c", SCRIPT],
+        cwd=clone,
+        env=variables(wheels),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(condition: Iterator[bool]) -> None:
@@ -170,8 +183,12 @@ def test_no_network_has_a_recipe_that_works(begun: Path, wheels: Path) -> None:
     assert "PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels" in done.stderr and "ATB_PLLAVA_PYTHON" in done.stderr
     # The recipe, with a folder of wheels in the place of the network.
     fetched = subprocess.run(
-        [*command.replace("python3", sys.executable, 1).partition(" --extra-index-url")[0].split()], cwd=begun,
-        env=variables(wheels), capture_output=True, text=True)  # fmt: skip
+        [*command.replace("python3", sys.executable, 1).partition(" --extra-index-url")[0].split()],
+        cwd=begun,
+        env=variables(wheels),
+        capture_output=True,
+        text=True,
+    )
     assert fetched.returncode == 0, fetched.stderr
     done = set_up(begun, None, PIP_FIND_LINKS="wheels")
     assert done.returncode == 0 and installed(begun) == {"both"}

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from atb_pllava.__main__ import VERBS, main
 from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.parser import Parser
-from atb_pllava.multimodal.media import IMAGE_ENDINGS, VIDEO_ENDINGS
+from atb_pllava.cli.verbs import VERBS, main
 from tests.support import ROOT
 
 GROUPS = {"bench": KINDS, "mindie": ACTIONS}
@@ -262,23 +261,6 @@ def test_help_that_needs_nothing() -> None:
         assert done.returncode == 0 and done.stdout.startswith("usage: ") and done.stderr == ""
 
 
-def test_the_script_knows_the_options_and_endings(monkeypatch) -> None:
-    """run_pa.sh cannot ask Python's parsers, so it has lists."""
-    script = (ROOT / "run_pa.sh").read_text()
-    lists = {name: set(text.split()) for name, text in re.findall(r'^(flags|lists)="([^"]*)"$', script, re.MULTILINE)}
-    flags, many = set(), set()
-    native = (["run"], ["predict"], ["bench", "sweep"])
-    for verb in (*native, ["mindie", "run"], ["mindie", "performance"], ["mindie", "precision"]):
-        for action in parser_of(verb, monkeypatch)._actions:
-            names = set(action.option_strings) - {"-h", "--help"}
-            flags |= names if action.nargs == 0 else set()
-            many |= names if action.nargs in ("+", "*") else set()
-    assert lists == {"flags": flags, "lists": many}
-    endings = re.search(r'^endings="([^"]*)"$', script, re.MULTILINE)
-    assert endings is not None
-    assert {f".{ending}" for ending in endings.group(1).split("|")} == IMAGE_ENDINGS | VIDEO_ENDINGS
-
-
 def test_the_benchmark_scripts_leave_out_what_is_named(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\n[ "$1" = - ] && exit 0\nshift\necho "$@"\n')
@@ -350,8 +332,8 @@ def test_commands_that_need_no_package(bare_python: Path) -> None:
 
 def test_the_sentence_says_what_to_type(bare_python: Path, tmp_path: Path) -> None:
     clone = tmp_path / "a clone"
-    (clone / "atb_pllava").mkdir(parents=True)
-    for name in ("__init__.py", "requirements.py"):
+    (clone / "atb_pllava" / "doctor").mkdir(parents=True)
+    for name in ("__init__.py", "doctor/__init__.py", "doctor/required_packages.py"):
         (clone / "atb_pllava" / name).write_bytes((ROOT / "atb_pllava" / name).read_bytes())
     ask = ["-c", "from atb_pllava.doctor.required_packages import require_packages as r; r()"]
     err = start(bare_python, *ask, cwd=clone).stderr

@@ -1,6 +1,5 @@
 """predict_result.json as a user meets it: merged, resumed after a kill, and never half written."""
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,9 @@ from atb_pllava.__main__ import main
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import settings_of
 from atb_pllava.cli import predict as predict_module
-from atb_pllava.cli.model_options import load_model, sampling_params
+from atb_pllava.cli.engine_args import sampling_params
+from atb_pllava.cli.loading import load_model
+from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.predict import add_options, given_media
 from atb_pllava.cli.resuming import planned_settings
 from tests.support import ROOT, raw_config, write_checkpoint
@@ -47,8 +48,18 @@ def changed(command: Sequence[object], *more: object) -> list[object]:
 
 @pytest.fixture
 def options(checkpoint: Path) -> tuple[object, ...]:
-    return ("--model_path", checkpoint, "--dtype", "float32", "--backend", "cpu", "--prompt", PROMPT,
-            "--max_output_length", 4)  # fmt: skip
+    return (
+        "--model_path",
+        checkpoint,
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+        "--prompt",
+        PROMPT,
+        "--max_output_length",
+        4,
+    )
 
 
 @pytest.fixture
@@ -81,7 +92,11 @@ def test_the_texts_are_those_of_chat_sorted_and_merged(capsys, options, checkpoi
     manifest = json.loads((tmp_path / "predict_result.json.manifest.json").read_text())
     assert manifest["prompt"] == PROMPT and manifest["answers"] == 3 and manifest["dtype"] == "float32"
     assert {path.name for path in tmp_path.iterdir()} == {
-        "zebra", target.name, f"{target.name}.manifest.json", f"{target.name}.answers.jsonl"}  # fmt: skip
+        "zebra",
+        target.name,
+        f"{target.name}.manifest.json",
+        f"{target.name}.answers.jsonl",
+    }
 
 
 def test_a_bad_file_is_told_and_tried_again(capsys, options, media: Path, clips: Path, tmp_path: Path) -> None:
@@ -129,8 +144,15 @@ def test_however_the_folder_is_named_a_medium_has_one_entry(
     monkeypatch.chdir(tmp_path)
     assert predict(capsys, *options, "--media", "clips", "--output_json", target)[0] == 0
     texts = list(json.loads(target.read_text()).values())
-    names = [("clips", "clips/"), ("clips/", "clips/"), ("./clips", "./clips/"), ("elsewhere/../clips", ""),
-             (str(clips), f"{clips}/"), ("link", "link/"), (f"{tmp_path}/elsewhere/..//clips/", "")]  # fmt: skip
+    names = [
+        ("clips", "clips/"),
+        ("clips/", "clips/"),
+        ("./clips", "./clips/"),
+        ("elsewhere/../clips", ""),
+        (str(clips), f"{clips}/"),
+        ("link", "link/"),
+        (f"{tmp_path}/elsewhere/..//clips/", ""),
+    ]
     for name, folder in names:
         status, err = predict(capsys, *options, "--media", name, "--output_json", target)
         assert status == 0 and asked(err) == "predictions 2/2 were there already"
@@ -151,8 +173,12 @@ def test_media_of_several_folders(media: Path, clips: Path, tmp_path: Path) -> N
     shutil.copy(media / "red.png", others / "red.png")
     shutil.copy(media / "clip2.mp4", others / "9.mp4")
     found = given_media([str(clips), f"{others}/9.mp4", f"{others}/", str(clips / "1.mp4")])
-    assert found == [("1.mp4", f"{clips}/1.mp4"), ("2.mp4", f"{clips}/2.mp4"), ("9.mp4", f"{others}/9.mp4"),
-                     ("red.png", f"{others}/red.png")]  # fmt: skip
+    assert found == [
+        ("1.mp4", f"{clips}/1.mp4"),
+        ("2.mp4", f"{clips}/2.mp4"),
+        ("9.mp4", f"{others}/9.mp4"),
+        ("red.png", f"{others}/red.png"),
+    ]
     (others / "a" / "b").mkdir(parents=True)
     shutil.copy(media / "red.png", others / "a" / "b" / "1.mp4")
     assert ("a/b/1.mp4", f"{others}/a/b/1.mp4") in given_media([str(others), str(clips)])
@@ -215,8 +241,20 @@ def two_folders(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_file_of_another_folder_has_its_own_answer(capsys, checkpoint: Path, tmp_path: Path) -> None:
     x, y = two_folders(tmp_path)
     target = tmp_path / "out.json"
-    common = ["--model_path", checkpoint, "--dtype", "float32", "--backend", "cpu", "--prompt", PROMPT,
-              "--max_output_length", 8, "--output_json", target]  # fmt: skip
+    common = [
+        "--model_path",
+        checkpoint,
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+        "--prompt",
+        PROMPT,
+        "--max_output_length",
+        8,
+        "--output_json",
+        target,
+    ]
     llm = LLM(checkpoint, dtype="float32", backend="cpu")
     black, white = (llm.chat(folder / "001.bmp", PROMPT, SamplingParams(max_tokens=8)).text for folder in (x, y))
     assert black != white
@@ -289,12 +327,35 @@ def test_other_weights_are_refused(capsys, options, clips: Path, tmp_path: Path)
 
 
 def test_what_is_known_before_loading_is_part_of_the_settings(checkpoint: Path) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_options(parser)
-    given = ["--model_path", str(checkpoint), "--media", "x", "--num_frames", "2", "--pooling_shape", "2-1-1",
-             "--frame_sampler", "eval", "--resize", "squash", "--conversation", "eval_mvbench", "--system", "Be brief.",
-             "--dtype", "bfloat16", "--backend", "cpu", "--kernels", "torch", "--temperature", "1",
-             "--quiet"]  # fmt: skip
+    given = [
+        "--model_path",
+        str(checkpoint),
+        "--media",
+        "x",
+        "--num_frames",
+        "2",
+        "--pooling_shape",
+        "2-1-1",
+        "--frame_sampler",
+        "eval",
+        "--resize",
+        "squash",
+        "--conversation",
+        "eval_mvbench",
+        "--system",
+        "Be brief.",
+        "--dtype",
+        "bfloat16",
+        "--backend",
+        "cpu",
+        "--kernels",
+        "torch",
+        "--temperature",
+        "1",
+        "--quiet",
+    ]
     arguments = parser.parse_args(given)
     params = sampling_params(arguments)
     planned = planned_settings(arguments, params, None)
@@ -403,8 +464,9 @@ def test_two_runs_at_once_are_refused_before_the_model_is_loaded(capsys, options
 
 def end_early(command: list[str], log: Path, rows: int, end: signal.Signals) -> tuple[str, int]:
     """Run `predict` and end it when the log has so many rows; its stderr, and how many rows there are then."""
-    run = subprocess.Popen([sys.executable, "tests/slowly.py", "0.01", "atb_pllava", "predict", *command], cwd=ROOT,
-                           stderr=subprocess.PIPE)  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, "tests/slowly.py", "0.01", "atb_pllava", "predict", *command], cwd=ROOT, stderr=subprocess.PIPE
+    )
     while not (log.exists() and log.read_bytes().count(b'"id"') >= rows):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.005)
@@ -421,8 +483,21 @@ def slow_options(checkpoint: Path, media: Path, tmp_path: Path) -> list[str]:
     clips.mkdir()
     for number in range(8):
         (clips / f"{number}.mp4").symlink_to(media / "clip2.mp4")
-    return ["--model_path", str(checkpoint), "--dtype", "float32", "--max_output_length", "80", "--ignore_eos",
-            "--max_batch_size", "1", "--media", str(clips), "--output_json", str(tmp_path / "out.json")]  # fmt: skip
+    return [
+        "--model_path",
+        str(checkpoint),
+        "--dtype",
+        "float32",
+        "--max_output_length",
+        "80",
+        "--ignore_eos",
+        "--max_batch_size",
+        "1",
+        "--media",
+        str(clips),
+        "--output_json",
+        str(tmp_path / "out.json"),
+    ]
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
@@ -462,8 +537,13 @@ def test_overwriting_keeps_the_old_until_the_new_is_there(
 def test_the_script(checkpoint: Path, media: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", ROOT / "run_pa.sh", "--precision", checkpoint, media, "3", "2", "600", "2", "--", "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable})  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable},
+    )
     assert done.returncode == 0 and done.stdout == "" and not done.stderr.replace("engine: native (no NPU here)\n", "")
     assert len(json.loads((tmp_path / "predict_result.json").read_text())) == 3
     assert json.loads((tmp_path / "predict_result.json.manifest.json").read_text())["num_frames"] == 3

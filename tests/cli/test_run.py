@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from atb_pllava import LLM, RequestError, SamplingParams
-from atb_pllava.__main__ import VERBS, main
 from atb_pllava.batch.row_file import RowFile, read_rows, write_rows
 from atb_pllava.cli.bench import KINDS
+from atb_pllava.cli.help import CONVERSATION_WORDS
 from atb_pllava.cli.mindie import ACTIONS
-from atb_pllava.cli.model_options import CONVERSATION_WORDS
 from atb_pllava.cli.screen import Screen, is_same_file
+from atb_pllava.cli.verbs import VERBS, main
 from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
 from atb_pllava.engine.core import Engine
@@ -146,9 +146,13 @@ def on_terminal(*command: object) -> tuple[int, list[tuple[float, str]]]:
     """Run a command whose stdout and stderr are one terminal; its status, and (seconds, text) of what came."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
+        [*map(str, command)],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=follower,
+        stderr=follower,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
-    )  # fmt: skip
+    )
     os.close(follower)
     began, came = time.monotonic(), []
     try:
@@ -163,8 +167,21 @@ def on_terminal(*command: object) -> tuple[int, list[tuple[float, str]]]:
 
 
 def test_a_terminal_shows_the_first_answer_while_it_is_written() -> None:
-    command = (sys.executable, "tests/slowly.py", "0.1", "atb_pllava", "run", "--model_path", "examples/tiny_pllava",
-               "--media", "examples/videos", "--prompt", "Describe the video.", "--kernels", "torch")  # fmt: skip
+    command = (
+        sys.executable,
+        "tests/slowly.py",
+        "0.1",
+        "atb_pllava",
+        "run",
+        "--model_path",
+        "examples/tiny_pllava",
+        "--media",
+        "examples/videos",
+        "--prompt",
+        "Describe the video.",
+        "--kernels",
+        "torch",
+    )
     status, came = on_terminal(*command)
     text = "".join(part for _, part in came)
     assert status == 0 and "\x1b" not in text, text
@@ -181,8 +198,12 @@ def test_a_pipe_gets_whole_answers_as_soon_as_they_are_there(options, media: Pat
     """The first of two answers is printed while the second, for which there is no place in the batch, is in work."""
     command = [sys.executable, "tests/slowly.py", "0.1", "atb_pllava", "run", *options, "--max_batch_size", "1"]
     with subprocess.Popen(
-        [*command, "--media", media, "--prompt", "what?", "--max_output_length", "8"], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:  # fmt: skip
+        [*command, "--media", media, "--prompt", "what?", "--max_output_length", "8"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
         assert process.stdout is not None
         lines = [(time.monotonic(), line) for line in process.stdout]
     ends = [seconds for seconds, line in lines if "cut off by" in line]
@@ -239,8 +260,12 @@ def test_a_failure_is_told_once_wherever_one_looks(options, media: Path, tmp_pat
     (tmp_path / "b.mp4").write_bytes((media / "clip2.mp4").read_bytes())
     done = subprocess.run(
         [sys.executable, "-m", "atb_pllava", "run", *options, "--media", tmp_path, "--max_output_length", "2"],
-        cwd=ROOT, text=True, timeout=120, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if together else subprocess.PIPE)  # fmt: skip
+        cwd=ROOT,
+        text=True,
+        timeout=120,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if together else subprocess.PIPE,
+    )
     assert done.returncode == 2
     for name in ("a.mp4", "c.mp4"):
         assert done.stdout.count(f"error: {tmp_path}/{name}: ") == 1
@@ -260,8 +285,20 @@ def test_an_interrupted_run_keeps_what_was_answered(
 ) -> None:
     target = tmp_path / f"answers.{ending}"
     target.write_text("[]\n")
-    command = [sys.executable, "tests/slowly.py", "0.1", "atb_pllava", "run", *options, "--max_batch_size", "1",
-               "--max_output_length", "8", "--output_json", str(target)]  # fmt: skip
+    command = [
+        sys.executable,
+        "tests/slowly.py",
+        "0.1",
+        "atb_pllava",
+        "run",
+        *options,
+        "--max_batch_size",
+        "1",
+        "--max_output_length",
+        "8",
+        "--output_json",
+        str(target),
+    ]
     prompts = [part for number in range(20) for part in ("--prompt", f"what {number}?")]
     with subprocess.Popen(
         [*command, "--media", media, *prompts], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -439,9 +476,12 @@ def test_an_empty_question_is_refused_everywhere(llm: LLM, capsys, media: Path) 
 def test_fields_of_sampling_params_are_keywords(llm: LLM, checkpoint: Path) -> None:
     wanted = llm.chat(None, "what?", SamplingParams(max_tokens=3, ignore_eos=True, temperature=0.5, seed=3))
     options = {"max_tokens": 3, "ignore_eos": True, "temperature": 0.5, "seed": 3}
-    outs = [llm.chat(None, "what?", **options), llm.generate({"question": "what?"}, **options)[0],
-            dict(llm.generate_iter([{"question": "what?"}], **options))[0],
-            llm.prepare({"question": "what?"}, **options)]  # fmt: skip
+    outs = [
+        llm.chat(None, "what?", **options),
+        llm.generate({"question": "what?"}, **options)[0],
+        dict(llm.generate_iter([{"question": "what?"}], **options))[0],
+        llm.prepare({"question": "what?"}, **options),
+    ]
     assert [out.token_ids for out in outs[:3]] == [wanted.token_ids] * 3 and outs[3].params.seed == 3
     assert "".join(llm.stream(None, "what?", **options)) == wanted.text
     short = LLM(checkpoint, dtype="float32", backend="cpu", max_output_length=5)
@@ -479,8 +519,9 @@ def test_what_is_printed_of_answers_and_models(llm: LLM, checkpoint: Path) -> No
     out = llm.generate({"question": "what?", "id": "a"}, SamplingParams(max_tokens=3, ignore_eos=True, logprobs=-1))[0]
     assert re.fullmatch(
         r"RequestOutput\(request_id='a', text='.*', finish_reason='length', prompt_tokens=\d+, output_tokens=3, "
-        r"ttft=\d+\.\d{3}, latency=\d+\.\d{3}\)", repr(out)
-    )  # fmt: skip
+        r"ttft=\d+\.\d{3}, latency=\d+\.\d{3}\)",
+        repr(out),
+    )
     assert repr(llm) == f"LLM('{checkpoint}', dtype=float32, backend=cpu, device=cpu, num_frames=4)"
 
 
@@ -521,7 +562,7 @@ def test_help_fits_a_terminal(capsys, monkeypatch) -> None:
         text = help_of(capsys, *verb)
         assert all(len(line) <= 80 for line in text.splitlines()), verb
     text = help_of(capsys, "run")
-    assert len(text.splitlines()) <= 105 and text.startswith("usage: python -m atb_pllava run --model_path DIR [")
+    assert len(text.splitlines()) <= 110 and text.startswith("usage: python -m atb_pllava run --model_path DIR [")
     assert CONVERSATION_WORDS.keys() == CONVERSATIONS.keys()
     for name, words in CONVERSATION_WORDS.items():
         assert re.search(rf"^  {name} +{re.escape(words)}$", text, re.MULTILINE)
@@ -547,8 +588,14 @@ def test_training_needs_transformers_for_more_than_help(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("raise ImportError('no transformers here')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for arguments, status in ((["--help"], 0), (["--work", str(tmp_path)], 1)):
-        done = subprocess.run([sys.executable, "examples/train_tiny_pllava.py", *arguments], cwd=ROOT, env=environment,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "examples/train_tiny_pllava.py", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == status and ("no transformers here" in done.stderr) == (status == 1)
 
 
@@ -556,11 +603,11 @@ def test_the_examples_of_help_are_commands(capsys, monkeypatch) -> None:
     """Each is parsed as it is printed; what they would load is not there."""
     import shlex
 
-    from atb_pllava.__main__ import _parse
+    from atb_pllava.cli.verbs import parse
 
     text = help_of(capsys, "run").split("examples:\n")[1].replace("\\\n", " ")
     lines = [shlex.split(line) for line in text.splitlines() if line.strip()]
     assert len(lines) == 3
     for words in lines:
         assert words[:3] == ["python", "-m", "atb_pllava"]
-        assert _parse(words[3:]).model_path
+        assert parse(words[3:]).model_path

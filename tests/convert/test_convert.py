@@ -24,7 +24,8 @@ from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
-from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.problems import CheckpointError
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava

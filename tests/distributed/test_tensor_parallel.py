@@ -143,11 +143,12 @@ def test_sizes_that_cannot_work_are_refused_before_loading(checkpoint: Path, siz
 def test_ranks_read_their_slices_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from atb_pllava.loader import model_loader as loading
     from atb_pllava.loader import weight_loader as weights
+    from atb_pllava.loader.model_options import ModelOptions
 
     read: list[int] = []
     plain = weights.read_tensor
     monkeypatch.setattr(weights, "read_tensor", lambda *a: read.append((t := plain(*a)).numel()) or t)
-    options = loading.ModelOptions(str(model), dtype="float32", backend="cpu")
+    options = ModelOptions(str(model), dtype="float32", backend="cpu")
     held = []
     for rank in range(4):
         built, plan = loading.plan_model(options, TensorParallel(rank, 4))
@@ -164,7 +165,7 @@ def test_ranks_read_their_slices_only(model: Path, monkeypatch: pytest.MonkeyPat
 def test_a_rank_says_what_memory_it_could_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
     from atb_pllava.errors import OutOfMemoryError
     from atb_pllava.executor import worker as workers
-    from atb_pllava.loader.model_loader import ModelOptions
+    from atb_pllava.loader.model_options import ModelOptions
 
     def refuse(*_: object) -> None:
         raise OutOfMemoryError("atb_linear needs 5.0 MB")
@@ -186,7 +187,7 @@ def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
     llm = load(model, world_size=3)
     stream = llm.stream(FRAMES, "what?", SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
-    victim = llm._workers.processes[1].pid
+    victim = llm._launcher.rendezvous.processes[1].pid
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(BackendError, match="rank 2 ended with status -9; all ranks were stopped"):

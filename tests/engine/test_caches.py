@@ -34,7 +34,7 @@ def ask(video: int | tuple[int, ...], text: str = "what is it?") -> dict:
 def count_work(llm: LLM) -> Counter[str]:
     """Counts frames encoded and tokens put through the model from now on."""
     work: Counter[str] = Counter()
-    runner = llm._engine.executor.runner
+    runner = llm.engine.executor.runner
     encode, forward = runner.encode_frames, runner.forward
 
     def encode_frames(video, pixels):
@@ -153,9 +153,9 @@ def test_first_questions_at_the_same_time_encode_and_prefill_once(checkpoint, co
 
 def test_a_waiting_twin_lets_others_pass(checkpoint, cold) -> None:
     llm = load(checkpoint, max_batch_size=3)
-    engine = llm._engine
+    engine = llm.engine
     other = {"prompt": "now <image> what is it?", "frames": [FRAMES[1]]}
-    requests = [llm._request(r, PARAMS) for r in (ask(0), ask(0, "why?"), other)]
+    requests = [llm.prepare(r, PARAMS) for r in (ask(0), ask(0, "why?"), other)]
     for request in requests:
         engine.add(request)
     engine.scheduler.admit()
@@ -168,8 +168,8 @@ def test_a_waiting_twin_lets_others_pass(checkpoint, cold) -> None:
 
 def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> None:
     llm = load(checkpoint, vision_batch=1, prefix_cache=False)
-    engine = llm._engine
-    busy, dropped, kept = (llm._request(r, PARAMS) for r in (ask(1), ask(0), ask(0, "why?")))
+    engine = llm.engine
+    busy, dropped, kept = (llm.prepare(r, PARAMS) for r in (ask(1), ask(0), ask(0, "why?")))
     engine.add(busy)
     while not busy.num_generated:
         engine.step()
@@ -194,14 +194,14 @@ def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
         assert_same(out, cold(request))
     assert sum(out.num_cached_tokens for out in outs) > 0
     assert sum(out.metrics.preemptions for out in outs) > 0
-    assert llm._engine.block_manager.num_free_blocks == llm._engine.block_manager.total
+    assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
 
 
 def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
     llm = load(
         checkpoint, prefix_cache=False, video_cache_bytes=2 * 8 * 64 * 4
     )  # two videos of 8 tokens, 64 wide, float32
-    runner = llm._engine.executor.runner
+    runner = llm.engine.executor.runner
     work = count_work(llm)
     for video in (0, 1, 0, 2, 0, 1):
         llm.generate(ask(video), SamplingParams(max_tokens=1))
@@ -209,7 +209,7 @@ def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
     assert work["frames"] == 4 * 4  # 0, 1, 2 and 1 again: the least recently used goes
     nothing = load(checkpoint, video_cache_bytes=0)
     nothing.generate([ask(0), ask(0)], SamplingParams(max_tokens=1))
-    assert not nothing._engine.executor.runner._video_embeds
+    assert not nothing.engine.executor.runner._video_embeds
     first = llm.encode_video(FRAMES[0])
     first.zero_()
     assert llm.encode_video(FRAMES[0]).abs().sum() > 0
@@ -228,7 +228,7 @@ def test_a_prompt_behind_its_video_needs_no_tokens_of_it(checkpoint, cold) -> No
 
 def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
     llm = load(checkpoint)
-    norm = llm._engine.executor.runner.model.language.norm.data
+    norm = llm.engine.executor.runner.model.language.norm.data
     good = norm[5].clone()
     norm[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
@@ -243,7 +243,7 @@ def test_keys_stand_for_everything_before(checkpoint) -> None:
     llm = load(checkpoint)
 
     def keys(request: dict) -> list[bytes]:
-        made: Request = llm._request(request, PARAMS)
+        made: Request = llm.prepare(request, PARAMS)
         return full_block_hashes(made, len(made.token_ids), BLOCK)
 
     def text(words: str) -> dict:
@@ -388,7 +388,7 @@ def test_serve_reads_no_further_than_needed(checkpoint) -> None:
     next(stream)
     assert len(taken) <= 4
     stream.close()
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 def test_cache_options_are_checked(checkpoint) -> None:

@@ -74,17 +74,17 @@ def test_preemption_changes_nothing(checkpoint, alone) -> None:
     outputs = llm.generate(prompts(9), PARAMS)
     assert sum(out.metrics.preemptions for out in outputs) > 0
     assert_same(outputs, alone)
-    assert llm._engine.block_manager.num_free_blocks == llm._engine.block_manager.total
+    assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
 
 
 def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint) -> None:
     llm = load(checkpoint, prefill_chunk=8)
-    engine = llm._engine
-    first = llm._request(prompts(1)[0], PARAMS)
+    engine = llm.engine
+    first = llm.prepare(prompts(1)[0], PARAMS)
     engine.add(first)
     while not first.generated:
         engine.step()
-    long = llm._request({"prompt": "USER:<image>" + " why" * 25, "frames": FRAMES[0]}, PARAMS)
+    long = llm.prepare({"prompt": "USER:<image>" + " why" * 25, "frames": FRAMES[0]}, PARAMS)
     engine.add(long)
     steps = 0
     while not long.generated and not first.is_finished:
@@ -97,9 +97,9 @@ def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint
 
 def test_abort_gives_everything_back(checkpoint, alone) -> None:
     llm = load(checkpoint)
-    engine = llm._engine
-    dropped = [llm._request(request, PARAMS) for request in prompts(3)]
-    kept = llm._request(prompts(4)[3], PARAMS)
+    engine = llm.engine
+    dropped = [llm.prepare(request, PARAMS) for request in prompts(3)]
+    kept = llm.prepare(prompts(4)[3], PARAMS)
     for request in [*dropped, kept]:
         engine.add(request)
     engine.step()
@@ -122,9 +122,9 @@ def test_stream_joins_to_the_answer_and_can_be_closed(checkpoint) -> None:
     stream = llm.stream(FRAMES[0], "what is it?", params)
     next(stream)
     stream.close()
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
     llm.stream(FRAMES[0], "never read", params)
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 def test_interleaved_streams_do_not_mix(checkpoint) -> None:
@@ -179,7 +179,7 @@ def test_repetition_penalty_equals_transformers(checkpoint, alone) -> None:
     logits_process = pytest.importorskip("transformers.generation.logits_process")
     llm = load(checkpoint)
     params = SamplingParams(max_tokens=12, repetition_penalty=1.7, ignore_eos=True, logprobs=-1)
-    request = llm._request(prompts(2)[1], params)
+    request = llm.prepare(prompts(2)[1], params)
     processor = logits_process.RepetitionPenaltyLogitsProcessor(1.7)
     logits = torch.linspace(-1.0, 1.1, 304)[torch.randperm(304, generator=torch.Generator().manual_seed(1))]
     logits[[request.prompt_token_ids[0], request.prompt_token_ids[3]]] = torch.tensor(
@@ -207,7 +207,7 @@ def test_logprobs_rows(checkpoint) -> None:
 def test_end_of_sequence_and_length(checkpoint, alone) -> None:
     llm = load(checkpoint)
     ids = alone[0].token_ids
-    llm.config = type(llm.config)(**{**vars(llm.config), "eos_token_ids": (ids[5],)})
+    llm.request_parser.config = type(llm.config)(**{**vars(llm.config), "eos_token_ids": (ids[5],)})
     out = llm.generate(prompts(1), SamplingParams(max_tokens=24))[0]
     assert out.finish_reason == "stop" and out.token_ids == ids[: ids.index(ids[5]) + 1]
     out = llm.generate(prompts(1), SamplingParams(max_tokens=3, ignore_eos=True))[0]
@@ -233,7 +233,7 @@ def test_limits_name_the_numbers(checkpoint) -> None:
     small = load(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
     with pytest.raises(RequestError, match="KV cache holds 64 tokens"):
         small.generate(prompts(1), SamplingParams(max_tokens=100))
-    assert not small._engine.has_work
+    assert not small.engine.has_work
     with pytest.raises(ConfigError, match="one block of 128 tokens takes"):
         load(checkpoint, kv_cache_bytes=1000)
 
@@ -253,15 +253,15 @@ def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
     assert isinstance(answers[1], RequestError) and "2 <image> and the request 1" in str(answers[1])
     with pytest.raises(RequestError):
         llm.generate(requests, PARAMS)
-    assert not llm._engine.has_work and llm._engine.block_manager.num_free_blocks == llm._engine.block_manager.total
+    assert not llm.engine.has_work and llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
 
 
 def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
     llm = load(checkpoint)
-    llm._engine.executor.runner.model.language.norm.data[5] = float("nan")
+    llm.engine.executor.runner.model.language.norm.data[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         llm.generate(prompts(1), PARAMS)
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_block_allocator_and_budget() -> None:
 
 
 def test_the_engine_is_idle_without_work(checkpoint) -> None:
-    engine = load(checkpoint)._engine
+    engine = load(checkpoint).engine
     engine.step()
     assert isinstance(engine, Engine) and not engine.has_work
     assert Request.__eq__ is object.__eq__  # requests are kept in sets and dictionaries by identity

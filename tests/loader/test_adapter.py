@@ -26,7 +26,8 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.adapter import AdapterConfig
 from atb_pllava.loader.checkpoint_config import read_config
-from atb_pllava.loader.model_loader import ModelOptions, plan_model
+from atb_pllava.loader.model_loader import plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.problems import CheckpointError
 from atb_pllava.loader.weight_loader import LoadPlan
 from precision.parity import main as parity

@@ -422,7 +422,7 @@ def test_duration_and_count_bombs(tmp_path):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"num_frames": 0}, "num_frames is 0; it must be an integer, 1 to 64"),
+        ({"num_frames": 0}, "num_frames is 0; it must be a whole number from 1 to 64"),
         ({"num_frames": -1}, "num_frames is -1"),
         ({"num_frames": 10**9}, "1 to 64"),
         ({"num_frames": "16"}, "num_frames is '16'"),

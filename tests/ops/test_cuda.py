@@ -269,7 +269,7 @@ def test_rotation(fast: CudaBackend, dtype: torch.dtype, rows: int, heads: int, 
 # The whole model
 
 
-@pytest.mark.parametrize("load_format", ["safetensors", "random_w8a16"])
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy_w8a16"])
 def test_answers_do_not_depend_on_the_kernels(
     checkpoint: Path, media: Path, load_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

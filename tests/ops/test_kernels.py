@@ -17,7 +17,8 @@ from torch import Tensor
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
-from atb_pllava.loader.model_loader import LOAD_FORMATS, ModelOptions, fill_model, plan_model
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import LOAD_FORMATS, ModelOptions
 from atb_pllava.model.linear import PackedLinear, RowParallelLinear, pack_weights
 from atb_pllava.ops import get_backend
 from atb_pllava.ops.cpu import build

@@ -14,21 +14,35 @@ from atb_pllava.bench.machine import measure
 from atb_pllava.bench.plot import plot_sweep
 from atb_pllava.bench.sweep import COLUMNS, sweep, weight_dtype
 from atb_pllava.bench.tables import csv_text, markdown
-from atb_pllava.cli.bench_model import add_model_and_input, check_input, open_model, request_maker
+from atb_pllava.cli.bench.model import add_model_and_input, check_input, open_model, request_maker
+from atb_pllava.cli.bench.output import ascending_numbers
 from atb_pllava.cli.environment import host_benchmark
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, check_whole_number
 from atb_pllava.files import check_writable, write_text
 from atb_pllava.llm import LLM
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CSV = "pllava_performance.csv"
-_SHOWN = ("batch", "prompt_tokens", "vision_encode_ms", "prefill_ms", "ttft_ms", "tpot_p50_ms", "tpot_p99_ms",
-          "decode_tokens_per_s", "e2e_tokens_per_s", "vision_fraction_of_peak", "prefill_fraction_of_peak",
-          "decode_fraction_of_limit", "peak_memory_rank0_MB", "status")  # fmt: skip
+_SHOWN = (
+    "batch",
+    "prompt_tokens",
+    "vision_encode_ms",
+    "prefill_ms",
+    "ttft_ms",
+    "tpot_p50_ms",
+    "tpot_p99_ms",
+    "decode_tokens_per_s",
+    "e2e_tokens_per_s",
+    "vision_fraction_of_peak",
+    "prefill_fraction_of_peak",
+    "decode_fraction_of_limit",
+    "peak_memory_rank0_MB",
+    "status",
+)
 
 
-def add_sweep(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `bench sweep`."""
     add_model_and_input(parser)
     group = parser.add_argument_group("sweep")
@@ -48,7 +62,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plot", metavar="FILE", help="also a PNG of throughput and latency over batch size")
 
 
-def run_sweep(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Measure, write after every batch, print a Markdown table."""
     check_input(arguments)
     batches = _batches(arguments)
@@ -59,8 +73,7 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     if benchmark_csv is not None:
         _make_folder(benchmark_csv, arguments.media or ())
     threads = torch.get_num_threads()  # of all ranks together; each takes its share when the model is loaded
-    engine = {"max_batch_size": max(batches), "max_input_length": arguments.max_input_length}
-    with open_model(arguments, **engine, max_output_length=arguments.max_output_length) as llm:
+    with open_model(arguments, max_batch_size=max(batches)) as llm:
         if isinstance(llm, int):
             return llm
         _measure(llm, arguments, batches, benchmark_csv, threads)
@@ -94,17 +107,14 @@ def _measure(
 
 
 def _batches(arguments: argparse.Namespace) -> list[int]:
-    given = arguments.batches
-    try:
-        sizes = list(range(1, arguments.max_batch_size + 1)) if given is None else [int(n) for n in given.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
-        what = f"--max_batch_size {arguments.max_batch_size}" if given is None else f"--batches {given!r}"
-        raise ConfigError(f"{what}: batch sizes are whole numbers from 1, each larger than the one before")
-    if arguments.max_output_length < 1:
-        raise ConfigError(f"--max_output_length {arguments.max_output_length}: at least 1 token is generated")
-    return sizes
+    """The batch sizes of the sweep, ascending."""
+    check_whole_number("--max_output_length", arguments.max_output_length, 1)
+    if arguments.batches is not None:
+        if "max_batch_size" in arguments.given:
+            raise ConfigError("--batches and --max_batch_size are both given; leave one of them out")
+        return ascending_numbers("--batches", arguments.batches)
+    check_whole_number("--max_batch_size", arguments.max_batch_size, 1)
+    return list(range(1, arguments.max_batch_size + 1))
 
 
 def _make_folder(path: str, media: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
-"""How every command ends: status 0 done, 2 an error of the user's (one message, no traceback), 130 for Ctrl-C.
+"""Runs a command. Exit status: 0 done, 2 a user's error (one message, no traceback), 130 Ctrl-C.
 
-SIGTERM ends a command as Ctrl-C does, with status 143: what was answered is written.
+SIGTERM ends a command as Ctrl-C does, with status 143. Finished answers are written in both cases.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from atb_pllava.errors import ConfigError, PllavaError
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; whatever cleans up after Ctrl-C cleans up after it too."""
+    """SIGTERM came. It is a KeyboardInterrupt: code that cleans up after Ctrl-C then cleans up after SIGTERM too."""
 
 
 def run_command(
@@ -31,7 +31,7 @@ def run_command(
 ) -> int:
     """Parse the command line and do the work; the process exit status.
 
-    `interrupted` is said on Ctrl-C, `no_stdout`, with the reason, when stdout takes no more.
+    `interrupted` is the message on Ctrl-C. `no_stdout`, with the reason, is the message when stdout cannot be written.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -45,7 +45,7 @@ def run_command(
         sys.stdout.flush()
         return status
     except PllavaError as error:
-        if rank() == 0:  # the others met the same error
+        if rank() == 0:  # the other ranks met the same error
             print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -55,7 +55,7 @@ def run_command(
             print(f"error: {missing_package(error.name)}", file=sys.stderr)
         return 2
     except OSError as error:
-        # Nothing more can be written to stdout; what is buffered would fail once more at exit.
+        # Nothing more can be written to stdout. Its buffer would fail once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader went away (`| head`)
             return 141
@@ -63,14 +63,15 @@ def run_command(
         print(f"error: {what}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as end:
-        if rank() == 0:  # torchrun, where it started us, hands the signal to all and ends in a traceback of its own
+        if rank() == 0:  # torchrun hands the signal to every rank, and ends in a traceback of its own
             print(interrupted, file=sys.stderr)
         return 143 if isinstance(end, Terminated) else 130
 
 
 def _level(arguments: argparse.Namespace) -> int:
-    """The least important kind of message that is shown: --quiet, --verbose, or neither of them."""
-    quiet, verbose = getattr(arguments, "quiet", False), getattr(arguments, "verbose", False)
+    """The level from which messages are shown: --quiet, --verbose, or neither of them."""
+    quiet = getattr(arguments, "quiet", False)
+    verbose = getattr(arguments, "verbose", False)
     if quiet and verbose:
         raise ConfigError("--quiet and --verbose contradict each other; leave one out")
     return logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
@@ -78,9 +79,9 @@ def _level(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated in the body, unless somebody else handles it.
+    """SIGTERM raises Terminated in the body, unless another handler is set.
 
-    Not under torchrun, whose ranks wait for each other where no signal is seen: there it ends a process at once.
+    Under torchrun SIGTERM ends the process at once: a rank that waits for another one would not see the signal.
     """
     is_ours = threading.current_thread() is threading.main_thread() and not started_by_torchrun(None)
     if not is_ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:

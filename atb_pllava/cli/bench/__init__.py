@@ -1,0 +1,37 @@
+"""`python -m atb_pllava bench KIND`: measurements. Without a kind, a sweep over batch sizes."""
+
+import argparse
+from collections.abc import Callable
+
+from atb_pllava.cli.bench import cache, compare, limits, load, overhead, scaling, sweep, video
+from atb_pllava.cli.parser import Parser
+
+Run = Callable[[argparse.Namespace], int]
+
+# Each kind has a module with its `add_options` and its `run`.
+KINDS = {
+    "sweep": ("throughput and latency over batch size (what `bench` alone does)", sweep),
+    "limits": ("what this machine can read and multiply in a second", limits),
+    "compare": ("stage by stage against Hugging Face transformers", compare),
+    "cache": ("first token of a second question about a video", cache),
+    "overhead": ("what of a decode step is not the model", overhead),
+    "load": ("start-up: time and memory to load a checkpoint", load),
+    "video": ("a few frames of a long file against decoding all of it", video),
+    "scaling": ("what bytes, FLOPs and links allow on other devices", scaling),
+}
+
+
+def add_options(parser: Parser) -> None:
+    """The kinds of benchmarks, each with its options."""
+    parser.default_subcommand = "sweep"
+    kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
+    for name, (summary, module) in KINDS.items():
+        kind = kinds.add_parser(name, help=summary, description=summary)
+        kind.set_defaults(quiet=False, measure=module.run)
+        module.add_options(kind)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run the kind that was asked for."""
+    run: Run = arguments.measure
+    return run(arguments)

@@ -1,0 +1,34 @@
+"""`bench load`: time and memory that loading a checkpoint from the page cache takes."""
+
+import argparse
+from typing import Any
+
+from atb_pllava.bench.microbench import loading
+from atb_pllava.cli.bench.output import add_json, check_json, print_rows
+from atb_pllava.cli.engine_args import add_model_options
+from atb_pllava.cli.loading import load_model
+from atb_pllava.errors import ConfigError
+
+# As little as possible beside the weights.
+_SMALLEST: dict[str, Any] = {
+    "max_batch_size": 1,
+    "max_input_length": 1,
+    "max_output_length": 1,
+    "video_cache_bytes": 0,
+    "prefix_cache": False,
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print how long a checkpoint takes to load from the page cache, and the memory that needs."""
+    check_json(arguments)
+    if arguments.world_size not in (None, 1):
+        raise ConfigError("bench load measures one process: leave --world_size out")
+    print_rows(arguments, [loading(arguments.model_path, lambda: load_model(arguments, **_SMALLEST))])
+    return 0

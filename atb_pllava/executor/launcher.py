@@ -1,0 +1,120 @@
+"""Loads one model on all of its ranks, and starts their executor. With one rank, no process is started."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from atb_pllava.config import EngineConfig, option
+from atb_pllava.distributed.tensor_parallel import TensorParallel
+from atb_pllava.errors import BackendError, PllavaError
+from atb_pllava.executor.executor import Executor
+from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.executor.worker import Rendezvous, send_worker_options, share_threads
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
+from atb_pllava.model.pllava import Pllava
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """`world_size` processes hold the model. None means 1, or as many as torchrun started.
+
+    They meet at `master_port` of the loopback interface. None means a free port.
+    """
+
+    world_size: int | None = field(default=None, metadata=option("devices to split the model over (default 1)"))
+    master_port: int | None = None
+
+
+class Launcher:
+    """Rank 0's part in the life of all ranks: plan, load, start, stop.
+
+    `rendezvous` is the link to ranks that torchrun started. None: this process starts ranks 1 to world_size - 1.
+    Constructing a Launcher reads the checkpoint's headers and reserves no memory.
+    """
+
+    def __init__(self, options: ModelOptions, parallel: ParallelOptions, rendezvous: Rendezvous | None = None) -> None:
+        size = 1 if parallel.world_size is None else parallel.world_size
+        self.options = options
+        self.rendezvous = rendezvous
+        self.parallel = rendezvous.parallel if rendezvous else TensorParallel(0, size)
+        self.model, self.plan = plan_model(options, self.parallel)
+        self.executor: Executor | None = None
+        self._port = parallel.master_port
+        self._owner = os.getpid()
+        self._restore_threads: Callable[[], None] = lambda: None
+
+    def launch(self, config: EngineConfig, plan_blocks: Callable[[Pllava], int]) -> Executor:
+        """Load the model on every rank. Returns the executor, whose KV cache has `plan_blocks(model)` blocks.
+
+        `plan_blocks` is called after loading: the weights are then part of the memory in use.
+        """
+        if self.parallel.size > 1 and self.rendezvous is None:
+            self.rendezvous = Rendezvous.start(self.parallel.size, self.options, self._port)
+        with self._stopped_on_error():
+            self._load()
+            blocks = plan_blocks(self.model)
+            choices = (blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
+            if self.rendezvous is not None:
+                send_worker_options(self.parallel, *choices)
+            runner = ModelRunner(self.model, *choices)
+        self.executor = Executor(runner, self.parallel, self._stop_after_loss)
+        return self.executor
+
+    def close(self) -> None:
+        """Stop the other ranks, if there are any, and free their memory. Safe to call twice.
+
+        A forked child has a copy of this object, and the ranks are not its own: there the call does nothing.
+        """
+        if self.rendezvous is None or os.getpid() != self._owner:
+            return
+        try:
+            if self.executor is not None:
+                self.executor.stop()
+        except RuntimeError:
+            self.rendezvous.kill()
+        self.rendezvous.stop()
+        self._restore_threads()
+
+    def _load(self) -> None:
+        """Fill this rank's part of the model, and wait until every other rank has filled its own."""
+        if self.rendezvous is None:
+            fill_model(self.model, self.plan, pack=True)
+            return
+        self._restore_threads = share_threads(self.parallel.size)
+        fill_model(self.model, self.plan, self.rendezvous.heartbeat, pack=True)
+        described = f"{self.plan.fingerprint()} {self.plan.lora_scale} {self.options.described()}"
+        self.rendezvous.barrier(self.model, described)
+        text = self.model.config.text
+        logger.debug(
+            "%d ranks: a token costs each of them %d all-reduces of %d values, and a gather of %d logits",
+            self.parallel.size,
+            2 * text.num_hidden_layers + 1,
+            text.hidden_size,
+            text.vocab_size,
+        )
+
+    @contextmanager
+    def _stopped_on_error(self) -> Iterator[None]:
+        """Kill the other ranks when the body raises: they would wait for rank 0 in a collective."""
+        try:
+            yield
+        except BaseException:
+            if self.rendezvous is not None:
+                self.rendezvous.kill()
+            self._restore_threads()
+            raise
+
+    def _stop_after_loss(self) -> PllavaError | None:
+        """A rank was lost: kill the others. Returns the error that names the lost rank, None where it is unknown."""
+        if self.rendezvous is None:
+            return None
+        time.sleep(0.2)  # a process that has just died needs a moment to be seen as dead
+        reason = self.rendezvous.failure_reason()
+        self.rendezvous.kill()
+        return None if reason is None else BackendError(f"{reason}; all ranks were stopped")

@@ -1,0 +1,43 @@
+"""The user's choices about media: which frames are taken, how they become squares, how large a file may be."""
+
+from dataclasses import dataclass, field
+
+from atb_pllava.config import check_choice, option
+from atb_pllava.errors import ConfigError
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
+from atb_pllava.multimodal.limits import MediaLimits
+from atb_pllava.multimodal.transforms import RESIZE_MODES
+
+
+@dataclass(frozen=True)
+class MultimodalOptions:
+    """How a VideoProcessor reads media. The values of `frame_sampler` and `resize` are the published pipelines'.
+
+    `limits` None means `MediaLimits()`.
+    """
+
+    frame_sampler: str = field(
+        default="demo",
+        metadata=option(
+            "which frames: demo (default), the middle of each of T equal parts of the video; eval, the same between a "
+            "question's start and end; npu, the beginning of each part",
+            metavar="NAME",
+            choices=FRAME_SAMPLERS,
+        ),
+    )
+    resize: str = field(
+        default="clip",
+        metadata=option(
+            "frames to squares: clip (default), scale the short side and crop; res672, first scale it to 672; squash, "
+            "stretch",
+            metavar="NAME",
+            choices=RESIZE_MODES,
+        ),
+    )
+    limits: MediaLimits | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("frame_sampler", self.frame_sampler, FRAME_SAMPLERS)
+        check_choice("resize", self.resize, RESIZE_MODES)
+        if self.limits is not None and not isinstance(self.limits, MediaLimits):
+            raise ConfigError(f"limits is a {type(self.limits).__name__}; it must be a MediaLimits")

@@ -1,0 +1,30 @@
+"""The user's choices about prompts: which conversation format, with which system text."""
+
+from dataclasses import dataclass, field
+
+from atb_pllava.config import check_choice, option
+from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, choose_conversation
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How questions become prompts. `conversation` None means the format that fits the checkpoint's vocabulary."""
+
+    conversation: str | None = field(
+        default=None,
+        metadata=option("prompt format, see below", metavar="NAME", choices=tuple(CONVERSATIONS)),
+    )
+    system: str | None = field(
+        default=None, metadata=option("system text instead of the conversation's own", metavar="TEXT")
+    )
+    video_caption: bool = field(default=False, metadata=option("PLLaVA-NPU's captioning: its turns and a system text"))
+
+    def __post_init__(self) -> None:
+        if self.conversation is not None:
+            check_choice("conversation", self.conversation, tuple(CONVERSATIONS))
+
+    def choose(self, is_chatml: bool) -> Conversation:
+        """The conversation. `is_chatml` says whether the checkpoint's vocabulary is ChatML's, as in 34B."""
+        return choose_conversation(
+            self.conversation, chatml=is_chatml, system=self.system, video_caption=self.video_caption
+        )
