@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atb_pllava.config import DTYPES, EngineConfig, PreprocessorConfig, check_choice
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import plan_blocks
 from atb_pllava.engine.core import Engine
@@ -24,7 +25,7 @@ from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
-from atb_pllava.executor.worker import Rendezvous, send_worker_options, share_threads
+from atb_pllava.executor.worker import load_fingerprint, send_worker_options, share_threads, start_workers
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.model.costs import Costs
 from atb_pllava.model.pllava import Pllava
@@ -130,11 +131,11 @@ class LLM:
             runner = ModelRunner(model, blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
             self._engine = Engine(Executor(runner, parallel), config)
             return
-        self._workers = workers = workers or Rendezvous.start(size, options, port)
+        self._workers = workers = workers or start_workers(size, options, port)
         restore_threads = share_threads(parallel.size)
         try:
             fill_model(model, plan, workers.heartbeat, pack=True)
-            workers.barrier(model, f"{plan.fingerprint()} {plan.lora_scale} {options.described()}")
+            workers.barrier(load_fingerprint(model, plan, options), model.ops.process_group)
             blocks = self._plan_blocks(model, config)
             choices = blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs
             send_worker_options(parallel, *choices)

@@ -8,9 +8,10 @@ from typing import Any
 
 from atb_pllava.cli.environment import compiler, kernel_dir, master_port, started_by_torchrun
 from atb_pllava.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import ConfigError, counted
-from atb_pllava.executor.worker import Rendezvous, run_worker
+from atb_pllava.executor.worker import run_worker
 from atb_pllava.llm import LLM
 from atb_pllava.loader.model_loader import ModelOptions
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS

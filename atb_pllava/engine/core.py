@@ -4,6 +4,7 @@ What a step is doing is in `Engine.progress`, for a thread that logs it.
 """
 
 import time
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,14 +12,30 @@ from atb_pllava.config import EngineConfig
 from atb_pllava.engine.activity import Progress
 from atb_pllava.engine.block_manager import BlockManager
 from atb_pllava.engine.encoder_cache import EncoderCache
+from atb_pllava.engine.input_builder import build_model_input
 from atb_pllava.engine.request import EncoderEntry, Request
 from atb_pllava.engine.sampler import sample
 from atb_pllava.engine.scheduler import Scheduler, SchedulerOutput
 from atb_pllava.errors import PllavaError, RequestError, counted
 from atb_pllava.executor.executor import Executor
-from atb_pllava.executor.model_input import ModelInput, StepStats
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.ops.interface import finish
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did, for benchmarks.
+
+    decoding: number of sequences that decoded one token; prefilled: number of prompt tokens. encode, forward: seconds
+    in the vision tower and in the decoder; total: seconds of the whole step.
+    """
+
+    decoding: int
+    prefilled: int
+    encode: float
+    forward: float
+    total: float
 
 
 class Engine:
@@ -28,7 +45,7 @@ class Engine:
         self.executor, self.config = executor, config
         self.block_manager = BlockManager(executor.runner.blocks)
         self.scheduler = Scheduler(config, self.block_manager)
-        self.videos = EncoderCache(config.video_cache_bytes // executor.runner.bytes_per_video, executor.forget)
+        self.videos = EncoderCache(config.video_cache_bytes // executor.runner.bytes_per_video, executor.free_video)
         self.progress = Progress()
         self._seconds_per_frame: float | None = None  # of the last video, other work of its steps included
         self._seconds_per_token: float | None = None  # of the last step that prefilled
@@ -112,10 +129,10 @@ class Engine:
     def _encode_some(self, state: EncoderEntry, video: ProcessedVideo) -> None:
         """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
         pixels = video.pixel_values(state.frames_encoded, state.frames_encoded + self._frames_at_once)
-        self.executor.encode_frames(state.video_id, pixels)
+        self.executor.call(ModelRunner.encode_frames, state.video_id, pixels)
         state.frames_encoded += len(pixels)
         if state.frames_encoded == len(video):
-            self.executor.pool_frames(state.video_id, video.inverse_indices)
+            self.executor.call(ModelRunner.pool_frames, state.video_id, video.inverse_indices)
             state.video = None
             if state.began is not None:
                 self._seconds_per_frame = (time.monotonic() - state.began) / state.frames_encoded
@@ -127,14 +144,16 @@ class Engine:
         try:
             while state.video is not None:
                 self._encode_some(state, state.video)
-            return self.executor.video_embeds(state.video_id).clone()  # the cache's own must not change
+            return self.executor.runner.video_embeds(state.video_id).clone()  # the cache's own must not change
         finally:
             self.videos.release(state)
 
     def _forward(self, step: SchedulerOutput) -> list[tuple[Request, Tensor]]:
         """Run a step; the requests whose next token is due, each with its logits [vocabulary] float32."""
         work = [(request, 1) for request in step.decode] + step.prefill
-        logits = self.executor.forward(ModelInput.of(work, len(step.decode), self.config.block_size))
+        logits = self.executor.call(
+            ModelRunner.forward, build_model_input(work, len(step.decode), self.config.block_size)
+        )
         for request, tokens in work:
             self.scheduler.update_from_output(request, tokens)
         return list(zip([request for request, _ in work if request.num_uncomputed_tokens == 0], logits, strict=True))

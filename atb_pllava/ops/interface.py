@@ -72,6 +72,7 @@ class Backend(Protocol):
     name: str
     kernels: str  # "torch": plain operators; "native": compiled for this package or by the device's maker
     device: torch.device
+    process_group: str  # backends of a process group for tensors on the CPU and on this device
 
     def new_kv_cache(
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype

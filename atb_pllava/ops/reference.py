@@ -29,6 +29,7 @@ class TorchBackend:
     def __init__(self, device: str = "cpu") -> None:
         self.name = device
         self.device = torch.device(device)
+        self.process_group = "gloo" if device == "cpu" else f"cpu:gloo,{device}:nccl"
 
     def new_kv_cache(
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype

@@ -26,9 +26,8 @@ from atb_pllava.cli.model_options import CONVERSATION_WORDS
 from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
-from atb_pllava.engine.core import Engine
+from atb_pllava.engine.core import Engine, StepStats
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
-from atb_pllava.executor.model_input import StepStats
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from tests.support import ROOT, raw_config, write_checkpoint
 

@@ -56,6 +56,7 @@ class AscendBackend:
 
     name = "ascend"
     kernels = "native"
+    process_group = "cpu:gloo,npu:hccl"
 
     def __init__(self, rank: int = 0) -> None:
         self._npu = import_torch_npu()
