@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from atb_pllava.doctor.required_packages import REQUIRED, missing_package
 
 if TYPE_CHECKING:
-    from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
+    from atb_pllava.engine.outputs import Metrics, RequestOutput
+    from atb_pllava.engine.sampling_params import SamplingParams
     from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
     from atb_pllava.llm import LLM
     from atb_pllava.multimodal.limits import MediaLimits
@@ -27,8 +28,8 @@ __all__ = [
     "WeightError",
 ]
 
-_HOME = {"LLM": "llm", "MediaLimits": "multimodal.limits", "Metrics": "engine.request",
-         "RequestOutput": "engine.request", "SamplingParams": "engine.request"}  # fmt: skip
+_HOME = {"LLM": "llm", "MediaLimits": "multimodal.limits", "Metrics": "engine.outputs",
+         "RequestOutput": "engine.outputs", "SamplingParams": "engine.sampling_params"}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -21,7 +21,9 @@ from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import plan_blocks
 from atb_pllava.engine.core import Engine
 from atb_pllava.engine.memory_estimate import kv_cache_tokens
-from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
+from atb_pllava.engine.outputs import RequestOutput
+from atb_pllava.engine.request import Request
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
@@ -34,7 +36,7 @@ from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
 from atb_pllava.ops import free_memory
 from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
-from atb_pllava.prompt.tokenizer import Tokenizer
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -372,7 +374,8 @@ class LLM:
                 "%d prompt tokens and up to %d more exceed the %d positions the model was trained on; "
                 "the quality beyond them is untested", len(expanded), params.max_tokens, longest)  # fmt: skip
         return Request.create(
-            token_ids, expanded, spans, videos, params, stops, self.tokenizer, arrival, decode_seconds,
+            token_ids, expanded, spans, videos, params, stops,
+            IncrementalDetokenizer(self.tokenizer, params.stop), arrival, decode_seconds,
             request.get("id"), name)  # fmt: skip
 
     def _prompt_of(self, request: Mapping[str, Any], videos: int) -> tuple[list[int], list[int]]:

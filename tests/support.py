@@ -1,12 +1,14 @@
 """What many tests share: paths of the repository, a small random model, its checkpoint directory, a small video."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from atb_pllava import LLM, RequestOutput, SamplingParams
 from atb_pllava.config import PllavaConfig
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops import get_backend
@@ -104,3 +106,13 @@ def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), 
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+def generate_together(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingParams) -> list[RequestOutput]:
+    """Like `LLM.generate`, but all requests are in the engine before the first step, so that every run is the same."""
+    prepared = [llm.prepare(request, params) for request in requests]
+    for request in prepared:
+        llm.engine.add(request)
+    while llm.engine.has_work:
+        llm.engine.step()
+    return [request.output() for request in prepared]

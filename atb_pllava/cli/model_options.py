@@ -9,7 +9,7 @@ from typing import Any
 from atb_pllava.cli.environment import compiler, kernel_dir, master_port, started_by_torchrun
 from atb_pllava.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from atb_pllava.distributed.rendezvous import Rendezvous
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.executor.worker import run_worker
 from atb_pllava.llm import LLM

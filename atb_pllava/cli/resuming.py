@@ -7,7 +7,7 @@ from typing import Any
 from atb_pllava.batch.run_metadata import checkpoint_files
 from atb_pllava.cli.model_options import model_options
 from atb_pllava.distributed.rendezvous import Rendezvous
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.prompt.chat_template import choose_conversation
 from atb_pllava.prompt.tokenizer import Tokenizer
 
