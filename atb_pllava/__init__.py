@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from atb_pllava.doctor.required_packages import REQUIRED, missing_package
 
 if TYPE_CHECKING:
-    from atb_pllava.engine.request import Metrics, RequestOutput, SamplingParams
+    from atb_pllava.engine.outputs import Metrics, RequestOutput
+    from atb_pllava.engine.sampling_params import SamplingParams
     from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
     from atb_pllava.llm import LLM
     from atb_pllava.multimodal.limits import MediaLimits
@@ -30,9 +31,9 @@ __all__ = [
 _HOME = {
     "LLM": "llm",
     "MediaLimits": "multimodal.limits",
-    "Metrics": "engine.request",
-    "RequestOutput": "engine.request",
-    "SamplingParams": "engine.request",
+    "Metrics": "engine.outputs",
+    "RequestOutput": "engine.outputs",
+    "SamplingParams": "engine.sampling_params",
 }
 
 

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.engine.arguments import EngineArgs
 from atb_pllava.engine.core import Engine
 from atb_pllava.engine.kv_cache_plan import kv_cache_blocks
-from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
+from atb_pllava.engine.outputs import RequestOutput
+from atb_pllava.engine.request import Request
 from atb_pllava.engine.request_parser import RequestParser, request_name
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.executor.launcher import Launcher
-from atb_pllava.executor.worker import Rendezvous
 from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.frame_cache import FrameCache

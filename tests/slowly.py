@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from atb_pllava.engine.core import Engine  # noqa: E402
-from atb_pllava.executor.model_input import StepStats  # noqa: E402
+from atb_pllava.engine.core import Engine, StepStats  # noqa: E402
 
 _step = Engine.step
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from atb_pllava import LLM, RequestOutput, SamplingParams
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import converter
 from atb_pllava.convert.options import ConvertOptions
@@ -153,3 +154,13 @@ def _prepared(ops: Backend, decode: SequenceBatch, prefill: SequenceBatch) -> At
     rows = rows.to(decode.block_tables.device)
     angles = torch.zeros(len(rows), 1, device=rows.device)
     return ops.prepare(ForwardBatch(rows, rows, rows, decode, prefill, rows[:0]), angles, angles)
+
+
+def generate_together(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingParams) -> list[RequestOutput]:
+    """Like `LLM.generate`, but all requests are in the engine before the first step, so that every run is the same."""
+    prepared = [llm.prepare(request, params) for request in requests]
+    for request in prepared:
+        llm.engine.add(request)
+    while llm.engine.has_work:
+        llm.engine.step()
+    return [request.output() for request in prepared]

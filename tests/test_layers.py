@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"multimodal", "ops", "prompt"},
     "cli": {"batch", "bench", "config", "convert", "distributed", "doctor", "engine", "errors", "executor", "files"}
     | {"llm", "loader", "mindie", "model", "multimodal", "ops", "prompt"},
-    "__init__": {"doctor.required_packages", "engine.request", "errors", "llm", "multimodal.limits"},
+    "__init__": {"doctor.required_packages", "engine.outputs", "engine.sampling_params", "errors", "llm"}
+    | {"multimodal.limits"},
     "__main__": {"cli", "errors"},
 }
 # Optional packages, and the folders that may import them.

@@ -59,7 +59,8 @@ from types import TracebackType
 from typing import Any
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.engine.request import RequestOutput, SamplingParams
+from atb_pllava.engine.outputs import RequestOutput
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, counted
 from atb_pllava.files import LFS_POINTER, LFS_REMEDY
 from atb_pllava.llm import LLM

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava import __version__
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.files import write_json
 from atb_pllava.llm import LLM
 from atb_pllava.loader.directory import config_directory

@@ -11,7 +11,7 @@ from atb_pllava.bench.memory import peak_bytes, reset_peak
 from atb_pllava.bench.run import run_round
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import percentile
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.ops.reference import TorchBackend
 

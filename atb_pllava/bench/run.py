@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atb_pllava.bench.memory import peak_bytes, reset_peak
-from atb_pllava.engine.request import Request, RequestOutput, SamplingParams
-from atb_pllava.executor.model_input import StepStats
+from atb_pllava.engine.core import StepStats
+from atb_pllava.engine.outputs import RequestOutput
+from atb_pllava.engine.request import Request
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.processor import ProcessedVideo
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atb_pllava.engine.block_manager import blocks_for
 from atb_pllava.executor.model_input import EmbedSlice, ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.llm import LLM
 
 _VIDEO = 2**40  # a number no request's video has
@@ -17,17 +18,17 @@ class Stages:
 
     def __init__(self, llm: LLM) -> None:
         self.executor, self.config = llm.engine.executor, llm.engine.config
-        self.vision_batch = llm.engine.vision_batch
+        self.encoder_chunk = llm.engine.encoder_chunk
         self.model = llm.model
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [T, 3, size, size] to video tokens, a few frames at a time as the engine does."""
-        self.executor.forget(_VIDEO)
-        at_once = self.vision_batch * self.executor.parallel.size
-        for start in range(0, len(pixels), at_once):
-            self.executor.encode_frames(_VIDEO, pixels[start : start + at_once])
-        self.executor.pool_frames(_VIDEO, range(len(pixels)))
-        return self.executor.video_embeds(_VIDEO)
+        self.executor.free_video(_VIDEO)
+        for start in range(0, len(pixels), self.encoder_chunk):
+            chunk = pixels[start : start + self.encoder_chunk]
+            self.executor.call(ModelRunner.encode_frames, _VIDEO, chunk)
+        self.executor.call(ModelRunner.pool_frames, _VIDEO, list(range(len(pixels))))
+        return self.executor.runner.video_embeds(_VIDEO)
 
     def prefill(self, token_ids: Sequence[int], start: int, length: int) -> Tensor:
         """A whole prompt in one step, its `length` video tokens (of `encode`) at `start`: logits [1, vocabulary]."""
@@ -37,7 +38,7 @@ class Stages:
             query_lens=[count], context_lens=[count], block_tables=[list(range(self._blocks(count)))],
             logits_indices=[count - 1], embed_slices=[EmbedSlice(_VIDEO, 0, length, start)] if length else [],
         )  # fmt: skip
-        return self.executor.forward(step)
+        return self.executor.call(ModelRunner.forward, step)
 
     def fill_cache(self, value: float) -> None:
         """Give every cached key and value one value: memory nobody wrote to is not memory that is read."""
@@ -54,7 +55,7 @@ class Stages:
             slot_mapping=[table[tokens // size] * size + tokens % size for table in tables], query_lens=[1] * batch,
             context_lens=[tokens + 1] * batch, block_tables=tables, logits_indices=list(range(batch)), embed_slices=[],
         )  # fmt: skip
-        return self.executor.forward(step)
+        return self.executor.call(ModelRunner.forward, step)
 
     def _blocks(self, tokens: int) -> int:
         return blocks_for(tokens, self.config.block_size)

@@ -13,7 +13,7 @@ from atb_pllava.bench.run import Round, run_round
 from atb_pllava.bench.timing import percentile
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import blocks_for
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.model.costs import Cost, Costs
 

@@ -14,7 +14,7 @@ from atb_pllava.cli.help import CONVERSATION_WORDS, HelpFormatter
 from atb_pllava.cli.parser import StoreSwitch
 from atb_pllava.config import EngineConfig, Option
 from atb_pllava.engine.arguments import OPTION_NAMES, EngineArgs
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.executor.launcher import ParallelOptions
 from atb_pllava.loader.model_options import ModelOptions

@@ -7,8 +7,9 @@ from typing import Any
 
 from atb_pllava.cli.engine_args import from_cli_args
 from atb_pllava.cli.environment import started_by_torchrun
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.errors import counted
-from atb_pllava.executor.worker import Rendezvous, run_worker
+from atb_pllava.executor.worker import run_worker
 from atb_pllava.llm import LLM
 
 
@@ -55,4 +56,4 @@ def _loaded(llm: LLM) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     weights = f"8-bit weights, {dtype}" if model.int8.names else dtype
     ranks = "" if model.parallel.size == 1 else f", {model.parallel.size} ranks"
-    return f"loaded {name}{on_top}: {weights} on {model.ops.name}{ranks}, {llm.weights.lora or 'no LoRA'}"
+    return f"loaded {name}{on_top}: {weights} on {model.ops}{ranks}, {llm.weights.lora or 'no LoRA'}"

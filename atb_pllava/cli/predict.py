@@ -31,7 +31,7 @@ from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.llm import LLM

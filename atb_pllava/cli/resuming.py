@@ -6,8 +6,8 @@ from typing import Any
 
 from atb_pllava.batch.run_metadata import checkpoint_files
 from atb_pllava.cli.engine_args import from_cli_args
-from atb_pllava.engine.request import SamplingParams
-from atb_pllava.executor.worker import Rendezvous
+from atb_pllava.distributed.rendezvous import Rendezvous
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 

@@ -20,7 +20,8 @@ from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.screen import Screen, is_same_file
-from atb_pllava.engine.request import RequestOutput, SamplingParams
+from atb_pllava.engine.outputs import RequestOutput
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError, counted
 from atb_pllava.files import check_writable
 from atb_pllava.llm import LLM

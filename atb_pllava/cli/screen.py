@@ -18,7 +18,7 @@ from typing import TextIO
 from atb_pllava.cli.environment import terminal_moves_its_cursor
 from atb_pllava.engine.activity import SECONDS_BETWEEN_LINES
 from atb_pllava.engine.activity import logger as progress_log
-from atb_pllava.engine.request import RequestOutput
+from atb_pllava.engine.outputs import RequestOutput
 from atb_pllava.errors import PllavaError, counted
 
 _ANSWER = "  answer:   "

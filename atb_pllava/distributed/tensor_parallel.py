@@ -1,11 +1,13 @@
 """Tensor parallelism: which part of each tensor a rank owns, and the collectives that join the parts.
 
-A rank owns whole units: KV groups of attention (a KV head with the query heads that read it), columns of the MLP, rows
-of the vocabulary. Units are dealt out evenly or, where the number of ranks does not divide them, one more to each of
-the first ranks, so every size up to the number of KV heads is exact: 7B over 3 ranks has 11 + 11 + 10 heads. All else
-is on every rank. Two all-reduces a layer join attention and MLP; frames of a video are encoded by different ranks.
+A rank owns whole units. A unit is a KV group of attention (a KV head with the query heads that read it), a column of
+the MLP, or a row of the vocabulary. Where the number of ranks does not divide the units, each of the first ranks owns
+one unit more. So every size up to the number of KV heads is exact: 7B over 3 ranks has 11 + 11 + 10 heads. All other
+tensors are whole on every rank. Each decoder layer has two all-reduces, behind attention and behind the MLP. The frames
+of a video are divided among the ranks.
 """
 
+import struct
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from atb_pllava.config import LARGEST_WORLD, TextConfig
 from atb_pllava.errors import ConfigError
+
+_LENGTH = struct.Struct("<Q")
+_FIRST_BYTES = 4096  # of the first collective of `broadcast_bytes`: a decode step of a whole batch fits
 
 
 class Collectives(Protocol):
@@ -27,30 +32,52 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process's rank among `size`. With size 1 the collectives do nothing."""
+    """The rank of this process among `size` ranks. With size 1 the collectives do nothing."""
 
     rank: int = 0
     size: int = 1
 
     def share(self, units: int, rank: int | None = None) -> range:
-        """The units of a rank, this one's unless said otherwise: consecutive, sizes differ by at most one."""
+        """The consecutive units that a rank owns (None: this rank); shares differ by at most one unit."""
         rank = self.rank if rank is None else rank
-        each, more = divmod(units, self.size)
-        first = rank * each + min(rank, more)
-        return range(first, first + each + (rank < more))
+        each, remainder = divmod(units, self.size)
+        first = rank * each + min(rank, remainder)
+        return range(first, first + each + (rank < remainder))
 
     def all_reduce(self, x: Tensor, device: Collectives) -> Tensor:
-        """Sum over the ranks."""
+        """Sum over the ranks, in the dtype of x; the backend decides in which dtype the ranks add."""
         return x if self.size == 1 else device.all_reduce(x)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's values on every rank; the others give a tensor of the same shape to write into."""
+        """Rank 0's values on every rank; the other ranks pass a tensor of the same shape, which is overwritten."""
         if self.size > 1:
             dist.broadcast(x, src=0)
         return x
 
+    def broadcast_bytes(self, data: bytes = b"") -> bytes:
+        """Rank 0's `data` on every rank; the other ranks pass nothing.
+
+        The first collective has a fixed size and carries the length with the first bytes. Longer data takes a second
+        collective.
+        """
+        if self.size == 1:
+            return data
+        head = bytearray(_FIRST_BYTES)
+        room = _FIRST_BYTES - _LENGTH.size
+        if self.rank == 0:
+            first = data[:room]
+            head[: _LENGTH.size] = _LENGTH.pack(len(data))
+            head[_LENGTH.size : _LENGTH.size + len(first)] = first
+        self.broadcast(torch.frombuffer(head, dtype=torch.uint8))
+        (length,) = _LENGTH.unpack_from(head)
+        if length <= room:
+            return bytes(head[_LENGTH.size : _LENGTH.size + length])
+        rest = bytearray(data[room:]) if self.rank == 0 else bytearray(length - room)
+        self.broadcast(torch.frombuffer(rest, dtype=torch.uint8))
+        return bytes(head[_LENGTH.size :] + rest)
+
     def all_gather(self, x: Tensor, units: int, device: Collectives) -> Tensor:
-        """Join the ranks' shares of `units` along the first axis: [share, ...] to [units, ...] on every rank."""
+        """Concatenate the ranks' shares of `units` along the first axis: [share, ...] to [units, ...] on every rank."""
         if self.size == 1:
             return x
         longest = len(self.share(units, 0))
@@ -62,7 +89,10 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Where a checkpoint tensor of `shape` goes: `tensor` takes its rows (axis 0) or columns (axis 1) from `start`."""
+    """Which part of a checkpoint tensor of `shape` this rank holds in `tensor`.
+
+    `tensor` receives the rows (axis 0) or columns (axis 1) from `start` on, as many as `tensor` has.
+    """
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -71,11 +101,12 @@ class ShardSpec:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "ShardSpec":
+        """All of a checkpoint tensor."""
         return cls(tensor, tuple(tensor.shape))
 
     @classmethod
     def of(cls, tensor: Tensor, axis: int, share: range, units: int) -> "ShardSpec":
-        """`tensor` holds the `share` out of `units` equal slices along `axis`."""
+        """The `share` of the `units` equal slices of a checkpoint tensor along `axis`; `tensor` holds that share."""
         per_unit = tensor.shape[axis] // len(share)
         shape = list(tensor.shape)
         shape[axis] = per_unit * units
@@ -83,13 +114,13 @@ class ShardSpec:
 
     @property
     def span(self) -> tuple[slice, ...]:
-        """The index that cuts this part out of the whole tensor."""
+        """The index of this part in the whole checkpoint tensor."""
         along = slice(self.start, self.start + self.tensor.shape[self.axis])
         return (slice(None),) * self.axis + (along,)
 
 
 def check_world_size(size: object, text: TextConfig) -> int:
-    """Raises ConfigError naming the sizes that work: a rank without a KV head would have nothing to attend with."""
+    """`size`, checked. Raises ConfigError naming the sizes that work: each rank needs at least one KV head."""
     largest = min(LARGEST_WORLD, text.num_key_value_heads)
     if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= largest:
         raise ConfigError(

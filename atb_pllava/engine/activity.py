@@ -1,7 +1,7 @@
-"""Where a long run stands: a log line every few seconds, also in the middle of a step that takes a minute.
+"""Log lines about the work under way, every few seconds, also in the middle of a step that takes a minute.
 
-The engine and `LLM` write what they are doing into a `Progress`; a thread of its own reads it and logs. Nothing is
-logged, and no thread is started, unless the log's level is INFO or lower.
+The engine and `LLM` write their current work into an `ActivityLog`. A thread of the activity log reads it and logs.
+Without level INFO nothing is logged and no thread is started.
 """
 
 import logging
@@ -16,15 +16,15 @@ from atb_pllava.errors import counted, duration
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 5.0
-_SECONDS_UNTIL_REPEATED = 15.0  # of a line about the same piece of work
+_SECONDS_UNTIL_REPEATED = 15.0  # between two lines about the same piece of work
 
 
 @dataclass(frozen=True)
 class Activity:
-    """One piece of work: `request` names the request, `doing` the work, `began` is a time of `time.monotonic`.
+    """One piece of work: the name of the request, what is done for it, and when that began (time.monotonic).
 
-    `seconds_left` is an estimate made at `began`, None where there is none yet; `how_sure` says what kind it is.
-    `answers` of other requests get their next tokens meanwhile.
+    seconds_left: an estimate made at `began`; None when nothing is known yet. how_sure: the words before the estimate.
+    answers: how many requests are decoding meanwhile.
     """
 
     request: str
@@ -35,7 +35,7 @@ class Activity:
     answers: int = 0
 
     def line(self, now: float, tokens_per_second: float) -> str:
-        """For example `[2/3] b.mp4: encoding frames 9 to 16 of 16, about 70 s left; 1 answer ..., 0.4 tokens/s`."""
+        """For example `b.mp4: encoding frames 9 to 16 of 16, about 70 s left; 1 answer being written, 0.4 tokens/s`."""
         spent = now - self.began
         left = 0.0 if self.seconds_left is None else self.seconds_left - spent
         line = f"{self.request}: {self.doing}"
@@ -50,27 +50,30 @@ class Activity:
         return line
 
 
-class Progress:
-    """What is being done now; None while nothing is. Written by the thread that asks, read by the one that logs."""
+class ActivityLog:
+    """The current activity (None: no work) and the number of generated tokens.
+
+    The thread that runs the engine writes both; the thread that logs reads them.
+    """
 
     def __init__(self) -> None:
         self.activity: Activity | None = None
-        self.tokens = 0  # generated since the start, of all requests
+        self.tokens = 0  # generated since the start, for all requests
         self._is_logged = False
 
     def start(
         self, request: str, doing: str, seconds_left: float | None = None, how_sure: str = "about", answers: int = 0
     ) -> None:
-        """From now on this is what is done."""
+        """Replace the current activity; see `Activity` for the arguments."""
         self.activity = Activity(request, doing, time.monotonic(), seconds_left, how_sure, answers)
 
     def stop(self) -> None:
-        """Nothing is done until the next `start`."""
+        """No work until the next `start`."""
         self.activity = None
 
     @contextmanager
     def logged(self) -> Iterator[None]:
-        """Log every few seconds what is being done, as long as the body runs. A second one inside has no effect."""
+        """Log the current activity every few seconds while the body runs. Inside another `logged`, nothing changes."""
         if self._is_logged or not logger.isEnabledFor(logging.INFO):
             yield
             return
@@ -86,15 +89,15 @@ class Progress:
             thread.join()
 
     def _log_until(self, ended: threading.Event) -> None:
-        said = time.monotonic()
-        tokens = self.tokens
+        logged_at = time.monotonic()
+        logged_tokens = self.tokens
         last: Activity | None = None
         while not ended.wait(SECONDS_BETWEEN_LINES):
             now = time.monotonic()
             activity = self.activity
-            if activity is None or (activity is last and now - said < _SECONDS_UNTIL_REPEATED):
+            if activity is None or (activity is last and now - logged_at < _SECONDS_UNTIL_REPEATED):
                 continue
-            logger.info("%s", activity.line(now, (self.tokens - tokens) / (now - said)))
-            said = now
-            tokens = self.tokens
+            logger.info("%s", activity.line(now, (self.tokens - logged_tokens) / (now - logged_at)))
+            logged_at = now
+            logged_tokens = self.tokens
             last = activity

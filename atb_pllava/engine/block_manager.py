@@ -1,4 +1,4 @@
-"""The KV cache as numbered blocks: who holds which, what full ones hold, and how many there can be."""
+"""The KV cache as numbered blocks: reference counts, the contents of full blocks, and how many blocks there can be."""
 
 import hashlib
 from array import array
@@ -9,70 +9,77 @@ from atb_pllava.errors import ConfigError
 
 
 class BlockManager:
-    """Block numbers 0 .. total - 1. A full block can be shared: it is remembered by its key until its room is needed.
+    """Blocks 0 .. total - 1 of the KV cache.
 
-    A key stands for a block's tokens and everything before them (see `block_hash`).
+    A full block is cached by its hash, and requests with the same prefix share the block. A cached block without
+    references stays until its space is needed. A hash covers the block's tokens and everything before them, see
+    `block_hash`.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self._empty = list(range(total - 1, -1, -1))
-        self._evictable: dict[int, None] = {}  # remembered blocks that nobody holds, least recently held first
+        self._evictable: dict[int, None] = {}  # cached blocks without references, least recently freed first
         self._ref_count = [0] * total
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be taken: empty ones, and remembered ones that nobody holds."""
+        """Blocks that can be allocated: empty blocks, and cached blocks without references."""
         return len(self._empty) + len(self._evictable)
 
-    def get_cached_blocks(self, keys: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest known beginning of `keys`."""
-        known = []
-        for key in keys:
-            if key not in self._block_of_hash:
+    def get_cached_blocks(self, block_hashes: Sequence[bytes]) -> list[int]:
+        """The cached blocks of the longest cached prefix of `block_hashes`; `touch` them before allocating."""
+        cached = []
+        for block_hash in block_hashes:
+            if block_hash not in self._block_of_hash:
                 break
-            known.append(self._block_of_hash[key])
-        return known
+            cached.append(self._block_of_hash[block_hash])
+        return cached
 
     def touch(self, blocks: Sequence[int]) -> None:
-        """Hold blocks that `find` named."""
+        """Add one reference to each block that `get_cached_blocks` returned."""
         for block in blocks:
             self._ref_count[block] += 1
             self._evictable.pop(block, None)
 
     def allocate(self, count: int) -> list[int]:
-        """Hold blocks with nothing in them: empty ones, then those unused for longest, which are forgotten."""
-        assert count <= self.num_free_blocks, "the scheduler checks before it takes"
-        taken = [self._empty.pop() if self._empty else self._evict() for _ in range(count)]
-        for block in taken:
+        """Blocks with one reference and nothing in them: empty blocks, then the least recently freed cached blocks."""
+        assert count <= self.num_free_blocks, "the scheduler checks before it allocates"
+        allocated = [self._empty.pop() if self._empty else self._evict_oldest() for _ in range(count)]
+        for block in allocated:
             self._ref_count[block] = 1
-        return taken
+        return allocated
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Hold these no longer. Of a sequence the last block is forgotten first: it is of no use without the others."""
+        """Drop one reference to each block.
+
+        Blocks are freed from the end of the sequence, so that eviction removes the tail of a prefix before its head.
+        """
         for block in reversed(blocks):
             self._ref_count[block] -= 1
-            assert self._ref_count[block] >= 0, "a block was given back twice"
+            assert self._ref_count[block] >= 0, "a block was freed twice"
             if self._ref_count[block] == 0:
                 if block in self._hash_of_block:
                     self._evictable[block] = None
                 else:
                     self._empty.append(block)
 
-    def cache_block(self, block: int, key: bytes) -> None:
-        """A held block is full; others may share it, unless one with the same content is known already."""
-        if key not in self._block_of_hash:
-            self._block_of_hash[key], self._hash_of_block[block] = block, key
+    def cache_block(self, block: int, block_hash: bytes) -> None:
+        """A block became full. It can be shared from now on, unless another block with this hash is cached already."""
+        if block_hash not in self._block_of_hash:
+            self._block_of_hash[block_hash] = block
+            self._hash_of_block[block] = block_hash
 
     def evict(self, blocks: Sequence[int]) -> None:
-        """What these blocks hold is not to be shared any more."""
+        """Do not share the contents of these blocks any more. Their references stay."""
         for block in blocks:
             if block in self._hash_of_block:
                 del self._block_of_hash[self._hash_of_block.pop(block)]
 
-    def _evict(self) -> int:
+    def _evict_oldest(self) -> int:
+        """Empty the least recently freed cached block."""
         block = next(iter(self._evictable))
         del self._evictable[block]
         del self._block_of_hash[self._hash_of_block.pop(block)]
@@ -80,12 +87,13 @@ class BlockManager:
 
 
 def block_hash(request: Request, index: int, block_size: int, before: bytes) -> bytes:
-    """Key of a request's block number `index`: SHA-256 over its tokens and the key of the block `before` it.
+    """The hash of a request's block `index`: SHA-256 over its tokens and `before`, the hash of the block before it.
 
-    All video tokens have the same id, so each video that reaches into the block counts with the digest of its pixels
-    and where it begins. Without that, one video's keys and values would answer for another.
+    The placeholders of all videos have the same token id. So for each video that overlaps the block, the hash includes
+    mm_hash and the position where the video begins. Otherwise a prompt could get another video's keys and values.
     """
-    first, last = index * block_size, (index + 1) * block_size
+    first = index * block_size
+    last = first + block_size
     content = hashlib.sha256(before)
     content.update(array("q", request.token_ids[first:last]).tobytes())
     for span, video in zip(request.spans, request.videos, strict=True):
@@ -95,11 +103,12 @@ def block_hash(request: Request, index: int, block_size: int, before: bytes) -> 
 
 
 def full_block_hashes(request: Request, tokens: int, block_size: int) -> list[bytes]:
-    """Keys of the blocks that the first `tokens` tokens of a request fill; computed once each."""
-    keys = request.block_hashes
-    for index in range(len(keys), tokens // block_size):
-        keys.append(block_hash(request, index, block_size, keys[-1] if keys else b""))
-    return keys[: tokens // block_size]
+    """Hashes of the blocks that the first `tokens` tokens of a request fill; each is computed once."""
+    block_hashes = request.block_hashes
+    for index in range(len(block_hashes), tokens // block_size):
+        before = block_hashes[-1] if block_hashes else b""
+        block_hashes.append(block_hash(request, index, block_size, before))
+    return block_hashes[: tokens // block_size]
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -108,9 +117,10 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 def plan_blocks(wanted_tokens: int, block_size: int, bytes_per_token: int, budget: int | None, free_memory: int) -> int:
-    """Number of blocks: all of `budget` bytes or, without one, those for `wanted_tokens` in half of the free memory.
+    """How many blocks the KV cache gets.
 
-    bytes_per_token is 2 * layers * kv_heads * head_dim * bytes per element: 512 KiB for 7B in bfloat16.
+    With a `budget` in bytes, as many as the budget holds. Without one, as many as `wanted_tokens` need, within half of
+    `free_memory`. bytes_per_token is 2 * layers * kv_heads * head_dim * bytes per element: 512 KiB for 7B in bfloat16.
     Raises ConfigError when not even one block fits.
     """
     per_block = block_size * bytes_per_token

@@ -1,53 +1,75 @@
-"""The step loop: admit, encode videos, run the model, sample. One thread, no hidden state.
-
-What a step is doing is in `Engine.progress`, for a thread that logs it.
-"""
+"""The step loop: admit requests, encode videos, run the model, sample. One thread owns all of the engine's state."""
 
 import time
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from atb_pllava.config import EngineConfig
-from atb_pllava.engine.activity import Progress
+from atb_pllava.engine.activity import ActivityLog
 from atb_pllava.engine.block_manager import BlockManager
-from atb_pllava.engine.encoder_cache import EncoderCache
-from atb_pllava.engine.request import EncoderEntry, Request
+from atb_pllava.engine.encoder_cache import EncoderCache, EncoderEntry
+from atb_pllava.engine.input_builder import build_model_input
+from atb_pllava.engine.outputs import TokenLogprobs
+from atb_pllava.engine.request import Request, RequestStatus
 from atb_pllava.engine.sampler import sample
-from atb_pllava.engine.scheduler import Scheduler, SchedulerOutput
+from atb_pllava.engine.scheduler import EncoderChunk, Scheduler, SchedulerOutput
+from atb_pllava.engine.step_activity import StepActivity
 from atb_pllava.errors import PllavaError, RequestError, counted
 from atb_pllava.executor.executor import Executor
-from atb_pllava.executor.model_input import ModelInput, StepStats
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
 
 
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did, for benchmarks.
+
+    decoding: number of sequences that decoded one token; prefilled: number of prompt tokens. encode, forward: seconds
+    in the vision tower and in the decoder; total: seconds of the whole step.
+    """
+
+    decoding: int
+    prefilled: int
+    encode: float
+    forward: float
+    total: float
+
+
 class Engine:
-    """Serves requests together. Call `add`, then `step` until `has_work` is false."""
+    """Serves requests together. Call `add`, then `step` until `has_work` is false.
+
+    `progress` says what the engine is doing; a thread of its own may log it.
+    """
 
     def __init__(self, executor: Executor, config: EngineConfig) -> None:
-        self.executor, self.config = executor, config
+        self.executor = executor
+        self.config = config
         self.block_manager = BlockManager(executor.runner.blocks)
         ops = executor.runner.ops
-        self.vision_batch = config.vision_batch or ops.preferred_vision_batch  # frames that a rank encodes at once
-        self.scheduler = Scheduler(config, self.block_manager, config.prefill_chunk or ops.preferred_chunk)
-        self.videos = EncoderCache(config.video_cache_bytes // executor.runner.bytes_per_video, executor.forget)
-        self.progress = Progress()
-        self._seconds_per_frame: float | None = None  # of the last video, other work of its steps included
-        self._seconds_per_token: float | None = None  # of the last step that prefilled
-        self._seconds_per_decode: float | None = None  # of the last step that did not
+        vision_batch = config.vision_batch or ops.preferred_vision_batch
+        self.encoder_chunk = vision_batch * executor.parallel.size
+        prefill_chunk = config.prefill_chunk or ops.preferred_chunk
+        self.scheduler = Scheduler(config, self.block_manager, self.encoder_chunk, prefill_chunk)
+        capacity = config.video_cache_bytes // executor.runner.bytes_per_video
+        self.encoder_cache = EncoderCache(capacity, executor.free_video)
+        self.progress = ActivityLog()
+        self._activity = StepActivity(self.progress)
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises what `check` raises."""
+        """Queue a request. Raises RequestError as `check`."""
         self.check(request)
-        request.encoder_entries = [self.videos.acquire(video) for video in request.videos]
+        request.encoder_entries = [self.encoder_cache.acquire(video) for video in request.videos]
         self.scheduler.add(request)
 
     def check(self, request: Request) -> None:
-        """Raises RequestError naming the numbers when the request is over a limit or could not finish even alone."""
-        longest_prompt, longest_answer = self.config.max_input_length, self.config.max_output_length
+        """Raises RequestError naming the numbers when the request exceeds a limit or the whole KV cache."""
+        longest_prompt = self.config.max_input_length
+        longest_answer = self.config.max_output_length
         if longest_prompt is not None and request.prompt_length > longest_prompt:
             video = sum(span.length for span in request.spans)
             raise RequestError(
@@ -62,157 +84,107 @@ class Engine:
         self.scheduler.check(request)
 
     def abort(self, request: Request) -> None:
-        """Drop a request wherever it stands; its blocks are free at once."""
+        """End an unfinished request, waiting or running; its blocks are free at once."""
         if not request.is_finished:
             request.error = RequestError("the request was aborted")
-            self._remove(request)
+            self._finish(request, RequestStatus.FINISHED_ABORTED)
 
     def step(self) -> StepStats:
-        """Do one step of work for everybody who can take part."""
+        """One step of work for every request that can take part."""
         start = time.perf_counter()
         self.scheduler.admit()
-        self._encode_videos()
+        for chunk in self.scheduler.schedule_encoder():
+            self._encode_chunk(chunk)
         encode = time.perf_counter() - start
-        step = self.scheduler.schedule()
-        forward = self._run(step) if step else 0.0
-        prefilled = sum(tokens for _, tokens in step.prefill)
-        return StepStats(len(step.decode), prefilled, encode, forward, time.perf_counter() - start)
-
-    def _run(self, step: SchedulerOutput) -> float:
-        """Put a step through the model and take its tokens; the seconds the model took."""
-        self._say_what_runs(step)
-        began = time.perf_counter()
-        due = self._forward(step)
-        self.executor.runner.ops.synchronize()
-        seconds = time.perf_counter() - began
-        if step.prefill:
-            self._seconds_per_token = seconds / sum(tokens for _, tokens in step.prefill)
-        else:
-            self._seconds_per_decode = seconds
-        for request, _ in step.prefill:
-            request.prefill += seconds
-        for request, logits in due:
-            self._take_token(request, logits)
-        return seconds
-
-    def _encode_videos(self) -> None:
-        """Encode for the oldest request that waits for it: all of it, or a few frames when others are decoding."""
-        request = next((r for r in self.scheduler.running if not r.videos_ready), None)
-        if request is None:
-            return
-        decoding = any(other.is_decoding for other in self.scheduler.running)
-        for state in request.videos_to_encode:
-            while state.video is not None:
-                self._say_what_is_encoded(request, state, len(state.video))
-                began = time.perf_counter()
-                self._encode_some(state, state.video)
-                request.vision_encode += time.perf_counter() - began
-                if decoding:
-                    return
-
-    def _encode_some(self, state: EncoderEntry, video: ProcessedVideo) -> None:
-        """The next few frames of a video, so many on each rank; after the last one its tokens are ready."""
-        pixels = video.pixel_values(state.frames_encoded, state.frames_encoded + self._frames_at_once)
-        self.executor.encode_frames(state.video_id, pixels)
-        state.frames_encoded += len(pixels)
-        if state.frames_encoded == len(video):
-            self.executor.pool_frames(state.video_id, video.inverse_indices)
-            state.video = None
-            if state.began is not None:
-                self._seconds_per_frame = (time.monotonic() - state.began) / state.frames_encoded
-        self.executor.runner.ops.synchronize()
+        output = self.scheduler.schedule()
+        forward = self._run(output) if output else 0.0
+        total = time.perf_counter() - start
+        return StepStats(len(output.decode), output.num_prefill_tokens, encode, forward, total)
 
     def encode_video(self, video: ProcessedVideo) -> Tensor:
-        """Video tokens [t * h * w, hidden] of one video, outside of any request."""
-        state = self.videos.acquire(video)
+        """The embeddings [t * h * w, hidden] of one video, without a request."""
+        entry = self.encoder_cache.acquire(video)
         try:
-            while state.video is not None:
-                self._encode_some(state, state.video)
-            return self.executor.video_embeds(state.video_id).clone()  # the cache's own must not change
+            for frames in entry.frames_to_encode(video, self.encoder_chunk):
+                self._encode_frames(entry, video, frames)
+            return self.executor.runner.video_embeds(entry.video_id).clone()  # the cache keeps its own
         finally:
-            self.videos.release(state)
+            self.encoder_cache.release(entry)
 
-    def _forward(self, step: SchedulerOutput) -> list[tuple[Request, Tensor]]:
-        """Run a step; the requests whose next token is due, each with its logits [vocabulary] float32."""
-        work = [(request, 1) for request in step.decode] + step.prefill
-        logits = self.executor.forward(ModelInput.of(work, len(step.decode), self.config.block_size))
+    def _encode_chunk(self, chunk: EncoderChunk) -> None:
+        self._activity.start_encoding(chunk, self.scheduler.num_decoding)
+        began = time.perf_counter()
+        self._encode_frames(chunk.entry, chunk.video, chunk.frames)
+        chunk.request.vision_encode += time.perf_counter() - began
+        self._activity.end_encoding(chunk)
+
+    def _encode_frames(self, entry: EncoderEntry, video: ProcessedVideo, frames: range) -> None:
+        """Put some frames of a video through the vision tower; after the last frame, pool all of them."""
+        pixels = video.pixel_values(frames.start, frames.stop)
+        self.executor.call(ModelRunner.encode_frames, entry.video_id, pixels)
+        entry.num_encoded_frames = frames.stop
+        if frames.stop == len(video):
+            self.executor.call(ModelRunner.pool_frames, entry.video_id, video.inverse_indices)
+            entry.is_ready = True
+        self.executor.runner.ops.synchronize()
+
+    def _run(self, output: SchedulerOutput) -> float:
+        """Run the forward pass of a step and sample the next tokens; returns the seconds of the forward pass."""
+        self._activity.start_forward(output)
+        began = time.perf_counter()
+        sampling = self._forward(output)
+        self.executor.runner.ops.synchronize()
+        seconds = time.perf_counter() - began
+        self._activity.end_forward(output, seconds)
+        for request, _ in output.prefill:
+            request.prefill += seconds
+        for request, logits in sampling:
+            self._sample(request, logits)
+        return seconds
+
+    def _forward(self, output: SchedulerOutput) -> list[tuple[Request, Tensor]]:
+        """Run the model; returns the requests whose next token is due, with their logits [vocabulary] float32."""
+        work = [(request, 1) for request in output.decode] + output.prefill
+        model_input = build_model_input(work, len(output.decode), self.config.block_size)
+        logits = self.executor.call(ModelRunner.forward, model_input)
         for request, tokens in work:
             self.scheduler.update_from_output(request, tokens)
         return list(zip([request for request, _ in work if request.num_uncomputed_tokens == 0], logits, strict=True))
 
-    def _take_token(self, request: Request, logits: Tensor) -> None:
+    def _sample(self, request: Request, logits: Tensor) -> None:
+        """Sample a request's next token. A request whose logits are broken fails, and its blocks are not shared."""
         try:
             token, logprobs = sample(logits, request)
         except PllavaError as error:
             request.error = error
-            self.block_manager.evict(request.blocks)  # whatever broke the logits may stand in there
-            self._finish(request)
+            self.block_manager.evict(request.blocks)  # their keys and values may be broken too
+            self._finish(request, RequestStatus.FINISHED_ERROR)
             return
+        status = self._append_token(request, token, logprobs)
+        if status is not None:
+            self._finish(request, status)
+
+    def _append_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> RequestStatus | None:
+        """Append a generated token and its text; returns the finished status when the answer ends with the token."""
         if not request.num_generated:
             request.first_token_time = time.perf_counter()
         request.token_ids.append(token)
         self.progress.tokens += 1
         if logprobs is not None:
             request.logprobs.append(logprobs)
-        ended, full = token in request.stop_token_ids, request.num_generated == request.params.max_tokens
-        if not ended:
+        is_stop_token = token in request.stop_token_ids
+        is_full = request.num_generated == request.params.max_tokens
+        if not is_stop_token:
             request.detokenizer.push(token)
-        if ended or full:
-            request.detokenizer.finish()  # what is held back may hold a stop string
-        if ended or request.detokenizer.stopped:
-            request.finish_reason = "stop"
-        elif full:
-            request.finish_reason = "length"
-        if request.is_finished:
-            self._finish(request)
+        if is_stop_token or is_full:
+            request.detokenizer.finish()  # text that is still held back may contain a stop string
+        if is_stop_token or request.detokenizer.stopped:
+            return RequestStatus.FINISHED_STOPPED
+        return RequestStatus.FINISHED_LENGTH if is_full else None
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: Request, status: RequestStatus) -> None:
         request.finished_time = time.perf_counter()
-        self._remove(request)
-
-    def _remove(self, request: Request) -> None:
-        self.scheduler.remove(request)
-        for state in request.encoder_entries:
-            self.videos.release(state)
+        self.scheduler.finish(request, status)
+        for entry in request.encoder_entries:
+            self.encoder_cache.release(entry)
         request.encoder_entries = []
-
-    @property
-    def _frames_at_once(self) -> int:
-        return self.vision_batch * self.executor.parallel.size
-
-    def _say_what_is_encoded(self, request: Request, state: EncoderEntry, frames: int) -> None:
-        """Into `progress`: which frames come next, and the time until the last one is done."""
-        now = time.monotonic()
-        if state.began is None:
-            state.began = now
-        done, last = state.frames_encoded, min(state.frames_encoded + self._frames_at_once, frames)
-        each = (now - state.began) / done if done else self._seconds_per_frame
-        which = f"frame {last}" if last == done + 1 else f"frames {done + 1} to {last}"
-        self.progress.start(
-            request.name,
-            f"encoding {which} of {frames}",
-            None if each is None else each * (frames - done),
-            answers=sum(other.is_decoding for other in self.scheduler.running),
-        )
-
-    def _say_what_runs(self, step: SchedulerOutput) -> None:
-        """Into `progress`: the oldest prompt that is prefilled, or else the oldest answer that is written."""
-        if step.prefill:
-            request, each = step.prefill[0][0], self._seconds_per_token
-            self.progress.start(
-                request.name,
-                f"prefilling the prompt, {request.num_computed_tokens} of "
-                f"{counted(len(request.token_ids), 'token')} done",
-                None if each is None else each * request.num_uncomputed_tokens,
-                answers=len(step.decode),
-            )
-            return
-        request, each = step.decode[0], self._seconds_per_decode
-        left = request.params.max_tokens - request.num_generated
-        self.progress.start(
-            request.name,
-            f"token {request.num_generated + 1} of at most {request.params.max_tokens}",
-            None if each is None else each * left,
-            how_sure="at most",
-            answers=len(step.decode),
-        )

@@ -1,7 +1,7 @@
-"""What a model takes before it is there: bytes to download, to hold, and to answer with. Nothing is loaded.
+"""The memory that a model will need, computed from its configuration: download, weights, KV cache, activations.
 
-Weights, keys and values are counted as in `costs`. Working memory is an estimate from the largest tensors that exist at
-once.
+Nothing is loaded. Weights, keys and values are counted as in `model.costs`. The memory of activations is estimated from
+the largest tensors that exist at the same time.
 """
 
 import math
@@ -10,22 +10,22 @@ from dataclasses import dataclass, replace
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import blocks_for
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.model.costs import Costs
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.interface import Backend
 
 PROCESS_BYTES = 400_000_000  # Python, torch and its libraries: resident after the imports, measured on x86-64 Linux
-TEXT_TOKENS = 512  # of a template, a question and an answer beside one video
+TEXT_TOKENS = 512  # for the template, a question and an answer, besides one video
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes in one memory: a device's, or for all ranks together that of a machine whose CPU they share.
+    """Bytes in one memory: a device's memory, or the main memory that all ranks of a CPU model share.
 
-    `clip` are the keys and values of one video with a question and an answer. `batch` are those of a full batch of the
-    longest requests, which the KV cache holds by default where memory allows. `caches` fill up in long runs: tokens and
-    frames of videos seen before.
+    clip: keys and values of one video with a question and an answer. batch: keys and values of a full batch of the
+    longest requests, which is the default size of the KV cache if memory allows. working: activations and the process.
+    caches: embeddings and frames of earlier videos, which accumulate in long runs.
     """
 
     weights: int
@@ -36,12 +36,12 @@ class MemoryNeed:
 
     @property
     def least(self) -> int:
-        """One video at a time. The KV cache is given at most half of what weights leave (`kv_cache.plan_blocks`)."""
+        """For one video at a time. The KV cache gets at most half of the memory beside the weights (`plan_blocks`)."""
         return self.weights + self.clip + max(self.clip, self.working)
 
     @property
     def default(self) -> int:
-        """A full batch of longest requests and full caches."""
+        """For a full batch of the longest requests, and full caches."""
         return self.weights + self.batch + self.working + self.caches
 
 
@@ -55,9 +55,10 @@ def memory_need(
     vision_batch: int = Backend.preferred_vision_batch,
     engine: EngineConfig | None = None,
 ) -> MemoryNeed:
-    """What the engine needs with floats of `element` bytes: on rank 0, which has the largest share, or all together.
+    """The memory that the engine needs, with floats of `element` bytes.
 
-    vision_batch: frames encoded at once where `engine` names no number.
+    together=False: on the device of rank 0, which has the largest share. together=True: of all ranks. vision_batch:
+    frames encoded at once where `engine` names no number.
     """
     engine = engine or EngineConfig()
     ranks = range(world_size if together else 1)
@@ -77,24 +78,26 @@ def memory_need(
 
 
 def longest_request(config: PllavaConfig, engine: EngineConfig) -> int:
-    """Tokens of the longest request that the KV cache makes room for, the answer included."""
+    """Tokens of the longest request that the KV cache is planned for, including the answer."""
     if engine.max_input_length is not None:
         return engine.max_input_length + (engine.max_output_length or SamplingParams.max_tokens)
     return max(config.text.max_position_embeddings, config.num_video_tokens + 1024)
 
 
 def kv_cache_tokens(config: PllavaConfig, engine: EngineConfig) -> int:
-    """Tokens of a full batch of longest requests. Each takes a block more: lengths are rounded up to whole blocks."""
+    """Tokens of a full batch of the longest requests, with one block more each, since lengths fill whole blocks."""
     return engine.max_batch_size * (longest_request(config, engine) + engine.block_size)
 
 
 def working_bytes(config: PllavaConfig, tokens_at_once: int, world_size: int) -> int:
-    """An estimate of activations at their peak, in 16 bits: all frames in the vision tower, or a full prefill.
+    """Estimated bytes of activations at their peak in 16 bits: the larger of the vision tower and a full prefill.
 
-    Vision: the MLP's and four hidden-sized tensors of all frames, attention weights in 32 bits where no fused kernel
-    avoids them, three projected tensors. Prefill: three MLP-sized and six hidden-sized tensors of every token.
+    Vision, for all frames: one MLP-sized and four hidden-sized tensors, attention weights in 32 bits (without a fused
+    kernel), three projected tensors. Prefill, for all tokens: three MLP-sized and six hidden-sized tensors.
     """
-    vision, text, frames = config.vision, config.text, config.num_frames
+    vision = config.vision
+    text = config.text
+    frames = config.num_frames
     patches = vision.grid**2 + 1
     tower = 2 * frames * patches * (vision.intermediate_size + 4 * vision.hidden_size)
     scores = 4 * frames * vision.num_attention_heads * patches**2
@@ -106,12 +109,13 @@ def working_bytes(config: PllavaConfig, tokens_at_once: int, world_size: int) ->
 def published_bytes(config: PllavaConfig, lora_rank: int, element: int = 2) -> int:
     """Bytes of the tensors in a published directory, as PLLaVA saves them with PEFT.
 
-    These are all layers of the vision tower with the norm behind them, projector and decoder, and LoRA of `lora_rank`
-    for every q_proj and v_proj. Tokenizer and headers, about 2 MB, are left out.
+    The directory holds all layers of the vision tower and the norm behind them, the projector, the decoder, and LoRA of
+    `lora_rank` for every q_proj and v_proj. The tokenizer and the headers, about 2 MB, are not counted.
     """
     text = config.text
     whole = replace(config, vision_feature_layer=-1)
-    heads, kv_heads = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    lora = lora_rank * text.num_hidden_layers * (2 * text.hidden_size + heads + kv_heads)
+    query_width = text.num_attention_heads * text.head_dim
+    value_width = text.num_key_value_heads * text.head_dim
+    lora = lora_rank * text.num_hidden_layers * (2 * text.hidden_size + query_width + value_width)
     last_norm = 2 * config.vision.hidden_size
     return Costs(whole, element).weight_bytes + (lora + last_norm) * element

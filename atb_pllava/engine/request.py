@@ -1,139 +1,50 @@
-"""What a user asks for, what the engine keeps about it, and what comes back."""
+"""One request inside the engine: its prompt and videos, its status, and what each part of the engine keeps about it."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import IntEnum
 
-import numpy as np
 import torch
 
-from atb_pllava.config import option
-from atb_pllava.errors import PllavaError, RequestError, check_number, check_whole_number
+from atb_pllava.engine.encoder_cache import EncoderEntry
+from atb_pllava.engine.outputs import Metrics, RequestOutput, TokenLogprobs
+from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.prompt.chat_template import VideoSpan
-from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
-
-TokenLogprobs = dict[int, float] | np.ndarray
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer
 
 # Lowest and largest value of each whole number in SamplingParams. seed and logprobs may also be None.
 _WHOLE_NUMBERS = {"max_tokens": (1, 2**31), "top_k": (0, 2**31), "seed": (0, 2**63 - 1), "logprobs": (-1, 2**31)}
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue a prompt. The default is greedy, as in every published PLLaVA script.
+class RequestStatus(IntEnum):
+    """Where a request stands. The scheduler sets the status at every transition."""
 
-    `max_tokens` bounds the answer's tokens. `temperature` 0 is greedy; above 0, `top_k` (0: off) and `top_p` narrow
-    the choice. `repetition_penalty` divides positive and multiplies negative logits of tokens that the prompt or the
-    answer has. `seed` makes a sampled answer repeatable, whatever else is in the batch. The answer ends before any of
-    the strings in `stop`. `ignore_eos` generates `max_tokens` tokens in any case. `logprobs` k returns the k best
-    log-probabilities of each token, -1 those of the whole vocabulary.
-    """
-
-    max_tokens: int = 200
-    temperature: float = field(default=0.0, metadata=option("0 (default): the likeliest token", "X"))
-    top_p: float = field(default=1.0, metadata=option("sample from the likeliest up to this sum", "X"))
-    top_k: int = field(default=0, metadata=option("sample from the K likeliest (0: all)", "K"))
-    repetition_penalty: float = field(
-        default=1.0, metadata=option("above 1: fewer repetitions (default 1: off)", "X")
-    )
-    seed: int | None = field(default=None, metadata=option("makes sampled answers repeatable"))
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = field(default=False, metadata=option("always generate --max_output_length tokens"))
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        for name, (lowest, largest) in _WHOLE_NUMBERS.items():
-            value = getattr(self, name)
-            if value is not None or name not in ("seed", "logprobs"):
-                object.__setattr__(self, name, check_whole_number(name, value, lowest, largest, RequestError))
-        check_number("temperature", self.temperature, 0.0, 100.0, RequestError)
-        check_number("top_p", self.top_p, 0.0, 1.0, RequestError)
-        if self.top_p == 0:
-            raise RequestError("top_p is 0; it must be above 0 and at most 1")
-        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, RequestError)
-        if not all(isinstance(s, str) and s for s in self.stop) or len(self.stop) > 64:
-            raise RequestError("stop must be at most 64 strings, none of them empty")
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Where a request's time went, in seconds, and its sizes in tokens.
-
-    ttft: from the request's arrival to its first token, video decoding included; tpot: mean time of each further
-    token; prefill and vision_encode are the steps that worked on this request, other requests' share included.
-    """
-
-    prompt_tokens: int
-    video_tokens: int
-    output_tokens: int
-    video_decode: float
-    vision_encode: float
-    queue: float
-    prefill: float
-    ttft: float
-    tpot: float
-    latency: float
-    preemptions: int
-
-
-@dataclass(frozen=True, repr=False)
-class RequestOutput:
-    """A finished answer. Printed, it is its text and a summary.
-
-    prompt_token_ids has one image token for each video; metrics.prompt_tokens counts them expanded. token_ids includes
-    the end-of-sequence token when there was one. finish_reason is "stop" (the model or a stop string ended the answer)
-    or "length" (max_tokens did). frame_indices has a list for each video (one list when there is one video). logprobs
-    has an entry a generated token: {token id: log-probability} of the best, best first, or a float32 array over the
-    vocabulary. request_id is the request's "id", None without one.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str
-    frame_indices: list[Any]
-    num_cached_tokens: int
-    metrics: Metrics
-    logprobs: list[TokenLogprobs] | None = None
-    request_id: str | int | None = None
-
-    def __repr__(self) -> str:
-        who = "" if self.request_id is None else f"request_id={self.request_id!r}, "
-        of = self.metrics
-        return (
-            f"RequestOutput({who}text={self.text!r}, finish_reason={self.finish_reason!r}, "
-            f"prompt_tokens={of.prompt_tokens}, output_tokens={of.output_tokens}, ttft={of.ttft:.3f}, "
-            f"latency={of.latency:.3f})"
-        )
-
-
-@dataclass(eq=False)
-class EncoderEntry:
-    """A video on its way through the vision tower, shared by all requests about it; `video_id` is its name among ranks.
-
-    `video` is where its pixels come from, until its tokens are there.
-    """
-
-    video_id: int
-    mm_hash: bytes
-    video: ProcessedVideo | None
-    ref_count: int = 0
-    frames_encoded: int = 0
-    began: float | None = None  # when its first frame was begun, a time of time.monotonic
+    WAITING = 0  # never admitted
+    RUNNING = 1  # admitted: the request has blocks for its prompt
+    PREEMPTED = 2  # waiting again: the blocks were freed, and all tokens are computed anew
+    FINISHED_STOPPED = 3  # by an end-of-sequence token or a stop string
+    FINISHED_LENGTH = 4  # max_tokens were generated
+    FINISHED_ABORTED = 5
+    FINISHED_ERROR = 6
 
     @property
-    def ready(self) -> bool:
-        """Whether its tokens are there."""
-        return self.video is None
+    def is_finished(self) -> bool:
+        return self >= RequestStatus.FINISHED_STOPPED
+
+
+_FINISH_REASONS = {RequestStatus.FINISHED_STOPPED: "stop", RequestStatus.FINISHED_LENGTH: "length"}
 
 
 @dataclass(eq=False)
 class Request:
-    """One request inside the engine. `token_ids` is the expanded prompt and what has been generated behind it."""
+    """A request of the engine. `name` stands for the request in progress lines; `request_id` is the user's own id.
+
+    prompt_token_ids has one image token for each video. token_ids is the prompt with one placeholder for each row of
+    the video embeddings, followed by the generated tokens; span i covers the placeholders of video i.
+    """
 
     prompt_token_ids: Sequence[int]
     token_ids: list[int]
@@ -142,24 +53,27 @@ class Request:
     params: SamplingParams
     stop_token_ids: frozenset[int]
     detokenizer: IncrementalDetokenizer
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # None: greedy
     arrival_time: float = field(default_factory=time.perf_counter)
-    video_decode: float = 0.0
+    video_decode: float = 0.0  # seconds spent on reading the media
     request_id: str | int | None = None
-    name: str = "the request"  # in progress lines
+    name: str = "the request"
 
-    encoder_entries: list[EncoderEntry] = field(default_factory=list)  # of its videos, while the engine has it
-    blocks: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # see engine.block_hashes
-    num_cached_tokens: int = 0  # prompt tokens whose keys and values were there already
-    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    # The scheduler's and the engine's.
+    status: RequestStatus = RequestStatus.WAITING
+    error: PllavaError | None = None  # with FINISHED_ABORTED and FINISHED_ERROR
+    encoder_entries: list[EncoderEntry] = field(default_factory=list)  # one a video, until the request is finished
+    blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of the tokens
+    block_hashes: list[bytes] = field(default_factory=list)  # see block_manager.full_block_hashes
+    num_computed_tokens: int = 0  # tokens whose keys and values are in the KV cache
+    num_cached_tokens: int = 0  # prompt tokens that were in the KV cache when the request was first admitted
     preemptions: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: PllavaError | None = None
+
+    # Times: seconds spent, and moments of time.perf_counter.
     vision_encode: float = 0.0
     prefill: float = 0.0
-    scheduled_time: float = 0.0
+    scheduled_time: float = 0.0  # first admission
     first_token_time: float = 0.0
     finished_time: float = 0.0
 
@@ -175,32 +89,26 @@ class Request:
         videos: Sequence[ProcessedVideo],
         params: SamplingParams,
         eos: Sequence[int],
-        tokenizer: Tokenizer,
+        detokenizer: IncrementalDetokenizer,
         arrival_time: float,
         video_decode: float,
         request_id: str | int | None = None,
         name: str = "the request",
     ) -> "Request":
-        generator = None
-        if params.temperature > 0:
-            generator = torch.Generator()
-            if params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(params.seed)
+        """A waiting request. `eos`: the end-of-sequence tokens, which end the answer unless params.ignore_eos."""
         return cls(
-            prompt_token_ids,
-            token_ids,
-            spans,
-            list(videos),
-            params,
-            frozenset() if params.ignore_eos else frozenset(eos),
-            IncrementalDetokenizer(tokenizer, params.stop),
-            generator,
-            arrival_time,
-            video_decode,
-            request_id,
-            name,
+            prompt_token_ids=prompt_token_ids,
+            token_ids=token_ids,
+            spans=spans,
+            videos=list(videos),
+            params=params,
+            stop_token_ids=frozenset() if params.ignore_eos else frozenset(eos),
+            detokenizer=detokenizer,
+            generator=_generator(params),
+            arrival_time=arrival_time,
+            video_decode=video_decode,
+            request_id=request_id,
+            name=name,
         )
 
     @property
@@ -213,36 +121,44 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens to put through the model before the next one can be sampled."""
+        """Tokens to put through the model before the next token can be sampled."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:
-        return self.num_uncomputed_tokens == 1 and self.num_computed_tokens > 0 and self.videos_ready
+        """Whether a step of one token gives the next token."""
+        has_one_left = self.num_uncomputed_tokens == 1 and self.num_computed_tokens > 0
+        return self.status is RequestStatus.RUNNING and has_one_left and self.videos_ready
 
     @property
     def videos_ready(self) -> bool:
         return not self.videos_to_encode
 
     @property
-    def videos_to_encode(self) -> list[EncoderEntry]:
-        """Videos with tokens that are neither encoded nor behind it already."""
-        pairs = zip(self.spans, self.encoder_entries, strict=True)
-        return [
-            state for span, state in pairs if not state.ready and span.start + span.length > self.num_computed_tokens
-        ]
+    def videos_to_encode(self) -> dict[EncoderEntry, ProcessedVideo]:
+        """The videos without embeddings, in order, except those whose placeholders are all computed already."""
+        pairs = zip(self.spans, self.encoder_entries, self.videos, strict=True)
+        return {
+            entry: video
+            for span, entry, video in pairs
+            if not entry.is_ready and span.start + span.length > self.num_computed_tokens
+        }
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+        return self.status.is_finished
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As `RequestOutput` has it; None while the request is unfinished, and when it was aborted or failed."""
+        return _FINISH_REASONS.get(self.status)
 
     def output(self) -> RequestOutput:
-        """The answer of a finished request; raises what made it fail."""
+        """The answer of a finished request; raises the request's error when it was aborted or failed."""
         if self.error is not None:
             raise self.error
         assert self.finish_reason is not None, "the request has not finished"
         frames = [list(video.frame_indices) for video in self.videos]
-        further = self.num_generated - 1
         return RequestOutput(
             text=self.detokenizer.text,
             token_ids=self.generated,
@@ -250,19 +166,36 @@ class Request:
             finish_reason=self.finish_reason,
             frame_indices=frames[0] if len(frames) == 1 else frames,
             num_cached_tokens=self.num_cached_tokens,
-            metrics=Metrics(
-                prompt_tokens=self.prompt_length,
-                video_tokens=sum(span.length for span in self.spans),
-                output_tokens=self.num_generated,
-                video_decode=self.video_decode,
-                vision_encode=self.vision_encode,
-                queue=self.scheduled_time - self.arrival_time - self.video_decode,
-                prefill=self.prefill,
-                ttft=self.first_token_time - self.arrival_time,
-                tpot=(self.finished_time - self.first_token_time) / further if further else 0.0,
-                latency=self.finished_time - self.arrival_time,
-                preemptions=self.preemptions,
-            ),
+            metrics=self._metrics(),
             logprobs=self.logprobs if self.params.logprobs is not None else None,
             request_id=self.request_id,
         )
+
+    def _metrics(self) -> Metrics:
+        later_tokens = self.num_generated - 1
+        decode_seconds = self.finished_time - self.first_token_time
+        return Metrics(
+            prompt_tokens=self.prompt_length,
+            video_tokens=sum(span.length for span in self.spans),
+            output_tokens=self.num_generated,
+            video_decode=self.video_decode,
+            vision_encode=self.vision_encode,
+            queue=self.scheduled_time - self.arrival_time - self.video_decode,
+            prefill=self.prefill,
+            ttft=self.first_token_time - self.arrival_time,
+            tpot=decode_seconds / later_tokens if later_tokens else 0.0,
+            latency=self.finished_time - self.arrival_time,
+            preemptions=self.preemptions,
+        )
+
+
+def _generator(params: SamplingParams) -> torch.Generator | None:
+    """A random generator of the request's own, so that a sampled answer does not depend on the batch."""
+    if params.temperature == 0:
+        return None
+    generator = torch.Generator()
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator

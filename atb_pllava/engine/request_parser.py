@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.engine.request import Request, SamplingParams
+from atb_pllava.engine.request import Request
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, expand_placeholders, render
-from atb_pllava.prompt.tokenizer import Tokenizer
+from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class RequestParser:
             videos,
             params,
             stop_token_ids,
-            self.tokenizer,
+            IncrementalDetokenizer(self.tokenizer, params.stop),
             arrival,
             decode_seconds,
             request.get("id"),

@@ -1,18 +1,19 @@
-"""Logits to tokens. Every request is decided on its own, so its answer does not depend on the batch."""
+"""Logits to tokens. Each request is sampled separately, so its answer does not depend on the batch."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atb_pllava.engine.request import Request, TokenLogprobs
+from atb_pllava.engine.outputs import TokenLogprobs
+from atb_pllava.engine.request import Request
 from atb_pllava.errors import BackendError
 
 
 def sample(logits: Tensor, request: Request) -> tuple[int, TokenLogprobs | None]:
-    """The next token of one request from its logits [vocabulary] float32, and the log-probabilities it asked for.
+    """The next token of a request from its logits [vocabulary] float32, and log-probabilities if requested.
 
-    Log-probabilities are those of the model, before penalty, temperature and cuts.
-    Raises BackendError when the logits are not finite: a broken operator or broken weights, never a valid answer.
+    The log-probabilities are the model's: before repetition penalty, temperature, top_k and top_p.
+    Raises BackendError when the logits are not finite, which means a broken operator or broken weights.
     """
     if not bool(torch.isfinite(logits).all()):
         raise BackendError("the model's logits are not finite; check the weights, the dtype and the backend")
@@ -30,13 +31,16 @@ def _choose(logits: Tensor, request: Request) -> int:
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], float("-inf"))
     if params.top_p < 1.0:
         best, order = logits.sort(descending=True)
-        above = best.softmax(0).cumsum(0) - best.softmax(0)  # probability of all better tokens
+        above = best.softmax(0).cumsum(0) - best.softmax(0)  # probability of all more probable tokens
         logits = logits.index_fill(0, order[above >= params.top_p], float("-inf"))
     return int(torch.multinomial(logits.softmax(0), 1, generator=request.generator))
 
 
 def _penalise(logits: Tensor, request: Request) -> Tensor:
-    """Divide positive and multiply negative logits of tokens seen before (CTRL, as in transformers)."""
+    """Divide the positive and multiply the negative logits of tokens in the prompt or answer.
+
+    The formula is that of CTRL (arXiv 1909.05858), as in transformers' RepetitionPenaltyLogitsProcessor.
+    """
     seen = torch.tensor(sorted({*request.prompt_token_ids, *request.generated}), device=logits.device)
     old = logits[seen]
     penalty = request.params.repetition_penalty

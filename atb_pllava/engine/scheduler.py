@@ -1,8 +1,9 @@
-"""Which requests take part in the next step, and with how many tokens.
+"""Which requests take part in the next step, with how many frames and tokens.
 
-Requests join and leave between steps. Decoding requests always go first, one token each; prompts fill the rest in
-chunks, so that a long one does not stall the others. A prompt that begins like an earlier one shares its blocks. When
-blocks run out, the youngest request gives its blocks back and is computed anew later: same tokens, only later.
+Requests join and leave between steps. Decoding requests go first, with one token each. Prompts fill the rest of the
+step in chunks, so that a long prompt does not stall the decoding requests. A prompt that begins like an earlier one
+shares its blocks. When no block is free, the youngest running request is preempted: its blocks are freed, and its
+tokens are computed anew later. Preemption does not change the answer.
 """
 
 import time
@@ -11,16 +12,33 @@ from dataclasses import dataclass
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.block_manager import BlockManager, blocks_for, full_block_hashes
-from atb_pllava.engine.request import Request
+from atb_pllava.engine.encoder_cache import EncoderEntry
+from atb_pllava.engine.request import Request, RequestStatus
 from atb_pllava.errors import RequestError, counted
+from atb_pllava.multimodal.processor import ProcessedVideo
 
-# Prompt tokens in one step while nobody is decoding: bounds the step's activations, not its fairness.
+# Prompt tokens of a step in which no request decodes. This bounds the memory of activations.
 _LONGEST_CHUNK = 4096
 
 
 @dataclass(frozen=True)
+class EncoderChunk:
+    """Some of a video's distinct frames, which go through the vision tower for `request`."""
+
+    request: Request
+    entry: EncoderEntry
+    video: ProcessedVideo
+    frames: range
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all frames of the video are encoded afterwards."""
+        return self.frames.stop == len(self.video)
+
+
+@dataclass(frozen=True)
 class SchedulerOutput:
-    """Decoding requests with one token each, and (request, tokens) of prompt chunks."""
+    """The forward pass of one step: decoding requests with one token each, and prompt chunks as (request, tokens)."""
 
     decode: list[Request]
     prefill: list[tuple[Request, int]]
@@ -28,13 +46,25 @@ class SchedulerOutput:
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.prefill)
+
 
 class Scheduler:
-    """First come, first served, up to `max_batch_size` requests at a time."""
+    """First come, first served, up to `max_batch_size` running requests.
 
-    def __init__(self, config: EngineConfig, pool: BlockManager, prefill_chunk: int) -> None:
-        self.config, self.block_manager = config, pool
-        self.prefill_chunk = prefill_chunk  # prompt tokens of a step beside decoding requests
+    encoder_chunk: frames that all ranks together put through the vision tower at once. prefill_chunk: prompt tokens of
+    a step beside decoding requests.
+    """
+
+    def __init__(
+        self, config: EngineConfig, block_manager: BlockManager, encoder_chunk: int, prefill_chunk: int
+    ) -> None:
+        self.config = config
+        self.block_manager = block_manager
+        self.encoder_chunk = encoder_chunk
+        self.prefill_chunk = prefill_chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
 
@@ -42,12 +72,17 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_decoding(self) -> int:
+        return sum(request.is_decoding for request in self.running)
+
     def add(self, request: Request) -> None:
-        """Queue a request that `check` lets through."""
+        """Queue a request that `check` accepts."""
+        request.status = RequestStatus.WAITING
         self.waiting.append(request)
 
     def check(self, request: Request) -> None:
-        """Raises RequestError when the request could not finish even alone."""
+        """Raises RequestError when the KV cache is too small for the request even without other requests."""
         block_size = self.config.block_size
         longest = request.prompt_length + request.params.max_tokens - 1  # the last token is never fed back
         if blocks_for(longest, block_size) > self.block_manager.total:
@@ -59,60 +94,46 @@ class Scheduler:
             )
 
     def admit(self) -> None:
-        """Let waiting requests in while there is a place in the batch and room for their whole prompt.
+        """Admit waiting requests while the batch has a place and the KV cache has blocks for their whole prompts.
 
-        A request whose beginning another one is just computing waits for that, and lets others pass.
+        A request waits while a running request is still prefilling the same prefix; requests behind it may be admitted
+        first.
         """
         if not self.waiting or len(self.running) >= self.config.max_batch_size:
             return
-        coming = self._hashes_in_prefill()
+        hashes_in_prefill = self._hashes_in_prefill()
         for request in list(self.waiting):
             if len(self.running) == self.config.max_batch_size:
                 return
-            # The last token is always computed: its logits are wanted.
-            keys = self._block_hashes(request, len(request.token_ids) - 1)
-            known = self.block_manager.get_cached_blocks(keys)
-            if len(known) < len(keys) and keys[len(known)] in coming:
+            # The last token is always computed, because its logits are needed.
+            block_hashes = self._block_hashes(request, len(request.token_ids) - 1)
+            cached = self.block_manager.get_cached_blocks(block_hashes)
+            if len(cached) < len(block_hashes) and block_hashes[len(cached)] in hashes_in_prefill:
                 continue
-            if not self._allocate_slots(request, known):
+            if not self._allocate_slots(request, cached):
                 return
-            request.scheduled_time = request.scheduled_time or time.perf_counter()
-            self.waiting.remove(request)
-            self.running.append(request)
-            coming.update(keys)
+            self._start(request)
+            hashes_in_prefill.update(block_hashes)
 
-    def _allocate_slots(self, request: Request, known: list[int]) -> bool:
-        """Hold the known blocks and take the others that the prompt needs, or do nothing when there are too few."""
-        self.block_manager.touch(known)
-        needed = blocks_for(len(request.token_ids), self.config.block_size) - len(known)
-        if needed > self.block_manager.num_free_blocks:
-            self.block_manager.free(known)
-            return False
-        request.blocks = known + self.block_manager.allocate(needed)
-        request.num_computed_tokens = len(known) * self.config.block_size
-        if not request.scheduled_time:
-            request.num_cached_tokens = request.num_computed_tokens
-        return True
+    def schedule_encoder(self) -> list[EncoderChunk]:
+        """The frames to encode in this step: those of the oldest running request that needs some.
 
-    def _block_hashes(self, request: Request, tokens: int) -> list[bytes]:
-        return full_block_hashes(request, tokens, self.config.block_size) if self.config.prefix_cache else []
-
-    def _hashes_in_prefill(self) -> set[bytes]:
-        """Of blocks that running requests are still going to fill with their prompts."""
-        size = self.config.block_size
-        return {key for request in self.running for key in request.block_hashes[request.num_computed_tokens // size :]}
-
-    def update_from_output(self, request: Request, tokens: int) -> None:
-        """The next `tokens` tokens of a request are in the cache; blocks that this filled can be shared from now on."""
-        before = request.num_computed_tokens
-        request.num_computed_tokens += tokens
-        keys = self._block_hashes(request, request.num_computed_tokens)
-        for index in range(before // self.config.block_size, len(keys)):
-            self.block_manager.cache_block(request.blocks[index], keys[index])
+        While no request decodes, all frames of that request are encoded. While requests decode, one chunk is encoded a
+        step, so that the decoding requests get their next tokens in between.
+        """
+        request = next((request for request in self.running if not request.videos_ready), None)
+        if request is None:
+            return []
+        chunks = [
+            EncoderChunk(request, entry, video, frames)
+            for entry, video in request.videos_to_encode.items()
+            for frames in entry.frames_to_encode(video, self.encoder_chunk)
+        ]
+        return chunks[:1] if self.num_decoding else chunks
 
     def schedule(self) -> SchedulerOutput:
-        """The next step's work; a request whose videos are not encoded yet sits out."""
-        decode = self._decoding()
+        """The tokens of the next forward pass. A request without embeddings of its videos takes no part."""
+        decode = self._schedule_decode()
         budget = self.prefill_chunk if decode else _LONGEST_CHUNK
         prefill = []
         for request in self.running:
@@ -124,28 +145,75 @@ class Scheduler:
                 budget -= tokens
         return SchedulerOutput(decode, prefill)
 
-    def remove(self, request: Request) -> None:
-        """Forget a finished or aborted request; its blocks are free again."""
-        if request in self.running:
+    def update_from_output(self, request: Request, tokens: int) -> None:
+        """The next `tokens` tokens of a request are computed. Blocks that became full can be shared from now on."""
+        before = request.num_computed_tokens
+        request.num_computed_tokens += tokens
+        block_hashes = self._block_hashes(request, request.num_computed_tokens)
+        for index in range(before // self.config.block_size, len(block_hashes)):
+            self.block_manager.cache_block(request.blocks[index], block_hashes[index])
+
+    def finish(self, request: Request, status: RequestStatus) -> None:
+        """Take a request out of the queue or the batch with a finished status, and free its blocks."""
+        assert status.is_finished
+        if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self._release(request)
+        request.status = status
+        self._free_blocks(request)
 
-    def _decoding(self) -> list[Request]:
-        """Decoding requests, each with a block for its next token; preempts from the youngest when none is free."""
-        ready: list[Request] = []
-        for request in [r for r in self.running if r.is_decoding]:
-            while request in self.running and not self._can_append(request):
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim in ready:
-                    ready.remove(victim)
-            if request in self.running:
-                ready.append(request)
-        return ready
+    def _start(self, request: Request) -> None:
+        """Move a request with blocks from the queue to the batch."""
+        if request.status is RequestStatus.WAITING:
+            request.num_cached_tokens = request.num_computed_tokens
+            request.scheduled_time = time.perf_counter()
+        request.status = RequestStatus.RUNNING
+        self.waiting.remove(request)
+        self.running.append(request)
+
+    def _allocate_slots(self, request: Request, cached: list[int]) -> bool:
+        """Give a request its cached blocks and new ones for the rest of its prompt.
+
+        Returns False and changes nothing when too few blocks are free.
+        """
+        self.block_manager.touch(cached)
+        needed = blocks_for(len(request.token_ids), self.config.block_size) - len(cached)
+        if needed > self.block_manager.num_free_blocks:
+            self.block_manager.free(cached)
+            return False
+        request.blocks = cached + self.block_manager.allocate(needed)
+        request.num_computed_tokens = len(cached) * self.config.block_size
+        return True
+
+    def _block_hashes(self, request: Request, tokens: int) -> list[bytes]:
+        """Hashes of the full blocks among the first `tokens` tokens; none without prefix caching."""
+        return full_block_hashes(request, tokens, self.config.block_size) if self.config.prefix_cache else []
+
+    def _hashes_in_prefill(self) -> set[bytes]:
+        """Hashes of the blocks that running requests have not filled with their prompts yet."""
+        block_size = self.config.block_size
+        return {
+            block_hash
+            for request in self.running
+            for block_hash in request.block_hashes[request.num_computed_tokens // block_size :]
+        }
+
+    def _schedule_decode(self) -> list[Request]:
+        """Decoding requests, each with a block for its next token; preempts the youngest request when none is free."""
+        scheduled: list[Request] = []
+        for request in [request for request in self.running if request.is_decoding]:
+            while request.status is RequestStatus.RUNNING and not self._can_append(request):
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest in scheduled:
+                    scheduled.remove(youngest)
+            if request.status is RequestStatus.RUNNING:
+                scheduled.append(request)
+        return scheduled
 
     def _can_append(self, request: Request) -> bool:
+        """Whether the request has a slot for its next token; allocates a block when one is needed and free."""
         if len(request.blocks) * self.config.block_size >= len(request.token_ids):
             return True
         if not self.block_manager.num_free_blocks:
@@ -154,11 +222,14 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
+        """Free a running request's blocks and put it first in the queue."""
         self.running.remove(request)
-        self._release(request)
+        self._free_blocks(request)
+        request.status = RequestStatus.PREEMPTED
         request.preemptions += 1
         self.waiting.appendleft(request)
 
-    def _release(self, request: Request) -> None:
+    def _free_blocks(self, request: Request) -> None:
         self.block_manager.free(request.blocks)
-        request.blocks, request.num_computed_tokens = [], 0
+        request.blocks = []
+        request.num_computed_tokens = 0

@@ -1,110 +1,131 @@
-"""The ranks at work together: rank 0 says what to do next, every rank does it with its part of the model.
+"""Calls of ModelRunner methods on every rank: `Executor` on rank 0, `worker_loop` on the other ranks.
 
-What travels is whole numbers (token ids, block tables) and pixels, broadcast from rank 0; nothing is pickled.
+Rank 0 broadcasts the method's name and its arguments as msgpack, then each tensor among the arguments. The types of
+the arguments are those in the method's signature. Nothing is pickled, and only RANK_METHODS can be called.
 """
 
-from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar, get_type_hints
 
+import msgspec
 import torch
 from torch import Tensor
 
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
-from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+RANK_METHODS = (ModelRunner.encode_frames, ModelRunner.pool_frames, ModelRunner.forget, ModelRunner.forward)
+"""The methods that every rank runs together; their arguments are numbers, sequences of numbers, structs or tensors."""
 
-class Command(IntEnum):
-    """What the ranks are asked to do; the numbers that go with it are [video, ...] or a packed step."""
+_STOP = "stop"  # in place of a method's name: the workers end
 
-    STOP = 0
-    ENCODE = 1
-    POOL = 2
-    FORGET = 3
-    FORWARD = 4
+
+class RankCall(msgspec.Struct, frozen=True, array_like=True):
+    """One call: the method's name, and its arguments as msgpack, to be decoded by the method's signature."""
+
+    method: str
+    arguments: msgspec.Raw
+
+
+class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
+    """What stands for a tensor among the arguments; its values are broadcast behind the call."""
+
+    dtype: str
+    shape: list[int]
 
 
 class Executor:
-    """Rank 0's view: a ModelRunner whose calls happen on every rank.
+    """Rank 0's face of all ranks: `call` runs a ModelRunner method on every rank.
 
-    A call that fails leaves the ranks out of step, so it is the last one: `lost` stops them all and says why, when it
-    knows; every later call raises the same.
+    If any rank fails, the ranks are no longer in lockstep. The executor then calls `on_failure`, which shuts all ranks
+    down and returns the cause if it is known. This and every later call raise BackendError with that cause.
     """
 
     def __init__(
-        self, runner: ModelRunner, parallel: TensorParallel, lost: Callable[[], PllavaError | None] = lambda: None
+        self, runner: ModelRunner, parallel: TensorParallel, on_failure: Callable[[], PllavaError | None] = lambda: None
     ) -> None:
-        self.runner, self.parallel, self._lost = runner, parallel, lost
-        self._broken: PllavaError | None = None
+        self.runner = runner
+        self.parallel = parallel
+        self._on_failure = on_failure
+        self._failure: PllavaError | None = None
 
-    def encode_frames(self, video: int, pixels: Tensor) -> None:
-        self._together(lambda: self.runner.encode_frames(video, pixels), Command.ENCODE, [video], pixels)
-
-    def pool_frames(self, video: int, inverse_indices: Sequence[int]) -> None:
-        self._together(lambda: self.runner.pool_frames(video, inverse_indices), Command.POOL, [video, *inverse_indices])
-
-    def forget(self, video: int) -> None:
-        if self._broken is None:
-            self._together(lambda: self.runner.forget(video), Command.FORGET, [video])
-
-    def video_embeds(self, video: int) -> Tensor:
-        return self.runner.video_embeds(video)
-
-    def forward(self, step: ModelInput) -> Tensor:
-        numbers = step.pack() if self.parallel.size > 1 else []
-        return self._together(lambda: self.runner.forward(step), Command.FORWARD, numbers)
-
-    def stop(self) -> None:
-        """Let the other ranks end; nothing can be asked of them afterwards."""
-        if self.parallel.size > 1 and self._broken is None:
-            self._broken = BackendError("this model was closed; load it anew")
-            self._send(Command.STOP, [])
-
-    def _together(
-        self, own_part: Callable[[], Result], command: Command, numbers: list[int], pixels: Tensor | None = None
+    def call(
+        self,
+        method: Callable[Concatenate[ModelRunner, Arguments], Result],
+        *arguments: Arguments.args,
+        **named: Arguments.kwargs,
     ) -> Result:
-        """Tell the others, then do the same."""
+        """Run one of RANK_METHODS on every rank with the same positional arguments; returns rank 0's result."""
+        assert not named, "arguments are positional"
+        own_method: Callable[..., Result] = getattr(self.runner, method.__name__)
         if self.parallel.size == 1:
-            return own_part()
-        if self._broken is not None:
-            raise self._broken
+            return own_method(*arguments)
+        if self._failure is not None:
+            raise self._failure
         try:
-            self._send(command, numbers, pixels)
-            return own_part()
+            _broadcast_call(self.parallel, method.__name__, *arguments)
+            return own_method(*arguments)
         except BaseException as error:
-            self._broken = BackendError(f"the ranks are out of step after {error!r}; load the model anew")
-            self._broken = self._lost() or self._broken
+            self._failure = BackendError(f"the ranks are out of step after {error!r}; load the model anew")
+            self._failure = self._on_failure() or self._failure
             if isinstance(error, RuntimeError):
-                raise self._broken from None
+                raise self._failure from None
             raise
 
-    def _send(self, command: Command, numbers: list[int], pixels: Tensor | None = None) -> None:
-        frames = list(pixels.shape) if pixels is not None else [0, 0, 0, 0]
-        self.parallel.broadcast(torch.tensor([command, len(numbers), *frames]))
-        if numbers:
-            self.parallel.broadcast(torch.tensor(numbers))
-        if pixels is not None:
-            self.parallel.broadcast(pixels.contiguous())
+    def free_video(self, video_id: int) -> None:
+        """Free what every rank keeps of a video. After a failure nothing happens: the other ranks have ended."""
+        if self._failure is None:
+            self.call(ModelRunner.forget, video_id)
+
+    def stop(self) -> None:
+        """Let the other ranks end; every later call raises BackendError."""
+        if self.parallel.size > 1 and self._failure is None:
+            self._failure = BackendError("this model was closed; load it anew")
+            _broadcast_call(self.parallel, _STOP)
 
 
 def worker_loop(runner: ModelRunner, parallel: TensorParallel) -> None:
-    """The life of every other rank: do what rank 0 says until it says stop."""
-    doing: dict[Command, Callable[[list[int], Tensor], object]] = {
-        Command.ENCODE: lambda numbers, pixels: runner.encode_frames(numbers[0], pixels),
-        Command.POOL: lambda numbers, _: runner.pool_frames(numbers[0], numbers[1:]),
-        Command.FORGET: lambda numbers, _: runner.forget(numbers[0]),
-        Command.FORWARD: lambda numbers, _: runner.forward(ModelInput.unpack(numbers)),
-    }
+    """Run each call of rank 0 on this rank's `runner`, until rank 0 stops."""
+    decoders = {method.__name__: _arguments_decoder(method) for method in RANK_METHODS}
     while True:
-        command, count, *shape = parallel.broadcast(torch.empty(6, dtype=torch.int64)).tolist()
-        if command == Command.STOP:
+        call = msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RankCall)
+        if call.method == _STOP:
             return
-        numbers = parallel.broadcast(torch.empty(count, dtype=torch.int64)).tolist() if count else []
-        pixels = torch.empty(shape)
-        if shape[0]:
-            parallel.broadcast(pixels)
-        doing[Command(command)](numbers, pixels)
+        arguments = decoders[call.method].decode(call.arguments)
+        _broadcast_tensors(parallel, arguments)
+        getattr(runner, call.method)(*arguments)
+
+
+def _broadcast_call(parallel: TensorParallel, method: str, *arguments: object) -> None:
+    encoded = msgspec.Raw(msgspec.msgpack.encode(arguments, enc_hook=_tensor_header))
+    parallel.broadcast_bytes(msgspec.msgpack.encode(RankCall(method, encoded)))
+    _broadcast_tensors(parallel, arguments)
+
+
+def _broadcast_tensors(parallel: TensorParallel, arguments: tuple[object, ...]) -> None:
+    """Rank 0's tensors among the arguments into those of the other ranks."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            parallel.broadcast(argument.contiguous())
+
+
+def _arguments_decoder(method: Callable[..., object]) -> "msgspec.msgpack.Decoder[tuple[object, ...]]":
+    """A decoder of a method's arguments, by the types in its signature."""
+    types = [kind for name, kind in get_type_hints(method).items() if name != "return"]
+    return msgspec.msgpack.Decoder(tuple[tuple(types)], dec_hook=_empty_tensor)  # type: ignore[misc]
+
+
+def _tensor_header(value: object) -> TensorHeader:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"a {type(value).__name__} cannot be sent to the other ranks")
+    return TensorHeader(str(value.dtype).removeprefix("torch."), list(value.shape))
+
+
+def _empty_tensor(_: type, header: object) -> Tensor:
+    """A contiguous tensor on the CPU to receive values into."""
+    described = msgspec.convert(header, TensorHeader)
+    return torch.empty(described.shape, dtype=getattr(torch, described.dtype))

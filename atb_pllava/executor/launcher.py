@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from atb_pllava.config import EngineConfig, option
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
-from atb_pllava.executor.worker import Rendezvous, send_worker_options, share_threads
+from atb_pllava.executor.worker import load_fingerprint, send_worker_options, share_threads, start_workers
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.model.pllava import Pllava
@@ -55,7 +56,7 @@ class Launcher:
         `plan_blocks` is called after loading: the weights are then part of the memory in use.
         """
         if self.parallel.size > 1 and self.rendezvous is None:
-            self.rendezvous = Rendezvous.start(self.parallel.size, self.options, self._port)
+            self.rendezvous = start_workers(self.parallel.size, self.options, self._port)
         with self._stopped_on_error():
             self._load()
             blocks = plan_blocks(self.model)
@@ -88,8 +89,8 @@ class Launcher:
             return
         self._restore_threads = share_threads(self.parallel.size)
         fill_model(self.model, self.plan, self.rendezvous.heartbeat, pack=True)
-        described = f"{self.plan.fingerprint()} {self.plan.lora_scale} {self.options.described()}"
-        self.rendezvous.barrier(self.model, described)
+        fingerprint = load_fingerprint(self.model, self.plan, self.options)
+        self.rendezvous.barrier(fingerprint, self.model.ops.process_group)
         text = self.model.config.text
         logger.debug(
             "%d ranks: a token costs each of them %d all-reduces of %d values, and a gather of %d logits",

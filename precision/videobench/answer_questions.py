@@ -39,7 +39,8 @@ from atb_pllava.cli.engine_args import (
 )
 from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
-from atb_pllava.engine.request import RequestOutput, SamplingParams
+from atb_pllava.engine.outputs import RequestOutput
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.files import write_json
 from atb_pllava.llm import LLM

@@ -26,9 +26,8 @@ from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.cli.verbs import VERBS, main
 from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
-from atb_pllava.engine.core import Engine
+from atb_pllava.engine.core import Engine, StepStats
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
-from atb_pllava.executor.model_input import StepStats
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from tests.support import ROOT, raw_config, write_checkpoint
 
@@ -67,13 +66,13 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
-    encode = Engine._encode_some
+    encode = Engine._encode_frames
 
     def slow_encoder(engine: Engine, *work: object) -> None:
         time.sleep(0.2)
         encode(engine, *work)
 
-    monkeypatch.setattr(Engine, "_encode_some", slow_encoder)
+    monkeypatch.setattr(Engine, "_encode_frames", slow_encoder)
     slow_steps(monkeypatch, 0.1)
     requests = [
         {"question": "what?", "video": media / f"{name}.mp4", "id": f"[{name}]"} for name in ("clip2", "clip10")
@@ -130,7 +129,7 @@ def test_the_line(activity: Activity, rate: float, line: str) -> None:
 def test_a_piece_of_work_is_repeated_less_often(monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.02)
     monkeypatch.setattr(progress, "_SECONDS_UNTIL_REPEATED", 30.0)
-    state = progress.Progress()
+    state = progress.ActivityLog()
     with caplog.at_level(logging.INFO, logger="atb_pllava"), state.logged():
         state.start("a", "encoding")
         time.sleep(0.3)

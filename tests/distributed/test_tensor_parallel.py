@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,17 @@ import torch.distributed as dist
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams, WeightError
 from atb_pllava.config import TextConfig
 from atb_pllava.convert.options import ConvertOptions
+from atb_pllava.distributed import rendezvous
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel, check_world_size
+from atb_pllava.errors import OutOfMemoryError
+from atb_pllava.executor import worker
+from atb_pllava.executor.executor import Executor, worker_loop
 from atb_pllava.executor.model_input import EmbedSlice, ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.loader import weight_loader
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
 FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
@@ -32,19 +40,19 @@ REQUESTS = [
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=-1)
 
 
-def followers() -> set[int]:
-    """Processes of this test run that were started as ranks; other runs on the machine have groups of their own."""
-    found = set()
+def workers() -> dict[int, int]:
+    """Rank to process id of the living workers of this test run; other runs on the machine have other groups."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if (
-                    os.getpgid(int(entry.name)) == os.getpgrp()
-                    and b"atb_pllava.executor.worker" in (entry / "cmdline").read_bytes()
-                ):
-                    found.add(int(entry.name))
+                is_ours = os.getpgid(int(entry.name)) == os.getpgrp()
+                command = (entry / "cmdline").read_bytes().decode().split("\0")
             except OSError:
-                pass
+                continue
+            if is_ours and "atb_pllava.executor.worker" in command:
+                rank = command[command.index("atb_pllava.executor.worker") + 1]
+                found[int(rank)] = int(entry.name)
     return found
 
 
@@ -76,7 +84,7 @@ def test_every_size_gives_the_answers_of_size_1(model: Path, size: int) -> None:
         for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
     torch.testing.assert_close(tokens, load(model).encode_video(FRAMES), atol=1e-4, rtol=1e-4)
-    assert not followers()
+    assert not workers()
 
 
 @pytest.mark.parametrize(
@@ -122,13 +130,67 @@ def test_parts_know_what_they_cut_out() -> None:
     assert part.shape == (8, 3) and torch.equal(whole[part.span], whole[:, 2:])
 
 
-def test_steps_survive_the_journey() -> None:
+class Recorder:
+    """In place of a ModelRunner: keeps the calls with their arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *arguments: self.calls.append((method, *arguments))
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Ranks of one process, one after the other: rank 0 broadcasts into a list, rank 1 takes from it."""
+    sent: list[torch.Tensor] = []
+
+    def broadcast(parallel: TensorParallel, x: torch.Tensor) -> torch.Tensor:
+        if parallel.rank == 0:
+            sent.append(x.clone())
+            return x
+        return x.copy_(sent.pop(0))
+
+    monkeypatch.setattr(TensorParallel, "broadcast", broadcast)
+    return sent
+
+
+def test_every_rank_gets_the_arguments_of_rank_0(one_process: list[torch.Tensor]) -> None:
     step = ModelInput(
         1, [5, 6, 7], [9, 0, 1], [9, 0, 1], [1, 2], [10, 2], [[0, 3], [1]], [0, 2], [EmbedSlice(4, 1, 2, 1)]
     )
-    assert ModelInput.unpack(step.pack()) == step
     nothing = ModelInput(0, [], [], [], [], [], [], [], [])
-    assert ModelInput.unpack(nothing.pack()) == nothing
+    pixels = torch.arange(24.0).reshape(2, 3, 2, 2)
+    first = Recorder()
+    second = Recorder()
+    executor = Executor(first, TensorParallel(0, 2))
+    executor.call(ModelRunner.encode_frames, 2**40, pixels.transpose(2, 3))
+    executor.call(ModelRunner.pool_frames, 2**40, (0, 1, 1))
+    for sent in (step, nothing):
+        executor.call(ModelRunner.forward, sent)
+    executor.free_video(2**40)
+    executor.stop()
+    worker_loop(second, TensorParallel(1, 2))
+    assert not one_process and len(first.calls) == 5
+    assert torch.equal(second.calls[0][2], first.calls[0][2]) and second.calls[0][:2] == ("encode_frames", 2**40)
+    assert second.calls[1] == ("pool_frames", 2**40, [0, 1, 1])
+    assert second.calls[2:] == first.calls[2:] == [("forward", step), ("forward", nothing), ("forget", 2**40)]
+
+
+@pytest.mark.parametrize("length", [0, 1, 4087, 4088, 4089, 100_000])
+def test_bytes_of_any_length_are_broadcast(one_process: list[torch.Tensor], length: int) -> None:
+    data = bytes(i % 251 for i in range(length))
+    assert TensorParallel(0, 2).broadcast_bytes(data) == data
+    assert len(one_process) == (1 if length <= 4088 else 2)
+    assert TensorParallel(1, 2).broadcast_bytes() == data and not one_process
+    assert TensorParallel().broadcast_bytes(data) == data
+
+
+def test_only_methods_of_every_rank_are_called(one_process: list[torch.Tensor]) -> None:
+    executor = Executor(Recorder(), TensorParallel(0, 2))
+    executor.call(ModelRunner.video_embeds, 1)
+    with pytest.raises(KeyError, match="video_embeds"):
+        worker_loop(Recorder(), TensorParallel(1, 2))
 
 
 @pytest.mark.parametrize("size", [0, -1, 9, 3, "2", True, 2.0])
@@ -141,60 +203,55 @@ def test_sizes_that_cannot_work_are_refused_before_loading(checkpoint: Path, siz
 
 
 def test_ranks_read_their_slices_only(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atb_pllava.loader import model_loader as loading
-    from atb_pllava.loader import weight_loader as weights
-    from atb_pllava.loader.model_options import ModelOptions
-
     read: list[int] = []
-    plain = weights.read_tensor
-    monkeypatch.setattr(weights, "read_tensor", lambda *a: read.append((t := plain(*a)).numel()) or t)
+    plain = weight_loader.read_tensor
+
+    def read_and_count(*given: Any) -> torch.Tensor:
+        tensor = plain(*given)
+        read.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(weight_loader, "read_tensor", read_and_count)
     options = ModelOptions(str(model), dtype="float32", backend="cpu")
     held = []
     for rank in range(4):
-        built, plan = loading.plan_model(options, TensorParallel(rank, 4))
-        loading.fill_model(built, plan)
+        built, plan = plan_model(options, TensorParallel(rank, 4))
+        fill_model(built, plan)
         held.append(sum(p.numel() for p in built.language.parameters()))
     front = sum(p.numel() for p in [*built.vision.parameters(), *built.projector.parameters()])
     language = sum(held)
     assert sum(read) == language + 4 * front
-    single, _ = loading.plan_model(options, TensorParallel())
+    single, _ = plan_model(options, TensorParallel())
     assert language < 1.1 * sum(p.numel() for p in single.language.parameters())
     assert max(held) < 1.15 * language / 4
 
 
-def test_a_rank_says_what_memory_it_could_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atb_pllava.errors import OutOfMemoryError
-    from atb_pllava.executor import worker as workers
-    from atb_pllava.loader.model_options import ModelOptions
-
+def test_a_rank_says_what_memory_it_could_not_have(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OutOfMemoryError("atb_linear needs 5.0 MB")
 
     monkeypatch.setattr(logging.getLogger("atb_pllava"), "setLevel", lambda _: None)
-    monkeypatch.setattr(workers, "plan_model", lambda *_: (None, SimpleNamespace(fingerprint=str, lora_scale=None)))
-    monkeypatch.setattr(workers.Rendezvous, "barrier", lambda *_: None)
-    for name in ("fill_model", "ModelRunner"):
-        monkeypatch.setattr(workers, name, lambda *_, **__: None)
-    monkeypatch.setattr(workers, "receive_worker_options", lambda _: ())
-    monkeypatch.setattr(workers, "share_threads", lambda _: None)
-    monkeypatch.setattr(workers, "worker_loop", refuse)
+    monkeypatch.setattr(Rendezvous, "barrier", lambda *_: None)
+    monkeypatch.setattr(worker, "receive_worker_options", lambda _: (1, 16, "auto", False))
+    monkeypatch.setattr(worker, "share_threads", lambda _: None)
+    monkeypatch.setattr(worker, "worker_loop", refuse)
     store = dist.HashStore()
-    assert workers.run_worker(workers.Rendezvous(TensorParallel(1, 2), store), ModelOptions("anywhere")) == 2
-    assert workers.Rendezvous(TensorParallel(0, 2), store).failure_reason() == "rank 1 failed: atb_linear needs 5.0 MB"
+    assert worker.run_worker(Rendezvous(TensorParallel(1, 2), store), ModelOptions(checkpoint)) == 2
+    assert Rendezvous(TensorParallel(0, 2), store).failure_reason() == "rank 1 failed: atb_linear needs 5.0 MB"
 
 
 def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
     llm = load(model, world_size=3)
     stream = llm.stream(FRAMES, "what?", SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
-    victim = llm._launcher.rendezvous.processes[1].pid
+    victim = workers()[2]
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(BackendError, match="rank 2 ended with status -9; all ranks were stopped"):
         for _ in stream:
             pass
     assert time.monotonic() - began < 10
-    assert not followers()
+    assert not workers()
     with pytest.raises(BackendError, match="rank 2 ended"):
         llm.chat(None, "still there?")
     llm.close()
@@ -203,18 +260,14 @@ def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
 
 
 def test_a_rank_that_hangs_at_the_start_is_given_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atb_pllava.executor import worker as workers
-
-    monkeypatch.setattr(workers, "HEARTBEAT_TIMEOUT", 2.0)
     start = subprocess.Popen
-    sleep = [sys.executable, "-c", "import time; time.sleep(99)"]
-    monkeypatch.setattr(
-        subprocess,
-        "Popen",
-        lambda command, *given, **more: start(
-            sleep if "import worker_main" in str(command) else command, *given, **more
-        ),
-    )
+
+    def sleep_instead(command: list[str], **more: Any) -> "subprocess.Popen[bytes]":
+        is_worker = "atb_pllava.executor.worker" in command
+        return start([sys.executable, "-c", "import time; time.sleep(99)"] if is_worker else command, **more)
+
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT", 2.0)
+    monkeypatch.setattr(subprocess, "Popen", sleep_instead)
     began = time.monotonic()
     with pytest.raises(BackendError, match="rank 1 has not moved for 2 s"):
         load(model, world_size=2)
@@ -222,18 +275,14 @@ def test_a_rank_that_hangs_at_the_start_is_given_up(model: Path, monkeypatch: py
 
 
 def test_a_rank_that_fails_to_load_is_quoted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atb_pllava.executor import worker as workers
-
-    plain = workers.ModelOptions.to_json
-    monkeypatch.setattr(workers.ModelOptions, "to_json", lambda o: plain(o).replace(o.model_path, "/nowhere"))
+    plain = ModelOptions.to_json
+    monkeypatch.setattr(ModelOptions, "to_json", lambda o: plain(o).replace(o.model_path, "/nowhere"))
     with pytest.raises(BackendError, match="rank 1 failed: '/nowhere' is not a readable directory"):
         load(model, world_size=2)
-    monkeypatch.setattr(
-        workers.ModelOptions, "to_json", lambda o: plain(o).replace('"num_frames": null', '"num_frames": 2')
-    )
+    monkeypatch.setattr(ModelOptions, "to_json", lambda o: plain(o).replace('"num_frames": null', '"num_frames": 2'))
     with pytest.raises(BackendError, match="rank 1 has other weights or options than rank 0"):
         load(model, world_size=2)
-    assert not followers()
+    assert not workers()
 
 
 def test_bad_checkpoints_are_refused_before_ranks_start(model: Path, tmp_path: Path) -> None:
@@ -292,15 +341,15 @@ def test_environment_that_disagrees(model: Path) -> None:
     assert status == 2 and "MASTER_PORT is 'many'" in err
 
 
-def test_followers_do_not_outlive_rank_0(model: Path) -> None:
+def test_workers_do_not_outlive_rank_0(model: Path) -> None:
     run = start(
         command("--model_path", model, "--world_size", 3, "--prompt", "a", "--max_output_length", 900, "--ignore_eos")
     )
     deadline = time.monotonic() + 60
-    while len(followers()) < 2 and time.monotonic() < deadline:
+    while len(workers()) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     run.kill()
     run.communicate()
-    while followers() and time.monotonic() < deadline:
+    while workers() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not followers()
+    assert not workers()

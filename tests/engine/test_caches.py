@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from atb_pllava.engine.block_manager import BlockManager, full_block_hashes
 from atb_pllava.engine.encoder_cache import EncoderCache
 from atb_pllava.engine.request import Request
 from atb_pllava.multimodal.frame_cache import FrameCache, media_key
+from atb_pllava.multimodal.processor import VideoProcessor
+from tests.support import generate_together
 
 FRAMES = torch.randint(0, 256, (6, 4, 70, 90, 3), generator=torch.Generator().manual_seed(9), dtype=torch.uint8).numpy()
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=3)
@@ -35,17 +38,19 @@ def count_work(llm: LLM) -> Counter[str]:
     """Counts frames encoded and tokens put through the model from now on."""
     work: Counter[str] = Counter()
     runner = llm.engine.executor.runner
-    encode, forward = runner.encode_frames, runner.forward
+    encode_frames = runner.encode_frames
+    forward = runner.forward
 
-    def encode_frames(video, pixels):
+    def counted_encode_frames(video, pixels):
         work["frames"] += len(pixels)
-        encode(video, pixels)
+        encode_frames(video, pixels)
 
-    def run(step):
+    def counted_forward(step):
         work["tokens"] += len(step.token_ids)
         return forward(step)
 
-    runner.encode_frames, runner.forward = encode_frames, run
+    runner.encode_frames = counted_encode_frames
+    runner.forward = counted_forward
     return work
 
 
@@ -176,7 +181,7 @@ def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> 
     engine.add(dropped)
     engine.add(kept)
     engine.step()
-    assert 0 < dropped.encoder_entries[0].frames_encoded < 4 and dropped.encoder_entries == kept.encoder_entries
+    assert 0 < dropped.encoder_entries[0].num_encoded_frames < 4 and dropped.encoder_entries == kept.encoder_entries
     engine.abort(dropped)
     while engine.has_work:
         engine.step()
@@ -189,7 +194,7 @@ def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
     texts = ["what is it?", "why?", "what is it and why is it so?"]
     requests = [ask(generator.randrange(6), generator.choice(texts)) for _ in range(40)]
     llm = load(checkpoint, max_batch_size=4, kv_cache_bytes=48 * per_block, video_cache_bytes=2 * 8 * 64 * 4)
-    outs = llm.generate(requests, PARAMS)
+    outs = generate_together(llm, requests, PARAMS)
     for out, request in zip(outs, requests, strict=True):
         assert_same(out, cold(request))
     assert sum(out.num_cached_tokens for out in outs) > 0
@@ -198,9 +203,8 @@ def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
 
 
 def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
-    llm = load(
-        checkpoint, prefix_cache=False, video_cache_bytes=2 * 8 * 64 * 4
-    )  # two videos of 8 tokens, 64 wide, float32
+    two_videos = 2 * 8 * 64 * 4  # of 8 rows of embeddings, 64 wide, float32
+    llm = load(checkpoint, prefix_cache=False, video_cache_bytes=two_videos)
     runner = llm.engine.executor.runner
     work = count_work(llm)
     for video in (0, 1, 0, 2, 0, 1):
@@ -259,74 +263,79 @@ def test_keys_stand_for_everything_before(checkpoint) -> None:
     assert same == sorted(same, reverse=True) and not same[-1] and keys(ask(0)) == videos[0]
 
 
-def test_block_pool_against_a_model_of_it() -> None:
-    """Random use: every block is held, remembered or empty; a known key's block is never given to somebody else."""
+def test_block_manager_against_a_model_of_it() -> None:
+    """Random use: every block is referenced, cached or empty; a block with references is never allocated again."""
     generator = random.Random(1)
-    pool = BlockManager(16)
+    block_manager = BlockManager(16)
     held: list[list[int]] = []
     content: dict[int, bytes] = {}
     for turn in range(3000):
-        if held and (generator.random() < 0.45 or pool.num_free_blocks == 0):
-            pool.free(held.pop(generator.randrange(len(held))))
+        if held and (generator.random() < 0.45 or block_manager.num_free_blocks == 0):
+            block_manager.free(held.pop(generator.randrange(len(held))))
         else:
             stem = generator.randrange(4)
             wanted = [f"{stem}.{i}".encode() for i in range(generator.randrange(1, 5))]
-            known = pool.get_cached_blocks(wanted)
-            assert [content[block] for block in known] == wanted[: len(known)]
-            pool.touch(known)
-            if len(wanted) - len(known) > pool.num_free_blocks:
-                pool.free(known)
+            cached = block_manager.get_cached_blocks(wanted)
+            assert [content[block] for block in cached] == wanted[: len(cached)]
+            block_manager.touch(cached)
+            if len(wanted) - len(cached) > block_manager.num_free_blocks:
+                block_manager.free(cached)
                 continue
-            fresh = pool.allocate(len(wanted) - len(known))
-            assert not {b for blocks in held for b in blocks} & set(fresh) and not set(known) & set(fresh)
-            for block, key in zip(fresh, wanted[len(known) :], strict=True):
-                content[block] = key if turn % 3 else b"never remembered"
+            fresh = block_manager.allocate(len(wanted) - len(cached))
+            assert not {b for blocks in held for b in blocks} & set(fresh) and not set(cached) & set(fresh)
+            for block, block_hash in zip(fresh, wanted[len(cached) :], strict=True):
+                content[block] = block_hash if turn % 3 else b"never cached"
                 if turn % 3:
-                    pool.cache_block(block, key)
-            held.append(known + fresh)
-        assert pool.num_free_blocks == 16 - len({b for blocks in held for b in blocks})
+                    block_manager.cache_block(block, block_hash)
+            held.append(cached + fresh)
+        assert block_manager.num_free_blocks == 16 - len({b for blocks in held for b in blocks})
 
 
-def test_video_cache_forgets_the_oldest_idle_one() -> None:
-    class Video:
-        def __init__(self, digest: bytes) -> None:
-            self.mm_hash = digest
+def test_encoder_cache_evicts_the_least_recently_released_entry() -> None:
+    def video(i: int) -> SimpleNamespace:
+        return SimpleNamespace(mm_hash=bytes([i]))
 
-    forgotten: list[int] = []
-    cache = EncoderCache(2, forgotten.append)
-    states = [cache.acquire(Video(bytes([i]))) for i in range(4)]
-    for state in states:
-        state.video = None
+    freed: list[int] = []
+    cache = EncoderCache(2, freed.append)
+    entries = [cache.acquire(video(i)) for i in range(5)]
+    for entry in entries[:4]:
+        entry.is_ready = True
     for i in (2, 0, 1, 3):
-        cache.release(states[i])
-    assert forgotten == [states[2].video_id, states[0].video_id]
-    assert cache.acquire(Video(bytes([1]))) is states[1] and cache.acquire(Video(bytes([2]))) is not states[2]
+        cache.release(entries[i])
+    assert freed == [entries[2].video_id, entries[0].video_id]
+    assert cache.acquire(video(1)) is entries[1] and cache.acquire(video(2)) is not entries[2]
+    cache.release(entries[4])
+    assert freed[2:] == [entries[4].video_id], "an entry that was never encoded to its end is of no use"
 
 
-def test_frames_of_a_file_are_read_once_until_it_changes(checkpoint, media: Path, tmp_path: Path) -> None:
+def test_frames_of_a_file_are_read_once_until_it_changes(
+    checkpoint, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip = tmp_path / "clip.mp4"
     clip.write_bytes((media / "clip2.mp4").read_bytes())
     os.utime(clip, (1e9, 1e9))
     time.sleep(0.15)  # see frame_cache: a file that has only just changed is not trusted
     llm = load(checkpoint)
     reads: list[object] = []
-    read = type(llm.processor)._read
-    try:
-        type(llm.processor)._read = lambda self, item, wanted: reads.append(item) or read(self, item, wanted)
-        first = llm.chat(str(clip), "what is it?", PARAMS)
-        assert_same(llm.chat(clip, "what is it?", PARAMS), first)
-        assert len(reads) == 1
-        data = clip.read_bytes()
-        for _ in range(2):
-            assert_same(llm.chat(data, "what is it?", PARAMS), first)
-        assert len(reads) == 2
-        llm.generate({"prompt": "<image>", "video": clip, "frame_indices": [0, 1, 1, 2]}, PARAMS)
-        assert len(reads) == 3
-        clip.write_bytes((media / "clip10.mp4").read_bytes())
-        llm.chat(clip, "what is it?", PARAMS)
-        assert len(reads) == 4
-    finally:
-        type(llm.processor)._read = read
+    read = VideoProcessor._read
+
+    def counted_read(processor: VideoProcessor, item, *given):
+        reads.append(item)
+        return read(processor, item, *given)
+
+    monkeypatch.setattr(VideoProcessor, "_read", counted_read)
+    first = llm.chat(str(clip), "what is it?", PARAMS)
+    assert_same(llm.chat(clip, "what is it?", PARAMS), first)
+    assert len(reads) == 1
+    data = clip.read_bytes()
+    for _ in range(2):
+        assert_same(llm.chat(data, "what is it?", PARAMS), first)
+    assert len(reads) == 2
+    llm.generate({"prompt": "<image>", "video": clip, "frame_indices": [0, 1, 1, 2]}, PARAMS)
+    assert len(reads) == 3
+    clip.write_bytes((media / "clip10.mp4").read_bytes())
+    llm.chat(clip, "what is it?", PARAMS)
+    assert len(reads) == 4
 
 
 def test_frame_cache_keeps_to_its_limit() -> None:
@@ -359,17 +368,17 @@ def test_media_keys(tmp_path: Path) -> None:
     assert media_key([np.zeros(2, "datetime64[s]")], None) is None, "refused by the reader, with its own words"
 
 
-def test_media_are_read_beside_the_model(checkpoint, media: Path) -> None:
+def test_media_are_read_beside_the_model(checkpoint, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = load(checkpoint, max_batch_size=1)
     clip = str(media / "clip2.mp4")
     threads: set[str] = set()
-    prepare = llm.processor._prepare_all
+    prepare = VideoProcessor._prepare_all
 
     def noted(*arguments):
         threads.add(threading.current_thread().name)
         return prepare(*arguments)
 
-    object.__setattr__(llm.processor, "_prepare_all", noted)
+    monkeypatch.setattr(VideoProcessor, "_prepare_all", noted)
     requests = [{"question": str(i), "video": clip, "frame_indices": [i % 2, 1, 1, 2]} for i in range(4)]
     answers = dict(llm.generate_iter(requests, PARAMS))
     assert sorted(answers) == [0, 1, 2, 3] and threads and threading.current_thread().name not in threads

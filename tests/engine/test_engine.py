@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from atb_pllava import LLM, BackendError, RequestError, SamplingParams
-from atb_pllava.engine import core as engine_module
+from atb_pllava.engine import core
 from atb_pllava.engine.block_manager import BlockManager, plan_blocks
 from atb_pllava.engine.core import Engine
-from atb_pllava.engine.request import Request
+from atb_pllava.engine.request import Request, RequestStatus
 from atb_pllava.engine.sampler import _penalise, sample
 from atb_pllava.errors import ConfigError
+from tests.support import generate_together
 
 FRAMES = torch.randint(0, 256, (3, 4, 70, 90, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8).numpy()
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=3)
@@ -46,9 +47,10 @@ def assert_same(outputs: list, expected: list) -> None:
 
 
 def test_seconds_end_when_the_device_is_done(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, clock = load(checkpoint, vision_batch=2), [0]
+    llm = load(checkpoint, vision_batch=2)
+    clock = [0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(engine_module, "finish", lambda device: clock.append(clock.pop() + 1))
+    monkeypatch.setattr(core, "finish", lambda device: clock.append(clock.pop() + 1))
     (out,) = llm.generate({"prompt": "<image>", "frames": FRAMES[0]}, SamplingParams(max_tokens=3, ignore_eos=True))
     assert (out.metrics.vision_encode, out.metrics.prefill, out.metrics.tpot) == (2, 1, 1)  # 4 frames, 2 at a time
 
@@ -71,7 +73,7 @@ def test_chunked_prefill_equals_whole(checkpoint, alone, chunk: int) -> None:
 def test_preemption_changes_nothing(checkpoint, alone) -> None:
     per_block = 2 * 2 * 2 * 16 * 4 * 16  # 2 layers, 2 KV heads of 16, float32, 16 tokens
     llm = load(checkpoint, max_batch_size=9, block_size=16, kv_cache_bytes=24 * per_block)
-    outputs = llm.generate(prompts(9), PARAMS)
+    outputs = generate_together(llm, prompts(9), PARAMS)
     assert sum(out.metrics.preemptions for out in outputs) > 0
     assert_same(outputs, alone)
     assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
@@ -182,9 +184,8 @@ def test_repetition_penalty_equals_transformers(checkpoint, alone) -> None:
     request = llm.prepare(prompts(2)[1], params)
     processor = logits_process.RepetitionPenaltyLogitsProcessor(1.7)
     logits = torch.linspace(-1.0, 1.1, 304)[torch.randperm(304, generator=torch.Generator().manual_seed(1))]
-    logits[[request.prompt_token_ids[0], request.prompt_token_ids[3]]] = torch.tensor(
-        [1.2, 1.3]
-    )  # best only without the penalty
+    # These two are best only without the penalty.
+    logits[[request.prompt_token_ids[0], request.prompt_token_ids[3]]] = torch.tensor([1.2, 1.3])
     token, _ = sample(logits, request)
     expected = processor(torch.tensor([request.prompt_token_ids]), logits[None].clone())[0]
     assert token == int(expected.argmax()) != int(logits.argmax())
@@ -264,26 +265,59 @@ def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
     assert not llm.engine.has_work
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -1},
-        {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1},
-        {"repetition_penalty": 0}, {"seed": -1}, {"seed": 2**64}, {"stop": ("",)}, {"stop": (3,)},
-        {"stop": ("a",) * 65}, {"logprobs": -2}, {"temperature": "hot"},
-    ],
-)  # fmt: skip
-def test_bad_sampling_parameters(bad: dict) -> None:
-    with pytest.raises(RequestError, match=next(iter(bad))):
-        SamplingParams(**bad)
+BAD = {
+    "max_tokens": [0, -1, 1.5, True],
+    "temperature": [-1, float("nan"), float("inf"), "hot"],
+    "top_p": [0, 1.1],
+    "top_k": [-1],
+    "repetition_penalty": [0],
+    "seed": [-1, 2**64],
+    "stop": [("",), (3,), ("a",) * 65],
+    "logprobs": [-2],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_sampling_parameters(name: str, value: object) -> None:
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_status_follows_a_request(checkpoint) -> None:
+    """Two requests whose answers do not fit into the KV cache together: the younger one is preempted."""
+    per_block = 2 * 2 * 2 * 16 * 4 * 16  # 2 layers, 2 KV heads of 16, float32, 16 tokens
+    llm = load(checkpoint, block_size=16, kv_cache_bytes=4 * per_block, max_batch_size=2)
+    old, young, dropped, stopped = (
+        llm.prepare({"prompt": text}, SamplingParams(max_tokens=tokens, ignore_eos=True))
+        for text, tokens in [("why", 30), ("who", 30), ("he", 9), ("she", 9)]
+    )
+    stopped.stop_token_ids = frozenset(range(304))
+    requests = [old, young, dropped, stopped]
+    for request in requests:
+        llm.engine.add(request)
+    assert {request.status for request in requests} == {RequestStatus.WAITING}
+    seen: dict[Request, list[RequestStatus]] = {request: [] for request in requests}
+    llm.engine.step()
+    llm.engine.abort(dropped)
+    while llm.engine.has_work:
+        for request in requests:
+            if seen[request][-1:] != [request.status]:
+                seen[request].append(request.status)
+        llm.engine.step()
+    running = RequestStatus.RUNNING
+    assert seen[old] == [running, RequestStatus.FINISHED_LENGTH] and old.finish_reason == "length"
+    assert seen[young] == [running, RequestStatus.PREEMPTED, running] and young.preemptions == 1
+    assert dropped.status is RequestStatus.FINISHED_ABORTED and dropped.finish_reason is None
+    assert stopped.status is RequestStatus.FINISHED_STOPPED and stopped.finish_reason == "stop"
+    assert all(request.is_finished for request in requests) and not RequestStatus.PREEMPTED.is_finished
 
 
 def test_block_allocator_and_budget() -> None:
-    allocator = BlockManager(4)
-    taken = allocator.allocate(3)
-    assert sorted(taken) == [0, 1, 2] and allocator.num_free_blocks == 1
-    allocator.free(taken)
-    assert allocator.num_free_blocks == 4 and sorted(allocator.allocate(4)) == [0, 1, 2, 3]
+    block_manager = BlockManager(4)
+    allocated = block_manager.allocate(3)
+    assert sorted(allocated) == [0, 1, 2] and block_manager.num_free_blocks == 1
+    block_manager.free(allocated)
+    assert block_manager.num_free_blocks == 4 and sorted(block_manager.allocate(4)) == [0, 1, 2, 3]
     assert plan_blocks(1000, 128, 10, None, 10**9) == 8
     assert plan_blocks(10**9, 128, 10, 12800, 10**9) == 10
     assert plan_blocks(10**9, 128, 10, None, 25600) == 10

@@ -21,7 +21,7 @@ from atb_pllava.batch.run_metadata import checkpoint_files, settings_of
 from atb_pllava.convert.converter import Conversion
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.adapter import AdapterConfig

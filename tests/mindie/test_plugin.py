@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import atb_pllava
 from atb_pllava.config import PreprocessorConfig, TextConfig
 from atb_pllava.convert.options import ConvertOptions
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
 from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config

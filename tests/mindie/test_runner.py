@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.convert.options import ConvertOptions
-from atb_pllava.engine.request import SamplingParams
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.mindie.install import PLUGIN
 from atb_pllava.mindie.launch import runner_command
