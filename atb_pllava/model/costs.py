@@ -1,12 +1,12 @@
-"""What each part of a request costs, from the model's sizes alone: FLOPs, bytes through memory, bytes between ranks.
+"""What each part of a request costs by the model's sizes: FLOPs, bytes read from memory, bytes between ranks.
 
-Counted is what the model's definition asks for, once: matrix products and attention at 2 FLOPs a multiply-add, every
-weight read once a step, every cached key and value read once a token. Norms, rotary embeddings, activations and the
-rows of the embedding are left out: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
+The count is that of the model's definition. A multiply-add is 2 FLOPs, in matrix products and in attention. Every
+weight is read once a step, and every cached key and value once a token. Norms, rotary embeddings, activations and the
+rows of the embedding are not counted: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
 
-Weights are counted as their file holds them: an int8 weight's scale and offset once a row, or once a row and group of
-columns, in the model's dtype. What a backend makes of that is not: our CPU kernels read scales and offsets in float32,
-and of symmetric weights no offsets.
+Weights have the size that they have in a file. An int8 weight has a scale and a zero point for each row, or for each
+row and group of columns, in the model's dtype. A backend may read other bytes: our CPU kernels read scales and zero
+points in float32, and no zero points of symmetric weights.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from atb_pllava.ops.int8 import Int8Layers, column_groups
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one rank in one go. `sent`: bytes it sends to others; `messages`: collectives it takes part in."""
+    """Work of one rank. `sent` are bytes that it sends to other ranks, `messages` the collectives it takes part in."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -36,9 +36,9 @@ class Cost:
 class Costs:
     """Costs of a model on one of its ranks.
 
-    `element` is the bytes of a float of the model (2 for bfloat16), `int8` says which of the decoder's linear layers
-    are W8A16, `int8_kv` whether keys and values are in 8 bits, `reduced` the bytes of a number in an all-reduce (4 on
-    a CPU, which sums in float32).
+    `element`: bytes of a float of the model, 2 for bfloat16. `int8`: the decoder's linear layers that are W8A16.
+    `int8_kv`: whether keys and values are int8. `reduced`: bytes of a number in an all-reduce, 4 on a CPU, which sums
+    in float32.
     """
 
     config: PllavaConfig
@@ -49,10 +49,13 @@ class Costs:
     int8_kv: bool = False
 
     def vision(self, frames: int) -> Cost:
-        """CLIP tower (the layers that are read) and projector on this rank's share of `frames`."""
-        vision, text = self.config.vision, self.config.text
-        width, patches = vision.hidden_size, vision.grid**2
-        tokens, layers = patches + 1, self.config.vision_layers_used
+        """CLIP tower, as far as PLLaVA computes it, and projector on this rank's share of `frames`."""
+        vision = self.config.vision
+        text = self.config.text
+        width = vision.hidden_size
+        patches = vision.grid**2
+        tokens = patches + 1
+        layers = self.config.vision_layers_used
         per_layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
         embedding = 2 * patches * 3 * vision.patch_size**2 * width
         projector = 2 * patches * (width * text.hidden_size + text.hidden_size**2)
@@ -61,36 +64,41 @@ class Costs:
         return Cost(mine * (embedding + layers * per_layer + projector), self.vision_weight_bytes) + gathered
 
     def prefill(self, lengths: Sequence[int]) -> Cost:
-        """One step over whole prompts of these lengths, causal attention; the next token of each is wanted."""
+        """One step over whole prompts of these lengths, with causal attention and logits for the last token of each."""
         tokens = sum(lengths)
         attended = sum(length * (length + 1) / 2 for length in lengths)
         return self._decoder(tokens, attended, len(lengths), read=0)
 
     def decode(self, contexts: Sequence[int]) -> Cost:
-        """One token of each of these sequences, which then have `contexts` tokens."""
+        """One step that adds a token to each sequence. `contexts` are the lengths with that token."""
         return self._decoder(len(contexts), sum(contexts), len(contexts), read=sum(contexts))
 
     def _decoder(self, tokens: int, attended: float, wanted: int, read: int) -> Cost:
-        """`tokens` new tokens over `attended` query-key pairs a head; `read` cached tokens come from memory."""
-        text, layers = self.config.text, self.config.text.num_hidden_layers
+        """A step over `tokens` new tokens, of which `wanted` get logits.
+
+        Each head computes `attended` query-key pairs. `read` cached tokens are read from memory.
+        """
+        text = self.config.text
+        layers = text.num_hidden_layers
         linear = 2 * tokens * layers * sum(rows * len(columns) for rows, columns in self._linears().values())
         attention = 4 * attended * layers * self._heads * text.head_dim
-        head = 2 * wanted * self._words * text.hidden_size
+        head = 2 * wanted * self._vocab * text.hidden_size
         cache = (read + tokens) * self.kv_bytes_per_token
         return Cost(linear + attention + head, self.decoder_weight_bytes + cache) + self._between_ranks(tokens, wanted)
 
     def _between_ranks(self, tokens: int, wanted: int) -> Cost:
-        """An all-reduce after the embedding and two in each layer, and the gather of the float32 logits."""
-        text, size = self.config.text, self.parallel.size
+        """An all-reduce after the embedding, two in each layer, and the gather of the float32 logits."""
+        text = self.config.text
+        size = self.parallel.size
         if size == 1:
             return Cost()
         reductions = 2 * text.num_hidden_layers + 1
-        # A ring sends each byte (size - 1) / size times to add up, and as often to hand out.
+        # A ring all-reduce sends (size - 1) / size of the bytes to sum, and as many to distribute the sums.
         ring = 2 * (size - 1) / size * tokens * text.hidden_size * self.reduced
         return Cost(sent=reductions * ring, messages=reductions) + self._gather(wanted * text.vocab_size * 4)
 
     def _gather(self, total: int) -> Cost:
-        """Every rank has its share of `total` bytes and gets the others'."""
+        """An all-gather: every rank has its share of `total` bytes and receives the shares of the others."""
         size = self.parallel.size
         return Cost() if size == 1 else Cost(sent=(size - 1) / size * total, messages=1)
 
@@ -103,19 +111,23 @@ class Costs:
 
     @property
     def decoder_weight_bytes(self) -> int:
-        """What a decode step reads of the weights: layers, last norm and lm_head; the embedding is a few rows."""
-        text, layers, linears = self.config.text, self.config.text.num_hidden_layers, self._linears()
+        """Bytes of weights that a decode step reads: layers, last norm and lm_head, without the embedding."""
+        text = self.config.text
+        layers = text.num_hidden_layers
+        linears = self._linears()
         total = sum(
             self._linear_bytes(rows, columns, f"language_model.model.layers.{layer}.{name}.weight" in self.int8.names)
             for layer in range(layers)
             for name, (rows, columns) in linears.items()
         )
-        return total + ((2 * layers + 1) * text.hidden_size + self._words * text.hidden_size) * self.element
+        return total + ((2 * layers + 1) * text.hidden_size + self._vocab * text.hidden_size) * self.element
 
     @property
     def vision_weight_bytes(self) -> int:
-        """Tower and projector, which every rank has whole."""
-        vision, text, width = self.config.vision, self.config.text, self.config.vision.hidden_size
+        """Bytes of tower and projector, which every rank has whole."""
+        vision = self.config.vision
+        text = self.config.text
+        width = vision.hidden_size
         inner = vision.intermediate_size
         layer = 4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width
         embedding = width * (1 + 3 * vision.patch_size**2 + vision.grid**2 + 1 + 2)
@@ -124,28 +136,37 @@ class Costs:
 
     @property
     def weight_bytes(self) -> int:
-        """All weights of this rank, the embedding included."""
-        embedding = self._words * self.config.text.hidden_size * self.element
+        """Bytes of all weights of this rank, with the embedding."""
+        embedding = self._vocab * self.config.text.hidden_size * self.element
         return self.vision_weight_bytes + self.decoder_weight_bytes + embedding
 
     def _linear_bytes(self, rows: int, columns: range, int8: bool) -> int:
-        """A group's scale and offset are on every rank that has some of its columns."""
+        """Bytes of `rows` rows and these columns of a matrix.
+
+        A quantisation group's scale and zero point are on every rank that has some of the group's columns.
+        """
         if not int8:
             return rows * len(columns) * self.element
         groups = column_groups(slice(columns.start, columns.stop), self.int8.group_size)
         return rows * (len(columns) + 2 * len(range(groups.start, groups.stop)) * self.element)
 
     def _linears(self) -> dict[str, tuple[int, range]]:
-        """A layer's matrices on this rank: how many rows, and which columns of the whole matrix."""
-        text, mine = self.config.text, self.parallel.share(self.config.text.num_key_value_heads)
-        width, inner = range(text.hidden_size), self.parallel.share(text.intermediate_size)
-        per_group = text.num_attention_heads // text.num_key_value_heads * text.head_dim
-        heads = range(mine.start * per_group, mine.stop * per_group)  # this rank's elements of all heads side by side
-        kv = len(mine) * text.head_dim, width
+        """A layer's matrices on this rank: the number of rows, and the columns out of those of the whole matrix."""
+        text = self.config.text
+        hidden = range(text.hidden_size)
+        inner = self.parallel.share(text.intermediate_size)
+        kv_heads = self.parallel.share(text.num_key_value_heads)
+        head_elements = text.num_attention_heads // text.num_key_value_heads * text.head_dim  # that share a KV head
+        heads = range(kv_heads.start * head_elements, kv_heads.stop * head_elements)
+        kv_rows = len(kv_heads) * text.head_dim
         return {
-            **{"self_attn.q_proj": (len(heads), width), "self_attn.k_proj": kv, "self_attn.v_proj": kv},
-            **{"self_attn.o_proj": (text.hidden_size, heads), "mlp.gate_proj": (len(inner), width)},
-            **{"mlp.up_proj": (len(inner), width), "mlp.down_proj": (text.hidden_size, inner)},
+            "self_attn.q_proj": (len(heads), hidden),
+            "self_attn.k_proj": (kv_rows, hidden),
+            "self_attn.v_proj": (kv_rows, hidden),
+            "self_attn.o_proj": (text.hidden_size, heads),
+            "mlp.gate_proj": (len(inner), hidden),
+            "mlp.up_proj": (len(inner), hidden),
+            "mlp.down_proj": (text.hidden_size, inner),
         }
 
     @property
@@ -158,5 +179,5 @@ class Costs:
         return self._kv_heads * (text.num_attention_heads // text.num_key_value_heads)
 
     @property
-    def _words(self) -> int:
+    def _vocab(self) -> int:
         return len(self.parallel.share(self.config.text.vocab_size))
