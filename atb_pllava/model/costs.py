@@ -4,9 +4,9 @@ The count is that of the model's definition. A multiply-add is 2 FLOPs, in matri
 weight is read once a step, and every cached key and value once a token. Norms, rotary embeddings, activations and the
 rows of the embedding are not counted: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
 
-Weights have the size that they have in a file. An int8 weight has a scale and a zero point for each row, or for each
-row and group of columns, in the model's dtype. A backend may read other bytes: our CPU kernels read scales and zero
-points in float32, and no zero points of symmetric weights.
+Weights are counted as their file holds them: an int8 weight's scale and offset once a row, or once a row and group of
+columns, in the model's dtype. What a backend makes of that is not: our CPU kernels read scales and offsets in float32,
+and of symmetric weights no offsets.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ class Costs:
         layers = text.num_hidden_layers
         linear = 2 * tokens * layers * sum(rows * len(columns) for rows, columns in self._linears().values())
         attention = 4 * attended * layers * self._heads * text.head_dim
-        head = 2 * wanted * self._vocab * text.hidden_size
+        head = 2 * wanted * self._words * text.hidden_size
         cache = (read + tokens) * self.kv_bytes_per_token
         return Cost(linear + attention + head, self.decoder_weight_bytes + cache) + self._between_ranks(tokens, wanted)
 
@@ -120,7 +120,7 @@ class Costs:
             for layer in range(layers)
             for name, (rows, columns) in linears.items()
         )
-        return total + ((2 * layers + 1) * text.hidden_size + self._vocab * text.hidden_size) * self.element
+        return total + ((2 * layers + 1) * text.hidden_size + self._words * text.hidden_size) * self.element
 
     @property
     def vision_weight_bytes(self) -> int:
@@ -136,37 +136,28 @@ class Costs:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights of this rank, with the embedding."""
-        embedding = self._vocab * self.config.text.hidden_size * self.element
+        """All weights of this rank, the embedding included."""
+        embedding = self._words * self.config.text.hidden_size * self.element
         return self.vision_weight_bytes + self.decoder_weight_bytes + embedding
 
     def _linear_bytes(self, rows: int, columns: range, int8: bool) -> int:
-        """Bytes of `rows` rows and these columns of a matrix.
-
-        A quantisation group's scale and zero point are on every rank that has some of the group's columns.
-        """
+        """A group's scale and offset are on every rank that has some of its columns."""
         if not int8:
             return rows * len(columns) * self.element
         groups = column_groups(slice(columns.start, columns.stop), self.int8.group_size)
         return rows * (len(columns) + 2 * len(range(groups.start, groups.stop)) * self.element)
 
     def _linears(self) -> dict[str, tuple[int, range]]:
-        """A layer's matrices on this rank: the number of rows, and the columns out of those of the whole matrix."""
-        text = self.config.text
-        hidden = range(text.hidden_size)
-        inner = self.parallel.share(text.intermediate_size)
-        kv_heads = self.parallel.share(text.num_key_value_heads)
-        head_elements = text.num_attention_heads // text.num_key_value_heads * text.head_dim  # that share a KV head
-        heads = range(kv_heads.start * head_elements, kv_heads.stop * head_elements)
-        kv_rows = len(kv_heads) * text.head_dim
+        """A layer's matrices on this rank: how many rows, and which columns of the whole matrix."""
+        text, mine = self.config.text, self.parallel.share(self.config.text.num_key_value_heads)
+        width, inner = range(text.hidden_size), self.parallel.share(text.intermediate_size)
+        per_group = text.num_attention_heads // text.num_key_value_heads * text.head_dim
+        heads = range(mine.start * per_group, mine.stop * per_group)  # this rank's elements of all heads side by side
+        kv = len(mine) * text.head_dim, width
         return {
-            "self_attn.q_proj": (len(heads), hidden),
-            "self_attn.k_proj": (kv_rows, hidden),
-            "self_attn.v_proj": (kv_rows, hidden),
-            "self_attn.o_proj": (text.hidden_size, heads),
-            "mlp.gate_proj": (len(inner), hidden),
-            "mlp.up_proj": (len(inner), hidden),
-            "mlp.down_proj": (text.hidden_size, inner),
+            **{"self_attn.q_proj": (len(heads), width), "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+            **{"self_attn.o_proj": (text.hidden_size, heads), "mlp.gate_proj": (len(inner), width)},
+            **{"mlp.up_proj": (len(inner), width), "mlp.down_proj": (text.hidden_size, inner)},
         }
 
     @property
@@ -179,5 +170,5 @@ class Costs:
         return self._kv_heads * (text.num_attention_heads // text.num_key_value_heads)
 
     @property
-    def _vocab(self) -> int:
+    def _words(self) -> int:
         return len(self.parallel.share(self.config.text.vocab_size))
