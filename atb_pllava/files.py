@@ -1,4 +1,4 @@
-"""JSON files: the one reader for all of them, and results that are written whole or not at all."""
+"""Files: a JSON reader with clear errors, atomic writes, and the endings of media and weight files."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from typing import Any
 
 from atb_pllava.errors import ConfigError
 
-PLOT_TITLE = "atb_pllava plot"  # in the PNG files that are drawn here, which a later run may replace
-# What is looked for in a folder. A file is read by its content, whatever its ending is.
+PLOT_TITLE = "atb_pllava plot"  # the title in PNG files that this package draws; a later run may replace these files
+# Endings of the files that are taken from a folder. A file named directly is read by its content.
 IMAGE_ENDINGS = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"]
 )
@@ -18,12 +18,12 @@ VIDEO_ENDINGS = frozenset(
     [".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".f4v", ".flv"]
     + [".gif", ".ts", ".mts", ".m2ts", ".m2t", ".mpg", ".mpeg", ".mpe", ".vob", ".ogv", ".ogg", ".ogm"]
 )
-# Media that are not read: in a folder they are named with an error, not left out.
+# Endings of media that cannot be read. Such a file in a folder is reported with an error.
 REFUSED_ENDINGS = frozenset(
     [".mxf", ".rm", ".rmvb", ".dv", ".wtv", ".nut", ".m1v", ".m2v", ".h264", ".264", ".h265", ".265", ".hevc"]
     + [".jp2", ".jxl"]
 )
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS holds instead of a file
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the beginning of a file that Git LFS did not download
 MAX_CONFIG_BYTES = 10 * 2**20
 WEIGHT_ENDINGS = frozenset([".safetensors", ".bin", ".pt", ".pth", ".gguf"])
 LFS_REMEDY = (
@@ -32,10 +32,10 @@ LFS_REMEDY = (
 
 
 def check_writable(path: str, option: str, inputs: Iterable[str] = ()) -> None:
-    """Complain before the work instead of after it; `option` is what named the file.
+    """Check before long work that its result can be written to `path`. `option` is the option that named the path.
 
-    Raises ConfigError for what is no place for a file, and for an existing file that no result may replace: a video, an
-    image that was not drawn here, weights, and each of the `inputs`, which this run reads.
+    Raises ConfigError if no file can be written there. Raises ConfigError for an existing file that no result may
+    replace: a video, an image that this package did not draw, weights, and each of the files `inputs` of this run.
     """
     folder = os.path.dirname(os.path.realpath(path))
     usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
@@ -62,22 +62,25 @@ def _is_our_plot(path: str) -> bool:
 
 
 def write_json(path: str | os.PathLike[str], value: object, mode: int | None = None) -> None:
-    """`write_text` of a value as JSON."""
+    """Write a value as JSON; otherwise as `write_bytes`."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", mode)
 
 
 def write_text(path: str | os.PathLike[str], text: str, mode: int | None = None) -> None:
-    """`write_bytes` of a text; names in it that are no Unicode become escapes, in JSON its own \\u."""
+    """Write a text as UTF-8; otherwise as `write_bytes`.
+
+    Lone surrogates, which come from file names that are not UTF-8, become `\\u` escapes. JSON has the same escapes.
+    """
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"), mode)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None = None) -> None:
-    """Write a whole file or none: a reader never sees half of it, and a full disk leaves the old one.
+    """Write a file atomically: a reader never sees half of it, and after an error the old file is still there.
 
-    `mode` are its permissions (None: as the umask has them).
-    Raises ConfigError naming the file when it cannot be written.
+    `mode` are the permissions of the file; None leaves them to the umask. Raises ConfigError that names the file if
+    the file cannot be written.
     """
-    target = Path(os.path.realpath(path))  # a link keeps pointing where it points
+    target = Path(os.path.realpath(path))  # of a link, the target is replaced and not the link
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -90,15 +93,15 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None =
     except OSError as error:
         raise ConfigError(f"{os.fspath(path)} could not be written: {error.strerror}") from None
     finally:
-        with suppress(OSError):  # it took its place, or could not even be made
+        with suppress(OSError):  # after a rename, and if it could not be created, it does not exist
             partial.unlink()
 
 
 def read_json(path: str | os.PathLike[str], largest: int | None = None, distinct_keys: bool = False) -> Any:
-    """What a JSON file holds: UTF-8 with or without a byte order mark, UTF-16 or UTF-32.
+    """The value in a JSON file, which may be UTF-8 with or without a byte order mark, UTF-16 or UTF-32.
 
-    `largest` bounds its bytes; with `distinct_keys` an object that has a key twice is an error.
-    Raises ConfigError naming the file when it cannot be read, is larger, a Git LFS pointer or no JSON.
+    Raises ConfigError that names the file in these cases: the file cannot be read, has more than `largest` bytes, is a
+    Git LFS pointer, is not JSON, or, with `distinct_keys`, has an object with a key twice.
     """
     text = read_text(path, largest)
     try:
@@ -108,7 +111,7 @@ def read_json(path: str | os.PathLike[str], largest: int | None = None, distinct
 
 
 def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
-    """The text of a JSON file, or of one with JSON lines, without a byte order mark; otherwise as `read_json`."""
+    """The text of a file of JSON or JSON lines, without a byte order mark. Raises ConfigError as `read_json` does."""
     name = os.fspath(path)
     try:
         with open(path, "rb") as file:
@@ -129,7 +132,7 @@ def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
 def read_object(
     path: str | os.PathLike[str], largest: int | None = None, distinct_keys: bool = False
 ) -> dict[str, Any]:
-    """`read_json` of a file that must hold a JSON object."""
+    """The JSON object in a file. Raises ConfigError as `read_json` does, and for any other JSON value."""
     value = read_json(path, largest, distinct_keys)
     if not isinstance(value, dict):
         raise ConfigError(f"{os.fspath(path)} must contain a JSON object, not a {type(value).__name__}")
@@ -137,18 +140,25 @@ def read_object(
 
 
 def read_config_json(path: str | os.PathLike[str], distinct_keys: bool = False) -> dict[str, Any]:
-    """`read_object` of a file of at most MAX_CONFIG_BYTES, such as the JSON files of a checkpoint directory."""
+    """The JSON object in a file of at most 10 MiB, such as the JSON files of a checkpoint directory.
+
+    Raises ConfigError as `read_object` does.
+    """
     return read_object(path, MAX_CONFIG_BYTES, distinct_keys)
 
 
 def why_unreadable(path: str | os.PathLike[str], error: OSError) -> str:
-    """Why a file could not be opened; a link to nothing, as half a download leaves it, is named as such."""
+    """The rest of a message "FILE ...": why the file could not be opened.
+
+    An incomplete download leaves links to nothing; such a link is named as that.
+    """
     if os.path.islink(path) and not os.path.exists(path):
         return f"is a link to {os.readlink(path)}, which does not exist: the download is not complete, run it again"
     return f"cannot be read: {error.strerror or error}"
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The JSON object of these pairs. Raises ValueError that names a key which occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,4 +1,4 @@
-"""One reader for every JSON file: byte order marks, Git LFS pointers, links to nothing; and names with a dot first."""
+"""Every JSON file has one reader: byte order marks, Git LFS pointers, broken links. Hidden files are left out."""
 
 import json
 import shutil
@@ -102,8 +102,14 @@ def model(tmp_path: Path) -> Path:
     return model
 
 
-FILES = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-         "model.safetensors.index.json"]  # fmt: skip
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS[1:])
@@ -332,8 +338,10 @@ def test_conversion_refuses_first_what_could_never_be_loaded(
 ) -> None:
     spoil(model)
     before = sorted(tmp_path.rglob("*"))
-    for action in (lambda: LLM(model, backend="cpu"),
-                   lambda: convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_merged"))):  # fmt: skip
+    for action in (
+        lambda: LLM(model, backend="cpu"),
+        lambda: convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_merged")),
+    ):
         with pytest.raises(ConfigError, match=message):
             action()
     assert sorted(tmp_path.rglob("*")) == before

@@ -71,5 +71,6 @@ class MsModelSlim:
 
     def _weight(self, stored: Mapping[str, Tensor], name: str) -> Int8Weight:
         rows = len(stored[name])
-        scale, offset = (stored[f"{name}_{x}"].float().reshape(rows, -1) for x in ("scale", "offset"))
+        scale = stored[f"{name}_scale"].float().reshape(rows, -1)
+        offset = stored[f"{name}_offset"].float().reshape(rows, -1)
         return Int8Weight(stored[name], scale, offset, self.group_size)

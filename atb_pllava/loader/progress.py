@@ -45,7 +45,8 @@ class ShardProgress:
     def _log(self, file_number: int, level: int) -> None:
         self._last_line_time = time.monotonic()
         seconds = max(self._last_line_time - self._start_time, 1e-9)
-        unit, bytes_per_unit = ("GB", 1e9) if self._bytes_total >= 1e9 else ("MB", 1e6)
+        unit = "GB" if self._bytes_total >= 1e9 else "MB"
+        bytes_per_unit = 1e9 if unit == "GB" else 1e6
         done = self._bytes_done / bytes_per_unit
         total = self._bytes_total / bytes_per_unit
         text = f"{self._what} {file_number}/{len(self._files)} shards, {done:.1f} of {total:.1f} {unit}"

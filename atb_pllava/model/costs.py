@@ -1,8 +1,8 @@
-"""What each part of a request costs, from the model's sizes alone: FLOPs, bytes through memory, bytes between ranks.
+"""What each part of a request costs by the model's sizes: FLOPs, bytes read from memory, bytes between ranks.
 
-Counted is what the model's definition asks for, once: matrix products and attention at 2 FLOPs a multiply-add, every
-weight read once a step, every cached key and value read once a token. Norms, rotary embeddings, activations and the
-rows of the embedding are left out: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
+The count is that of the model's definition. A multiply-add is 2 FLOPs, in matrix products and in attention. Every
+weight is read once a step, and every cached key and value once a token. Norms, rotary embeddings, activations and the
+rows of the embedding are not counted: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
 
 Weights are counted as their file holds them: an int8 weight's scale and zero point once a row, or once a row and group
 of columns, in the model's dtype. What a backend makes of them is not counted: our CPU kernels read scales and zero
@@ -20,7 +20,7 @@ from atb_pllava.ops.reference import TorchBackend
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one rank in one go. `sent`: bytes it sends to others; `messages`: collectives it takes part in."""
+    """Work of one rank. `sent` are bytes that it sends to other ranks, `messages` the collectives it takes part in."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -37,9 +37,9 @@ class Cost:
 class Costs:
     """Costs of a model on one of its ranks.
 
-    `element` is the bytes of a float of the model (2 for bfloat16), `int8` says which of the decoder's linear layers
-    are W8A16, `int8_kv` whether keys and values are in 8 bits, `reduced` the bytes of a number in an all-reduce (4 on
-    a CPU, which sums in float32).
+    `element`: bytes of a float of the model, 2 for bfloat16. `int8`: the decoder's linear layers that are W8A16.
+    `int8_kv`: whether keys and values are int8. `reduced`: bytes of a number in an all-reduce, 4 on a CPU, which sums
+    in float32.
     """
 
     config: PllavaConfig
@@ -50,10 +50,13 @@ class Costs:
     int8_kv: bool = False
 
     def vision(self, frames: int) -> Cost:
-        """CLIP tower (the layers that are read) and projector on this rank's share of `frames`."""
-        vision, text = self.config.vision, self.config.text
-        width, patches = vision.hidden_size, vision.grid**2
-        tokens, layers = patches + 1, self.config.vision_layers_used
+        """CLIP tower, as far as PLLaVA computes it, and projector on this rank's share of `frames`."""
+        vision = self.config.vision
+        text = self.config.text
+        width = vision.hidden_size
+        patches = vision.grid**2
+        tokens = patches + 1
+        layers = self.config.vision_layers_used
         per_layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
         embedding = 2 * patches * 3 * vision.patch_size**2 * width
         projector = 2 * patches * (width * text.hidden_size + text.hidden_size**2)
@@ -62,18 +65,22 @@ class Costs:
         return Cost(mine * (embedding + layers * per_layer + projector), self.vision_weight_bytes) + gathered
 
     def prefill(self, lengths: Sequence[int]) -> Cost:
-        """One step over whole prompts of these lengths, causal attention; the next token of each is wanted."""
+        """One step over whole prompts of these lengths, with causal attention and logits for the last token of each."""
         tokens = sum(lengths)
         attended = sum(length * (length + 1) / 2 for length in lengths)
         return self._decoder(tokens, attended, len(lengths), read=0)
 
     def decode(self, contexts: Sequence[int]) -> Cost:
-        """One token of each of these sequences, which then have `contexts` tokens."""
+        """One step that adds a token to each sequence. `contexts` are the lengths with that token."""
         return self._decoder(len(contexts), sum(contexts), len(contexts), read=sum(contexts))
 
     def _decoder(self, tokens: int, attended: float, wanted: int, read: int) -> Cost:
-        """`tokens` new tokens over `attended` query-key pairs a head; `read` cached tokens come from memory."""
-        text, layers = self.config.text, self.config.text.num_hidden_layers
+        """A step over `tokens` new tokens, of which `wanted` get logits.
+
+        Each head computes `attended` query-key pairs. `read` cached tokens are read from memory.
+        """
+        text = self.config.text
+        layers = text.num_hidden_layers
         linear = 2 * tokens * layers * sum(rows * len(columns) for rows, columns in self._linears().values())
         attention = 4 * attended * layers * self._heads * text.head_dim
         head = 2 * wanted * self._vocab_rows * text.hidden_size
@@ -81,17 +88,18 @@ class Costs:
         return Cost(linear + attention + head, self.decoder_weight_bytes + cache) + self._between_ranks(tokens, wanted)
 
     def _between_ranks(self, tokens: int, wanted: int) -> Cost:
-        """An all-reduce after the embedding and two in each layer, and the gather of the float32 logits."""
-        text, size = self.config.text, self.parallel.size
+        """An all-reduce after the embedding, two in each layer, and the gather of the float32 logits."""
+        text = self.config.text
+        size = self.parallel.size
         if size == 1:
             return Cost()
         reductions = 2 * text.num_hidden_layers + 1
-        # A ring sends each byte (size - 1) / size times to add up, and as often to hand out.
+        # A ring all-reduce sends (size - 1) / size of the bytes to sum, and as many to distribute the sums.
         ring = 2 * (size - 1) / size * tokens * text.hidden_size * self.reduced
         return Cost(sent=reductions * ring, messages=reductions) + self._gather(wanted * text.vocab_size * 4)
 
     def _gather(self, total: int) -> Cost:
-        """Every rank has its share of `total` bytes and gets the others'."""
+        """An all-gather: every rank has its share of `total` bytes and receives the shares of the others."""
         size = self.parallel.size
         return Cost() if size == 1 else Cost(sent=(size - 1) / size * total, messages=1)
 
@@ -105,8 +113,10 @@ class Costs:
 
     @property
     def decoder_weight_bytes(self) -> int:
-        """What a decode step reads of the weights: layers, last norm and lm_head; the embedding is a few rows."""
-        text, layers, linears = self.config.text, self.config.text.num_hidden_layers, self._linears()
+        """Bytes of weights that a decode step reads: layers, last norm and lm_head, without the embedding."""
+        text = self.config.text
+        layers = text.num_hidden_layers
+        linears = self._linears()
         total = sum(
             self._linear_bytes(rows, columns, f"language_model.model.layers.{layer}.{name}.weight" in self.int8.names)
             for layer in range(layers)
@@ -116,8 +126,10 @@ class Costs:
 
     @property
     def vision_weight_bytes(self) -> int:
-        """Tower and projector, which every rank has whole."""
-        vision, text, width = self.config.vision, self.config.text, self.config.vision.hidden_size
+        """Bytes of tower and projector, which every rank has whole."""
+        vision = self.config.vision
+        text = self.config.text
+        width = vision.hidden_size
         inner = vision.intermediate_size
         layer = 4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width
         embedding = width * (1 + 3 * vision.patch_size**2 + vision.grid**2 + 1 + 2)

@@ -1,6 +1,6 @@
 """The published models: their names on the Hugging Face Hub, and the sizes in their config.json.
 
-Nothing is downloaded. The sizes serve benchmarks without a checkpoint, and the doctor before there is one.
+Nothing is downloaded. Benchmarks without a checkpoint use the sizes. `doctor` uses them before a checkpoint is there.
 """
 
 from typing import Any
@@ -9,23 +9,41 @@ OWNER = "ermu2001"  # github.com/magic-research/PLLaVA, README: pllava-7b, pllav
 LORA_RANK = 128
 
 _CLIP_L_336 = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "image_size": 336, "patch_size": 14,
-}  # fmt: skip
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 
 
 def sizes_json(
-    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, words: int, **text: Any
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **text: Any
 ) -> dict[str, Any]:
-    """The part of config.json that decides shapes, with PLLaVA's vision tower, frames and pooling."""
+    """The part of config.json that decides the shapes of a model with PLLaVA's vision tower, frames and pooling.
+
+    `text` are further keys of text_config.
+    """
     return {
-        "model_type": "llava", "torch_dtype": "bfloat16", "num_frames": 16, "pooling_shape": [16, 12, 12],
-        "image_token_index": 32000 if words < 64000 else 64002, "vision_config": _CLIP_L_336,
+        "model_type": "llava",
+        "torch_dtype": "bfloat16",
+        "num_frames": 16,
+        "pooling_shape": [16, 12, 12],
+        "image_token_index": 32000 if vocab < 64000 else 64002,
+        "vision_config": _CLIP_L_336,
         "text_config": {
-            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": words,
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **text},
-    }  # fmt: skip
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocab,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            **text,
+        },
+    }
 
 
 PUBLISHED = {
@@ -36,7 +54,10 @@ PUBLISHED = {
 
 
 def published_size(name: str) -> str | None:
-    """`ermu2001/pllava-7b`, or any path or address that ends in `pllava-7b`, to "7b"; None for other names."""
+    """The size "7b" for `ermu2001/pllava-7b` and for any path or address that ends in `pllava-7b`.
+
+    None for names of other models.
+    """
     last = name.rstrip("/").rpartition("/")[2].lower()
     size = last.removeprefix("pllava-")
     return size if size != last and size in PUBLISHED else None

@@ -400,7 +400,7 @@ def test_a_plot_of_an_earlier_run_may_be_replaced(sweep_rows, tmp_path: Path) ->
 def test_a_shape_that_does_not_fit_is_refused(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("atb_pllava.ops.interface.Backend.free_memory", lambda _: 10**9)
     assert bench("--shape", "1b", "--dtype", "bfloat16", "--backend", "cpu", "--csv", tmp_path / "t.csv") == 2
-    assert "random weights of this shape take 2.5 GB and 1.0 GB" in capsys.readouterr().err
+    assert "dummy weights of this shape take 2.5 GB and 1.0 GB" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Conversion: float checkpoint in, W8A16 or merged directory out; and what the loader makes of quantised ones."""
+"""Conversion of a float checkpoint to a W8A16 or merged directory, and loading of quantised directories."""
 
 import json
 import os
@@ -95,7 +95,8 @@ def test_weights_are_within_half_a_step_and_the_rest_is_the_same(
     source: Path, tmp_path: Path, options: ConvertOptions
 ) -> None:
     convert_checkpoint(source, tmp_path / "out", options)
-    original, content = tensors(source), tensors(tmp_path / "out")
+    original = tensors(source)
+    content = tensors(tmp_path / "out")
     floats = dequantised(content)
     assert floats.keys() == original.keys()
     int8 = {name for name, tensor in content.items() if tensor.dtype == torch.int8}
@@ -136,9 +137,11 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     assert description.pop("group_size") == 0
     assert description.keys() == content.keys()
     assert {n for n, t in description.items() if t == "W8A16"} == {
-        f"language_model.model.layers.{i}.{name}.weight{x}" for i in (0, 1) for name in NAMES
+        f"language_model.model.layers.{i}.{name}.weight{x}"
+        for i in (0, 1)
+        for name in NAMES
         for x in ("", "_scale", "_offset")
-    }  # fmt: skip
+    }
     config = json.loads((quantised / "config.json").read_text())
     assert config["model_type"] == "pllava" and config["quantize"] == "w8a16"
     for key, value in {**RAW["text_config"], "rope_theta": 10000.0, "eos_token_id": 2}.items():
@@ -149,7 +152,8 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
 
 def test_merged_is_the_float_checkpoint_again(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "out", ConvertOptions("pllava_merged"))
-    original, content = tensors(source), tensors(tmp_path / "out")
+    original = tensors(source)
+    content = tensors(tmp_path / "out")
     assert original.keys() == content.keys() and all(torch.equal(content[n], t) for n, t in original.items())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantize" not in config and config["model_type"] == "pllava"
@@ -173,13 +177,16 @@ def test_image_and_rope_settings_of_transformers_5_stay_what_they_were(source: P
 
 
 def test_lora_is_merged_before_it_is_rounded(source: Path, tmp_path: Path) -> None:
-    a, b = torch.randn(4, 128), torch.randn(128, 4)
+    a = torch.randn(4, 128)
+    b = torch.randn(128, 4)
     delta = tmp_path / "delta"
     delta.mkdir()
     (delta / "config.json").write_text((source / "config.json").read_text())
     prefix = f"language_model.base_model.model.{LAYER.removeprefix('language_model.')}self_attn.q_proj"
-    save_file({f"{prefix}.lora_A.default.weight": a, f"{prefix}.lora_B.default.weight": b},
-              delta / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {f"{prefix}.lora_A.default.weight": a, f"{prefix}.lora_B.default.weight": b},
+        delta / "adapter_model.safetensors",
+    )
     convert_checkpoint(source, tmp_path / "out", ConvertOptions("pllava_w8a16", lora_alpha=8), delta)
     content = tensors(tmp_path / "out")
     merged = tensors(source)[Q] + 2 * b @ a
@@ -226,7 +233,8 @@ def test_blocks_of_rows_change_nothing(
 ) -> None:
     monkeypatch.setattr(converter, "CONVERT_ELEMENTS", 1000)
     convert_checkpoint(source, tmp_path / "out", W8A16)
-    one, many = tensors(quantised), tensors(tmp_path / "out")
+    one = tensors(quantised)
+    many = tensors(tmp_path / "out")
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
@@ -239,7 +247,8 @@ def test_every_rank_reads_its_slice_of_the_whole(
     source: Path, tmp_path: Path, size: int, options: ConvertOptions
 ) -> None:
     convert_checkpoint(source, tmp_path / "out", options)
-    config, whole = read_config(source), dequantised(tensors(tmp_path / "out"))
+    config = read_config(source)
+    whole = dequantised(tensors(tmp_path / "out"))
     checkpoint = open_checkpoint(tmp_path / "out")
     for rank in range(size):
         model = Pllava(config, TorchBackend(), torch.float32, TensorParallel(rank, size), checkpoint.int8)
@@ -258,7 +267,8 @@ def test_every_rank_reads_its_slice_of_the_whole(
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None], flat: bool = False) -> Path:
     """Change the tensors and the description of a quantised directory; one file as msModelSlim writes it."""
-    content, description = tensors(directory), json.loads((directory / "quant_model_description.json").read_text())
+    content = tensors(directory)
+    description = json.loads((directory / "quant_model_description.json").read_text())
     change(content, description)
     for file in [*directory.glob("*.safetensors"), *directory.glob("quant*")]:
         file.unlink(missing_ok=True)
@@ -269,7 +279,8 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]
 
 
 def same_model(directory: Path, other: Path) -> bool:
-    one, two = load(directory).weight_map(), load(other).weight_map()
+    one = load(directory).weight_map()
+    two = load(other).weight_map()
     return one.keys() == two.keys() and all(torch.equal(one[name].tensor, two[name].tensor) for name in one)
 
 
@@ -300,7 +311,8 @@ def test_biases_of_outlier_suppression(quantised: Path, tmp_path: Path) -> None:
     name = f"{LAYER}input_layernorm.bias"
 
     def suppressed(value: float, content: dict[str, Tensor], description: dict[str, Any]) -> None:
-        content[name], description[name] = torch.full((128,), value), "FLOAT"
+        content[name] = torch.full((128,), value)
+        description[name] = "FLOAT"
 
     assert same_model(rewrite(copy(quantised, tmp_path / "zero"), partial(suppressed, 0.0)), quantised)
     error = load_error(rewrite(copy(quantised, tmp_path / "one"), partial(suppressed, 0.1)))
@@ -314,7 +326,8 @@ def test_float_layers_among_int8_ones(quantised: Path, source: Path, tmp_path: P
     def mixed(content: dict[str, Tensor], description: dict[str, Any]) -> None:
         for x in floats:
             name = f"{LAYER}self_attn.{x}_proj.weight"
-            content[name], description[name] = original[name], "FLOAT"
+            content[name] = original[name]
+            description[name] = "FLOAT"
             for companion in (f"{name}_scale", f"{name}_offset"):
                 del content[companion], description[companion]
 
@@ -387,8 +400,11 @@ def test_the_head_is_never_int8(quantised: Path, tmp_path: Path) -> None:
     head = "language_model.lm_head.weight"
 
     def with_head(content: dict[str, Tensor], description: dict[str, Any]) -> None:
-        content |= {head: content[head].to(torch.int8), f"{head}_scale": torch.ones(304, 1),
-                    f"{head}_offset": torch.zeros(304, 1)}  # fmt: skip
+        content |= {
+            head: content[head].to(torch.int8),
+            f"{head}_scale": torch.ones(304, 1),
+            f"{head}_offset": torch.zeros(304, 1),
+        }
         description |= {head: "W8A16", f"{head}_scale": "W8A16", f"{head}_offset": "W8A16"}
 
     error = load_error(rewrite(copy(quantised, tmp_path / "bad"), with_head))
@@ -434,8 +450,13 @@ def test_refusals(source: Path, quantised: Path, tmp_path: Path) -> None:
     refuse(ConfigError, "not a readable directory; -src names", tmp_path / "nothing", tmp_path / "out", W8A16)
     refuse(ConfigError, "not an empty directory", source, quantised, W8A16)
     refuse(WeightError, "quantised already", quantised, tmp_path / "out", W8A16)
-    refuse(ConfigError, "o_proj.*128|128.*o_proj|192 columns", source, tmp_path / "out",
-           ConvertOptions("pllava_w8a16", group_size=128))  # fmt: skip
+    refuse(
+        ConfigError,
+        "o_proj.*128|128.*o_proj|192 columns",
+        source,
+        tmp_path / "out",
+        ConvertOptions("pllava_w8a16", group_size=128),
+    )
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ConfigError, match="-type is 'w4'"):
         ConvertOptions("w4")
@@ -491,8 +512,12 @@ convert_checkpoint(sys.argv[1], sys.argv[2], ConvertOptions("pllava_w8a16"))
 
 def start(source: Path, target: Path, *slow: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(source), str(target), *slow], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True)  # fmt: skip
+        [sys.executable, "-c", SLOW, str(source), str(target), *slow],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_killed_half_way_and_started_again(source: Path, quantised: Path, tmp_path: Path) -> None:
@@ -563,8 +588,12 @@ def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     raw = raw_config(hidden_size=2048, intermediate_size=24576, num_hidden_layers=1)
     source = sparse_checkpoint(tmp_path / "big", raw)
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, source, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        [sys.executable, "-c", MEASURE, source, tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) * 1024 < 180e6, result.stdout
 

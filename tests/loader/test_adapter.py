@@ -1,6 +1,6 @@
-"""PEFT's adapter directories: their adapter_config.json decides the scale, and what it asks for beyond that is refused.
+"""PEFT's adapter directories: adapter_config.json decides the LoRA scale, and unsupported settings are refused.
 
-The trained tiny model answers as its LoRA says only at the right scale, so its answers show which scale was used.
+The trained tiny model answers correctly only with the right scale, so its answers show which scale was used.
 """
 
 import json
@@ -31,9 +31,8 @@ from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.problems import CheckpointError
 from atb_pllava.loader.weight_loader import LoadPlan
 from precision.parity import main as parity
-from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
+from tests.support import ROOT, TINY, convert_checkpoint, raw_config, write_checkpoint
 
-TINY = ROOT / "examples" / "tiny_pllava"
 CLIP = str(ROOT / "examples" / "videos" / "red_circle_moves_left.mp4")
 RIGHT = "A red circle moves to the left."
 NAME = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
@@ -120,8 +119,12 @@ def test_conversion_takes_prints_and_records_that_scale(
     source = adapters / "alpha16" / "adapter_config.json"
     assert f"LoRA r=128 alpha=16 scale=0.125 (alpha from {source}), merged into 8 tensors" in caplog.text
     assert json.loads((tmp_path / "out" / "config.json").read_text())["merged_lora"] == {
-        "r": 128, "alpha": 16.0, "scale": 0.125, "use_rslora": False, "alpha_from": "alpha16/adapter_config.json",
-    }  # fmt: skip
+        "r": 128,
+        "alpha": 16.0,
+        "scale": 0.125,
+        "use_rslora": False,
+        "alpha_from": "alpha16/adapter_config.json",
+    }
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert answer(tmp_path / "out") == RIGHT
 
@@ -175,9 +178,12 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_the_commands_have_the_options(
-    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    adapters: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     command: list[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     model = ["--model_path", str(adapters / "base"), "--weight_dir", str(adapters / "alpha16"), "--backend", "cpu"]
     for number, (options, status, told) in enumerate(
@@ -306,10 +312,21 @@ def test_what_changes_nothing_is_accepted(
 
 def test_a_minimal_file_and_one_of_an_old_version(base: Path, tmp_path: Path, lora: dict[str, Tensor]) -> None:
     assert plan_of(base, save_adapter(tmp_path / "a", lora, {"lora_alpha": 8})).lora_scale == 2
-    old = {"base_model_name_or_path": "x", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
-           "inference_mode": True, "lora_alpha": 8, "lora_dropout": 0.1, "merge_weights": False,
-           "modules_to_save": None, "peft_type": "LORA", "r": 4, "target_modules": ["q_proj"],
-           "task_type": "CAUSAL_LM"}  # fmt: skip
+    old = {
+        "base_model_name_or_path": "x",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     assert plan_of(base, save_adapter(tmp_path / "b", lora, old)).lora_scale == 2
 
 
@@ -332,7 +349,8 @@ def test_modules_saved_whole_are_taken_from_the_adapter(base: Path, tmp_path: Pa
 
 
 def test_the_merge_is_that_of_the_formula(base: Path, tmp_path: Path, lora: dict[str, Tensor]) -> None:
-    a, b = lora[f"{NAME}.lora_A.weight"], lora[f"{NAME}.lora_B.weight"]
+    a = lora[f"{NAME}.lora_A.weight"]
+    b = lora[f"{NAME}.lora_B.weight"]
     with safe_open(str(base / "model.safetensors"), "pt") as file:
         weight = file.get_tensor(Q)
     for name, rslora, scale in (("plain", False, 16 / 4), ("stable", True, 16 / 2)):
@@ -352,8 +370,11 @@ def test_a_file_without_lora_beside_it_means_nothing(
 
 
 def test_an_adapter_of_another_kind_is_named(base: Path, tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path / "ia3", {"base_model.model.model.layers.0.mlp.down_proj.ia3_l": torch.ones(96)},
-                           {"peft_type": "IA3", "target_modules": ["down_proj"]})  # fmt: skip
+    adapter = save_adapter(
+        tmp_path / "ia3",
+        {"base_model.model.model.layers.0.mlp.down_proj.ia3_l": torch.ones(96)},
+        {"peft_type": "IA3", "target_modules": ["down_proj"]},
+    )
     with pytest.raises(ConfigError, match='peft_type is "IA3", only "LORA"') as caught:
         plan_of(base, adapter)
     assert "lora_alpha" not in str(caught.value)
@@ -422,8 +443,15 @@ def peft_model(base: Path) -> Iterator[Any]:
     yield peft, model
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"init_lora_weights": "orthogonal"},
-                                     {"target_modules": ["q_proj", "down_proj", "lm_head"]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"init_lora_weights": "orthogonal"},
+        {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+    ],
+)
 def test_weights_are_those_that_peft_merges(peft_model: Any, base: Path, tmp_path: Path, changes: Any) -> None:
     peft, model = peft_model
     config = peft.LoraConfig(**{"r": 6, "lora_alpha": 20, "target_modules": ["q_proj", "v_proj"], **changes})

@@ -1,4 +1,4 @@
-"""config.json and the user's options: read once, checked once."""
+"""A checkpoint's JSON files and the values of the configurations: defaults, other spellings, refusals."""
 
 import json
 from pathlib import Path
@@ -84,8 +84,22 @@ def test_pooling_shapes(shape: Any) -> None:
     assert check_pooling_shape(shape) == (16, 12, 12)
 
 
-@pytest.mark.parametrize("shape", [(0, 12, 12), "16-0-12", "16-12", (16, 12, 12, 12), "a-b-c", None, (1.5, 2, 2), 7,
-                                   (True, 2, 2), (4096, 4096, 4096), "-1-2-3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 12, 12),
+        "16-0-12",
+        "16-12",
+        (16, 12, 12, 12),
+        "a-b-c",
+        None,
+        (1.5, 2, 2),
+        7,
+        (True, 2, 2),
+        (4096, 4096, 4096),
+        "-1-2-3",
+    ],
+)
 def test_bad_pooling_shapes(shape: Any) -> None:
     with pytest.raises(ConfigError, match="pooling_shape"):
         check_pooling_shape(shape)
@@ -193,8 +207,14 @@ def test_two_places_with_image_settings_must_agree(tmp_path: Path, beside: str) 
     # The same settings in the other spellings that transformers reads.
     write({**NESTED, "size": 112, "crop_size": 112, "do_convert_rgb": True})
     assert read_preprocessor_config(tmp_path, 112).image_mean == (0.5, 0.4, 0.3)
-    for key, value in [("image_mean", [0.4, 0.4, 0.3]), ("image_std", [0.3, 0.2, 0.2]), ("crop_size", 336),
-                       ("size", {"shortest_edge": 336}), ("resample", 2), ("do_normalize", False)]:  # fmt: skip
+    for key, value in [
+        ("image_mean", [0.4, 0.4, 0.3]),
+        ("image_std", [0.3, 0.2, 0.2]),
+        ("crop_size", 336),
+        ("size", {"shortest_edge": 336}),
+        ("resample", 2),
+        ("do_normalize", False),
+    ]:
         write({**NESTED, key: value})
         with pytest.raises(ConfigError, match=f"says {key} .* says ") as caught:
             read_preprocessor_config(tmp_path, 112)

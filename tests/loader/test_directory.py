@@ -1,4 +1,4 @@
-"""What a path that is no checkpoint directory is called, and the command that helps."""
+"""The error for a path that is no checkpoint directory says what the path is, and names the command that helps."""
 
 from pathlib import Path
 

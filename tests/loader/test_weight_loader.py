@@ -1,4 +1,4 @@
-"""Checkpoint files to parameters: layouts, LoRA merge, memory, and one report for all that can be wrong."""
+"""From checkpoint files to parameters: layouts, LoRA merge, memory, and one report of all problems."""
 
 import json
 import logging
@@ -44,9 +44,11 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, ShardSpec]:
 
 
 def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor PLLaVA reads, written down from the two papers' architectures."""
-    v, t = config.vision, config.text
-    clip, llama = "vision_tower.vision_model.", "language_model.model."
+    """The shape of every tensor that PLLaVA reads, from the architectures in the papers of CLIP and LLaMA."""
+    v = config.vision
+    t = config.text
+    clip = "vision_tower.vision_model."
+    llama = "language_model.model."
     shapes: dict[str, tuple[int, ...]] = {
         clip + "embeddings.class_embedding": (v.hidden_size,),
         clip + "embeddings.patch_embedding.weight": (v.hidden_size, 3, v.patch_size, v.patch_size),
@@ -69,7 +71,8 @@ def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
     for norm in norms:
         shapes |= {norm + ".weight": (v.hidden_size,), norm + ".bias": (v.hidden_size,)}
-    heads, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    heads = t.num_attention_heads * t.head_dim
+    kv = t.num_key_value_heads * t.head_dim
     for i in range(t.num_hidden_layers):
         layer = f"{llama}layers.{i}."
         shapes |= {f"{layer}{n}.weight": (t.hidden_size,) for n in ("input_layernorm", "post_attention_layernorm")}
@@ -86,7 +89,7 @@ def pllava_shapes(config: PllavaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fill(plan: LoadPlan, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Load into fresh tensors that hold NaN, so that a row left out is noticed."""
+    """Load into tensors of NaN: a row that is left out stays NaN."""
     out = {name: torch.full(item.weight.shape, torch.nan, dtype=dtype) for name, item in plan.items.items()}
     load_all(plan, whole(out))
     return out
@@ -217,8 +220,10 @@ def test_merge_is_made_in_float32(model: str) -> None:
 
 
 def test_merge_rounds_once(tmp_path: Path) -> None:
-    base = {f"{PEFT}.{p}.base_layer.weight": tensors()[f"language_model.model.layers.0.self_attn.{p}.weight"].bfloat16()
-            for p in ("q_proj", "v_proj")}  # fmt: skip
+    base = {
+        f"{PEFT}.{p}.base_layer.weight": tensors()[f"language_model.model.layers.0.self_attn.{p}.weight"].bfloat16()
+        for p in ("q_proj", "v_proj")
+    }
     pair = {n: t.bfloat16() for n, t in lora().items()}
     save(tmp_path / "m", {**base, **pair, NORM: tensors()[NORM], PROJ: tensors()[PROJ]})
     plan = open_checkpoint(tmp_path / "m").check(SHAPES, lora_alpha=3)
@@ -402,9 +407,19 @@ def test_leftover_files_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../other/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 7, None, "a\0.safetensors",
-             "model.bin"]
-)  # fmt: skip
+    "name",
+    [
+        "../other/model.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "..",
+        "",
+        7,
+        None,
+        "a\0.safetensors",
+        "model.bin",
+    ],
+)
 def test_index_names_only_files_of_its_directory(tmp_path: Path, name: object) -> None:
     save(tmp_path / "other", tensors())
     write_index(save(tmp_path / "m", tensors()), {n: "model.safetensors" for n in SHAPES} | {NORM: name})
@@ -729,8 +744,12 @@ def test_memory_stays_within_the_model_and_one_tensor(tmp_path: Path) -> None:
         content[stem + "lora_B.weight"] = torch.zeros(rows, 16, dtype=torch.bfloat16)
         save(tmp_path, content, f"model-0000{i + 1}-of-00002.safetensors")
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, timeout=300,
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert child.returncode == 0, child.stderr
     assert int(child.stdout) < 80 * 2**20, f"{int(child.stdout) / 2**20:.0f} MiB above the model"
