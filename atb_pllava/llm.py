@@ -45,16 +45,12 @@ class LLM:
     def __init__(
         self,
         model_path: str | os.PathLike[str] | EngineArgs,
+        weight_dir: str | os.PathLike[str] | None = None,
         *,
         rendezvous: Rendezvous | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model_path, EngineArgs):
-            args = EngineArgs.from_keywords(model_path, **options)
-        elif options:
-            raise TypeError(f"LLM() got an EngineArgs and {', '.join(options)} too; put all into one of them")
-        else:
-            args = model_path
+        args = _engine_args(model_path, weight_dir, options)
         self.args = args
         self.options = args.model
         self.config = args.model.config()
@@ -271,6 +267,20 @@ class LLM:
         finally:
             self._engine.progress.stop()
             self._engine.abort(request)
+
+
+def _engine_args(
+    model_path: str | os.PathLike[str] | EngineArgs,
+    weight_dir: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
+) -> EngineArgs:
+    """The EngineArgs that LLM's arguments are or make. Raises TypeError where they are both."""
+    if not isinstance(model_path, EngineArgs):
+        return EngineArgs.from_keywords(model_path, weight_dir=weight_dir, **options)
+    given = [*([] if weight_dir is None else ["weight_dir"]), *options]
+    if given:
+        raise TypeError(f"LLM() got an EngineArgs and {', '.join(given)} too; put all into one of them")
+    return model_path
 
 
 def _chat_request(

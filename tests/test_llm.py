@@ -161,6 +161,7 @@ def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, messag
         ({"load_format": "random"}, ConfigError, "safetensors, dummy, dummy_w8a16"),
         ({"prefix_cache": "off"}, ConfigError, "must be True or False"),
         ({"limits": {}}, ConfigError, "MediaLimits"),
+        ({"conversation": "demo", "system": "a", "video_caption": True}, ConfigError, "video_caption has no effect"),
         ({"system": "look at <image>"}, ConfigError, "text without <image>"),
         ({"conversation": "eval_vcg_llavanext"}, ConfigError, "which is no token of"),
         ({"weight_dir": ""}, ConfigError, "not a readable directory"),

@@ -63,23 +63,19 @@ def command(words: Sequence[str], script: str = "run_pa.sh") -> list[str]:
     return [*verb, *options, *given.passed]
 
 
-# The words
+# Which word is what
 
 
 def _read(words: Sequence[str]) -> Words:
-    """Sort the words. An option of the Python command takes the words behind it as its own parser would."""
+    """Sort the words by kind. All words behind `--` are passed on."""
     own = words[: words.index("--")] if "--" in words else words
+    takes = _Arity(mode for mode in MODES if f"--{mode}" in own)
     found = Words()
-    flags, lists = _options_of(mode for mode in MODES if f"--{mode}" in own)
     rest = list(own)
     while rest:
         word = rest.pop(0)
         name = _name_of(word)
-        if word.startswith("-") and not (_is_option(word) and (word.startswith("--") or not os.path.exists(word))):
-            if os.path.exists(word):
-                raise ConfigError(f"{word!r} is a file whose name begins with a dash: write ./{word}")
-            found.positional.append(word)
-        elif not word.startswith("-"):
+        if not word.startswith("-") or _is_text(word):
             found.positional.append(word)
         elif name.removeprefix("--") in MODES:
             _set_mode(found, word)
@@ -87,37 +83,59 @@ def _read(words: Sequence[str]) -> Words:
             _set_engine(found, word, rest)
         elif name.startswith("--eng"):
             raise ConfigError(f"unknown option {word}; did you mean --engine?")
-        elif "=" in word or name in flags or not rest or _is_option(rest[0]):
-            found.passed.append(word)
-        elif name in lists:
-            found.passed.append(word)
-            while rest and not rest[0].startswith("-"):
-                found.passed.append(rest.pop(0))
         else:
-            value = rest.pop(0)
-            before = found.passed[-1] if found.passed else ""
-            if _is_option(before) and "=" not in before and _name_of(before) not in flags:
-                found.passed += [word, value]  # the option before lacks its value: the parser's error shows this word
-            else:
-                found.passed.append(f"{word}={value}")
+            _pass_on(found, word, rest, takes)
     found.passed += words[len(own) + 1 :]
     if not found.mode:
         raise ConfigError("no mode given; use --run, --performance or --precision")
     return found
 
 
-def _options_of(modes: Iterable[str]) -> tuple[set[str], set[str]]:
-    """The options without a value and those with several, of the commands that the modes may start."""
-    flags = set()
-    lists = set()
-    for mode in modes:
-        for verb in (MODES[mode], ("mindie", mode)):
-            for action in subcommand_parser(*verb)._actions:
-                if action.nargs == 0:
-                    flags |= set(action.option_strings)
-                elif action.nargs in ("+", "*"):
-                    lists |= set(action.option_strings)
-    return flags, lists
+def _is_text(word: str) -> bool:
+    """Whether a word that begins with a dash is no option. Raises ConfigError for the name of an existing file."""
+    if _is_option(word) and (word.startswith("--") or not os.path.exists(word)):
+        return False
+    if os.path.exists(word):
+        raise ConfigError(f"{word!r} is a file whose name begins with a dash: write ./{word}")
+    return True
+
+
+def _pass_on(found: Words, word: str, rest: list[str], takes: "_Arity") -> None:
+    """Move an option of the Python command, and the words of `rest` that are its values, to `found.passed`."""
+    if "=" in word or takes.none(word) or not rest or _is_option(rest[0]):
+        found.passed.append(word)
+    elif takes.several(word):
+        found.passed.append(word)
+        while rest and not rest[0].startswith("-"):
+            found.passed.append(rest.pop(0))
+    else:
+        value = rest.pop(0)
+        before = found.passed[-1] if found.passed else ""
+        if _is_option(before) and "=" not in before and not takes.none(before):
+            found.passed += [word, value]  # the option before lacks its value: the parser's error shows this word
+        else:
+            found.passed.append(f"{word}={value}")
+
+
+class _Arity:
+    """How many values an option takes in the commands that the modes may start. An unknown option takes one."""
+
+    def __init__(self, modes: Iterable[str]) -> None:
+        self._none: set[str] = set()
+        self._several: set[str] = set()
+        for mode in modes:
+            for verb in (MODES[mode], ("mindie", mode)):
+                for action in subcommand_parser(*verb)._actions:
+                    if action.nargs == 0:
+                        self._none |= set(action.option_strings)
+                    elif action.nargs in ("+", "*"):
+                        self._several |= set(action.option_strings)
+
+    def none(self, option: str) -> bool:
+        return _name_of(option) in self._none
+
+    def several(self, option: str) -> bool:
+        return _name_of(option) in self._several
 
 
 def _set_mode(found: Words, word: str) -> None:
@@ -152,7 +170,7 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit()
 
 
-# What they mean
+# Which options the words mean
 
 
 def _options(given: Words) -> tuple[list[str], str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from atb_pllava.config import check_choice, option
+from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, choose_conversation
 
 
@@ -22,6 +23,8 @@ class PromptOptions:
     def __post_init__(self) -> None:
         if self.conversation is not None:
             check_choice("conversation", self.conversation, tuple(CONVERSATIONS))
+            if self.video_caption and self.system is not None:
+                raise ConfigError("video_caption has no effect beside conversation and system; leave one of them out")
 
     def choose(self, is_chatml: bool) -> Conversation:
         """The conversation. `is_chatml` says whether the checkpoint's vocabulary is ChatML's, as in 34B."""

@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_json(arguments)
     for name in ("max_batch_size", "max_output_length", "text_tokens"):
         check_whole_number(f"--{name}", getattr(arguments, name), 1, 10**6)
-    for name in ("num_frames", "pooling_shape"):
-        if getattr(arguments, name) is not None:
+    for name in ("num_frames", "pooling_shape", "vision_batch"):
+        if name in arguments.given:
             raise ConfigError(f"bench overhead asks about text alone: leave --{name} out")
     check_input(arguments, media=False)
     batch = arguments.max_batch_size
