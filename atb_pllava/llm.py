@@ -30,7 +30,7 @@ from atb_pllava.model.costs import Costs
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
-from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
+from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops import free_memory
 from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -108,7 +108,7 @@ class LLM:
                 f"token of {model_path}: the _llavanext conversations are for 34B"
             )
         preprocessor = PreprocessorConfig.from_dir(model_path, self.config.vision.image_size)
-        frames = FrameCache[list[ProcessedVideo]](engine_config.video_cache_bytes)
+        frames = FrameCache(engine_config.video_cache_bytes) if engine_config.video_cache_bytes else None
         self.processor = VideoProcessor(
             self.config.num_frames, preprocessor, frame_sampler, resize, limits or MediaLimits(), frames
         )

@@ -1,11 +1,14 @@
-"""Which frames of a clip the model sees: the index formulas of the published pipelines.
+"""Which frames of a clip the model sees: the index formulas of the published pipelines, or indices that a caller names.
 
-Plain arithmetic on frame numbers; files are opened in `video.py`, which is the caller.
+The functions are plain arithmetic on frame numbers. The readers of videos, images and animations call them.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 
 from atb_pllava.errors import VideoError
+from atb_pllava.multimodal.limits import MediaLimits
 
 FRAME_SAMPLERS = ("demo", "eval", "npu")
 
@@ -35,6 +38,50 @@ def sample_frame_indices(
     first, last = _frame_bounds(total, fps, start_seconds, end_seconds)
     segment = (last - first) / wanted
     return [int(first + segment / 2 + round(segment * i)) for i in range(wanted)]
+
+
+@dataclass(frozen=True)
+class FrameSelection:
+    """Which frames of a clip a caller wants: the frames named in `frame_indices`, else `num_frames` sampled frames."""
+
+    num_frames: int | None
+    frame_sampler: str
+    frame_indices: Sequence[int] | None
+    start_seconds: float | None
+    end_seconds: float | None
+
+    def check(self, limits: MediaLimits) -> None:
+        """Raises VideoError for options that are wrong for every clip."""
+        check_frame_sampler(self.frame_sampler, self.start_seconds, self.end_seconds)
+        if self.frame_indices is not None:
+            check_count("the number of frame_indices", len(self.frame_indices), limits.max_sampled_frames)
+        else:
+            check_count("num_frames", self.num_frames, limits.max_sampled_frames)
+
+    def resolve(self, total: int, fps: float, name: str, *, is_gif: bool = False) -> list[int]:
+        """The frame numbers in a clip of `total` frames. Raises VideoError when the clip has no such frames."""
+        if self.frame_indices is not None:
+            return check_indices(self.frame_indices, total, name)
+        indices = sample_frame_indices(
+            total,
+            self.num_frames or 0,
+            self.frame_sampler,
+            fps=fps,
+            start_seconds=self.start_seconds,
+            end_seconds=self.end_seconds,
+        )
+        if self.frame_sampler == "eval" and is_gif:
+            # The original collects the set of indices of a GIF, then repeats the whole sequence.
+            return _repeat(sorted(set(indices)), len(indices))
+        return indices
+
+
+def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[int]:
+    """The indices as a list. Raises VideoError unless all of them are integers from 0 to total - 1."""
+    for k in frame_indices:
+        if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k < total:
+            raise VideoError(f"{name}: frame index {k!r} is not a frame number; they go from 0 to {total - 1}")
+    return [int(k) for k in frame_indices]
 
 
 def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
@@ -72,3 +119,8 @@ def _frame_at(seconds: float, fps: float, option: str) -> int:
         return round(seconds * fps)
     except (TypeError, ValueError, OverflowError):
         raise VideoError(f"{option} is {seconds!r}; it must be a finite number of seconds") from None
+
+
+def _repeat(sequence: list[int], length: int) -> list[int]:
+    """The first `length` items of the endlessly repeated sequence."""
+    return (sequence * (length // len(sequence) + 1))[:length]

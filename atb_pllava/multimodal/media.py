@@ -1,33 +1,24 @@
 """What a user may name as media: a video, an image, an animation, or a folder of them.
 
-`read_media` decides by content, `list_media` by the usual endings. Videos are read in `video.py`, pictures in
-`pictures.py`.
+`read_media` opens a file once, looks at its first bytes, and hands the open file to the reader for that kind.
+The readers are `video.py`, `image.py` and `animation.py`. `list_media` finds the media of folders by the usual endings.
 """
 
 import os
 import re
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
-from PIL import Image
 
 from atb_pllava.errors import VideoError
 from atb_pllava.files import IMAGE_ENDINGS, REFUSED_ENDINGS, VIDEO_ENDINGS
-from atb_pllava.multimodal.animation import count_frames, is_animation, open_picture, play, still_pixels, to_pixels
-from atb_pllava.multimodal.limits import (
-    MediaLimits,
-    check_clip_bytes,
-    check_deadline,
-    check_length,
-    explain_failure,
-    is_image,
-    open_media,
-)
-from atb_pllava.multimodal.video import Clip, FrameChoice, read_open_video
+from atb_pllava.multimodal.animation import read_animation
+from atb_pllava.multimodal.clip import Clip
+from atb_pllava.multimodal.frame_sampling import FrameSelection
+from atb_pllava.multimodal.image import is_animation, open_image, repeat_image
+from atb_pllava.multimodal.limits import MediaLimits
+from atb_pllava.multimodal.media_file import explain_failure, is_image, open_media
+from atb_pllava.multimodal.video import read_open_video
 
 _LISTED = IMAGE_ENDINGS | VIDEO_ENDINGS | REFUSED_ENDINGS
 
@@ -44,30 +35,18 @@ def read_media(
 ) -> Clip:
     """Reads a video, an animated PNG or WebP, or an image as a video of one frame that is repeated `num_frames` times.
 
+    The content decides, not the name. The options are those of `read_video`.
     Raises VideoError as `read_video` and `read_image` do, and for time bounds given with an image.
     """
-    choice = FrameChoice(num_frames, frame_sampler, frame_indices, start_seconds, end_seconds)
-    choice.check(limits)
+    selection = FrameSelection(num_frames, frame_sampler, frame_indices, start_seconds, end_seconds)
+    selection.check(limits)
     with open_media(source, limits) as (file, name):
         if not is_image(file):
-            return read_open_video(file, name, choice, limits)
-        with open_picture(file, name, limits) as picture:
-            if not is_animation(picture):
-                return _read_still(picture, name, choice, limits)
-        return _read_animation(file, name, choice, limits)
-
-
-def read_image(
-    source: str | os.PathLike[str] | bytes,
-    limits: MediaLimits = MediaLimits(),  # noqa: B008 -- frozen
-) -> Clip:
-    """Reads a still image as a clip of one frame, turned upright by its EXIF orientation; transparency is dropped.
-
-    Raises VideoError for anything that is not a readable still image or is larger than `limits`.
-    """
-    with open_media(source, limits) as (file, name), open_picture(file, name, limits) as picture:
-        pixels = still_pixels(picture, name)
-    return Clip(pixels[None], [0], 1, 0.0, name)
+            return read_open_video(file, name, selection, limits)
+        with open_image(file, name, limits) as image:
+            if not is_animation(image):
+                return repeat_image(image, name, selection, limits)
+        return read_animation(file, name, selection, limits)
 
 
 def list_media(*paths: str | os.PathLike[str]) -> list[str]:
@@ -154,42 +133,6 @@ def _summary(others: Counter[str]) -> str:
     more = ["..."] if len(others) > len(named) else []
     files = "1 other file" if others.total() == 1 else f"{others.total()} other files"
     return f"but {files} ({', '.join(named + more)})"
-
-
-def _read_still(picture: Image.Image, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
-    """The image as a clip of one frame that repeats."""
-    if choice.start_seconds is not None or choice.end_seconds is not None:
-        raise VideoError(f"{name}: start_seconds and end_seconds do not apply to an image")
-    indices = [0] * int(choice.num_frames or 0) if choice.frame_indices is None else choice.of(1, 0.0, name)
-    pixels = still_pixels(picture, name)
-    check_clip_bytes(1, pixels.shape[1], pixels.shape[0], name, limits)
-    return Clip(np.broadcast_to(pixels, (len(indices), *pixels.shape)), indices, 1, 0.0, name)
-
-
-def _read_animation(file: BinaryIO, name: str, choice: FrameChoice, limits: MediaLimits) -> Clip:
-    """The chosen frames of an animation, as Pillow draws them.
-
-    It is decoded twice, for its length and for its frames, and opened anew: Pillow loses the palette when it rewinds.
-    """
-    expires = time.monotonic() + limits.max_decode_seconds
-    milliseconds = 0.0
-    with open_picture(file, name, limits) as animation:
-        total = count_frames(animation)
-        check_length(0.0, total, name, limits)
-        for frame in play(animation):
-            check_deadline(expires, name, limits)
-            milliseconds += frame.info.get("duration", 0)
-        check_length(milliseconds / 1000, total, name, limits)
-        fps = 1000 * total / milliseconds if milliseconds else 0.0
-        indices = choice.of(total, fps, name)
-        check_clip_bytes(len(indices), animation.width, animation.height, name, limits)
-    pixels: dict[int, np.ndarray] = {}
-    with open_picture(file, name, limits) as animation:
-        for number, frame in enumerate(play(animation)):
-            check_deadline(expires, name, limits)
-            if number in indices:
-                pixels[number] = to_pixels(frame)
-    return Clip(np.stack([pixels[number] for number in indices]), indices, total, fps, name)
 
 
 def _natural_order(name: str) -> list[tuple[int, int, str]]:

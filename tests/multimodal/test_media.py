@@ -18,8 +18,9 @@ from PIL import Image
 
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
+from atb_pllava.multimodal.image import read_image
 from atb_pllava.multimodal.limits import MediaLimits
-from atb_pllava.multimodal.media import list_media, read_image, read_media
+from atb_pllava.multimodal.media import list_media, read_media
 from atb_pllava.multimodal.video import read_video
 from tests.multimodal.test_video import numbered_frame, numbers, write_clip
 from tests.support import TEST_DATA as DATA
@@ -230,7 +231,7 @@ def test_documents_of_several_pages_are_refused(tmp_path):
 def test_a_file_is_opened_once(tmp_path, monkeypatch):
     opened, real = [], os.open
     monkeypatch.setattr(
-        "atb_pllava.multimodal.limits.os.open", lambda name, *a: opened.append(str(name)) or real(name, *a)
+        "atb_pllava.multimodal.media_file.os.open", lambda name, *a: opened.append(str(name)) or real(name, *a)
     )
     (tmp_path / "a.png").write_bytes(animation("png"))
     pictures()[0].save(tmp_path / "b.png")

@@ -16,11 +16,11 @@ import pytest
 
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.errors import VideoError
-from atb_pllava.multimodal import video
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.packet_times import Packet, measure_length
 from atb_pllava.multimodal.video import read_video
+from atb_pllava.multimodal.video_stream import VideoStream
 from tests.multimodal.test_video import OPEN_GOP, X264_LONG, X264_SHORT, number_of, numbers, write_clip
 from tests.support import ROOT
 
@@ -186,18 +186,14 @@ LEAP_AT_A_KEY = steps((24, 4000))
     ],
 )
 def test_files_with_a_sound_clock_are_not_decoded_whole(clips, kind, clock, monkeypatch):
-    def count(*_):
-        raise AssertionError("the file is decoded whole")
-
-    monkeypatch.setattr(video, "_read_by_counting", count)
-    monkeypatch.setattr(video, "_all_frames", count)
+    monkeypatch.setattr(VideoStream, "decode_all", None)
     content = with_clock(clips[kind], kind, clock)
     assert numbers(read_video(content, frame_indices=[50, 3, 26])) == [50, 3, 26]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_uneven_frames_are_not_decoded_whole(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(video, "_read_by_counting", None)
+    monkeypatch.setattr(VideoStream, "decode_all", None)
     pauses = np.random.default_rng(1).choice([20, 40, 100, 400, 30000], 80, p=[0.3, 0.3, 0.2, 0.15, 0.05])
     path = write_clip(tmp_path / name, 80, pts=np.cumsum(pauses).tolist(), options=X264_SHORT)
     indices = [79, 3, 40, 41, 12, 0, 78]

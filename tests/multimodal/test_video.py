@@ -19,8 +19,9 @@ from PIL import Image
 
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
+from atb_pllava.multimodal.image import read_image
 from atb_pllava.multimodal.limits import MediaLimits
-from atb_pllava.multimodal.media import list_media, read_image, read_media
+from atb_pllava.multimodal.media import list_media, read_media
 from atb_pllava.multimodal.transforms import normalize, resize_frames
 from atb_pllava.multimodal.video import read_video
 from tests.support import SHARED_DATA as DATA
@@ -322,6 +323,17 @@ def test_truncated_files(tmp_path):
     content = begun.read_bytes()[: begun.stat().st_size * 6 // 10]
     refused(content, r"frame \d+ of 200 cannot be decoded, \d+ frames are readable", num_frames=16)
     assert numbers(read_video(content, frame_indices=[0, 40, 20])) == [0, 40, 20]
+
+
+def test_truncated_files_whose_frames_are_counted(tmp_path):
+    """H.264 in AVI has no presentation times: frames in front of the cut are read, later ones are an error."""
+    path = write_clip(tmp_path / "a.avi", 60, options=X264_SHORT)
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    content = path.read_bytes()[: positions[30] - 8]  # a chunk header of 8 bytes precedes the packet
+    clip = read_video(content, frame_indices=[0, 5, 20])
+    assert clip.total_frames == 60 and numbers(clip) == [0, 5, 20]
+    refused(content, "frame 45 of 60 cannot be decoded, 30 frames are readable", frame_indices=[3, 45])
 
 
 def test_damage_in_the_middle_is_told_or_logged(tmp_path, caplog):
