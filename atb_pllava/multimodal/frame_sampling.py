@@ -22,11 +22,13 @@ def sample_frame_indices(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[int]:
-    """Numbers of `wanted` evenly spread frames of a clip of `total` frames, each in [0, total - 1]; short clips repeat.
+    """Numbers of `wanted` evenly spread frames of a clip of `total` frames, each from 0 to total - 1.
 
-    "demo": PLLaVA `tasks/eval/eval_utils.py` (`load_video`). "eval": `EvalDataset.get_index`, the same spacing between
-    two optional times in seconds, which need `fps`; halves round to even as in numpy. "npu": floor(i * total / wanted),
-    the original demo for Ascend, which never reaches the last segment's middle.
+    Numbers repeat when the clip has fewer frames than `wanted`. The frame samplers:
+    "demo": the middles of `wanted` equal segments, PLLaVA `tasks/eval/eval_utils.py` (`load_video`).
+    "eval": PLLaVA `EvalDataset.get_index`, the same spacing between two optional times in seconds, which need `fps`.
+    "npu": floor(i * total / wanted), the starts of the segments, from the original's demo for Ascend.
+    Halves round to even, as in numpy.
     Raises VideoError for options out of range and for times that leave no frame.
     """
     check_frame_sampler(frame_sampler, start_seconds, end_seconds)
@@ -103,7 +105,7 @@ def check_count(option: str, value: object, largest: int | None = None) -> None:
 def _frame_bounds(
     total: int, fps: float | None, start_seconds: float | None, end_seconds: float | None
 ) -> tuple[int, int]:
-    """First and last frame number between two times; None is the clip's own end."""
+    """First and last frame number between two times. None stands for the clip's own start or end."""
     if (start_seconds is not None or end_seconds is not None) and not fps:
         raise VideoError("start_seconds and end_seconds need a frame rate, and this clip has none")
     first = 0 if start_seconds is None else max(0, _frame_at(start_seconds, fps or 0.0, "start_seconds"))
