@@ -32,7 +32,8 @@ from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops import free_memory
-from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
+from atb_pllava.prompt.chat_template import choose_conversation, render
+from atb_pllava.prompt.placeholders import expand_placeholders
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

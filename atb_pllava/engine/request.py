@@ -11,8 +11,9 @@ import torch
 
 from atb_pllava.errors import PllavaError, RequestError
 from atb_pllava.multimodal.processor import ProcessedVideo
-from atb_pllava.prompt.chat_template import VideoSpan
-from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
+from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
+from atb_pllava.prompt.placeholders import VideoSpan
+from atb_pllava.prompt.tokenizer import Tokenizer
 
 TokenLogprobs = dict[int, float] | np.ndarray
 

@@ -130,10 +130,15 @@ def moving_squares(mode):
     return frames
 
 
-@pytest.mark.parametrize("ending, options", [
-    *(("png", {"disposal": disposal, "blend": blend}) for disposal in (0, 1, 2) for blend in (0, 1)),
-    ("webp", {"minimize_size": True}), ("webp", {"allow_mixed": True}), ("webp", {"lossless": False, "quality": 90}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ending, options",
+    [
+        *(("png", {"disposal": disposal, "blend": blend}) for disposal in (0, 1, 2) for blend in (0, 1)),
+        ("webp", {"minimize_size": True}),
+        ("webp", {"allow_mixed": True}),
+        ("webp", {"lossless": False, "quality": 90}),
+    ],
+)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_disposal_and_blending(ending, options, mode):
     content = animation(ending, moving_squares(mode), **options)
