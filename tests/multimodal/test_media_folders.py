@@ -54,6 +54,23 @@ def test_a_tree_is_listed_whole_and_in_natural_order(tree: Path) -> None:
     assert below(tree, list_media(f"{tree}/"))[-1] == "clip.mp4/v0.mp4"
 
 
+def test_folder_in_natural_order(tmp_path):
+    for name in ["10.mp4", "2.MP4", "1.png", "b.mkv", "a1.jpg", "notes.txt", ".hidden.mp4", "视频 1.webm"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    names = [os.path.basename(file) for file in list_media(tmp_path)]
+    assert names == ["1.png", "2.MP4", "10.mp4", "a1.jpg", "b.mkv", "视频 1.webm"]
+    assert list_media(str(tmp_path / "notes.txt")) == [str(tmp_path / "notes.txt")]
+
+
+def test_folders_without_media(tmp_path):
+    (tmp_path / ".hidden.mp4").touch()
+    with pytest.raises(VideoError, match=r"no image or video, but 1 other file \(1 hidden\); accepted are .*\.mp4"):
+        list_media(tmp_path)
+    with pytest.raises(VideoError, match=r"absent: cannot be opened: No such file or directory$"):
+        list_media(tmp_path / "absent")
+
+
 def test_several_paths_are_joined_and_none_is_listed_twice(tree: Path) -> None:
     one = str(tree / "a" / "x" / "v0.mp4")
     files = list_media(tree / "clip.mp4", one, tree / "a")

@@ -21,10 +21,9 @@ from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.packet_times import Packet, measure_length
 from atb_pllava.multimodal.video import read_video
 from atb_pllava.multimodal.video_stream import VideoStream
-from tests.multimodal.test_video import OPEN_GOP, X264_LONG, X264_SHORT, number_of, numbers, write_clip
-from tests.support import ROOT
+from tests.multimodal.numbered_clips import OPEN_GOP, X264_LONG, X264_SHORT, number_of, numbers, write_clip
+from tests.support import TEST_DATA, TINY
 
-DATA = ROOT / "tests" / "data"
 NO_B_FRAMES = {"g": "12", "bf": "0", "preset": "veryfast"}
 Change = Callable[[int, float, float], tuple[float, float] | None]  # packet number, pts, dts in seconds
 
@@ -34,9 +33,12 @@ Change = Callable[[int, float, float], tuple[float, float] | None]  # packet num
 
 def rewrite_pes(content: bytes, change: Change) -> bytes:
     """MPEG-TS or MPEG-PS with other times in its video PES headers (ISO 13818-1, 2.4.3.6); None takes them away."""
-    out, at, number = bytearray(content), 0, 0
+    out = bytearray(content)
+    at = 0
+    number = 0
     while (at := out.find(b"\0\0\1\xe0", at)) >= 0:
-        flags, first = out[at + 7] >> 6, at + 9
+        flags = out[at + 7] >> 6
+        first = at + 9
         if flags:
             length = 5 if flags == 2 else 10
             pts = read_pes_time(out[first : first + 5])
@@ -61,13 +63,17 @@ def read_pes_time(five: bytes) -> int:
 
 def pes_time(mark: int, seconds: float) -> bytes:
     ticks = round(seconds * 90000) % (1 << 33)
-    high, middle, low = ticks >> 30, ticks >> 15 & 0x7FFF, ticks & 0x7FFF
+    high = ticks >> 30
+    middle = ticks >> 15 & 0x7FFF
+    low = ticks & 0x7FFF
     return bytes([mark << 4 | high << 1 | 1, middle >> 7, middle << 1 & 0xFE | 1, low >> 7, low << 1 & 0xFE | 1])
 
 
 def rewrite_flv(content: bytes, change: Change) -> bytes:
     """FLV with other times in its tags of H.264 pictures."""
-    out, at, number = bytearray(content), 13, 0
+    out = bytearray(content)
+    at = 13
+    number = 0
     while at < len(out):
         size = int.from_bytes(out[at + 1 : at + 4], "big")
         if out[at] == 9 and out[at + 12] == 1:  # a video tag that is a picture, not the decoder's settings
@@ -209,7 +215,9 @@ def cut(path: Path, first: int, last: int, offset: float, target: Path) -> bytes
     with av.open(str(path)) as source, av.open(str(target), "w") as out:
         stream = source.streams.video[0]
         copy = out.add_stream(stream.codec_context.name, rate=25)
-        copy.width, copy.height, copy.pix_fmt = 96, 32, "yuv420p"
+        copy.width = 96
+        copy.height = 32
+        copy.pix_fmt = "yuv420p"
         copy.codec_context.extradata = stream.codec_context.extradata
         for number, packet in enumerate(p for p in source.demux(stream) if p.size):
             if first <= number < last:
@@ -239,7 +247,8 @@ def test_joined_ts_is_its_parts_in_file_order(tmp_path, join, b_frames, pauses):
     times = np.cumsum(np.random.default_rng(3).choice([20, 40, 100, 400], 60)).tolist() if pauses == "uneven" else None
     options = {"g": "12", "bf": b_frames, "preset": "veryfast", "x264-params": "scenecut=0:open-gop=0"}
     whole = write_clip(tmp_path / "whole.ts", 60, options=options, pts=times)
-    content, expected = b"", []
+    content = b""
+    expected = []
     for number, (part, offset) in enumerate(JOINS[join]):
         content += cut(whole, *PARTS[part], offset + 2, tmp_path / f"{number}.ts")
         expected += range(*PARTS[part])
@@ -264,7 +273,7 @@ def test_joined_flv(tmp_path):
 
 
 def test_joined_ogg(caplog):
-    content = (DATA / "no_rate.ogv").read_bytes()
+    content = (TEST_DATA / "no_rate.ogv").read_bytes()
     clip = read_video(content + content, 60)
     assert clip.total_frames == 120 and numbers(clip) == [k % 60 for k in clip.frame_indices]
     assert not caplog.text
@@ -273,10 +282,10 @@ def test_joined_ogg(caplog):
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg command is not here")
 @pytest.mark.parametrize("name", ["numbered_back.ts", "numbered_restarts.ts", "one_outlier.ts", "no_rate.ogv"])
 def test_frames_equal_those_of_the_ffmpeg_command(name):
-    command = ["ffmpeg", "-v", "quiet", "-i", str(DATA / name), "-map", "0:v", "-vsync", "passthrough"]
+    command = ["ffmpeg", "-v", "quiet", "-i", str(TEST_DATA / name), "-map", "0:v", "-vsync", "passthrough"]
     done = subprocess.run([*command, "-pix_fmt", "rgb24", "-f", "rawvideo", "-"], capture_output=True, check=True)
     expected = np.frombuffer(done.stdout, np.uint8).reshape(-1, 32, 96, 3)
-    clip = read_video(DATA / name, frame_indices=list(range(len(expected))))
+    clip = read_video(TEST_DATA / name, frame_indices=list(range(len(expected))))
     assert clip.total_frames == len(expected) and numbers(clip) == [number_of(frame) for frame in expected]
 
 
@@ -292,29 +301,29 @@ AFTER_A_JOIN = [1, 5, 9, 12, 16, 20, 24, 26, 29, 33, 37, 41, 45, 49, 52, 56]
     ],
 )
 def test_files_of_public_reports(name, total, sixteen):
-    clip = read_video(DATA / name, 16)
+    clip = read_video(TEST_DATA / name, 16)
     assert clip.total_frames == total and clip.fps == 25 and numbers(clip) == sixteen
 
 
 @pytest.mark.parametrize("name", ["clock_goes_back.ts", "clock_restarts.ts", "clock_jumps_ahead.ts"])
 def test_length_does_not_count_leaps(name):
-    assert read_video(DATA / name, 16, limits=MediaLimits(max_seconds=3)).total_frames == 71
+    assert read_video(TEST_DATA / name, 16, limits=MediaLimits(max_seconds=3)).total_frames == 71
     with pytest.raises(VideoError, match=r"3 seconds, the limit is 2.9 \(MediaLimits.max_seconds\)"):
-        read_video(DATA / name, 16, limits=MediaLimits(max_seconds=2.9))
+        read_video(TEST_DATA / name, 16, limits=MediaLimits(max_seconds=2.9))
 
 
 @pytest.mark.parametrize("name", ["clock_goes_back.ts", "clock_restarts.ts", "clock_jumps_ahead.ts"])
 def test_time_bounds_do_not_count_leaps(name):
-    clip = read_video(DATA / name, 4, frame_sampler="eval", start_seconds=1.0, end_seconds=2.0)
+    clip = read_video(TEST_DATA / name, 4, frame_sampler="eval", start_seconds=1.0, end_seconds=2.0)
     expected = sample_frame_indices(71, 4, "eval", fps=24, start_seconds=1.0, end_seconds=2.0)
     assert clip.fps == 24 and clip.frame_indices == expected
     with pytest.raises(VideoError, match="2.96 seconds long"):
-        read_video(DATA / name, 4, frame_sampler="eval", start_seconds=100)
+        read_video(TEST_DATA / name, 4, frame_sampler="eval", start_seconds=100)
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(ROOT / "examples" / "tiny_pllava", dtype="float32", backend="cpu")
+    return LLM(TINY, dtype="float32", backend="cpu")
 
 
 @pytest.mark.parametrize(
@@ -328,14 +337,14 @@ def llm() -> LLM:
     ],
 )
 def test_the_model_sees_the_film(llm, name, answer):
-    assert llm.chat(DATA / name, "Describe the video.", SamplingParams(max_tokens=32)).text == answer
+    assert llm.chat(TEST_DATA / name, "Describe the video.", SamplingParams(max_tokens=32)).text == answer
 
 
 # ---- rates and lengths ----
 
 
 def test_time_bounds_without_an_average_rate():
-    clip = read_video(DATA / "no_rate.ogv", 4, frame_sampler="eval", start_seconds=0.5, end_seconds=1.5)
+    clip = read_video(TEST_DATA / "no_rate.ogv", 4, frame_sampler="eval", start_seconds=0.5, end_seconds=1.5)
     assert clip.fps == 25.0
     assert numbers(clip) == clip.frame_indices == [15, 21, 28, 35]
 

@@ -41,7 +41,8 @@ def test_formats_of_the_original(name: str, expected: str) -> None:
 
 
 def test_videoqa_wraps_the_question_and_starts_the_answer() -> None:
-    vicuna, chatml = text("eval_videoqabench"), text("eval_videoqa_llavanext")
+    vicuna = text("eval_videoqabench")
+    chatml = text("eval_videoqa_llavanext")
     assert vicuna.startswith("USER: <image>\n ") and vicuna.endswith("Question: Q \n ASSISTANT:\nAnswer: In the video,")
     assert chatml.startswith("<|im_start|>system\nAnswer the question.<|im_end|>\n<|im_start|>user\n<image>\n ")
     assert chatml.endswith("Question: Q \n<|im_end|>\n<|im_start|>assistant\n\nAnswer: In the video,")
