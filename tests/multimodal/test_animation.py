@@ -19,7 +19,7 @@ from tests.multimodal.numbered_clips import DURATIONS, animation, numbers, pictu
 
 
 def composed(content):
-    """Frames as Pillow shows them, without the picture for programs that know no animations."""
+    """Frames as Pillow shows them, without the default image for programs without animations."""
     with Image.open(io.BytesIO(content)) as image:
         first = int(getattr(image, "default_image", False))
         frames = []
@@ -124,7 +124,7 @@ def test_limits_of_animations(ending):
 @pytest.mark.parametrize("ending", ["webp", "png"])
 def test_damaged_animations_give_one_error(ending):
     content = animation(ending)
-    for size in range(20, len(content) - 30, len(content) // 40):  # the last frame is whole a few bytes before the end
+    for size in range(20, len(content) - 30, len(content) // 40):  # the last few bytes belong to no frame
         with pytest.raises(VideoError, match="cannot be read as an image; it is another kind of file, truncated"):
             read_media(content[:size], 4)
 

@@ -16,12 +16,12 @@ def test_sampling_equals_the_original():
         assert sample_frame_indices(row["num_frames"], row["num_segments"]) == row["idx"]
     for row in rows["eval"]:
         if row["first_idx"]:
-            continue  # folders of numbered pictures, which are not read
+            continue  # such rows are about folders of numbered pictures, which are not read
         start, end = row["bound"] or (None, None)
         bounds = {"fps": row["fps"], "start_seconds": start, "end_seconds": end}
         if max(row["idx"]) < row["len"]:
             assert sample_frame_indices(row["len"], row["num_segments"], "eval", **bounds) == row["idx"]
-        else:  # the part begins after the clip's end
+        else:  # start_seconds is behind the clip's end
             with pytest.raises(VideoError, match="no frame lies between"):
                 sample_frame_indices(row["len"], row["num_segments"], "eval", **bounds)
 

@@ -1,4 +1,4 @@
-"""A file is opened once whatever it holds, and names that are no local media are told what to do."""
+"""A file is opened once, whatever its kind. Names that are no local media give an error with a remedy."""
 
 import os
 from pathlib import Path

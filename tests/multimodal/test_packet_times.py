@@ -1,7 +1,7 @@
-"""Frames come in the decoder's order whatever the packet clocks do, and times do not count leaps of the clock.
+"""Frames come in the decoder's order whatever the packet times are, and leaps of the clock do not count as time.
 
-The oracles are clips whose frames show their number: another clock leaves the pictures and their order as they were.
-Right values of the files in tests/data come from the ffmpeg command. The tiny model's answers tell the order, too.
+The oracles are clips whose frames show their number: other packet times do not change the pictures or their order.
+The expected values for files in tests/data come from the ffmpeg command. The tiny model's answers show the order, too.
 """
 
 import shutil
@@ -32,7 +32,7 @@ Change = Callable[[int, float, float], tuple[float, float] | None]  # packet num
 
 
 def rewrite_pes(content: bytes, change: Change) -> bytes:
-    """MPEG-TS or MPEG-PS with other times in its video PES headers (ISO 13818-1, 2.4.3.6); None takes them away."""
+    """MPEG-TS or MPEG-PS with other times in its video PES headers (ISO 13818-1, 2.4.3.6). None removes the times."""
     out = bytearray(content)
     at = 0
     number = 0
@@ -70,7 +70,7 @@ def pes_time(mark: int, seconds: float) -> bytes:
 
 
 def rewrite_flv(content: bytes, change: Change) -> bytes:
-    """FLV with other times in its tags of H.264 pictures."""
+    """FLV with other times in the tags that hold H.264 pictures."""
     out = bytearray(content)
     at = 13
     number = 0
@@ -79,7 +79,9 @@ def rewrite_flv(content: bytes, change: Change) -> bytes:
         if out[at] == 9 and out[at + 12] == 1:  # a video tag that is a picture, not the decoder's settings
             dts = int.from_bytes(out[at + 4 : at + 7], "big") | out[at + 7] << 24
             pts = dts + int.from_bytes(out[at + 13 : at + 16], "big", signed=True)
-            new_pts, new_dts = (round(seconds * 1000) for seconds in change(number, pts / 1000, dts / 1000))
+            changed_pts, changed_dts = change(number, pts / 1000, dts / 1000)
+            new_pts = round(changed_pts * 1000)
+            new_dts = round(changed_dts * 1000)
             out[at + 4 : at + 8] = (new_dts & 0xFFFFFF).to_bytes(3, "big") + bytes([new_dts >> 24 & 0xFF])
             out[at + 13 : at + 16] = (new_pts - new_dts).to_bytes(3, "big", signed=True)
             number += 1
@@ -89,12 +91,12 @@ def rewrite_flv(content: bytes, change: Change) -> bytes:
 
 
 def outliers(shifts: dict[int, float], also_dts: bool = True) -> Change:
-    """Single packets whose times are off by some seconds."""
+    """Shifts the times of single packets, given by number, by so many seconds."""
     return lambda n, pts, dts: (pts + shifts.get(n, 0), dts + shifts.get(n, 0) * also_dts)
 
 
 def steps(*shifts: tuple[int, float]) -> Change:
-    """From each packet of these numbers on, the clock is off by so many seconds more."""
+    """Shifts the times of all packets from a packet number on by so many seconds. The shifts add up."""
 
     def change(n: int, pts: float, dts: float) -> tuple[float, float]:
         shift = sum(seconds for first, seconds in shifts if n >= first)
@@ -109,7 +111,7 @@ KINDS = {
     "ts-one-group": dict(name="a.ts", options=X264_LONG),
     "ts-open-gop": dict(name="a.ts", options=OPEN_GOP),
     "ts-mpeg2": dict(name="a.ts", codec="mpeg2video", options={"bf": "2"}, gop=12),
-    # small PES packets, so that few frames share one and its times
+    # small PES packets, so that few frames share one packet and its times
     "vob": dict(name="a.vob", codec="mpeg2video", options={"bf": "2"}, gop=12, container_options={"packetsize": "100"}),
     "flv": dict(name="a.flv", options=NO_B_FRAMES),
     "flv-b-frames": dict(name="a.flv", options=X264_SHORT),
@@ -211,7 +213,7 @@ def test_uneven_frames_are_not_decoded_whole(tmp_path, name, monkeypatch):
 
 
 def cut(path: Path, first: int, last: int, offset: float, target: Path) -> bytes:
-    """Packets first to last - 1 of a clip, without recoding, with their clock moved by `offset` seconds."""
+    """Copies packets first to last - 1 of a clip without recoding and moves their times by `offset` seconds."""
     with av.open(str(path)) as source, av.open(str(target), "w") as out:
         stream = source.streams.video[0]
         copy = out.add_stream(stream.codec_context.name, rate=25)

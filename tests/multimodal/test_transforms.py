@@ -67,9 +67,12 @@ def test_pixels_equal_clip_after_the_first_resize(height, width):
 def test_several_videos_share_one_size():
     wide = noise(2, 300, 600)
     tall = noise(3, 400, 320, seed=1)
-    # The least elongated is 4:5, the longest edge 600: min(320, 600 / 1.25), so 336 and 420 after the first resize.
+    # The least elongated video is 4:5 and the longest edge 600. min(320, 600 / 1.25) is below 336, so the edges are 336
+    # and 420 after the first resize.
     first = [Image.fromarray(f).resize((672, 336), Image.Resampling.BICUBIC) for f in wide]
-    cut = [f.crop((63, 0, 63 + 420, 336)) for f in first]  # 252 too many, a quarter of them on the left
+    cut = [
+        f.crop((63, 0, 63 + 420, 336)) for f in first
+    ]  # 252 columns too many, a quarter of them is cut off on the left
     expected_wide = np.stack([np.asarray(f.crop((42, 0, 378, 336))) for f in cut])
     second = [Image.fromarray(f).resize((336, 420), Image.Resampling.BICUBIC) for f in tall]
     expected_tall = np.stack([np.asarray(f.crop((0, 42, 336, 378))) for f in second])

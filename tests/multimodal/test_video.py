@@ -143,7 +143,7 @@ def rotated(path: Path, matrix: tuple[int, ...]) -> Path:
 
 ONE = 1 << 16
 UNIT = 1 << 30
-ROTATIONS = {  # display matrix: what a player does with the stored picture
+ROTATIONS = {  # display matrix, and what a player does with the stored picture
     "quarter": ((0, ONE, 0, -ONE, 0, 0, 0, 0, UNIT), lambda f: np.rot90(f, -1)),
     "half": ((-ONE, 0, 0, 0, -ONE, 0, 0, 0, UNIT), lambda f: np.rot90(f, 2)),
     "three-quarters": ((0, -ONE, 0, ONE, 0, 0, 0, 0, UNIT), np.rot90),
@@ -200,7 +200,7 @@ def test_frames_of_another_size_are_scaled_to_the_first(tmp_path):
 
 
 def refused(source, match, **options):
-    """Reading fails with our own message, quickly and without FFmpeg's words."""
+    """Checks that reading fails within a second, with our own message and without FFmpeg's words."""
     begin = time.monotonic()
     with pytest.raises(VideoError, match=match) as caught:
         read_video(source, **options)
@@ -311,7 +311,7 @@ def test_lost_frames_in_the_middle_are_an_error(tmp_path):
 def test_missing_last_frame_is_replaced(tmp_path):
     path = write_clip(tmp_path / "a.mp4", 40, options={"bf": "0", "preset": "veryfast"})
     with av.open(str(path)) as container:
-        *_, (pos, size) = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+        pos, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][-1]
     content = bytearray(path.read_bytes())
     content[pos : pos + size] = bytes(size)
     clip = read_video(bytes(content), frame_indices=[5, 39])
@@ -323,7 +323,9 @@ def test_recording_that_begins_between_keys(tmp_path):
     with av.open(str(tmp_path / "a.ts")) as container:
         packets = [p for p in container.demux(video=0) if p.size]
     cut = packets[5].pos // 188 * 188
-    clip = read_video(content[: 188 * 2] + content[cut:], 4)  # the tables, then packets from the middle of a group
+    clip = read_video(
+        content[: 188 * 2] + content[cut:], 4
+    )  # the tables, then packets from the middle of a group of pictures
     assert clip.total_frames == 40 and numbers(clip) == [20 + k for k in clip.frame_indices]
 
 
@@ -333,7 +335,7 @@ def test_recording_that_begins_between_keys(tmp_path):
 def with_header_size(path: Path, width: int, height: int) -> bytes:
     """The matroska file with another size in its header (PixelWidth, PixelHeight as two bytes)."""
     content = path.read_bytes()
-    # 320x272
+    # 320 and 272 in two bytes
     old_width = b"\xb0\x82\x01\x40"
     old_height = b"\xba\x82\x01\x10"
     assert content.count(old_width) == content.count(old_height) == 1

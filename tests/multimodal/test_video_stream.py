@@ -13,7 +13,7 @@ from tests.support import EXAMPLES, TEST_DATA
 
 
 def write_streams(path, parts, default):
-    """Streams of (codec, first number, frames) in one file; the one numbered `default` is marked so."""
+    """Writes streams of (codec, first number, frames) to one file and marks stream number `default` as default."""
     with av.open(str(path), "w") as container:
         streams = []
         for number, (codec, _, _) in enumerate(parts):
@@ -63,14 +63,14 @@ def test_limits_look_at_the_stream_that_is_read(name):
 
 
 def test_a_picture_marked_as_the_film_does_not_hide_it(tmp_path):
-    """FFmpeg calls a PNG best when it is marked default, and nobody means it."""
+    """FFmpeg calls a PNG stream best when it is marked as default, but the film is read."""
     clip = read_video(write_streams(tmp_path / "a.mp4", [("png", 900, 1), ("libx264", 0, 30)], 0), 8)
     assert clip.total_frames == 30 and numbers(clip) == clip.frame_indices
 
 
 @pytest.mark.parametrize("brand", ["heic", "heix", "mif1", "avif"])
 def test_a_picture_in_several_streams_is_refused(tmp_path, brand):
-    """FFmpeg has a stream for each tile of a HEIC picture; one of them is not the picture."""
+    """FFmpeg has a stream for each tile of a HEIC picture. One tile is not the picture."""
     for parts, is_read in (([("libx264", 7, 1)], True), ([("libx264", 7, 1), ("libx264", 8, 1)], False)):
         write_streams(tmp_path / "film.mp4", parts, 0)
         content = (tmp_path / "film.mp4").read_bytes()

@@ -84,7 +84,7 @@ def test_pieces_are_encoded_like_the_whole_text(tokenizer: Tokenizer) -> None:
     pieces = [Piece("USER:<image> "), Piece("what is it?", from_user=True), Piece(" ASSISTANT:</s>x")]
     whole = tokenizer.encode("".join(piece.text for piece in pieces))
     assert tokenizer.encode_pieces(pieces) == whole
-    # The other path, taken when user text spells a special token, must agree where both apply.
+    # A special token in user text must not change the ids in front of it.
     guarded = [*pieces, Piece("<image>", from_user=True)]
     assert tokenizer.encode_pieces(guarded)[: len(whole)] == whole
 

@@ -108,7 +108,7 @@ def utf8(ids: Sequence[int]) -> bytes:
 @pytest.mark.parametrize("form", TOKENIZERS)
 @pytest.mark.parametrize("text", ANSWERS, ids=repr)
 def test_a_cut_answer_keeps_its_characters(form: str, text: str) -> None:
-    """Cut at every token: the whole characters, and one U+FFFD for a character that the cut goes through."""
+    """An answer cut at any token has its whole characters, and one U+FFFD for a character that is cut."""
     ids = TOKENIZERS[form].encode(text)[1:]
     for length in range(len(ids) + 1):
         streamed, _, answer = push_all(TOKENIZERS[form], ids[:length])
@@ -141,7 +141,7 @@ def test_a_cut_behind_many_bytes() -> None:
     ids=str,
 )
 def test_a_broken_run_inside_an_answer_is_what_the_file_makes_of_it(run: list[int]) -> None:
-    """U+FFFD for each of its bytes, as the file's ByteFallback has it."""
+    """Each byte of the run becomes U+FFFD, as in the decoder ByteFallback of tokenizer.json."""
     tokenizer = TOKENIZERS["legacy"]
     ids = [*tokenizer.encode("a red")[1:], *(3 + byte for byte in run), *tokenizer.encode("car")[1:]]
     streamed, _, answer = push_all(tokenizer, ids)
@@ -183,7 +183,7 @@ def test_stop_strings_that_are_bytes() -> None:
     )
     llama = [243, 162, 169, 156]
     assert push_all(tokenizer, [*llama * 2, 13, *llama], ["🦙\n"])[1:] == (9, "🦙")
-    # Half a character may become another one.
+    # The first bytes of a character do not count as that character.
     assert push_all(tokenizer, [*llama[:3], 157, *car], ["🦙"])[1] == 4 + len(car)
 
 
@@ -199,7 +199,7 @@ def test_text_in_front_of_a_run_that_is_no_stop_string_comes_out() -> None:
 
 
 def test_an_engine_stops_at_once_and_cuts_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """token_ids and metrics have no token behind the stop string."""
+    """The output's token_ids and metrics have no token behind the stop string."""
     planned: list[int] = []
 
     def forced(logits: Any, request: Any) -> tuple[int, None]:
@@ -220,7 +220,7 @@ def test_an_engine_stops_at_once_and_cuts_cleanly(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("byte", [0xFF, 0x80, 0xE8])
 def test_invalid_bytes_take_time_in_proportion(byte: int) -> None:
-    """Decoding the whole run anew for each byte would take minutes."""
+    """The time is linear in the number of bytes. Decoding the whole run anew for each byte would take minutes."""
     start = time.perf_counter()
     _, _, answer = push_all(TOKENIZERS["legacy"], [3 + byte] * 16384)
     assert answer.count("\ufffd") == len(answer) == 16384
@@ -228,7 +228,7 @@ def test_invalid_bytes_take_time_in_proportion(byte: int) -> None:
 
 
 def test_a_file_without_byte_fallback_is_followed() -> None:
-    """Its bytes are pieces like others; what the file's decoder makes of them is the answer."""
+    """Byte tokens are words like others then, and their text is what the file's decoder makes of them."""
     definition = tokenizer_definition()
     decoders = [part for part in definition["decoder"]["decoders"] if part["type"] != "ByteFallback"]
     tokenizer = Tokenizer({**definition, "decoder": {"type": "Sequence", "decoders": decoders}}, IMAGE_ID, "x")

@@ -37,7 +37,7 @@ def test_prompts_have_the_ids_of_transformers(form: str, row: dict[str, Any]) ->
 
 @pytest.mark.parametrize("form", TOKENIZERS)
 def test_texts_of_the_package_have_its_ids(form: str) -> None:
-    """The package's ids are the published form's. The other form puts no blank in front of a text that has one."""
+    """The package has the ids of the form `legacy`. The form `first` adds no blank in front of a text with one."""
     known = [(text, ids) for text, ids in ROWS["vectors"] if form == "legacy" or not text.startswith(" ")]
     assert len(known) == {"legacy": 12, "first": 9}[form]
     for text, ids in known:
@@ -69,7 +69,7 @@ def test_text_behind_a_special_token_is_not_the_beginning() -> None:
 )
 @pytest.mark.parametrize(("form", "split"), FORMS)
 def test_the_file_decides(form: str, split: bool, flags: dict[str, bool]) -> None:
-    """The oracle is the untouched file on the whole text, where a user's text spells no special token."""
+    """User text without special tokens has the ids that the untouched file gives the whole text."""
     for ends in PROCESSORS:
         definition = variant(form, split, flags, ends)
         tokenizer = Tokenizer(definition, REAL_IMAGE_ID, "tokenizer.json")
@@ -100,7 +100,7 @@ def test_a_special_token_in_user_text_changes_nothing_elsewhere(form: str, split
 
 
 def _changed(ids: Sequence[int], others: Sequence[int]) -> list[int]:
-    """What stands between the ids that two prompts have in common at both ends."""
+    """The ids between those that two prompts have in common at both ends."""
     length = min(len(ids), len(others))
     start = next(i for i in range(length) if ids[i] != others[i])
     end = next(i for i in range(length) if ids[-1 - i] != others[-1 - i])
@@ -108,7 +108,11 @@ def _changed(ids: Sequence[int], others: Sequence[int]) -> list[int]:
 
 
 def test_no_spelling_makes_a_special_token() -> None:
-    """Not by merges, not in a model that looks whole words up, not in two texts of a user, not with the template."""
+    """User text cannot spell a special token.
+
+    Neither merges of BPE, nor `ignore_merges`, nor two pieces of user text, nor a piece of the template beside user
+    text complete one.
+    """
     definition = DEFINITIONS["legacy"]
     model = definition["model"]
     merges = [*model["merges"], "</ s", "</s >"]
@@ -136,7 +140,7 @@ def test_no_spelling_makes_a_special_token() -> None:
 
 @pytest.mark.parametrize("form", DEFINITIONS)
 def test_words_that_somebody_added_are_still_words(form: str) -> None:
-    """Only special tokens and markers are letters in a user's text; added words and bytes are what the file says."""
+    """Only special tokens and turn markers are letters in user text. Added words and bytes follow the file."""
     definition = DEFINITIONS[form]
     words = {
         "<0x0A>": 13,

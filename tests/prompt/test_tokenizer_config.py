@@ -84,7 +84,7 @@ def test_saved_checkpoints_are_silent(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_links_to_nothing_and_absurd_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Half a download is named as such; an id of thousands of digits is no added token."""
+    """A link to nothing is reported as an incomplete download. An id of thousands of digits is no added token."""
     (tmp_path / "tokenizer.json").symlink_to("/nowhere/tokenizer.json")
     with pytest.raises(ConfigError, match="tokenizer.json is a link to /nowhere/tokenizer.json, which does not exist"):
         Tokenizer.from_dir(tmp_path, IMAGE_ID)
