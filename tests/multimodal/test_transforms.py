@@ -67,8 +67,8 @@ def test_pixels_equal_clip_after_the_first_resize(height, width):
 def test_several_videos_share_one_size():
     wide = noise(2, 300, 600)
     tall = noise(3, 400, 320, seed=1)
-    # The least elongated video is 4:5 and the longest edge 600. min(320, 600 / 1.25) is below 336, so the edges are 336
-    # and 420 after the first resize.
+    # The least elongated video is 4:5 and the longest edge is 600. min(320, 600 / 1.25) is below 336, so the edges are
+    # 336 and 420 after the first resize.
     first = [Image.fromarray(f).resize((672, 336), Image.Resampling.BICUBIC) for f in wide]
     cut = [
         f.crop((63, 0, 63 + 420, 336)) for f in first

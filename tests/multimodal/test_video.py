@@ -325,7 +325,7 @@ def test_recording_that_begins_between_keys(tmp_path):
     cut = packets[5].pos // 188 * 188
     clip = read_video(
         content[: 188 * 2] + content[cut:], 4
-    )  # the tables, then packets from the middle of a group of pictures
+    )
     assert clip.total_frames == 40 and numbers(clip) == [20 + k for k in clip.frame_indices]
 
 
