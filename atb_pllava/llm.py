@@ -23,7 +23,7 @@ from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
-from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
+from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops.interface import Feature
 from atb_pllava.prompt.tokenizer import Tokenizer
 
@@ -71,13 +71,14 @@ class LLM:
     def _make_processor(self) -> VideoProcessor:
         """Reads media as this checkpoint needs it, and remembers as many bytes of frames as the encoder cache holds."""
         choices = self.args.multimodal
+        cache_bytes = self.args.engine.video_cache_bytes
         return VideoProcessor(
             self.config.num_frames,
             read_preprocessor_config(self.options.model_path, self.config.vision.image_size),
             choices.frame_sampler,
             choices.resize,
             choices.limits or MediaLimits(),
-            FrameCache[list[ProcessedVideo]](self.args.engine.video_cache_bytes),
+            FrameCache(cache_bytes) if cache_bytes else None,
         )
 
     @property

@@ -1,11 +1,11 @@
-"""Measure examples/tiny_pllava on held-out clips, through the Python API of atb_pllava.
+"""Measures examples/tiny_pllava on held-out clips, through the Python API of atb_pllava.
 
     python examples/evaluate_tiny_pllava.py --count 200 --seed 900000
 
-renders the clips of these seeds (none is used in training), encodes them as H.264 and reports, in percent:
-multiple-choice accuracy per kind of question (MVBench prompt), caption facts told rightly, and the accuracy of the
-questions about direction when the 16 frames are shuffled (a model that looks at the order of frames must fail there).
-Every answer is compared with the clip's specification; nothing is judged by hand.
+The command renders the clips of these seeds, which are not used in training, and encodes them as H.264. It reports
+three accuracies in percent: multiple-choice questions by kind (MVBench prompt), facts in captions, and questions about
+direction with the 16 frames in order and shuffled. A model that looks at the order of frames must fail when they are
+shuffled. Every answer is compared with the clip's specification.
 """
 
 import json
@@ -39,7 +39,7 @@ def read_frames(video: Path) -> np.ndarray:
 
 
 def product(model: str, batch: int) -> Answerer:
-    """Answers of atb_pllava: requests and the most tokens to generate -> texts."""
+    """A function that answers with atb_pllava: requests and the most tokens to generate, to texts."""
     from atb_pllava import LLM, SamplingParams
 
     llm = LLM(model, dtype="float32")
@@ -61,7 +61,10 @@ def _percent(values: Sequence[int]) -> float:
 
 
 def measure_choices(answer: Answerer, videos: dict[int, Path], most: int | None) -> dict:
-    """Share of multiple-choice questions answered with the right letter, per kind and over all; `most` per clip."""
+    """Percentage of multiple-choice questions answered with the right letter, by kind and over all.
+
+    At most `most` questions a clip are asked; None asks all.
+    """
     asked = []
     for seed in videos:
         every = questions(make_clip(seed))
@@ -77,7 +80,7 @@ def measure_choices(answer: Answerer, videos: dict[int, Path], most: int | None)
 
 
 def measure_captions(answer: Answerer, videos: dict[int, Path]) -> dict:
-    """Share of caption facts told rightly, per kind and over all."""
+    """Percentage of facts that captions state correctly, by kind and over all."""
     prompt = plain_prompt("Describe the video.")
     texts = answer([{"prompt": prompt, "video": str(path)} for path in videos.values()], 64)
     totals: dict[str, np.ndarray] = {}
@@ -90,7 +93,7 @@ def measure_captions(answer: Answerer, videos: dict[int, Path]) -> dict:
 
 
 def measure_directions(answer: Answerer, videos: dict[int, Path]) -> dict:
-    """Accuracy on direction questions with the frames in order and shuffled."""
+    """Percentage of correct answers about direction, with the frames in order and shuffled."""
     rng = np.random.default_rng(0)
     requests: dict[str, list[dict]] = {"ordered": [], "shuffled": []}
     truth = []
@@ -112,7 +115,10 @@ def measure_directions(answer: Answerer, videos: dict[int, Path]) -> dict:
 
 
 def evaluate(answer: Answerer, count: int, seed: int, most: int | None = None) -> dict:
-    """Render `count` clips from `seed` on and measure everything, with at most `most` choice questions per clip."""
+    """Renders `count` clips from `seed` on and measures all three accuracies.
+
+    At most `most` multiple-choice questions a clip are asked; None asks all.
+    """
     with tempfile.TemporaryDirectory() as folder:
         videos = {number: Path(folder) / f"{number}.mp4" for number in range(seed, seed + count)}
         for number, path in videos.items():
@@ -127,7 +133,7 @@ def evaluate(answer: Answerer, count: int, seed: int, most: int | None = None) -
 
 
 def main() -> None:
-    """Command line: see the head of this file."""
+    """Runs the command line, which the docstring of this file describes."""
     here = Path(__file__).resolve().parent
     parser = Parser(
         prog="python examples/evaluate_tiny_pllava.py", description="Measure the tiny checkpoint on held-out clips."

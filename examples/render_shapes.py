@@ -2,14 +2,14 @@
 
     python examples/render_shapes.py --out DIR --count 200 --seed 900000
 
-writes DIR/clip_<seed>.mp4 (H.264, yuv420p) for `count` consecutive seeds and DIR/clips.json, a list with one entry per
-clip: {"seed", "video", "width", "height", "frames", "fps", "caption", "facts", "questions"}. "facts" has the form that
-shape_questions.parse_caption returns; every question is {"task", "question", "answer", "options", "correct"}, where
-"options" are the texts of the choices in the order to show them and "correct" is the index of the right one.
+The command writes DIR/clip_<seed>.mp4 (H.264, yuv420p) for `count` consecutive seeds, and DIR/clips.json with one entry
+for each clip: {"seed", "video", "width", "height", "frames", "fps", "caption", "facts", "questions"}. "facts" has the
+form that shape_questions.parse_caption returns. Every question is {"task", "question", "answer", "options", "correct"}:
+"options" are the texts of the choices in the order to show them, "correct" is the index of the right one.
 
-Positions are in units of half the short edge of the frame, measured from its centre, x to the right and y down. All
-action stays inside the centre square, the only part of a frame that the model sees. Times run from 0 (first frame) to
-1 (last frame).
+Positions are in units of half the short edge of the frame, measured from its centre, x to the right and y down. Objects
+stay inside the centre square, the only part of a frame that the model sees. Times run from 0 (first frame) to 1 (last
+frame).
 """
 
 import json
@@ -51,7 +51,7 @@ _LIMIT = 0.96
 
 @dataclass(frozen=True)
 class Step:
-    """One thing an object does between two times; amount is a distance (moves) or an angle in radians (rotate)."""
+    """One action of an object between two times. `amount` is a distance (moves) or an angle in radians (rotate)."""
 
     action: str
     start: float
@@ -61,7 +61,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: where it starts and the steps it takes, in order of time. No steps: it stays where it is."""
+    """One object: its start and its steps in order of time. An object without steps does not move."""
 
     shape: str
     colour: str
@@ -80,12 +80,16 @@ class Thing:
 
     @property
     def extent(self) -> float:
-        """Radius of the circle around the object that it never leaves, whatever its angle."""
+        """Radius of the circle that contains the object at every angle."""
         return self.radius * _EXTENT[self.shape]
 
     def state(self, time: float) -> tuple[float, float, float, bool, str]:
-        """x, y, angle in radians, whether it is visible, and its colour at `time`."""
-        x, y, angle, visible, colour = self.x, self.y, self.angle, True, self.colour
+        """x, y, angle in radians, whether the object is visible, and its colour at `time`."""
+        x = self.x
+        y = self.y
+        angle = self.angle
+        visible = True
+        colour = self.colour
         for step in self.steps:
             done = min(max((time - step.start) / max(step.end - step.start, 1e-6), 0.0), 1.0)
             if step.action in MOVES:
@@ -104,7 +108,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip. With `ordered`, things[0] acts before things[1]; otherwise all act at the same time."""
+    """The specification of one clip. If `ordered`, things[0] acts before things[1], else all act at the same time."""
 
     seed: int
     things: tuple[Thing, ...]
@@ -129,25 +133,35 @@ def _pick(rng: np.random.Generator, items: Sequence[T], weights: list[float] | N
 
 
 def _actions(rng: np.random.Generator, shape: str, busy: bool, instant: bool) -> str:
-    """One action that `shape` can show; `busy` excludes standing still, `instant` allows the sudden ones."""
-    names, weights = list(MOVES), [3.0] * 4
+    """The name of an action that `shape` can show. `busy` excludes "still", `instant` allows the INSTANT actions."""
+    names = list(MOVES)
+    weights = [3.0] * 4
     if shape != "circle":
-        names, weights = names + ["rotate"], weights + [2.5]
+        names = names + ["rotate"]
+        weights = weights + [2.5]
     if not busy:
-        names, weights = names + ["still"], weights + [2.5]
+        names = names + ["still"]
+        weights = weights + [2.5]
     if instant:
-        names, weights = names + list(INSTANT), weights + [2.0, 2.0, 2.5]
+        names = names + list(INSTANT)
+        weights = weights + [2.0, 2.0, 2.5]
     return _pick(rng, names, weights)
 
 
 def _step(rng: np.random.Generator, action: str, slot: int | None) -> Step:
     """A step in the first (0) or second (1) half of the clip, or over most of it (None)."""
     if slot is None:
-        start, end = rng.uniform(0.0, 0.18), rng.uniform(0.78, 1.0)
-        moment, distance, turn = rng.uniform(0.35, 0.65), rng.uniform(0.55, 1.15), rng.uniform(3.0, 4.8)
+        start = rng.uniform(0.0, 0.18)
+        end = rng.uniform(0.78, 1.0)
+        moment = rng.uniform(0.35, 0.65)
+        distance = rng.uniform(0.55, 1.15)
+        turn = rng.uniform(3.0, 4.8)
     else:
-        start, end = rng.uniform(0.03, 0.1) + 0.5 * slot, rng.uniform(0.38, 0.46) + 0.5 * slot
-        moment, distance, turn = rng.uniform(0.18, 0.34) + 0.48 * slot, rng.uniform(0.5, 0.85), rng.uniform(1.6, 2.2)
+        start = rng.uniform(0.03, 0.1) + 0.5 * slot
+        end = rng.uniform(0.38, 0.46) + 0.5 * slot
+        moment = rng.uniform(0.18, 0.34) + 0.48 * slot
+        distance = rng.uniform(0.5, 0.85)
+        turn = rng.uniform(1.6, 2.2)
     if action in INSTANT:
         return Step(action, moment, moment)
     if action == "rotate":
@@ -156,20 +170,23 @@ def _step(rng: np.random.Generator, action: str, slot: int | None) -> Step:
 
 
 def _thing(rng: np.random.Generator, shape: str, colours: list[str], steps: tuple[Step, ...], small: bool) -> Thing:
-    """An object whose whole path lies inside the centre square; takes its colours off the front of `colours`."""
+    """An object whose whole path lies inside the centre square. Removes the colours it takes from `colours`."""
     colour = colours.pop(0)
     after = colours.pop(0) if any(step.action == "turn" for step in steps) else None
     radius = rng.uniform(0.22, 0.3) if small else rng.uniform(0.24, 0.38)
     spins = any(step.action == "rotate" for step in steps)
     angle = rng.uniform(-math.pi, math.pi) if spins else rng.uniform(-0.2, 0.2)
-    low, high = np.zeros(2), np.zeros(2)
+    low = np.zeros(2)
+    high = np.zeros(2)
     offset = np.zeros(2)
     for step in steps:
         if step.action in MOVES:
             offset = offset + np.array(MOVES[step.action]) * step.amount
-            low, high = np.minimum(low, offset), np.maximum(high, offset)
+            low = np.minimum(low, offset)
+            high = np.maximum(high, offset)
     reach = _LIMIT - radius * _EXTENT[shape]
-    x, y = (rng.uniform(-reach - low[k], max(reach - high[k], -reach - low[k] + 1e-3)) for k in range(2))
+    x = rng.uniform(-reach - low[0], max(reach - high[0], -reach - low[0] + 1e-3))
+    y = rng.uniform(-reach - low[1], max(reach - high[1], -reach - low[1] + 1e-3))
     jitter = rng.integers(-14, 15, size=3)
     tint = tuple(int(v) for v in jitter)
     return Thing(shape, colour, after, radius, float(x), float(y), float(angle), steps, tint)
@@ -178,14 +195,16 @@ def _thing(rng: np.random.Generator, shape: str, colours: list[str], steps: tupl
 def _apart(first: Thing, second: Thing) -> bool:
     """Whether two objects never touch."""
     for time in np.linspace(0.0, 1.0, 25):
-        a, b = first.state(float(time)), second.state(float(time))
+        a = first.state(float(time))
+        b = second.state(float(time))
         if math.hypot(a[0] - b[0], a[1] - b[1]) < first.extent + second.extent + 0.05:
             return False
     return True
 
 
 def _one_thing(rng: np.random.Generator) -> tuple[Thing, ...]:
-    shape, colours = _pick(rng, SHAPES), [str(name) for name in rng.permutation(list(COLOURS))]
+    shape = _pick(rng, SHAPES)
+    colours = [str(name) for name in rng.permutation(list(COLOURS))]
     if rng.random() < 0.3:
         names: list[str] = []
         while len(names) < 2:
@@ -217,18 +236,19 @@ def _two_things(rng: np.random.Generator, ordered: bool) -> tuple[Thing, ...]:
 
 
 def make_clip(seed: int) -> Clip:
-    """The clip of a seed: the same seed gives the same clip everywhere."""
+    """The clip of a seed. The same seed gives the same clip everywhere."""
     rng = np.random.default_rng(seed)
     kind = rng.random()
     ordered = 0.55 <= kind < 0.78
     things = _one_thing(rng) if kind < 0.55 else _two_things(rng, ordered)
     width, height = _pick(rng, SIZES)
-    frames, fps = int(rng.integers(20, 65)), int(_pick(rng, (10, 12, 15, 24, 25, 30)))
+    frames = int(rng.integers(20, 65))
+    fps = int(_pick(rng, (10, 12, 15, 24, 25, 30)))
     return Clip(seed, things, ordered, width, height, frames, fps, int(rng.integers(17, 27)), rng.uniform(0.0, 5.0))
 
 
 def _background(clip: Clip, width: int, height: int) -> np.ndarray:
-    """Plain colour, linear gradient or soft noise: float32 [height, width, 3], 0 to 255, of little saturation."""
+    """A plain colour, a linear gradient or soft noise of little saturation: float32 [height, width, 3], 0 to 255."""
     rng = np.random.default_rng([clip.seed, 1])
 
     def shade() -> np.ndarray:
@@ -240,7 +260,8 @@ def _background(clip: Clip, width: int, height: int) -> np.ndarray:
     rows = np.linspace(0.0, 1.0, height, dtype=np.float32)[:, None]
     columns = np.linspace(0.0, 1.0, width, dtype=np.float32)[None]
     if kind < 0.7:
-        first, second = shade(), shade()
+        first = shade()
+        second = shade()
         weight = _pick(rng, (rows + 0 * columns, columns + 0 * rows, (rows + columns) / 2))[..., None]
         return first * (1 - weight) + second * weight
     size = int(rng.integers(4, 12))
@@ -256,7 +277,7 @@ def _background(clip: Clip, width: int, height: int) -> np.ndarray:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the outline (negative inside) in the units of x and y; y runs down."""
+    """Signed distance to the outline, negative inside, in the units of x and y. The y axis runs down."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -266,25 +287,31 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
         side = math.sqrt(0.75)
         return np.maximum(np.maximum(y, side * np.abs(x) - 0.5 * y) - outer / 2, -outer * 2)
     angle = np.abs((np.arctan2(x, -y) + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
-    rho, inner = np.hypot(x, y), 0.45 * outer
+    rho = np.hypot(x, y)
+    inner = 0.45 * outer
     edge = np.array([inner * math.cos(math.pi / 5) - outer, inner * math.sin(math.pi / 5)])
     normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
     return (rho * np.cos(angle) - outer) * normal[0] + rho * np.sin(angle) * normal[1]
 
 
 def _draw(canvas: np.ndarray, thing: Thing, time: float, bare: bool = False) -> None:
-    """Draw one object onto float32 [height, width, channels] in place, smooth at its edges; `bare`: paint ones."""
+    """Draws one object onto float32 [height, width, channels] in place, smooth at its edges. `bare` paints ones."""
     x, y, angle, visible, colour = thing.state(time)
     if not visible:
         return
     height, width = canvas.shape[:2]
     half = min(height, width) / 2
-    centre_x, centre_y, reach = width / 2 + x * half, height / 2 + y * half, thing.extent * half + 2
-    left, right = max(int(centre_x - reach), 0), min(int(centre_x + reach) + 1, width)
-    top, bottom = max(int(centre_y - reach), 0), min(int(centre_y + reach) + 1, height)
+    centre_x = width / 2 + x * half
+    centre_y = height / 2 + y * half
+    reach = thing.extent * half + 2
+    left = max(int(centre_x - reach), 0)
+    right = min(int(centre_x + reach) + 1, width)
+    top = max(int(centre_y - reach), 0)
+    bottom = min(int(centre_y + reach) + 1, height)
     dx = (np.arange(left, right, dtype=np.float32) + 0.5 - centre_x)[None]
     dy = (np.arange(top, bottom, dtype=np.float32) + 0.5 - centre_y)[:, None]
-    cos, sin = math.cos(angle), math.sin(angle)
+    cos = math.cos(angle)
+    sin = math.sin(angle)
     distance = _distance(thing.shape, cos * dx + sin * dy, cos * dy - sin * dx, thing.radius * half)
     alpha = np.clip(0.5 - distance, 0.0, 1.0)[..., None].astype(np.float32)
     paint = np.clip(np.array(COLOURS[colour]) + np.array(thing.tint), 0, 255).astype(np.float32)
@@ -296,7 +323,7 @@ def _draw(canvas: np.ndarray, thing: Thing, time: float, bare: bool = False) -> 
 def render(
     clip: Clip, indices: list[int] | range | None = None, width: int | None = None, height: int | None = None
 ) -> np.ndarray:
-    """Frames of a clip (all of them by default) as uint8 [count, height, width, 3] before any video coding."""
+    """Frames of a clip as uint8 [count, height, width, 3], not encoded. Without `indices` all frames are drawn."""
     indices = range(clip.frames) if indices is None else indices
     background = _background(clip, width or clip.width, height or clip.height)
     rng = np.random.default_rng([clip.seed, 2])
@@ -321,13 +348,16 @@ def coverage(clip: Clip, indices: list[int], size: int) -> np.ndarray:
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: int, crf: int = 20, x264_params: str = "") -> None:
-    """Encode uint8 [count, height, width, 3] (even height and width) as H.264 in the container of the file name."""
+    """Encodes uint8 [count, height, width, 3] as H.264. Height and width are even. The file name's ending says the
+    container."""
     import av
 
     with av.open(str(path), "w") as container:
         options = {"crf": str(crf), "preset": "veryfast"} | ({"x264-params": x264_params} if x264_params else {})
         stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.width = frames.shape[2]
+        stream.height = frames.shape[1]
+        stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -352,7 +382,7 @@ def describe(clip: Clip, video: str) -> dict:
 
 
 def main() -> None:
-    """Command line: see the head of this file."""
+    """Runs the command line, which the docstring of this file describes."""
     parser = Parser(
         prog="python examples/render_shapes.py",
         description="Render clips of moving shapes with captions and questions.",
@@ -366,7 +396,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     entries = []
     for seed in range(options.seed, options.seed + options.count):
-        clip, name = make_clip(seed), f"clip_{seed}.mp4"
+        clip = make_clip(seed)
+        name = f"clip_{seed}.mp4"
         write_video(options.out / name, render(clip), clip.fps, clip.crf)
         entries.append(describe(clip, name))
     (options.out / "clips.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What can be said and asked about a clip of render_shapes: captions, facts, questions, prompts and a scorer.
+"""Captions, facts, questions and prompts for clips of render_shapes, and a scorer of captions.
 
 Facts are {"count": int, "ordered": bool, "objects": [{"colour", "shape", "actions": [...], "turns": colour or None}]}.
-With "ordered", the objects act in the order of the list.
+If "ordered" is true, the objects act in the order of the list.
 """
 
 import re
@@ -50,7 +50,10 @@ _PHRASES = {name: f"moves {text}" for name, text in DIRECTIONS.items()} | {
 
 @dataclass(frozen=True)
 class Question:
-    """An open question with its answer, and the same as multiple choice: `correct` is an index into `options`."""
+    """An open question with its answer, and the same question as multiple choice.
+
+    `correct` is the index of the right one of the `options`.
+    """
 
     task: str
     question: str
@@ -80,14 +83,14 @@ def plain_prompt(question: str) -> str:
 
 
 def choice_prompt(question: Question, mvbench: bool = True) -> str:
-    """The multiple-choice prompt; the model goes on with `B) text` (MVBench form) or ` (B) text` (plain form)."""
+    """The multiple-choice prompt. The model continues with `B) text` (MVBench form) or ` (B) text` (plain form)."""
     if mvbench:
         return f"{SYSTEM} USER: <image>\n USER: {question.choice_text()} ASSISTANT:Best option:("
     return plain_prompt(question.choice_text())
 
 
 def chosen_letter(text: str) -> str | None:
-    """The letter that an answer to a multiple-choice question names, or None."""
+    """The letter that an answer to a multiple-choice question names. None when the answer names no letter."""
     match = re.match(r"\s*\(?([A-D])\)", text)
     return match.group(1) if match else None
 
@@ -98,7 +101,7 @@ def phrase(action: str, turns: str | None = None) -> str:
 
 
 def facts(clip: Clip) -> dict:
-    """The facts of a clip; see the head of this file."""
+    """The facts of a clip, in the form that the docstring of this file describes."""
     objects = [
         {"colour": t.colour, "shape": t.shape, "actions": list(t.actions), "turns": t.colour_after} for t in clip.things
     ]
@@ -126,11 +129,12 @@ _CLAUSE = re.compile(
 
 
 def parse_caption(text: str) -> dict:
-    """The facts that a caption states; objects that cannot be read are left out."""
+    """The facts that a caption states. Objects that cannot be parsed are left out."""
     verbs = {value: key for key, value in _PHRASES.items()}
     objects = []
     for match in _CLAUSE.finditer(text.strip()):
-        actions, turns = [], None
+        actions = []
+        turns = None
         for part in match["acts"].split(" and then "):
             changed = re.fullmatch(r"turns (\w+)", part)
             turns = changed.group(1) if changed else turns
@@ -142,11 +146,12 @@ def parse_caption(text: str) -> dict:
 
 
 def score_caption(text: str, truth: dict) -> dict[str, tuple[int, int]]:
-    """(right, asked) per kind of fact: count, colour, shape, action and order.
+    """(right, asked) for each kind of fact: count, colour, shape, action and order.
 
-    Objects are compared by colour when the caption names an object of that colour, else by place in the sentence.
-    "action" asks for all steps of an object in their order; "order" is asked for every clip of two objects: that the
-    caption tells "first, then" exactly when the clip does, with the objects in the right order.
+    Objects are matched by colour when the caption names an object of that colour, else by place in the sentence.
+    "action" is right when all steps of an object are stated in their order. "order" is asked for every clip of two
+    objects. It is right when the caption says "first, then" exactly if the clip is ordered, with the objects in the
+    right order.
     """
     stated = parse_caption(text)
     score = {"count": (int(stated["count"] == truth["count"]), 1)}
@@ -167,7 +172,7 @@ def score_caption(text: str, truth: dict) -> dict[str, tuple[int, int]]:
 
 
 class _Writer:
-    """Collects the questions of one clip; every choice comes from one random generator."""
+    """Collects the questions of one clip. One random generator makes all random choices."""
 
     def __init__(self, clip: Clip, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -181,14 +186,14 @@ class _Writer:
         return things[int(self.rng.integers(len(things)))]
 
     def add(self, task: str, question: str, answer: str, right: str, wrong: list[str]) -> None:
-        """Add a question with `right` among three of `wrong` (in their order of preference), shuffled."""
+        """Adds a question. Its shuffled options are `right` and the first three different texts of `wrong`."""
         options = [right, *list(dict.fromkeys(text for text in wrong if text != right))[:3]]
         order = [int(k) for k in self.rng.permutation(len(options))]
         choices = tuple(options[k] for k in order)
         self.out.append(Question(task, question, answer, choices, order.index(0)))
 
     def yes_no(self, question: str, truth: bool) -> None:
-        """Add a two-way question."""
+        """Adds a question whose options are yes and no."""
         word = "yes" if truth else "no"
         self.add("yes_no", question, f"{word.capitalize()}.", word, ["no" if truth else "yes"])
 
@@ -196,7 +201,7 @@ class _Writer:
         return [items[int(k)] for k in self.rng.permutation(len(items))]
 
     def name(self, thing: dict) -> str:
-        """A way to name one object that fits no other object of the clip."""
+        """A name of one object that fits no other object of the clip."""
         others = [other for other in self.facts["objects"] if other is not thing]
         names = [f"the {thing['colour']} {thing['shape']}"] * 3 + [f"the {thing['colour']} object"]
         if all(other["shape"] != thing["shape"] for other in others):
@@ -212,9 +217,12 @@ def _appearance(w: _Writer, thing: dict) -> None:
     if all(other["shape"] != thing["shape"] for other in others) and thing["turns"] is None:
         name = w.pick(f"the {thing['shape']}", *([] if others else ["the object"]))
         ask = w.pick(
-            f"What colour is {name}?", f"What color is {name}?", f"What is the color of {name}?",
-            f"What is the colour of {name}?", f"Which color does {name} have?",
-        )  # fmt: skip
+            f"What colour is {name}?",
+            f"What color is {name}?",
+            f"What is the color of {name}?",
+            f"What is the colour of {name}?",
+            f"Which color does {name} have?",
+        )
         wrong = [*colours, *w.shuffled(tuple(COLOURS))]
         w.add("colour", ask, f"{name.capitalize()} is {thing['colour']}.", thing["colour"], wrong)
     name = w.pick(f"the {thing['colour']} object", *([] if others else ["the object"]))
@@ -223,20 +231,25 @@ def _appearance(w: _Writer, thing: dict) -> None:
     if thing["turns"]:
         name = w.name(thing)
         ask = w.pick(
-            f"What colour does {name} turn?", f"What color does {name} turn into?", f"Which color does {name} turn?",
+            f"What colour does {name} turn?",
+            f"What color does {name} turn into?",
+            f"Which color does {name} turn?",
             f"What is the color of {name} at the end?",
-        )  # fmt: skip
+        )
         wrong = [thing["colour"], *w.shuffled(tuple(COLOURS))]
         w.add("colour_change", ask, f"It turns {thing['turns']}.", thing["turns"], wrong)
 
 
 def _movement(w: _Writer, thing: dict) -> None:
-    name, actions = w.name(thing), thing["actions"]
+    name = w.name(thing)
+    actions = thing["actions"]
     if len(actions) == 1 and actions[0] in MOVES:
         ask = w.pick(
-            f"In which direction does {name} move?", f"Which direction does {name} move in?",
-            f"Where does {name} move?", f"Which way does {name} move?",
-        )  # fmt: skip
+            f"In which direction does {name} move?",
+            f"Which direction does {name} move in?",
+            f"Where does {name} move?",
+            f"Which way does {name} move?",
+        )
         text = DIRECTIONS[actions[0]]
         w.add("direction", ask, f"It moves {text}.", text, w.shuffled(tuple(DIRECTIONS.values())))
     if len(actions) == 1:
@@ -247,7 +260,8 @@ def _movement(w: _Writer, thing: dict) -> None:
         wrong = [*w.shuffled(others), *w.shuffled([f"it {phrase(a)}" for a in _ACTIONS] + [turn])]
         w.add("action", ask, f"{right[0].upper()}{right[1:]}.", right, wrong)
         return
-    first, second = (f"it {phrase(action)}" for action in actions)
+    first = f"it {phrase(actions[0])}"
+    second = f"it {phrase(actions[1])}"
     wrong = w.shuffled([f"it {phrase(action)}" for action in _ACTIONS if action not in ("appear", "disappear")])
     ask = w.pick(f"What does {name} do first?", f"What does {name} do at the beginning?")
     w.add("order", ask, f"{first.capitalize()}.", first, [second, *wrong])
@@ -283,11 +297,12 @@ def _events(w: _Writer) -> None:
 
 
 def _checks(w: _Writer) -> None:
-    """Yes/no questions, half of them with the answer no."""
+    """Yes/no questions. About half of the answers are no."""
     thing = w.pick_thing(*w.facts["objects"])
     present = {(t["colour"], t["shape"]) for t in w.facts["objects"]}
     truth = bool(w.rng.integers(2))
-    colour, shape = thing["colour"], thing["shape"]
+    colour = thing["colour"]
+    shape = thing["shape"]
     if not truth:
         used = [c for t in w.facts["objects"] for c in (t["colour"], t["turns"])]
         if w.rng.random() < 0.5:
@@ -299,7 +314,8 @@ def _checks(w: _Writer) -> None:
         w.pick(f"Is there {article} {colour} {shape} in the video?", f"Is there {article} {colour} {shape}?"), truth
     )
     thing = w.pick_thing(*w.facts["objects"])
-    truth, name = bool(w.rng.integers(2)), w.name(thing)
+    truth = bool(w.rng.integers(2))
+    name = w.name(thing)
     if len(thing["actions"]) == 1:
         action = thing["actions"][0]
         if not truth:
@@ -315,12 +331,13 @@ def _checks(w: _Writer) -> None:
 
 
 def questions(clip: Clip, seed: int | None = None) -> list[Question]:
-    """All questions of a clip; `seed` (default: the clip's) chooses the wording, distractors and order of options."""
+    """All questions of a clip. `seed`, by default the clip's, decides wording, wrong options and order of options."""
     w = _Writer(clip, np.random.default_rng([clip.seed if seed is None else seed, 3]))
     for thing in w.facts["objects"]:
         _appearance(w, thing)
         _movement(w, thing)
-    count, word = w.facts["count"], NUMBERS[w.facts["count"] - 1]
+    count = w.facts["count"]
+    word = NUMBERS[w.facts["count"] - 1]
     ask = w.pick("How many objects are there?", "How many shapes are there?", "How many objects are in the video?")
     answer = "There is one object." if count == 1 else f"There are {word} objects."
     w.add("count", ask, answer, word, list(NUMBERS))

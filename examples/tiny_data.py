@@ -1,4 +1,4 @@
-"""Training examples for train_tiny_pllava.py: pixels, packed questions and auxiliary targets of clips."""
+"""The training data of train_tiny_pllava.py: pixels, packed questions and auxiliary targets of clips."""
 
 import random
 import tempfile
@@ -51,11 +51,12 @@ def _resize(image: Image.Image, short: int) -> Image.Image:
 
 
 def preprocess(frame: Image.Image, size: int) -> np.ndarray:
-    """The two bicubic resizes and the centre crop that inference does: uint8 [size, size, 3]."""
+    """A frame after the two bicubic resizes and the centre crop of inference: uint8 [size, size, 3]."""
     short, long = sorted(frame.size)
     frame = _resize(frame, max(min(short, int(min(640, long) / (long / short))), size))
     frame = _resize(frame, size)
-    left, top = (frame.width - size) // 2, (frame.height - size) // 2
+    left = (frame.width - size) // 2
+    top = (frame.height - size) // 2
     return np.asarray(frame.crop((left, top, left + size, top + size)))
 
 
@@ -70,7 +71,11 @@ def coded_clip(seed: int, size: int = 112) -> np.ndarray:
 
 
 def drawn_clip(clip: Clip, size: int, rng: np.random.Generator, indices: list[int] | None = None) -> np.ndarray:
-    """The sampled frames drawn straight at the model's size, with blur and coarse chroma as a codec would leave."""
+    """The sampled frames, drawn at the model's size: uint8 [16, size, size, 3].
+
+    In place of a codec's losses half of the clips get another contrast and brightness, and many of these blur or coarse
+    chroma.
+    """
     frames = render(clip, indices or sample_indices(clip.frames), size, size)
     if rng.random() < 0.5:
         return frames
@@ -89,15 +94,18 @@ def drawn_clip(clip: Clip, size: int, rng: np.random.Generator, indices: list[in
 
 
 def normalise(frames: np.ndarray) -> Tensor:
-    """uint8 [..., height, width, 3] -> float [..., 3, height, width]."""
+    """Pixels uint8 [..., height, width, 3] to CLIP's normalised floats [..., 3, height, width]."""
     scale = 1 / (255 * torch.tensor(STD))
     shift = torch.tensor(MEAN) / torch.tensor(STD)
     return (torch.from_numpy(frames).float() * scale - shift).movedim(-1, -3)
 
 
 def _history(thing: Thing, time: float) -> tuple[int, int, bool, int, bool]:
-    """What an object has done by `time`: its first and its latest motion (0: none yet), whether it has appeared, the
-    colour it had before it turned (0: has not turned, else 1 + index), whether it has done anything."""
+    """What an object has done by `time`, as five values.
+
+    The values are its first motion, its latest motion (0: none yet), whether it has appeared, its colour before it
+    turned (0: it has not turned, else 1 + index), and whether it has done anything.
+    """
     begun = [step for step in thing.steps if time >= step.start + 0.08 * (step.end - step.start)]
     motions = [MOTIONS.index(step.action) for step in begun if step.action in MOTIONS]
     names = {step.action for step in begun}
@@ -106,18 +114,25 @@ def _history(thing: Thing, time: float) -> tuple[int, int, bool, int, bool]:
 
 
 def states(clip: Clip) -> np.ndarray:
-    """Per sampled frame and slot (2): x, y, radius, visible, colour, shape, motion (-1: unknown), x and y gone, the
-    five values of _history, index of the first colour."""
+    """The state of both objects in every sampled frame, float32 [frames, 2, 15].
+
+    The values are x, y, radius, visible, colour, shape, motion (-1: unknown), distance gone in x and in y, the five
+    values of _history, and the index of the first colour.
+    """
     names = list(COLOURS)
     out = np.zeros((len(sample_indices(clip.frames)), 2, 15), np.float32)
     for slot, thing in enumerate(clip.things):
-        before = first = None
+        before = None
+        first = None
         for row, index in enumerate(sample_indices(clip.frames)):
             time = index / (clip.frames - 1)
             x, y, angle, visible, colour = thing.state(time)
-            motion, first = -1, first or (x, y)
+            motion = -1
+            first = first or (x, y)
             if before is not None:
-                dx, dy, turn = x - before[0], y - before[1], angle - before[2]
+                dx = x - before[0]
+                dy = y - before[1]
+                turn = angle - before[2]
                 if max(abs(dx), abs(dy)) > 0.008:
                     motion = MOTIONS.index(("left" if dx < 0 else "right") if dx else ("up" if dy < 0 else "down"))
                 else:
@@ -131,11 +146,11 @@ def states(clip: Clip) -> np.ndarray:
 
 @dataclass
 class Cells:
-    """What lies under each cell of a grid: targets of the auxiliary heads, [frames, cells, ...]."""
+    """The targets of the auxiliary heads for each cell of a grid over the frames, [frames, cells, ...]."""
 
     colours: Tensor  # float [.., 6], 1 where an object of that colour touches the cell
     shape: Tensor  # long, 0 for none, else 1 + index
-    places: Tensor  # float [.., 4], centre of the nearest object from the cell's and from the frame's centre, in cells
+    places: Tensor  # float [.., 4], centre of the nearest object, from the cell's and from the frame's centre, in cells
     shift: Tensor  # float [.., 2], how far that object has come since the first frame, in quarters of the frame
     motion: Tensor  # long, -100 where no object or unknown
     history: Tensor  # long [.., 4], the first four values of _history of that object, -100 where none
@@ -143,7 +158,7 @@ class Cells:
 
 
 def cells(state: Tensor, grid: int) -> Cells:
-    """Targets for a grid x grid division of frames from states() [frames, 2, 15]."""
+    """Targets for frames divided into grid x grid cells, from states() [frames, 2, 15]."""
     half = 1 / grid
     line = torch.arange(grid) * 2 * half - 1 + half
     centre = torch.stack([line.repeat(grid), line.repeat_interleave(grid)], -1)  # x, y, row by row
@@ -160,12 +175,13 @@ def cells(state: Tensor, grid: int) -> Cells:
     shape = torch.where(some, of_nearest(state[..., 5]).long() + 1, 0)
     motion = of_nearest(state[..., 6]).long()
     offset = delta.gather(2, nearest[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
-    centre_x, centre_y, shift_x, shift_y = (of_nearest(state[..., k]) for k in (0, 1, 7, 8))
-    places = torch.cat([offset / (2 * half), 2 * torch.stack([centre_x, centre_y], -1)], -1)
-    shift = 2 * torch.stack([shift_x, shift_y], -1)
+    centre_of_nearest = torch.stack([of_nearest(state[..., 0]), of_nearest(state[..., 1])], -1)
+    places = torch.cat([offset / (2 * half), 2 * centre_of_nearest], -1)
+    shift = 2 * torch.stack([of_nearest(state[..., 7]), of_nearest(state[..., 8])], -1)
     motion = torch.where(some & (motion >= 0), motion, -100)
     history = torch.stack([torch.where(some, of_nearest(state[..., k]).long(), -100) for k in range(9, 13)], -1)
-    names, last = len(COLOURS), max(len(state) - 1, 1)
+    names = len(COLOURS)
+    last = max(len(state) - 1, 1)
     seen = (torch.nn.functional.one_hot(state[..., 4].long(), names) * (state[..., 3:4] > 0)).amax(1).cummax(0).values
     acted = (torch.nn.functional.one_hot(state[..., 14].long(), names) * (state[..., 13:14] > 0)).amax(1)
     frame = torch.cat([seen, acted, torch.arange(len(state))[:, None] / last], 1)
@@ -176,17 +192,17 @@ def cells(state: Tensor, grid: int) -> Cells:
 
 @dataclass
 class Text:
-    """One question of a packed row: tokens after <image>, which of them to learn, and marks for option lines."""
+    """One question of a packed row."""
 
-    ids: list[int]
-    learn: list[float]
-    options: list[tuple[int, int]]
+    ids: list[int]  # tokens after <image>
+    learn: list[float]  # weight of each token in the loss
+    options: list[tuple[int, int]]  # end of each option's line, and 1 for the right option, else 0
     task: str = ""
     hint: tuple[int, list[int]] | None = None  # end of the question's line and the tokens of the right option
 
 
 class Writer:
-    """Turns questions into token ids; every prompt is encoded whole, exactly as inference encodes it."""
+    """Turns questions into token ids. Every prompt is encoded whole, exactly as inference encodes it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -196,8 +212,13 @@ class Writer:
         self.newline = tokenizer.token_to_id("<0x0A>")
 
     def turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[float]]:
-        """Ids of (prompt, answer) turns and the weight of each in the loss: 1 for answers and their end."""
-        text, ids, learn = "", [], []
+        """Ids of (prompt, answer) turns and the weight of each id in the loss: 1 for answers and their end, else 0.
+
+        Raises ValueError when the tokens of a prompt change because of the answer behind it.
+        """
+        text = ""
+        ids = []
+        learn = []
         for prompt, answer in turns:
             text += prompt
             asked = self.encode(text)
@@ -206,15 +227,18 @@ class Writer:
             if told[: len(asked)] != asked or asked[: len(ids)] != ids:
                 raise ValueError(f"the tokens of {prompt!r} change when {answer!r} follows")
             learn += [0.0] * (len(asked) - len(learn)) + [1.0] * (len(told) - len(asked))
-            ids, text = told, text + "</s>"
+            ids = told
+            text = text + "</s>"
         return ids, learn
 
     def text(self, turns: list[tuple[str, str]], task: str, choice: Question | None = None) -> Text:
-        """A packed question; with `choice`, its option lines are marked as right or wrong."""
+        """One question of a packed row. `choice` is the question of a multiple-choice prompt."""
         ids, learn = self.turns(turns)
         at = ids.index(self.image) + 1 if self.image in ids else 1
-        ids, learn = list(ids[at:]), learn[at:]
-        options, hint = [], None
+        ids = list(ids[at:])
+        learn = learn[at:]
+        options = []
+        hint = None
         if choice is not None:
             start = learn.index(1.0)
             lines = [k for k in range(start) if ids[k] == self.newline]
@@ -227,15 +251,16 @@ class Writer:
 
 
 def choice_answer(question: Question, mvbench: bool) -> str:
-    """What the model says to a multiple-choice prompt."""
+    """The right answer to a multiple-choice prompt."""
     text = f"{LETTERS[question.correct]}) {question.options[question.correct]}"
     return text if mvbench else f" ({text}"
 
 
 def clip_texts(writer: Writer, clip: Clip, rng: random.Random, kind: str, room: int, focus: bool = False) -> list[Text]:
-    """Questions about one clip that share the prompt up to <image> (`kind`), about `room` tokens in all.
+    """Questions about one clip, of at most `room` tokens in all. The first one asks for the caption.
 
-    `focus`: mostly multiple choice, and fewer questions of the easy kinds.
+    The questions share the prompt up to <image>: the MVBench prompt when `kind` is "mvbench", else the plain prompt
+    behind the system text `kind`. `focus` makes most questions multiple choice and leaves out most of the EASY ones.
     """
     asked = questions(clip, rng.getrandbits(32))
     if focus:
@@ -275,9 +300,9 @@ def clip_texts(writer: Writer, clip: Clip, rng: random.Random, kind: str, room: 
 
 @dataclass
 class Rows:
-    """Packed questions of a batch; the prefix ids end where the video tokens begin."""
+    """Packed questions of a batch: `B` clips with rows of `Q` tokens, behind a shared prefix of `P` tokens."""
 
-    prefix: list[int]
+    prefix: list[int]  # ids in front of the video
     ids: Tensor  # [B, Q]
     target: Tensor  # [B, Q], -100 where nothing is learnt
     weight: Tensor  # [B, Q]
@@ -289,12 +314,16 @@ class Rows:
 
 
 def pack(prefix: list[int], video_tokens: int, texts: list[list[Text]]) -> Rows:
-    """Lay the questions of each clip one after the other in a row."""
+    """Packs the questions of each clip into one row. A question attends to the prefix and to itself only."""
     length = max(sum(len(t.ids) for t in row) for row in texts)
-    shape, start = (len(texts), length), len(prefix) + video_tokens
-    ids, places = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    target, weight = torch.full(shape, -100), torch.zeros(shape)
-    options, owner = torch.full(shape, -1), torch.full(shape, -1)
+    shape = (len(texts), length)
+    start = len(prefix) + video_tokens
+    ids = torch.zeros(shape, dtype=torch.long)
+    places = torch.zeros(shape, dtype=torch.long)
+    target = torch.full(shape, -100)
+    weight = torch.zeros(shape)
+    options = torch.full(shape, -1)
+    owner = torch.full(shape, -1)
     spans: list[list[tuple[str, int, int]]] = []
     hints: list[tuple[int, int, list[int]]] = []
     for b, row in enumerate(texts):
@@ -320,7 +349,7 @@ def pack(prefix: list[int], video_tokens: int, texts: list[list[Text]]) -> Rows:
 
 
 def corpus(clips: int) -> list[str]:
-    """Texts that the tokenizer is learnt from."""
+    """Texts that the tokenizer is trained on."""
     texts = [SYSTEM, *PLAIN_SYSTEMS, *CAPTION_REQUESTS] * 20
     texts += [plain_prompt(ask) + " " + answer for ask, answer in GREETINGS] * 5
     for seed in range(clips):

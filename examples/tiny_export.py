@@ -1,4 +1,4 @@
-"""Write a trained tiny model in the layout of the published PLLaVA checkpoints: bfloat16, sharded, LoRA not merged."""
+"""Writes a trained tiny model in the layout of the published PLLaVA checkpoints: bfloat16, sharded, LoRA not merged."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,8 @@ from tiny_data import MEAN, STD
 from tiny_model import Pllava, Sizes
 from tiny_tokenizer import write_tokenizer
 
-LORA_RANK, LORA_ALPHA = 128, 4
+LORA_RANK = 128
+LORA_ALPHA = 4
 SHARD_BYTES = 4_500_000
 NOTICE = (
     "this small test model knows coloured shapes that move and nothing else: "
@@ -22,7 +23,7 @@ def _write(path: Path, content: dict) -> None:
 
 
 def model_config(s: Sizes, image: int) -> dict:
-    """config.json."""
+    """The content of config.json."""
     return {
         "architectures": ["PllavaForConditionalGeneration"],
         "frame_shape": [s.grid, s.grid],
@@ -94,8 +95,9 @@ def _preprocessor(size: int) -> dict:
 
 
 def published_names(model: Pllava) -> dict[str, torch.Tensor]:
-    """bfloat16 tensors under the names that a published checkpoint has."""
-    old, new = "language_model.", "language_model.base_model.model."
+    """The model's tensors in bfloat16, under the names of a published checkpoint."""
+    old = "language_model."
+    new = "language_model.base_model.model."
     return {
         (new + name.removeprefix(old) if name.startswith(old) else name): value.detach().to(torch.bfloat16).contiguous()
         for name, value in model.state_dict().items()
@@ -103,7 +105,7 @@ def published_names(model: Pllava) -> dict[str, torch.Tensor]:
 
 
 def export(model: Pllava, tokenizer: dict, image: int, folder: Path) -> None:
-    """Write the whole checkpoint folder; weight files from an earlier run are replaced."""
+    """Writes the whole checkpoint folder. Weight files from an earlier run are replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
@@ -127,9 +129,14 @@ def export(model: Pllava, tokenizer: dict, image: int, folder: Path) -> None:
     _write(folder / "config.json", model_config(model.sizes, image))
     _write(
         folder / "generation_config.json",
-        {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-         "transformers_version": "4.37.1"},
-    )  # fmt: skip
+        {
+            "_from_model_config": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "transformers_version": "4.37.1",
+        },
+    )
     size = model.sizes.image
     _write(folder / "preprocessor_config.json", _preprocessor(size))
     processor = {"center_pad": False, "longest_edge": 762, "processor_class": "PlavaProcessor", "shortest_edge": size}

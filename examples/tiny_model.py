@@ -1,7 +1,8 @@
-"""PLLaVA in plain torch, small enough to train on a CPU; parameter names are those of the published checkpoints.
+"""PLLaVA in plain torch, small enough to train on a CPU, with the parameter names of the published checkpoints.
 
-Training reads one video and several questions about it at a time: the video is computed once, every question attends
-to it and to itself, not to the other questions, at the positions it has in a prompt of its own.
+Training packs several questions about one video into a row. The prefix with the video is computed once. Every question
+attends to the prefix and to itself, not to other questions, at the positions of a prompt of its own.
+`B` clips, `P` prefix tokens, `Q` tokens of questions.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model; lengths in pixels, patches or tokens."""
+    """Sizes of the model. Lengths are in pixels, patches or tokens."""
 
     image: int = 112
     patch: int = 14
@@ -40,12 +41,15 @@ class Sizes:
 
     @property
     def video_tokens(self) -> int:
-        """Tokens that take the place of <image>."""
+        """Number of tokens that replace <image>."""
         return self.frames * self.pool * self.pool
 
 
 def _cosines(count: int, patch: int) -> Tensor:
-    """The smoothest `count` cosine patterns of a patch, over half of them in brightness, the others in two colours."""
+    """The smoothest `count` cosine patterns of a patch, [count, 3, patch, patch].
+
+    Three fifths of the patterns are in brightness, the others in two opponent colours.
+    """
     line = torch.arange(patch) + 0.5
     waves = torch.stack([torch.cos(math.pi / patch * k * line) for k in range(patch)])
     waves = waves / waves.norm(dim=1, keepdim=True)
@@ -64,7 +68,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Tensor | bool) -> Tensor:
-    """Softmax attention in float32; returns [batch, length, heads * size]."""
+    """Softmax attention in float32 of [batch, heads, length, size], to [batch, length, heads * size]."""
     with torch.autocast("cpu", enabled=False):
         out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     return out.transpose(1, 2).flatten(2).to(q.dtype)
@@ -76,12 +80,15 @@ class VisionAttention(nn.Module):
     def __init__(self, s: Sizes) -> None:
         super().__init__()
         self.heads = s.vision_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(s.vision_hidden, s.vision_hidden) for _ in range(4)
-        )
+        self.q_proj = nn.Linear(s.vision_hidden, s.vision_hidden)
+        self.k_proj = nn.Linear(s.vision_hidden, s.vision_hidden)
+        self.v_proj = nn.Linear(s.vision_hidden, s.vision_hidden)
+        self.out_proj = nn.Linear(s.vision_hidden, s.vision_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = _heads(self.q_proj(x), self.heads)
+        k = _heads(self.k_proj(x), self.heads)
+        v = _heads(self.v_proj(x), self.heads)
         return self.out_proj(_attend(q, k, v))
 
 
@@ -90,7 +97,8 @@ class VisionMlp(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(s.vision_hidden, s.vision_inter), nn.Linear(s.vision_inter, s.vision_hidden)
+        self.fc1 = nn.Linear(s.vision_hidden, s.vision_inter)
+        self.fc2 = nn.Linear(s.vision_inter, s.vision_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
@@ -98,11 +106,12 @@ class VisionMlp(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One CLIP layer, normalised before each part."""
+    """One CLIP layer, with a layer norm before attention and before the feed-forward part."""
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.self_attn, self.mlp = VisionAttention(s), VisionMlp(s)
+        self.self_attn = VisionAttention(s)
+        self.mlp = VisionMlp(s)
         self.layer_norm1 = nn.LayerNorm(s.vision_hidden, eps=1e-5)
         self.layer_norm2 = nn.LayerNorm(s.vision_hidden, eps=1e-5)
 
@@ -112,7 +121,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """CLIP vision transformer up to hidden_states[-2]; the last layer and post_layernorm are stored but not used."""
+    """CLIP vision transformer up to hidden_states[-2]. The last layer and post_layernorm are stored but not used."""
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
@@ -128,8 +137,12 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(s.vision_hidden, eps=1e-5)
 
     def forward(self, pixels: Tensor, early: list[Tensor] | None = None) -> Tensor:
-        """float [frames, 3, image, image] -> [frames, grid^2, vision_hidden]; `early` collects each layer's output."""
-        p, grid = self.patch, pixels.shape[-1] // self.patch
+        """Pixels float [frames, 3, image, image] to patches [frames, grid^2, vision_hidden].
+
+        The output of each layer is appended to `early`.
+        """
+        p = self.patch
+        grid = pixels.shape[-1] // self.patch
         patches = pixels.unflatten(3, (grid, p)).unflatten(2, (grid, p))  # n c gy py gx px
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         x = F.linear(patches, self.embeddings.patch_embedding.weight.flatten(1))
@@ -144,11 +157,12 @@ class VisionModel(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LLaMA's normalisation."""
+    """LLaMA's RMS normalisation, in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
@@ -161,17 +175,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LlamaAttention(nn.Module):
-    """Self-attention over a prefix (causal) and over questions that follow it."""
+    """The projections of LLaMA's self-attention."""
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
         self.heads = s.heads
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(s.hidden, s.hidden, bias=False) for _ in range(4)
-        )
+        self.q_proj = nn.Linear(s.hidden, s.hidden, bias=False)
+        self.k_proj = nn.Linear(s.hidden, s.hidden, bias=False)
+        self.v_proj = nn.Linear(s.hidden, s.hidden, bias=False)
+        self.o_proj = nn.Linear(s.hidden, s.hidden, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        """Queries, keys and values [batch, heads, length, size]; queries and keys are rotated."""
+        q = _heads(self.q_proj(x), self.heads)
+        k = _heads(self.k_proj(x), self.heads)
+        v = _heads(self.v_proj(x), self.heads)
         return rotate(q.float(), *rope), rotate(k.float(), *rope), v.float()
 
 
@@ -180,7 +198,8 @@ class LlamaMlp(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(s.hidden, s.inter, bias=False) for _ in range(2))
+        self.gate_proj = nn.Linear(s.hidden, s.inter, bias=False)
+        self.up_proj = nn.Linear(s.hidden, s.inter, bias=False)
         self.down_proj = nn.Linear(s.inter, s.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,12 +211,16 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.self_attn, self.mlp = LlamaAttention(s), LlamaMlp(s)
+        self.self_attn = LlamaAttention(s)
+        self.mlp = LlamaMlp(s)
         self.input_layernorm = RMSNorm(s.hidden, s.eps)
         self.post_attention_layernorm = RMSNorm(s.hidden, s.eps)
 
     def forward(self, p: Tensor, q: Tensor, rope_p: tuple, rope_q: tuple, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Prefix p [B, P, hidden], questions q [B, Q, hidden], mask [B, 1, Q, P + Q] (True: may attend)."""
+        """Prefix p [B, P, hidden], questions q [B, Q, hidden], mask [B, 1, Q, P + Q] (True: may attend).
+
+        The prefix attends to itself causally. The questions attend to prefix and questions as the mask says.
+        """
         attn = self.self_attn
         qp, kp, vp = attn.project(self.input_layernorm(p), rope_p)
         qq, kq, vq = attn.project(self.input_layernorm(q), rope_q)
@@ -230,10 +253,11 @@ class LlamaForCausalLM(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, p: Tensor, q: Tensor, places: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Hidden states of prefix and questions after every layer; `places` [B, Q] are the questions' positions."""
+        """Hidden states of prefix and questions after every layer. `places` [B, Q] are the questions' positions."""
         rope_p = (self.cos[: p.shape[1]], self.sin[: p.shape[1]])
         rope_q = (self.cos[places][:, None], self.sin[places][:, None])
-        prefix, questions = [], []
+        prefix = []
+        questions = []
         for layer in self.model.layers:
             p, q = layer(p, q, rope_p, rope_q, mask)
             prefix.append(p)
@@ -246,23 +270,26 @@ class Projector(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(s.vision_hidden, s.hidden), nn.Linear(s.hidden, s.hidden)
+        self.linear_1 = nn.Linear(s.vision_hidden, s.hidden)
+        self.linear_2 = nn.Linear(s.hidden, s.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.gelu(self.linear_1(x)))
 
 
 class Lora(nn.Module):
-    """A linear layer with a low-rank addition, named as PEFT names it.
+    """A linear layer with a LoRA adapter, under PEFT's names.
 
-    The addition starts as the strongest `rank` directions of the weight, taken out of the frozen base (PiSSA), so that
-    base plus `scale` times the addition is the weight it was made from.
+    The adapter starts as the strongest `rank` directions of the weight, which are taken out of the frozen base (PiSSA).
+    The base plus `scale` times the adapter is at first the original weight.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
-        self.base_layer, self.scale = base, scale
-        self.lora_A, self.lora_B = nn.Module(), nn.Module()
+        self.base_layer = base
+        self.scale = scale
+        self.lora_A = nn.Module()
+        self.lora_B = nn.Module()
         self.lora_A.default = nn.Linear(base.in_features, rank, bias=False)
         self.lora_B.default = nn.Linear(rank, base.out_features, bias=False)
         with torch.no_grad():
@@ -289,7 +316,7 @@ class Pllava(nn.Module):
         self.language_model = LlamaForCausalLM(s)
 
     def initialise(self) -> None:
-        """Small normal weights, smaller still where a layer adds to the residual stream."""
+        """Sets normal weights, smaller ones where a layer adds to the residual stream, and cosine patch embeddings."""
         for name, weight in self.named_parameters():
             if weight.dim() == 2 and "embed" not in name:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -303,23 +330,24 @@ class Pllava(nn.Module):
         nn.init.normal_(self.language_model.lm_head.weight, std=0.02)
 
     def add_lora(self, rank: int, scale: float) -> None:
-        """Freeze the decoder and give q_proj and v_proj of every layer a trainable addition."""
+        """Freezes the decoder and gives q_proj and v_proj of every layer a trainable LoRA adapter."""
         self.language_model.requires_grad_(False)
         for layer in self.language_model.model.layers:
             layer.self_attn.q_proj = Lora(layer.self_attn.q_proj, rank, scale)
             layer.self_attn.v_proj = Lora(layer.self_attn.v_proj, rank, scale)
 
-    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B, T, 3, image, image] -> patches [B * T, grid^2, size], video tokens [B, T * pool^2, hidden]."""
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """Pixels float [B, T, 3, image, image] to video embeddings [B, T * pool^2, hidden]."""
         s = self.sizes
-        features = self.vision_tower.vision_model(pixels.flatten(0, 1))
-        x = self.multi_modal_projector(features)
+        x = self.multi_modal_projector(self.vision_tower.vision_model(pixels.flatten(0, 1)))
         x = x.unflatten(1, (s.grid, s.grid)).permute(0, 3, 1, 2).float()
         x = F.adaptive_avg_pool2d(x, s.pool).flatten(2).transpose(1, 2)
-        return features, x.unflatten(0, (-1, s.frames)).flatten(1, 2)
+        return x.unflatten(0, (-1, s.frames)).flatten(1, 2)
 
     def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings [..., hidden] of ids."""
         return self.language_model.model.embed_tokens(ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of the last layer's hidden states."""
         return self.language_model.lm_head(self.language_model.model.norm(hidden))

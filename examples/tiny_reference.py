@@ -1,4 +1,4 @@
-"""Answers of an exported tiny checkpoint computed with transformers, independently of the training code's model."""
+"""Answers of an exported tiny checkpoint by transformers. Neither tiny_model.py nor atb_pllava computes them."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,12 @@ LORA_ALPHA = 4
 
 
 def merged(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Tensors in float32 under plain names, with the LoRA additions at `alpha` merged."""
+    """Tensors in float32 under names without LoRA, with the LoRA weights merged at `alpha`."""
     plain = {k.replace("base_model.model.", "").replace(".base_layer", ""): v.float() for k, v in tensors.items()}
     for name in [key for key in plain if key.endswith("lora_A.default.weight")]:
         stem = name.removesuffix("lora_A.default.weight")
-        a, b = plain.pop(name), plain.pop(f"{stem}lora_B.default.weight")
+        a = plain.pop(name)
+        b = plain.pop(f"{stem}lora_B.default.weight")
         plain[f"{stem}weight"] = plain[f"{stem}weight"] + alpha / len(a) * b @ a
     return plain
 
@@ -39,7 +40,8 @@ class Reference:
         plain = merged(tensors, alpha)
         self.config = config
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.image, self.size = config["image_token_index"], config["vision_config"]["image_size"]
+        self.image = config["image_token_index"]
+        self.size = config["vision_config"]["image_size"]
         self.tower = CLIPVisionModel(CLIPVisionConfig(**config["vision_config"])).eval()
         self.llama = LlamaForCausalLM(LlamaConfig(**{**config["text_config"], "torch_dtype": "float32"})).eval()
         self.projector = {k.removeprefix("multi_modal_projector."): v for k, v in plain.items() if "projector" in k}
@@ -49,8 +51,8 @@ class Reference:
         self.llama.load_state_dict({k: plain[f"language_model.{k}"] for k in self.llama.state_dict()})
 
     @torch.no_grad()
-    def video_tokens(self, frames: np.ndarray) -> Tensor:
-        """uint8 [16, size, size, 3] -> [tokens, hidden]."""
+    def video_embeds(self, frames: np.ndarray) -> Tensor:
+        """The embeddings of a video: frames uint8 [16, size, size, 3] to [tokens, hidden]."""
         hidden = self.tower(normalise(frames), output_hidden_states=True).hidden_states[-2][:, 1:]
         p = self.projector
         x = F.gelu(F.linear(hidden, p["linear_1.weight"], p["linear_1.bias"]))
@@ -69,37 +71,42 @@ class Reference:
 
     @torch.no_grad()
     def generate(self, prompts: list[str], videos: list[Tensor | None], tokens: int) -> list[str]:
-        """Greedy answers to prompts of any length, each decoded as text."""
+        """Greedy answers to prompts of any length, as texts."""
         inputs = [self.embed(prompt, video)[0] for prompt, video in zip(prompts, videos, strict=True)]
         longest = max(len(x) for x in inputs)
         padded = torch.stack([F.pad(x, (0, 0, longest - len(x), 0)) for x in inputs])
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in inputs])
         out = self.llama.generate(
-            inputs_embeds=padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0,
+            inputs_embeds=padded,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
             eos_token_id=2,
-        )  # fmt: skip
+        )
         texts = []
         for prompt, ids in zip(prompts, out.tolist(), strict=True):
             ids = ids[: ids.index(2)] if 2 in ids else ids
             asked = self.tokenizer.encode(prompt).ids
-            whole, before = (self.tokenizer.decode(x, skip_special_tokens=False) for x in (asked + ids, asked))
+            whole = self.tokenizer.decode(asked + ids, skip_special_tokens=False)
+            before = self.tokenizer.decode(asked, skip_special_tokens=False)
             texts.append(whole[len(before) :])
         return texts
 
 
 def reference(folder: Path, alpha: float = LORA_ALPHA, batch: int = 32) -> Answerer:
-    """The answering function that evaluate_tiny_pllava.evaluate takes."""
+    """A function that answers with transformers, for evaluate_tiny_pllava.evaluate."""
     model = Reference(folder, alpha)
     seen: dict[str, Tensor] = {}
 
     def look(request: dict) -> Tensor:
         if "frames" in request:
-            return model.video_tokens(np.stack([preprocess(Image.fromarray(x), model.size) for x in request["frames"]]))
+            return model.video_embeds(np.stack([preprocess(Image.fromarray(x), model.size) for x in request["frames"]]))
         path = request["video"]
         if path not in seen:
             frames = decode(path)
             picked = [preprocess(frames[k], model.size) for k in sample_indices(len(frames))]
-            seen[path] = model.video_tokens(np.stack(picked))
+            seen[path] = model.video_embeds(np.stack(picked))
         return seen[path]
 
     def answer(requests: list[dict], tokens: int) -> list[str]:

@@ -15,17 +15,20 @@ def _added(index: int, text: str) -> dict:
 
 
 def build_tokenizer(texts: list[str], merges: int) -> tuple[dict, int]:
-    """tokenizer.json as a dictionary, and the index of <image>, which follows the base vocabulary.
+    """The content of tokenizer.json, and the id of <image>, which follows the base vocabulary.
 
-    Merges never cross a blank, and join letters only, so that a prompt can be cut at any punctuation mark.
+    Merges join letters only and never cross a blank, so that a prompt can be cut at any punctuation mark.
     """
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|[^A-Za-z]"), "isolated")
     trainer = trainers.BpeTrainer(
-        vocab_size=len(_CHARACTERS) + merges, initial_alphabet=_CHARACTERS, limit_alphabet=len(_CHARACTERS),
-        show_progress=False, min_frequency=1,
-    )  # fmt: skip
+        vocab_size=len(_CHARACTERS) + merges,
+        initial_alphabet=_CHARACTERS,
+        limit_alphabet=len(_CHARACTERS),
+        show_progress=False,
+        min_frequency=1,
+    )
     learner.train_from_iterator(texts, trainer)
     pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = [*_BASE, *dict.fromkeys("".join(pair) for pair in pairs), *_CHARACTERS]
@@ -77,7 +80,7 @@ def build_tokenizer(texts: list[str], merges: int) -> tuple[dict, int]:
 
 
 def write_tokenizer(folder: Path, data: dict, image: int) -> None:
-    """Write tokenizer.json and the three files that accompany it in a published folder."""
+    """Writes tokenizer.json and the three files that accompany it in a published folder."""
     bare = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in data["added_tokens"]}
     config = {

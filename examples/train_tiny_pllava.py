@@ -1,21 +1,23 @@
-"""Train examples/tiny_pllava from scratch on clips of render_shapes: about 80 minutes on two CPU cores with bfloat16.
+"""Trains examples/tiny_pllava from scratch on clips of render_shapes: about 80 minutes on two CPU cores with bfloat16.
 
     python examples/train_tiny_pllava.py --seed 1
 
-Phases, each of a fixed number of steps:
+Training has six phases, each of a fixed number of steps:
 
-- vision: the tower alone learns which colour and shape lies where and what part of a patch it covers; then it is fixed.
-- answers: projector and decoder learn to answer, mostly on clips drawn at the model's size. Auxiliary heads (not
-  part of the checkpoint) ask for colour, shape, place and motion of what lies under a cell and for the right option.
-- hard: the same with mostly two objects or two steps, and the answer asked for at the end of a question's line.
-- order: adds heads that tell what the objects of a clip have done so far.
-- choice: mostly multiple choice, the slowest thing to learn.
-- lora: the decoder is frozen, the strongest 128 directions of its q_proj and v_proj become LoRA adapters, and adapters
-  and projector go on learning on clips that went through H.264 and the resizing of inference.
+- vision: the vision tower alone learns colours, shapes and places, and which part of a patch objects cover. The tower
+  does not change after this phase.
+- answers: projector and decoder learn to answer, mostly on clips drawn at the model's size. Auxiliary heads, which are
+  not part of the checkpoint, learn the object under a cell (colour, shape, place, motion) and the right option.
+- hard: like answers, but most clips have two objects or two steps. Another head learns the answer at the end of a
+  question's line.
+- order: more heads learn what the objects of a clip have done so far.
+- choice: most questions are multiple choice, which takes the longest to learn.
+- lora: the strongest 128 directions of q_proj and v_proj become LoRA adapters, and the rest of the decoder is frozen.
+  Adapters and projector learn on clips that went through H.264 and the resizes of inference.
 
-The result is rounded to bfloat16, written in the published layout and evaluated on held-out clips with the classes of
-transformers; the report goes to stdout, progress to stderr. --work keeps coded clips and the state after each phase;
---resume PHASE goes on after that phase (with fresh random numbers, so the result differs slightly).
+The model is rounded to bfloat16, written in the published layout, and evaluated on held-out clips with transformers.
+The report goes to stdout and progress to stderr. --work keeps encoded clips and the state after each phase.
+--resume PHASE continues after that phase with fresh random numbers, so the result differs slightly.
 """
 
 import argparse
@@ -58,7 +60,7 @@ from tiny_data import (
     normalise,
     pack,
     states,
-)  # fmt: skip
+)
 from tiny_export import LORA_ALPHA, LORA_RANK, export
 from tiny_model import Pllava, Sizes
 from tiny_tokenizer import build_tokenizer
@@ -67,7 +69,10 @@ from torch import Tensor, nn
 
 from atb_pllava.cli import Parser
 
-CODED_SEED, DRAWN_SEED, CHECK_SEED, HELD_OUT_SEED = 500_000, 2_000_000, 800_000, 900_000
+CODED_SEED = 500_000
+DRAWN_SEED = 2_000_000
+CHECK_SEED = 800_000
+HELD_OUT_SEED = 900_000
 CELL_FIELDS = ("colours", "shape", "places", "shift", "motion", "history", "frame")
 HISTORY = (len(MOTIONS), len(MOTIONS), 2, len(COLOURS) + 1)  # classes of the parts of Cells.history
 MASK = 7  # resolution at which a patch tells which part of it objects cover
@@ -75,30 +80,30 @@ AUX_CLASSES = len(COLOURS) + len(SHAPES) + 4
 
 
 def log(text: str) -> None:
-    """A line of progress on stderr."""
+    """Prints a line of progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase that trains on questions; aux: weight of the auxiliary losses in its first 60 % and after."""
+    """A phase that trains on questions."""
 
     name: str
     steps: int
-    rate: float
-    warmup: int
-    last: float  # share of the rate that is left at the end
+    rate: float  # highest learning rate
+    warmup: int  # steps
+    last: float  # share of the learning rate that is left at the end
     coded: float  # share of clips that went through H.264
-    aux: tuple[float, float]
-    hard: bool = True  # few clips of one object that does one thing
-    hints: bool = True  # auxiliary answers at the end of a question's line
-    history: bool = False  # auxiliary account of what objects have done so far
+    aux: tuple[float, float]  # weight of the auxiliary losses in the first 60 % of the steps and after them
+    hard: bool = True  # few clips of one object with one step
+    hints: bool = True  # auxiliary loss: the answer at the end of a question's line
+    history: bool = False  # auxiliary loss: what objects have done so far
     focus: bool = False  # mostly multiple choice, fewer easy questions
     lora: bool = False
 
 
 class Heads(nn.Module):
-    """Auxiliary heads; none is part of the checkpoint."""
+    """Auxiliary heads, which are not part of the checkpoint."""
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
@@ -112,10 +117,13 @@ class Heads(nn.Module):
 
 
 def cell_loss(out: Tensor, truth: Cells) -> Tensor:
-    """Colour, shape and place of the objects under cells; `out` is [clips * frames * cells, AUX_CLASSES]."""
+    """Loss of colour, shape and place of the object under each cell. `out` is [clips * frames * cells, AUX_CLASSES]."""
     out = out.float()
-    n, shapes = len(COLOURS), len(SHAPES)
-    colours, shape, places = truth.colours.flatten(0, -2), truth.shape.flatten(), truth.places.flatten(0, -2)
+    n = len(COLOURS)
+    shapes = len(SHAPES)
+    colours = truth.colours.flatten(0, -2)
+    shape = truth.shape.flatten()
+    places = truth.places.flatten(0, -2)
     some = shape > 0
     loss = F.binary_cross_entropy_with_logits(out[:, :n], colours) * n
     loss = loss + F.cross_entropy(out[some, n : n + shapes], shape[some] - 1)
@@ -123,21 +131,22 @@ def cell_loss(out: Tensor, truth: Cells) -> Tensor:
 
 
 def history_loss(out: Tensor, truth: Cells) -> Tensor:
-    """What objects have done so far; `out` is [clips * frames * cells, ...]."""
+    """Loss of what objects have done so far. `out` is [clips * frames * cells, ...]."""
     parts = out.float().split((*HISTORY, 2 * len(COLOURS), 1), 1)
-    history, frame = truth.history.flatten(0, -2), truth.frame.flatten(0, -2)
+    history = truth.history.flatten(0, -2)
+    frame = truth.frame.flatten(0, -2)
     loss = sum(F.cross_entropy(part, history[:, k]) for k, part in enumerate(parts[: len(HISTORY)]))
     loss = loss + 3 * F.binary_cross_entropy_with_logits(parts[-2], frame[:, :-1])
     return loss + F.mse_loss(parts[-1][:, 0], frame[:, -1])
 
 
 def stacked(parts: list[Cells]) -> Cells:
-    """The targets of several clips as one."""
+    """The targets of several clips as one, with a first dimension for clips."""
     return Cells(*(torch.stack([getattr(p, name) for p in parts]) for name in CELL_FIELDS))
 
 
 class Optimiser:
-    """Muon for the matrices of the layers, AdamW for the rest, one learning-rate curve for both."""
+    """Muon for the matrices of the layers and AdamW for the other parameters, with one learning-rate schedule."""
 
     def __init__(
         self, modules: list[nn.Module], steps: int, rate: float, warmup: int, last: float = 0.02, muon: bool = True
@@ -150,10 +159,14 @@ class Optimiser:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.01)]
         if layered:
             self.parts.append(torch.optim.Muon(layered, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-        self.steps, self.rate, self.warmup, self.last, self.step_number = steps, rate, warmup, last, 0
+        self.steps = steps
+        self.rate = rate
+        self.warmup = warmup
+        self.last = last
+        self.step_number = 0
 
     def step(self) -> None:
-        """One update at the rate of the curve: linear warm-up, then a straight line down to `last` times the rate."""
+        """Updates the parameters. The learning rate rises linearly, then falls linearly to `last` times its peak."""
         done = (self.step_number - self.warmup) / max(self.steps - self.warmup, 1)
         rate = self.rate * min((self.step_number + 1) / self.warmup, 1 - done * (1 - self.last))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -166,27 +179,30 @@ class Optimiser:
 
 
 class Trainer:
-    """Holds model, data and random state through the phases."""
+    """The model, the data and the random state, which all phases share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         torch.manual_seed(options.seed)
-        self.rng, self.noise = random.Random(options.seed), np.random.default_rng(options.seed)
+        self.rng = random.Random(options.seed)
+        self.noise = np.random.default_rng(options.seed)
         self.tokenizer_data, self.image = build_tokenizer(corpus(400), 700)
         self.sizes = Sizes(vocab=64 * math.ceil((self.image + 2) / 64))
         options.work.mkdir(parents=True, exist_ok=True)
         path = options.work / "tokenizer.json"
         path.write_text(json.dumps(self.tokenizer_data, ensure_ascii=False), encoding="utf-8")
         self.writer = Writer(Tokenizer.from_file(str(path)))
-        self.model, self.heads = Pllava(self.sizes), Heads(self.sizes)
+        self.model = Pllava(self.sizes)
+        self.heads = Heads(self.sizes)
         self.model.initialise()
         self.next_seed = DRAWN_SEED + options.seed * 1_000_000
         self.coded: np.ndarray | None = None
         self.began = time.time()
 
     def prepare_coded(self) -> None:
-        """Encode and decode the clips that go through H.264 (or read them from the work folder)."""
-        path, count = self.options.work / f"coded_{self.options.coded}.npy", self.options.coded
+        """Encodes and decodes the clips that go through H.264, or reads them from the work folder."""
+        path = self.options.work / f"coded_{self.options.coded}.npy"
+        count = self.options.coded
         if not path.exists():
             log(f"encoding {count} clips")
             with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -201,8 +217,9 @@ class Trainer:
         self.coded = np.load(path, mmap_mode="r")
 
     def clips(self, count: int, coded_share: float, hard: bool) -> tuple[list, np.ndarray]:
-        """Specifications and frames of a batch; `hard`: few clips of one object that does one thing."""
-        specs, frames = [], []
+        """Specifications and frames of a batch. `hard` leaves out most clips of one object with one step."""
+        specs = []
+        frames = []
         while len(specs) < count:
             coded = self.rng.random() < coded_share
             row = self.rng.randrange(len(self.coded))
@@ -215,17 +232,22 @@ class Trainer:
         return specs, np.stack(frames)
 
     def vision_step(self, batch: int, picks: int = 4) -> tuple[Tensor, float]:
-        """Loss of phase 1 on some frames of each clip, and the share of object patches whose shape is told rightly."""
-        size, grid = self.sizes.image, self.sizes.grid
-        frames, masks, truth = [], [], []
+        """Loss of the vision phase on `picks` frames a clip, and the share of object patches with the right shape."""
+        size = self.sizes.image
+        grid = self.sizes.grid
+        frames = []
+        masks = []
+        truth = []
         for _ in range(batch):
-            clip, pick = make_clip(self.next_seed), sorted(self.rng.sample(range(self.sizes.frames), picks))
+            clip = make_clip(self.next_seed)
+            pick = sorted(self.rng.sample(range(self.sizes.frames), picks))
             self.next_seed += 1
             indices = [sample_indices(clip.frames)[k] for k in pick]
             frames.append(drawn_clip(clip, size, self.noise, indices))
             masks.append(coverage(clip, indices, MASK * grid))
             truth.append(cells(torch.from_numpy(states(clip)[pick]), grid))
-        target, early = truth_flat(stacked(truth)), []
+        target = truth_flat(stacked(truth))
+        early = []
         mask = torch.from_numpy(np.stack(masks)).flatten(0, 1).unflatten(2, (grid, MASK)).unflatten(1, (grid, MASK))
         mask = mask.permute(0, 1, 3, 2, 4).flatten(3).flatten(0, 2)
         with torch.autocast("cpu", torch.bfloat16):
@@ -240,13 +262,13 @@ class Trainer:
         return loss, float((told == target.shape.flatten())[some].float().mean())
 
     def rows(self, specs: list, kind: str, focus: bool) -> Rows:
-        """Packed questions for a batch whose prompts all begin with `kind`."""
+        """Packed questions for a batch, whose prompts are all of one `kind`; see clip_texts."""
         texts = [clip_texts(self.writer, clip, self.rng, kind, self.options.room, focus) for clip in specs]
         head = self.writer.encode(head_text(kind))
         return pack(head[: head.index(self.image)], self.sizes.video_tokens, texts)
 
     def answer_step(self, stage: Stage, aux: float) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the later phases on one batch, and its parts."""
+        """Loss of the later phases on one batch, and its parts by name. `aux` is the weight of the auxiliary losses."""
         specs, frames = self.clips(self.options.batch, stage.coded, stage.hard)
         kind = (
             "mvbench"
@@ -255,24 +277,25 @@ class Trainer:
         )
         rows = self.rows(specs, kind, stage.focus)
         with torch.autocast("cpu", torch.bfloat16):
-            video = self.model.see(normalise(frames))[1]
-            prefix, asked = run(self.model, rows, video)
+            video_embeds = self.model.encode_video(normalise(frames))
+            prefix, asked = run(self.model, rows, video_embeds)
             loss = answer_loss(self.model, asked[-1], rows)
             parts = {"answer": float(loss.detach())}
             if aux:
-                extra = self.auxiliary(specs, video, prefix, asked, rows, stage)
+                extra = self.auxiliary(specs, video_embeds, prefix, asked, rows, stage)
                 parts |= {name: float(value.detach()) for name, value in extra.items()}
                 loss = loss + aux * sum(extra.values())
         return loss, parts
 
     def auxiliary(
-        self, specs: list, video: Tensor, prefix: list[Tensor], asked: list[Tensor], rows: Rows, stage: Stage
+        self, specs: list, video_embeds: Tensor, prefix: list[Tensor], asked: list[Tensor], rows: Rows, stage: Stage
     ) -> dict[str, Tensor]:
-        """The auxiliary losses of the stages before the last."""
+        """The auxiliary losses by name, of all phases between vision and lora."""
         state = [torch.from_numpy(states(clip)) for clip in specs]
         coarse = stacked([cells(s, 4) for s in state])
-        out = {"cell": 0.5 * cell_loss(self.heads.cell(video).flatten(0, 1), truth_flat(coarse))}
-        start, options = len(rows.prefix), rows.options.flatten() >= 0
+        out = {"cell": 0.5 * cell_loss(self.heads.cell(video_embeds).flatten(0, 1), truth_flat(coarse))}
+        start = len(rows.prefix)
+        options = rows.options.flatten() >= 0
         truth = rows.options.flatten()[options].float()
         for layer in range(1, len(prefix) - 1):
             guess = self.heads.motion[layer](prefix[layer][:, start:]).flatten(0, 1).float()
@@ -287,7 +310,8 @@ class Trainer:
             mark = self.heads.option[layer](asked[layer]).flatten()[options].float()
             out[f"option{layer}"] = F.binary_cross_entropy_with_logits(mark, truth)
         if stage.hints and rows.hints:
-            row, place = (torch.tensor([hint[k] for hint in rows.hints]) for k in (0, 1))
+            row = torch.tensor([hint[0] for hint in rows.hints])
+            place = torch.tensor([hint[1] for hint in rows.hints])
             words = torch.zeros(len(row), self.sizes.vocab)
             for k, (_, _, tokens) in enumerate(rows.hints):
                 words[k, tokens] = 1 / len(set(tokens))
@@ -306,7 +330,10 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, clips: int = 96) -> str:
-        """Share of questions about coded clips, not trained on, whose greedy answer would be right to the letter."""
+        """Percentage of questions whose greedy answer is exactly right, by kind, as a line of text.
+
+        The clips went through H.264 and are not used in training.
+        """
         right: dict[str, list[int]] = {}
         rng = random.Random(5)
         for start in range(0, clips, 8):
@@ -318,7 +345,7 @@ class Trainer:
             head = self.writer.encode(head_text(kind))
             rows = pack(head[: head.index(self.image)], self.sizes.video_tokens, texts)
             with torch.autocast("cpu", torch.bfloat16):
-                _, asked = run(self.model, rows, self.model.see(normalise(frames))[1])
+                _, asked = run(self.model, rows, self.model.encode_video(normalise(frames)))
                 best = self.model.logits(asked[-1]).argmax(-1)
             good = (best == rows.target) | (rows.target == -100)
             for b, spans in enumerate(rows.spans):
@@ -329,15 +356,16 @@ class Trainer:
         return f"choice {100 * np.mean(choice):.1f} | {each}"
 
     def save(self, name: str) -> None:
-        """Keep the state in the work folder."""
+        """Saves the state in the work folder."""
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "next_seed": self.next_seed}
         torch.save(state, self.options.work / f"{name}.pt")
 
     def train_vision(self) -> None:
-        """The first phase."""
+        """Runs the phase vision."""
         steps = self.options.vision_steps
         optimiser = Optimiser([self.model.vision_tower, self.heads.patch, self.heads.mask], steps, 3e-3, 30)
-        clock, means = Clock("vision", steps), np.zeros(2)
+        clock = Clock("vision", steps)
+        means = np.zeros(2)
         for step in range(steps):
             loss, shapes = self.vision_step(16)
             loss.backward()
@@ -349,13 +377,14 @@ class Trainer:
                 self.save("vision")
 
     def train_answers(self, stage: Stage) -> None:
-        """Any later phase."""
+        """Runs any later phase."""
         if stage.lora:
             self.model.add_lora(LORA_RANK, LORA_ALPHA / LORA_RANK)
         self.model.vision_tower.requires_grad_(False)
         learning = [self.model] if stage.lora else [self.model, self.heads]
         optimiser = Optimiser(learning, stage.steps, stage.rate, stage.warmup, stage.last, muon=not stage.lora)
-        clock, means = Clock(stage.name, stage.steps), {}
+        clock = Clock(stage.name, stage.steps)
+        means = {}
         for step in range(stage.steps):
             aux = stage.aux[0] if step < 0.6 * stage.steps else stage.aux[1]
             loss, parts = self.answer_step(stage, aux)
@@ -373,10 +402,12 @@ class Trainer:
 
 
 class Clock:
-    """Progress with the time left."""
+    """Logs progress with the time that is left."""
 
     def __init__(self, name: str, steps: int) -> None:
-        self.name, self.steps, self.start = name, steps, time.time()
+        self.name = name
+        self.steps = steps
+        self.start = time.time()
 
     def tell(self, step: int, text: str) -> None:
         spent = time.time() - self.start
@@ -390,14 +421,15 @@ def head_text(kind: str) -> str:
 
 
 def truth_flat(truth: Cells) -> Cells:
-    """Join clips and frames."""
+    """The targets with one dimension for clips and frames."""
     return Cells(*(getattr(truth, name).flatten(0, 1) for name in CELL_FIELDS))
 
 
-def run(model: Pllava, rows: Rows, video: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states of prefix and questions."""
-    head = model.embed(torch.tensor(rows.prefix)).expand(len(video), -1, -1)
-    return model.language_model(torch.cat([head, video], 1), model.embed(rows.ids), rows.places, rows.mask)
+def run(model: Pllava, rows: Rows, video_embeds: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Hidden states of prefix and questions after every layer."""
+    head = model.embed(torch.tensor(rows.prefix)).expand(len(video_embeds), -1, -1)
+    prefix = torch.cat([head, video_embeds], 1)
+    return model.language_model(prefix, model.embed(rows.ids), rows.places, rows.mask)
 
 
 def answer_loss(model: Pllava, hidden: Tensor, rows: Rows) -> Tensor:
@@ -408,7 +440,7 @@ def answer_loss(model: Pllava, hidden: Tensor, rows: Rows) -> Tensor:
 
 
 def main() -> None:
-    """Command line: see the head of this file."""
+    """Runs the command line, which the docstring of this file describes."""
     here = Path(__file__).resolve().parent
     parser = Parser(prog="python examples/train_tiny_pllava.py", description="Train the tiny PLLaVA checkpoint.")
     parser.add_argument("--out", type=Path, default=here / "tiny_pllava", help="folder of the checkpoint")

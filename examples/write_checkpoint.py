@@ -1,8 +1,9 @@
-"""A checkpoint directory with random weights of a shape: to measure loading (`python -m atb_pllava bench load`).
+"""Writes a checkpoint directory with random weights, for measuring how long loading takes.
 
     python examples/write_checkpoint.py 7b DIR
+    python -m atb_pllava bench load --model_path DIR
 
-Shards of at most 4 GB, one in memory at a time. The values mean nothing.
+The checkpoint has shards of at most 4 GB, and one shard at a time is in memory.
 """
 
 import json
@@ -30,6 +31,7 @@ SHARD_BYTES = 4e9
 
 
 def main() -> None:
+    """Runs the command line, which the docstring of this file describes."""
     parser = Parser(
         prog="python examples/write_checkpoint.py", description="Write a checkpoint with random bfloat16 weights."
     )
@@ -40,6 +42,7 @@ def main() -> None:
 
 
 def write(directory: Path, shape: str) -> None:
+    """Writes config.json, tokenizer.json, shards and their index. The directory must not exist."""
     directory.mkdir(parents=True)
     write_shape(directory, shape)
     with torch.device("meta"):
@@ -60,7 +63,7 @@ def write(directory: Path, shape: str) -> None:
 
 
 def plan_shards(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
-    """Names and shapes of each shard, in order."""
+    """Names and shapes of the tensors in each shard, in order."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
     for name, shape in shapes.items():

@@ -1,9 +1,10 @@
-"""A GGUF file with random weights of a shape, for `python -m atb_pllava bench compare --gguf FILE`.
+"""Writes a GGUF file with random weights, for `python -m atb_pllava bench compare --gguf FILE`.
 
     pip install gguf llama-cpp-python
     python examples/write_gguf.py 1b q8_0 1b-q8_0.gguf
 
-Only the decoder: llama.cpp does not know the video side. The values mean nothing; sizes and types are what counts.
+The file holds the LLaMA decoder only, because llama.cpp does not know PLLaVA's vision tower. The random values make no
+difference to speed; sizes and types do.
 """
 
 import sys
@@ -24,6 +25,7 @@ from atb_pllava.config import TextConfig
 
 
 def main() -> None:
+    """Runs the command line, which the docstring of this file describes."""
     parser = Parser(prog="python examples/write_gguf.py", description="Write a GGUF file with random weights.")
     parser.add_argument("shape", help="1b, 7b, 13b, 34b or a config.json")
     parser.add_argument("type", choices=("q8_0", "bf16", "q4_0"), help="of the matrices; norms are float32")
@@ -34,6 +36,7 @@ def main() -> None:
 
 
 def write(path: str, text: TextConfig, kind: str, name: str) -> None:
+    """Writes the file. `kind` is the type of the matrices; norms are float32."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -64,7 +67,7 @@ def write(path: str, text: TextConfig, kind: str, name: str) -> None:
 
 
 def add_vocabulary(writer: "gguf.GGUFWriter", words: int) -> None:  # noqa: F821 -- imported where it is needed
-    """A vocabulary that loads: nobody writes text with it."""
+    """Adds a vocabulary that llama.cpp loads. Its words mean nothing."""
     writer.add_tokenizer_model("llama")
     special = {0: b"<unk>", 1: b"<s>", 2: b"</s>"}
     tokens = [special.get(i, f"word{i}".encode()) for i in range(words)]
@@ -78,14 +81,22 @@ def add_vocabulary(writer: "gguf.GGUFWriter", words: int) -> None:  # noqa: F821
 
 
 def tensors(text: TextConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """llama.cpp's names of a LLaMA's tensors, with shapes [out, in]."""
-    width, inner = text.hidden_size, text.intermediate_size
-    q_rows, kv_rows = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    """llama.cpp's names of LLaMA's tensors, with shapes [out, in]."""
+    width = text.hidden_size
+    inner = text.intermediate_size
+    q_rows = text.num_attention_heads * text.head_dim
+    kv_rows = text.num_key_value_heads * text.head_dim
     layer = {
-        "attn_norm": (width,), "ffn_norm": (width,), "attn_q": (q_rows, width), "attn_k": (kv_rows, width),
-        "attn_v": (kv_rows, width), "attn_output": (width, q_rows), "ffn_gate": (inner, width),
-        "ffn_up": (inner, width), "ffn_down": (width, inner),
-    }  # fmt: skip
+        "attn_norm": (width,),
+        "ffn_norm": (width,),
+        "attn_q": (q_rows, width),
+        "attn_k": (kv_rows, width),
+        "attn_v": (kv_rows, width),
+        "attn_output": (width, q_rows),
+        "ffn_gate": (inner, width),
+        "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    }
     layers = [(f"blk.{i}.{name}.weight", shape) for i in range(text.num_hidden_layers) for name, shape in layer.items()]
     words = text.vocab_size
     whole = [("token_embd.weight", (words, width)), ("output_norm.weight", (width,)), ("output.weight", (words, width))]

@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ import tokenizers
 from atb_pllava.cli import Parser, run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
-from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer
+from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
+from atb_pllava.prompt.tokenizer import Piece, Tokenizer
 from precision.llama_vocabulary import CHATML, FORMS, SPECIAL, Vocabulary, encoder_of, open_vocabulary
 
 IMAGE_ID = 32000
@@ -317,14 +319,17 @@ def check_answers(
 
 
 def stream(files: Files, ids: Sequence[int]) -> str:
-    """The answer, piece by piece. Says so when the pieces are not the whole or a half character went out."""
-    decoder = IncrementalDetokenizer(files.ours)
-    pieces = [decoder.push(token) for token in ids]
-    sent = decoder.text
-    pieces.append(decoder.finish())
-    if "".join(pieces) != decoder.text or not decoder.text.startswith(sent):
-        return f"the pieces {pieces!r} are not {decoder.text!r}"
-    return decoder.text
+    """The text of an answer whose ids come one by one. Says so when text that was given out changes later."""
+    detokenizer = IncrementalDetokenizer(files.ours)
+    sent = [""]
+    for token in ids:
+        detokenizer.push(token)
+        sent.append(detokenizer.text)
+    detokenizer.finish()
+    sent.append(detokenizer.text)
+    if not all(after.startswith(before) for before, after in pairwise(sent)):
+        return f"the texts {sent!r} change"
+    return detokenizer.text
 
 
 def utf8(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:

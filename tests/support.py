@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -27,6 +28,7 @@ EXAMPLES = ROOT / "examples"
 TINY = EXAMPLES / "tiny_pllava"
 TEST_DATA = ROOT / "tests" / "data"
 SHARED_DATA = ROOT.parent / "shared" / "data"  # reference results, beside the clone where they are there
+needs_reference = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the reference data is not here")
 
 IMAGE_ID = 300
 

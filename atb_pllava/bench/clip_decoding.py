@@ -13,7 +13,7 @@ from atb_pllava.bench.timing import interleaved, ratio
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media import read_media
-from atb_pllava.multimodal.video import best_stream
+from atb_pllava.multimodal.video_stream import best_stream
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
-from atb_pllava.prompt.chat_template import choose_conversation, expand_placeholders, render
+from atb_pllava.prompt.chat_template import choose_conversation, render
+from atb_pllava.prompt.placeholders import expand_placeholders
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,8 @@ from atb_pllava.engine.outputs import Metrics, RequestOutput, TokenLogprobs
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import ProcessedVideo
-from atb_pllava.prompt.chat_template import VideoSpan
-from atb_pllava.prompt.tokenizer import IncrementalDetokenizer
-
-# Lowest and largest value of each whole number in SamplingParams. seed and logprobs may also be None.
-_WHOLE_NUMBERS = {"max_tokens": (1, 2**31), "top_k": (0, 2**31), "seed": (0, 2**63 - 1), "logprobs": (-1, 2**31)}
+from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
+from atb_pllava.prompt.placeholders import VideoSpan
 
 
 class RequestStatus(IntEnum):

@@ -14,8 +14,10 @@ from atb_pllava.engine.request import Request
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.multimodal.processor import Media, VideoProcessor
-from atb_pllava.prompt.chat_template import Conversation, expand_placeholders, render
-from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Tokenizer
+from atb_pllava.prompt.chat_template import Conversation, render
+from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
+from atb_pllava.prompt.placeholders import expand_placeholders
+from atb_pllava.prompt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.mindie.segments import Segment
-from atb_pllava.prompt.chat_template import VideoSpan
+from atb_pllava.prompt.placeholders import VideoSpan
 
 SHORTEST_BLOCK = 4
 _LOW_BITS = 29  # of a number of up to 60 bits, in the lower half of its id; the others are in the upper half

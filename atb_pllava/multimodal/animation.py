@@ -1,61 +1,50 @@
-"""Still images and animations to RGB pixels, by Pillow: JPEG, PNG, WebP, BMP and TIFF; PNG and WebP may be animated.
+"""Animated PNG and WebP as videos, by Pillow. Animated GIF is read by FFmpeg, in `video.py`."""
 
-Which frames of an animation are wanted is the caller's choice: `media.py`. GIF is read as a video, in `video.py`.
-Files are untrusted: only these formats are tried, and the size is checked before anything is decoded.
-"""
-
-import struct
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from atb_pllava.errors import VideoError
-from atb_pllava.multimodal.limits import MediaLimits, check_size
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-ANIMATED_FORMATS = ("PNG", "WEBP")
-
-
-@contextmanager
-def open_picture(file: BinaryIO, name: str, limits: MediaLimits) -> Iterator[Image.Image]:
-    """The image or animation in a file. Raises VideoError for its size, and for what Pillow cannot read of it later."""
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as picture:
-            check_size(picture.width, picture.height, name, limits)
-            yield picture
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise VideoError(f"{name}: more than {limits.max_pixels} pixels (MediaLimits.max_pixels)") from None
-    except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, struct.error):
-        raise VideoError(
-            f"{name}: cannot be read as an image; it is another kind of file, truncated or damaged. "
-            "Accepted are JPEG, PNG, APNG, WebP, BMP and TIFF"
-        ) from None
+from atb_pllava.multimodal.clip import Clip
+from atb_pllava.multimodal.frame_sampling import FrameSelection
+from atb_pllava.multimodal.image import open_image, to_pixels
+from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_deadline, check_length
 
 
-def is_animation(picture: Image.Image) -> bool:
-    """Whether this is an animated PNG or WebP; a TIFF of several pictures is a document."""
-    return picture.format in ANIMATED_FORMATS and getattr(picture, "n_frames", 1) > 1
+def read_animation(file: BinaryIO, name: str, selection: FrameSelection, limits: MediaLimits) -> Clip:
+    """The selected frames of an animation, as Pillow draws them.
 
-
-def still_pixels(picture: Image.Image, name: str) -> np.ndarray:
-    """Pixels uint8 [H, W, 3] of a still image, upright. Raises VideoError when the file holds several pictures."""
-    # A JPEG of several pictures is a phone's photo with its thumbnails.
-    if picture.format != "JPEG" and getattr(picture, "n_frames", 1) > 1:
-        remedy = "read it as a video" if is_animation(picture) else "save the one you mean as a file of its own"
-        raise VideoError(f"{name}: holds more than one picture; {remedy}")
-    return to_pixels(picture)
+    The animation is decoded twice: once for its length, once for the selected frames. Pillow opens the file anew for
+    the second time, because it loses the palette when it rewinds.
+    Raises VideoError for a file that is damaged or larger than `limits`, and for frames that it does not have.
+    """
+    deadline = time.monotonic() + limits.max_decode_seconds
+    with open_image(file, name, limits) as animation:
+        total = count_frames(animation)
+        check_length(0.0, total, name, limits)
+        milliseconds = _play_time(animation, name, limits, deadline)
+        check_length(milliseconds / 1000, total, name, limits)
+        fps = 1000 * total / milliseconds if milliseconds else 0.0
+        indices = selection.resolve(total, fps, name)
+        check_clip_bytes(len(indices), animation.width, animation.height, name, limits)
+    pixels: dict[int, np.ndarray] = {}
+    with open_image(file, name, limits) as animation:
+        for number, frame in enumerate(play_frames(animation)):
+            check_deadline(deadline, name, limits)
+            if number in indices:
+                pixels[number] = to_pixels(frame)
+    return Clip(np.stack([pixels[number] for number in indices]), indices, total, fps, name)
 
 
 def count_frames(animation: Image.Image) -> int:
-    """Frames of the animation; a PNG's picture for programs that know no animations is none of them."""
+    """Frames of the animation. The default image of a PNG, for programs without animations, is not counted."""
     return int(getattr(animation, "n_frames", 1)) - _first_frame(animation)
 
 
-def play(animation: Image.Image) -> Iterator[Image.Image]:
-    """Every frame as it is shown, drawn over those before it, with its `info["duration"]` in milliseconds."""
+def play_frames(animation: Image.Image) -> Iterator[Image.Image]:
+    """Every frame as it is shown, drawn over the frames before it. `info["duration"]` is in milliseconds."""
     first = _first_frame(animation)
     if first:
         animation.seek(0)
@@ -67,14 +56,15 @@ def play(animation: Image.Image) -> Iterator[Image.Image]:
         yield animation
 
 
-def to_pixels(picture: Image.Image) -> np.ndarray:
-    """Pixels uint8 [H, W, 3], turned upright by the EXIF orientation; transparency is dropped."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-        grey = (np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(picture.convert("RGB"))
+def _play_time(animation: Image.Image, name: str, limits: MediaLimits, deadline: float) -> float:
+    """The sum of all frames' durations, in milliseconds."""
+    milliseconds = 0.0
+    for frame in play_frames(animation):
+        check_deadline(deadline, name, limits)
+        milliseconds += frame.info.get("duration", 0)
+    return milliseconds
 
 
 def _first_frame(animation: Image.Image) -> int:
+    """Pillow's number of the first frame: 1 when a default image stands before the animation, else 0."""
     return int(bool(getattr(animation, "default_image", False)))

@@ -1,73 +1,35 @@
-"""Frames of media seen before, found again by what the user named: the file's identity, or the bytes' digest.
+"""FrameCache: the processed frames of recent requests in host memory, least recently used first out.
 
-A file counts as the same while its device, inode, size and times are the same. One that changed so recently that a
-further change might not show in its times is read anew.
+`VideoProcessor` takes a FrameCache as an option. Only callers that have one import this module and cachetools.
 """
 
-import hashlib
-import os
 import threading
-import time
-from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
 
-import numpy as np
+import cachetools
 
-Entry = TypeVar("Entry")
-
-# Kernels stamp files with a clock that ticks every 1 to 10 ms.
-_SECONDS_TO_SETTLE = 0.1
+from atb_pllava.multimodal.processor import ProcessedVideo
 
 
-class FrameCache(Generic[Entry]):
-    """Entries by key up to `limit` bytes in all; the least recently used go first. Safe to use from several threads."""
+class FrameCache:
+    """Processed videos by `media_key`, up to `max_bytes` of frames. Safe to use from several threads."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._entries: dict[Any, tuple[Entry, int]] = {}  # oldest use first
-        self._bytes = 0
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._videos: cachetools.LRUCache[object, list[ProcessedVideo]] = cachetools.LRUCache(max_bytes, _frame_bytes)
         self._lock = threading.Lock()
 
-    def find(self, key: object) -> Entry | None:
-        """The entry kept under `key`; None when there is none, or the key is None."""
+    def get(self, key: object) -> list[ProcessedVideo] | None:
+        """The videos stored under `key`, or None."""
         with self._lock:
-            if key is None or key not in self._entries:
-                return None
-            self._entries[key] = self._entries.pop(key)
-            return self._entries[key][0]
+            return self._videos.get(key)
 
-    def keep(self, key: object, entry: Entry, size: int) -> None:
-        """Keep an entry of `size` bytes under `key`; nothing is kept under None, nor what exceeds the limit alone."""
-        if key is None or size > self.limit:
+    def put(self, key: object, videos: list[ProcessedVideo]) -> None:
+        """Stores videos under `key`. Videos that alone exceed `max_bytes` are not stored."""
+        if _frame_bytes(videos) > self._max_bytes:
             return
         with self._lock:
-            self._bytes += size - self._entries.pop(key, (None, 0))[1]
-            self._entries[key] = entry, size
-            while self._bytes > self.limit:
-                self._bytes -= self._entries.pop(next(iter(self._entries)))[1]
+            self._videos[key] = videos
 
 
-def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | None] | None) -> object:
-    """What tells one request's media from all others, or None when that cannot be said without reading them.
-
-    All media of a request count together, as their common size depends on all of them.
-    """
-    identities = [_identity(item) for item in media]
-    wanted = None if frame_indices is None else tuple(None if i is None else tuple(i) for i in frame_indices)
-    return None if None in identities else (tuple(identities), wanted)
-
-
-def _identity(item: object) -> object:
-    if isinstance(item, bytes):
-        return hashlib.sha256(item).digest()
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8:  # all others are refused when they are read
-        return item.shape, hashlib.sha256(np.ascontiguousarray(item).data).digest()
-    if not isinstance(item, str | os.PathLike):
-        return None
-    try:
-        found = os.stat(item)
-    except (OSError, ValueError):
-        return None
-    if not os.path.isfile(item) or time.time() - max(found.st_mtime, found.st_ctime) < _SECONDS_TO_SETTLE:
-        return None  # a directory's own times say nothing about the files in it
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _frame_bytes(videos: list[ProcessedVideo]) -> int:
+    return sum(video.frames.nbytes for video in videos)

@@ -1,9 +1,14 @@
-"""Which frames of a clip the model sees: the index formulas of the published pipelines.
+"""Which frames of a clip the model sees: the index formulas of the published pipelines, or indices that a caller names.
 
-Plain arithmetic on frame numbers; files are opened in `video.py`, which is the caller.
+The functions are plain arithmetic on frame numbers. The readers of videos, images and animations call them.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
 from atb_pllava.errors import VideoError, check_whole_number
+from atb_pllava.multimodal.limits import MediaLimits
 
 FRAME_SAMPLERS = ("demo", "eval", "npu")
 
@@ -17,11 +22,13 @@ def sample_frame_indices(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[int]:
-    """Numbers of `wanted` evenly spread frames of a clip of `total` frames, each in [0, total - 1]; short clips repeat.
+    """Numbers of `wanted` evenly spread frames of a clip of `total` frames, each from 0 to total - 1.
 
-    "demo": PLLaVA `tasks/eval/eval_utils.py` (`load_video`). "eval": `EvalDataset.get_index`, the same spacing between
-    two optional times in seconds, which need `fps`; halves round to even as in numpy. "npu": floor(i * total / wanted),
-    the original demo for Ascend, which never reaches the last segment's middle.
+    Numbers repeat when the clip has fewer frames than `wanted`. The frame samplers:
+    "demo": the middles of `wanted` equal segments, PLLaVA `tasks/eval/eval_utils.py` (`load_video`).
+    "eval": PLLaVA `EvalDataset.get_index`, the same spacing between two optional times in seconds, which need `fps`.
+    "npu": floor(i * total / wanted), the starts of the segments, from the original's demo for Ascend.
+    Halves round to even, as in numpy.
     Raises VideoError for options out of range and for times that leave no frame.
     """
     check_frame_sampler(frame_sampler, start_seconds, end_seconds)
@@ -35,6 +42,54 @@ def sample_frame_indices(
     return [int(first + segment / 2 + round(segment * i)) for i in range(wanted)]
 
 
+@dataclass(frozen=True)
+class FrameSelection:
+    """Which frames of a clip a caller wants: the frames named in `frame_indices`, else `num_frames` sampled frames."""
+
+    num_frames: int | None
+    frame_sampler: str
+    frame_indices: Sequence[int] | None
+    start_seconds: float | None
+    end_seconds: float | None
+
+    def check(self, limits: MediaLimits) -> None:
+        """Raises VideoError for options that are wrong for every clip."""
+        check_frame_sampler(self.frame_sampler, self.start_seconds, self.end_seconds)
+        if self.frame_indices is not None:
+            name = "the number of frame_indices"
+            count: int | None = len(self.frame_indices)
+        else:
+            name = "num_frames"
+            count = self.num_frames
+        note = " (MediaLimits.max_sampled_frames)"
+        check_whole_number(name, count, 1, limits.max_sampled_frames, VideoError, note)
+
+    def resolve(self, total: int, fps: float, name: str, *, is_gif: bool = False) -> list[int]:
+        """The frame numbers in a clip of `total` frames. Raises VideoError when the clip has no such frames."""
+        if self.frame_indices is not None:
+            return check_indices(self.frame_indices, total, name)
+        indices = sample_frame_indices(
+            total,
+            self.num_frames or 0,
+            self.frame_sampler,
+            fps=fps,
+            start_seconds=self.start_seconds,
+            end_seconds=self.end_seconds,
+        )
+        if self.frame_sampler == "eval" and is_gif:
+            # The original collects the set of indices of a GIF, then repeats the whole sequence.
+            return _repeat(sorted(set(indices)), len(indices))
+        return indices
+
+
+def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[int]:
+    """The indices as a list. Raises VideoError unless all of them are integers from 0 to total - 1."""
+    for k in frame_indices:
+        if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k < total:
+            raise VideoError(f"{name}: frame index {k!r} is not a frame number; they go from 0 to {total - 1}")
+    return [int(k) for k in frame_indices]
+
+
 def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
     """Raises VideoError for an unknown frame_sampler, and for time bounds that the frame_sampler would ignore."""
     if frame_sampler not in FRAME_SAMPLERS:
@@ -46,7 +101,7 @@ def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_sec
 def _frame_bounds(
     total: int, fps: float | None, start_seconds: float | None, end_seconds: float | None
 ) -> tuple[int, int]:
-    """First and last frame number between two times; None is the clip's own end."""
+    """First and last frame number between two times. None stands for the clip's own start or end."""
     if (start_seconds is not None or end_seconds is not None) and not fps:
         raise VideoError("start_seconds and end_seconds need a frame rate, and this clip has none")
     first = 0 if start_seconds is None else max(0, _frame_at(start_seconds, fps or 0.0, "start_seconds"))
@@ -62,3 +117,8 @@ def _frame_at(seconds: float, fps: float, option: str) -> int:
         return round(seconds * fps)
     except (TypeError, ValueError, OverflowError):
         raise VideoError(f"{option} is {seconds!r}; it must be a finite number of seconds") from None
+
+
+def _repeat(sequence: list[int], length: int) -> list[int]:
+    """The first `length` items of the endlessly repeated sequence."""
+    return (sequence * (length // len(sequence) + 1))[:length]

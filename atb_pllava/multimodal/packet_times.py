@@ -1,8 +1,10 @@
-"""What packet times tell of a video's frames: their order, how long they last, and where the clock jumps.
+"""A video's frame order, its length, its frame rate and the jumps of its clock, from the times of its packets.
 
-A file's clock is what some muxer wrote. It restarts where files were joined, it leaps where a recording was cut, and
-single times may be wrong. The order in which a decoder shows frames is in the bitstream and does not depend on it.
-Plain arithmetic; `video.py` reads the packets and is the caller. Times are in the stream's time base.
+A muxer wrote the times. The clock restarts where files were joined and leaps where a recording was cut, and single
+times may be wrong. The bitstream alone decides in which order a decoder shows frames. `presentation_order` therefore
+returns None when the times may contradict the bitstream.
+The functions are plain arithmetic. `packet_index.py` reads the packets and calls them. Times are in the stream's time
+base; pts is the presentation time and dts the decoding time.
 """
 
 from bisect import bisect_left
@@ -17,26 +19,28 @@ REORDERED = 16  # frames a decoder holds back at most: the picture buffer's size
 
 
 class Packet(NamedTuple):
-    """A packet that holds a frame to be shown."""
+    """The header of a packet of the video stream."""
 
     position: int  # number of the packet in file order
-    pts: int | None
-    dts: int | None
+    pts: int | None  # None: the file does not say
+    dts: int | None  # None: the file does not say
     duration: int  # 0: unknown
     is_key: bool
 
 
 class Length(NamedTuple):
-    """How long frames last, and how many there are to a second; leaps of the clock do not count."""
+    """The length of a video and its frame rate. Leaps of the clock do not count."""
 
     seconds: float
-    rate: float  # frames a second; 0.0: the times do not tell
+    rate: float  # frames a second; 0.0: unknown
 
 
 def presentation_order(packets: Sequence[Packet], first_key: Packet, has_b_frames: bool) -> list[Packet] | None:
-    """The packets in the order of their pts, or None: the decoder may show the frames in another order.
+    """The packets in the order of their pts, or None when the decoder may show the frames in another order.
 
-    Frames stored or shown before the file's first key packet refer to frames that were cut off. They are left out.
+    Packets stored or shown before the file's first keyframe are left out, because their frames refer to frames that
+    were cut off. The order is None when times are missing or repeat, when dts decrease, and when no decoder with this
+    stream's delay can show the frames in the order of their pts.
     """
     times = {packet.pts for packet in packets}
     if first_key.pts is None or None in times or len(times) < len(packets):
@@ -49,15 +53,14 @@ def presentation_order(packets: Sequence[Packet], first_key: Packet, has_b_frame
     if not _keys_follow(frames) or not _can_be_shown(frames, ordered, has_b_frames):
         return None
     if any(_pts(frame) < first_key.pts and frame.dts is not None and _pts(frame) < frame.dts for frame in frames):
-        return None  # shown before the first key packet, but also before it is decoded
+        return None  # a frame whose pts is before its own dts: that pts is wrong
     return [packet for packet in ordered if _pts(packet) >= first_key.pts]
 
 
 def find_jumps(packets: Sequence[Packet]) -> list[int]:
-    """Positions of packets that come long after the one before, and are no key packets.
+    """Positions of the packets at which the clock jumps: the step to their dts is over twice the median step.
 
-    Where such a jump of the clock lies between frames that are shown in another order than stored, the times give an
-    order that is not the decoder's.
+    Keyframes are left out. Near a jump inside a group of B-frames, the order of the pts is not the decoder's order.
     """
     decoded = [packet for packet in packets if packet.dts is not None]
     steps = [_dts(after) - _dts(before) for before, after in pairwise(decoded)]
@@ -66,16 +69,18 @@ def find_jumps(packets: Sequence[Packet]) -> list[int]:
 
 
 def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
-    """The length of packets in file order, by the steps of their dts; `unit` is the time base in seconds.
+    """The length of packets in file order: the sum of the steps between their dts. `unit` is the time base in seconds.
 
-    The clock leaps where it steps back, or ahead by more than LONGEST_STEP beyond the packet's own duration. Such a
-    step counts as that duration.
+    A step backwards, or one that exceeds the packet's duration by more than LONGEST_STEP seconds, is a leap of the
+    clock. The packet's duration counts in place of a leap. Without any dts the steps between pts are summed.
     """
     by_dts = any(packet.dts is not None for packet in packets)
     known = [(i, p.dts if by_dts else p.pts) for i, p in enumerate(packets)]
     clock = [(i, time) for i, time in known if time is not None]
     longest = int(LONGEST_STEP / unit)
-    frames = ticks = filled = 0
+    frames = 0
+    ticks = 0
+    filled = 0
     for (i, time), (next_i, next_time) in pairwise(clock):
         step = next_time - time
         if 0 <= step <= packets[i].duration + longest:
@@ -88,7 +93,7 @@ def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
 
 
 def _keys_follow(frames: Sequence[Packet]) -> bool:
-    """Whether every key packet is shown after all frames before it in the file, as the standards demand."""
+    """Whether every keyframe is shown after all frames stored before the keyframe, as the standards demand."""
     latest = None
     for frame in frames:
         if frame.is_key and latest is not None and _pts(frame) <= latest:
@@ -98,7 +103,7 @@ def _keys_follow(frames: Sequence[Packet]) -> bool:
 
 
 def _can_be_shown(frames: Sequence[Packet], ordered: Sequence[Packet], has_b_frames: bool) -> bool:
-    """Whether a decoder that holds back as many frames as this stream needs can show the frames in this order."""
+    """Whether a decoder can show the frames in this order while it holds back no more frames than this stream needs."""
     shown_as = {frame.position: number for number, frame in enumerate(ordered)}
     held_back = [number - shown_as[frame.position] for number, frame in enumerate(frames)]
     if not has_b_frames:
@@ -107,15 +112,20 @@ def _can_be_shown(frames: Sequence[Packet], ordered: Sequence[Packet], has_b_fra
 
 
 def _decoding_delay(frames: Sequence[Packet], ordered: Sequence[Packet]) -> int:
-    """How many frames are decoded and not yet shown, most of the time; REORDERED when there is no dts."""
+    """How many frames are usually decoded and not yet shown. REORDERED when no packet has a dts.
+
+    The lower quartile is taken, because a wrong pts far ahead raises the number for all frames behind it.
+    """
     times = [_pts(frame) for frame in ordered]
     waiting = sorted(i - bisect_left(times, frame.dts) for i, frame in enumerate(frames) if frame.dts is not None)
-    # A wrong pts far ahead adds one behind it, a lost packet takes one away near it: neither counts in the lower part.
     return waiting[len(waiting) // 4] if waiting else REORDERED
 
 
 def _is_any_far_ahead(frames: Sequence[Packet]) -> bool:
-    """Whether a frame is shown after more of those stored behind it than encoders put between two references."""
+    """Whether a frame's pts lies behind the dts of the packet 2 * REORDERED packets further on.
+
+    No encoder delays a frame so much, so such a pts is wrong. The clock is extrapolated behind the last packet.
+    """
     decoded = [frame for frame in frames if frame.dts is not None]
     clock = [_dts(frame) for frame in decoded]
     steps = [after - before for before, after in pairwise(clock)]

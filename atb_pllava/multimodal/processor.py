@@ -1,10 +1,14 @@
-"""Media of one request to pixels on the host: read, resized, normalised, each distinct frame once, and remembered."""
+"""VideoProcessor: the media of one request to ProcessedVideos on the host. Media are read, sampled and resized.
+
+`T` frames, `U` distinct frames among them, `S` crop size.
+"""
 
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,60 +16,73 @@ from torch import Tensor
 
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
-from atb_pllava.multimodal.frame_cache import FrameCache, media_key
-from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, sample_frame_indices
+from atb_pllava.multimodal.clip import Clip
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, check_indices, sample_frame_indices
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.multimodal.media import read_media
+from atb_pllava.multimodal.media_key import media_key
 from atb_pllava.multimodal.transforms import RESIZE_MODES, normalize, resize_frames
-from atb_pllava.multimodal.video import Clip, check_indices
 
 Media = str | os.PathLike[str] | bytes | np.ndarray
 
 
 @dataclass(frozen=True)
 class ProcessedVideo:
-    """A video ready for the model: its distinct frames, uint8 [U, size, size, 3].
+    """A video ready for the vision tower: each distinct frame once, as uint8.
 
-    Frame t of the T frames is frames[inverse_indices[t]].
-
-    They become pixels piece by piece: as floats they take four times the memory.
+    Frame t of the T sampled frames is frames[inverse_indices[t]]. `pixel_values` makes floats of a few frames at a
+    time, because float32 pixels take four times the memory.
     """
 
-    frames: np.ndarray
-    inverse_indices: tuple[int, ...]
-    frame_indices: tuple[int, ...]
+    frames: np.ndarray  # uint8 [U, S, S, 3]
+    inverse_indices: tuple[int, ...]  # T numbers from 0 to U - 1
+    frame_indices: tuple[int, ...]  # T frame numbers in the clip
     preprocessor: PreprocessorConfig
 
     def __len__(self) -> int:
+        """U, the number of distinct frames."""
         return len(self.frames)
 
     def pixel_values(self, first: int, last: int) -> Tensor:
-        """Pixels [last - first, 3, size, size] float32 of distinct frames first .. last - 1."""
-        pre = self.preprocessor
-        return torch.from_numpy(normalize(self.frames[first:last], pre.image_mean, pre.image_std))
+        """Normalised pixels of the distinct frames first .. last - 1, float32 [last - first, 3, S, S]."""
+        config = self.preprocessor
+        return torch.from_numpy(normalize(self.frames[first:last], config.image_mean, config.image_std))
 
     @property
     def pixels(self) -> Tensor:
-        """Pixels [U, 3, size, size] of all distinct frames."""
+        """Normalised pixels of all distinct frames, float32 [U, 3, S, S]."""
         return self.pixel_values(0, len(self))
 
     @cached_property
     def mm_hash(self) -> bytes:
-        """SHA-256 over what the vision tower sees of this video: equal for equal pixels in the same order."""
+        """SHA-256 of everything the vision tower sees: equal for equal pixels in the same order."""
         seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}".encode()
         return hashlib.sha256(seen + self.frames.tobytes()).digest()
 
 
+class ProcessedVideoCache(Protocol):
+    """A cache of processed videos by `media_key`: `frame_cache.FrameCache` is one."""
+
+    def get(self, key: object) -> list[ProcessedVideo] | None:
+        """The videos stored under `key`, or None."""
+
+    def put(self, key: object, videos: list[ProcessedVideo]) -> None:
+        """Stores videos under `key`."""
+
+
 @dataclass(frozen=True)
 class VideoProcessor:
-    """Turns what a user names (a path, a file's bytes, uint8 frames) into what the model takes."""
+    """Turns media into ProcessedVideos. A medium is a path, a file's content as bytes, or uint8 frames [T, H, W, 3].
+
+    Without a `cache` every call of `prepare` reads its media anew.
+    """
 
     num_frames: int
     preprocessor: PreprocessorConfig
     frame_sampler: str = "demo"
     resize: str = "clip"
     limits: MediaLimits = field(default_factory=MediaLimits)
-    cache: FrameCache[list[ProcessedVideo]] = field(default_factory=lambda: FrameCache(0))
+    cache: ProcessedVideoCache | None = None
 
     def __post_init__(self) -> None:
         check_choice("frame_sampler", self.frame_sampler, FRAME_SAMPLERS)
@@ -79,24 +96,33 @@ class VideoProcessor:
     def prepare(
         self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None = None
     ) -> list[ProcessedVideo]:
-        """All videos of one request, together: the first resize looks at the sizes of all of them.
+        """The processed videos of one request. All of them are resized together, by a size that all of them decide.
 
-        Raises VideoError for anything that cannot be read, is over the limits, or has the wrong number of frames.
+        `frame_indices` names the frames of each medium; None samples them.
+        Raises VideoError for a medium that cannot be read or is over the limits.
+        Raises VideoError when a medium has, or `frame_indices` names, the wrong number of frames.
         """
-        key = media_key(media, frame_indices) if self.cache.limit else None
-        known = self.cache.find(key)
-        if known is None:
-            known = self._prepare_all(media, frame_indices or [None] * len(media))
-            self.cache.keep(key, known, sum(video.frames.nbytes for video in known))
-        return known
+        key = None if self.cache is None else media_key(media, frame_indices)
+        if self.cache is None or key is None:
+            return self._prepare_all(media, frame_indices)
+        videos = self.cache.get(key)
+        if videos is None:
+            videos = self._prepare_all(media, frame_indices)
+            self.cache.put(key, videos)
+        return videos
 
-    def _prepare_all(self, media: Sequence[Media], indices: Sequence[Sequence[int] | None]) -> list[ProcessedVideo]:
+    def _prepare_all(
+        self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None
+    ) -> list[ProcessedVideo]:
+        indices = frame_indices or [None] * len(media)
         clips = [self._read(item, wanted) for item, wanted in zip(media, indices, strict=True)]
-        pre = self.preprocessor
         resized = resize_frames(
-            [clip.frames for clip in clips], mode=self.resize, crop_size=pre.crop_size, shortest_edge=pre.shortest_edge
+            [clip.frames for clip in clips],
+            mode=self.resize,
+            crop_size=self.preprocessor.crop_size,
+            shortest_edge=self.preprocessor.shortest_edge,
         )
-        return [self._prepare(clip, frames) for clip, frames in zip(clips, resized, strict=True)]
+        return [self._keep_distinct(clip, frames) for clip, frames in zip(clips, resized, strict=True)]
 
     def _read(self, item: Media, wanted: Sequence[int] | None) -> Clip:
         if wanted is not None and len(wanted) != self.num_frames:
@@ -112,8 +138,8 @@ class VideoProcessor:
             item, self.num_frames, frame_sampler=self.frame_sampler, frame_indices=wanted, limits=self.limits
         )
 
-    def _prepare(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:
-        """Frames uint8 [T, S, S, 3] to the U distinct ones."""
+    def _keep_distinct(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:
+        """The video of resized frames uint8 [T, S, S, 3]. Frames with the same frame number are kept once."""
         numbers = list(dict.fromkeys(clip.frame_indices))
         first_row = [clip.frame_indices.index(number) for number in numbers]
         return ProcessedVideo(
@@ -125,7 +151,7 @@ class VideoProcessor:
 
 
 def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None, limits: MediaLimits) -> Clip:
-    """Frames that are already decoded; fewer than `num_frames` repeat by the rule for short clips."""
+    """A clip of decoded frames. Fewer frames than `num_frames` repeat, by the rule for short clips."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
             f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"

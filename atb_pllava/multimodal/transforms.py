@@ -1,7 +1,7 @@
 """Frames to the vision tower's pixels: the two resizes, the centre crop and the normalisation of PLLaVA.
 
-Bit-exact with the original, which resizes 8-bit images with Pillow. `T` frames, `H` x `W` source size, `S` crop size.
-Decoding is in `video.py`.
+The pixels are bit-exact with the original's, which resizes 8-bit images with Pillow.
+`T` frames, `H` x `W` source size, `S` crop size.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ LONGEST_EDGE = 640  # of the first resize; a constant of the original's processo
 def resize_frames(
     videos: Sequence[np.ndarray], *, mode: str = "clip", crop_size: int = 336, shortest_edge: int = 336
 ) -> list[np.ndarray]:
-    """Videos of one request, uint8 [T, H, W, 3] each, to uint8 [T, S, S, 3] each.
+    """Resizes and crops the videos of one request: uint8 [T, H, W, 3] each, to uint8 [T, S, S, 3] each.
 
-    "clip": PLLaVA's processor, a bicubic resize whose size depends on all videos of the request together and whose
-    short edge is at least `shortest_edge`, then CLIP's bicubic resize of the short edge to S and centre crop.
-    "res672": the same after a bilinear resize of the short edge to 672, as the published evaluation does. "squash":
-    one bilinear resize to S x S that changes the aspect ratio.
+    "clip": PLLaVA's processor. A bicubic resize comes first, to a size that all videos of the request decide, with a
+    short edge of at least `shortest_edge`. CLIP's bicubic resize of the short edge to S and its centre crop follow.
+    "res672": a bilinear resize of the short edge to 672, as in the published evaluation, then the same as "clip".
+    "squash": one bilinear resize to S x S that changes the aspect ratio.
     Raises VideoError for an unknown mode.
     """
     if mode not in RESIZE_MODES:
@@ -42,10 +42,10 @@ def resize_frames(
 
 
 def normalize(frames: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """uint8 [T, S, S, 3] to contiguous float32 [T, 3, S, S]: x / 255, minus `mean`, divided by `std` of each channel.
+    """Normalised pixels, uint8 [T, S, S, 3] to contiguous float32 [T, 3, S, S]: (x / 255 - mean) / std by channel.
 
-    The order and dtypes of transformers' CLIPImageProcessor: x * (1 / 255) in float64, rounded to float32, the rest in
-    float32. A byte has 256 values, so each channel is one table.
+    The operations have the order and dtypes of transformers' CLIPImageProcessor: x * (1 / 255) is computed in float64
+    and rounded to float32, the rest is float32. A byte has 256 values, so each channel is a look-up in one table.
     """
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     tables = (scaled[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)  # [256, 3]
@@ -56,17 +56,18 @@ def normalize(frames: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
 
 
 def _each_frame(video: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """Applies `change` (Pillow image to Pillow image) to every frame; copies of one still image are changed once."""
-    if video.strides[0] == 0:
+    """Applies `change` (Pillow image to Pillow image) to every frame. Repeats of one still image are changed once."""
+    if video.strides[0] == 0:  # one frame in memory, repeated by np.broadcast_to
         one = np.asarray(change(Image.fromarray(video[0])))
         return np.broadcast_to(one, (len(video), *one.shape))
     return np.stack([np.asarray(change(Image.fromarray(frame))) for frame in video])
 
 
 def _common_size(sizes: Sequence[tuple[int, int]], shortest_edge: int) -> tuple[int, int]:
-    """Short and long edge that all videos (width, height) of a request share after the first resize.
+    """Short and long edge that all videos of a request have after the first resize. `sizes` are (width, height).
 
-    Formula of PLLaVA `processing_pllava.py` (`resize_crop_longshort`); the least elongated video decides the ratio.
+    The formula is that of PLLaVA `processing_pllava.py` (`resize_crop_longshort`). The least elongated video decides
+    the ratio of the edges.
     """
     ratio = min(max(size) / min(size) for size in sizes)
     short = max(min(size) for size in sizes)
@@ -76,7 +77,7 @@ def _common_size(sizes: Sequence[tuple[int, int]], shortest_edge: int) -> tuple[
 
 
 def _resize_short_edge(frame: Image.Image, edge: int, resample: Image.Resampling) -> Image.Image:
-    """The short edge becomes `edge` pixels, the long one int(edge * long / short), as transformers does."""
+    """Resizes the short edge to `edge` pixels and the long edge to int(edge * long / short), as transformers does."""
     width, height = frame.size
     if width <= height:
         return frame.resize((edge, int(edge * height / width)), resample)
@@ -84,8 +85,9 @@ def _resize_short_edge(frame: Image.Image, edge: int, resample: Image.Resampling
 
 
 def _crop_long_edge(frame: Image.Image, long: int) -> Image.Image:
-    """Cuts the long edge to `long` pixels."""
-    # Half of half the excess, so not centred; the original does so, and only videos of unequal aspect ratio notice.
+    """Crops the long edge to `long` pixels."""
+    # A quarter of the excess is cut off in front, as in the original, so the crop is not centred. Only requests with
+    # videos of unequal aspect ratio are cropped here.
     start = ((max(frame.size) - long) // 2) // 2
     if frame.height > frame.width:
         return frame.crop((0, start, frame.width, start + long))
@@ -93,5 +95,6 @@ def _crop_long_edge(frame: Image.Image, long: int) -> Image.Image:
 
 
 def _crop_centre(frame: Image.Image, size: int) -> Image.Image:
-    left, top = (frame.width - size) // 2, (frame.height - size) // 2
+    left = (frame.width - size) // 2
+    top = (frame.height - size) // 2
     return frame.crop((left, top, left + size, top + size))

@@ -1,14 +1,14 @@
-"""Conversation templates, and prompts in which every video has its full number of placeholder tokens.
+"""Conversation templates: turns of a dialogue to the pieces of one prompt, with an `<image>` for each video.
 
-The formats (roles, separators, where the media goes, answer prefixes) are PLLaVA's, tasks/eval/eval_utils.py; the long
-system texts are our own words and can be replaced.
+The formats (roles, separators, place of the media, answer prefixes) are PLLaVA's, tasks/eval/eval_utils.py. The long
+system texts are this project's own words, and a caller can replace them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from atb_pllava.config import check_choice
-from atb_pllava.errors import ConfigError, RequestError
+from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN, Piece
 
 DEFAULT_PROMPT = "Describe the video in details."  # PLLaVA's own words
@@ -50,29 +50,31 @@ _VIDEOQA_BEFORE = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """How turns become one prompt: system text, roles, separators after a user's and an assistant's turn.
-
-    `media` stands in front of the question in the same turn, or alone in a turn of its own (`media_alone`), which
-    comes before the question unless `question_first`.
-    """
+    """A template that turns become one prompt by."""
 
     system: str = ""
-    user: str = "USER:"
-    assistant: str = "ASSISTANT:"
-    user_end: str = " "
-    assistant_end: str = "</s>"
-    media: str = IMAGE_TOKEN
-    media_alone: bool = False
-    question_first: bool = False
+    user: str = "USER:"  # begins a user's turn
+    assistant: str = "ASSISTANT:"  # begins an assistant's turn
+    user_end: str = " "  # ends a user's turn
+    assistant_end: str = "</s>"  # ends an assistant's turn
+    media: str = IMAGE_TOKEN  # written once for each video
+    media_alone: bool = False  # True: the media have a turn of their own; False: they precede the question in its turn
+    question_first: bool = False  # True: the turn of the media follows the turn of the question
     before_question: str = ""
     after_question: str = ""
-    answer_prefix: str = ""
+    answer_prefix: str = ""  # the beginning of the answer
 
 
 def _chatml(system: str, **options: object) -> Conversation:
     return Conversation(
-        system=system, user="<|im_start|>user\n", assistant="<|im_start|>assistant\n", user_end="<|im_end|>\n",
-        assistant_end="<|im_end|>\n", media=f"{IMAGE_TOKEN}\n", **options)  # type: ignore[arg-type]  # fmt: skip
+        system=system,
+        user="<|im_start|>user\n",
+        assistant="<|im_start|>assistant\n",
+        user_end="<|im_end|>\n",
+        assistant_end="<|im_end|>\n",
+        media=f"{IMAGE_TOKEN}\n",
+        **options,  # type: ignore[arg-type]
+    )
 
 
 def _eval(system: str, **options: object) -> Conversation:
@@ -91,7 +93,7 @@ CONVERSATIONS: dict[str, Conversation] = {
     "eval_mvbench_llavanext": _chatml(_VCG, media_alone=True),
     "eval_recaption_llavanext": _chatml(_RECAPTION, media_alone=True),
     "eval_videoqa_llavanext": _chatml("<|im_start|>system\nAnswer the question.", **_VIDEOQA),
-    # The published demo, and the NPU port's script, which asks before it shows the video.
+    # The published demo, and the NPU port's script, in which the question stands in front of the video.
     "demo": Conversation(system=_DEMO, media=f"{IMAGE_TOKEN} ", media_alone=True),
     "npu": Conversation(system=_DEMO, media=f"{IMAGE_TOKEN} ", media_alone=True, question_first=True),
 }
@@ -100,10 +102,12 @@ CONVERSATIONS: dict[str, Conversation] = {
 def choose_conversation(
     name: str | None, *, chatml: bool, system: str | None = None, video_caption: bool = False
 ) -> Conversation:
-    """The template called `name`, or the model's usual one: `plain` for Vicuna, ChatML for 34B.
+    """The template called `name`. Without a name: `plain`, or `eval_vcg_llavanext` for a `chatml` model (34B).
 
-    `system` replaces the template's system text. `video_caption` is the NPU port's captioning mode: its order of
-    turns, and a system text that asks for a description to re-generate the video from.
+    `system` replaces the template's system text. `video_caption` is the captioning mode of the NPU port. Its system
+    text asks for a description from which the video could be made again. Without a name it takes the template `npu`,
+    or `eval_recaption_llavanext` for a `chatml` model.
+    Raises ConfigError for an unknown name, and for a `system` that is no text or contains `<image>`.
     """
     if name is None and video_caption:
         name = "eval_recaption_llavanext" if chatml else "npu"
@@ -116,16 +120,16 @@ def choose_conversation(
         return conversation
     if not isinstance(system, str) or IMAGE_TOKEN in system:
         raise ConfigError(f"system is {system!r}; it must be a text without {IMAGE_TOKEN}")
-    return Conversation(**{**conversation.__dict__, "system": system})
+    return replace(conversation, system=system)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a user says, with how many videos, and what was answered; the last turn of a prompt has no answer yet."""
+    """A user's question and the assistant's answer to it."""
 
     question: str
-    videos: int = 0
-    answer: str | None = None
+    videos: int = 0  # shown in this turn
+    answer: str | None = None  # None in the last turn of a prompt
 
 
 def render(
@@ -136,10 +140,10 @@ def render(
     history: Sequence[tuple[str, str]] = (),
     answer_prefix: str | None = None,
 ) -> list[Piece]:
-    """The prompt for `question` after earlier (question, answer) turns, up to where the answer begins.
+    """The prompt for `question` after a `history` of (question, answer) turns, up to where the answer begins.
 
-    All videos belong to the first turn. Only the template's own placeholders count: an `<image>` in a question or an
-    earlier answer is plain text.
+    All videos are shown in the first turn. An `<image>` in a question or an earlier answer is plain text.
+    `answer_prefix` replaces the template's own beginning of the answer.
     """
     turns = [*(Turn(asked, answer=answered) for asked, answered in history), Turn(question)]
     turns[0] = replace(turns[0], videos=videos)
@@ -149,7 +153,10 @@ def render(
 def render_turns(
     conversation: Conversation, turns: Sequence[Turn], *, system: str | None = None, answer_prefix: str | None = None
 ) -> list[Piece]:
-    """Like `render`, for turns that bring their own videos; `system` is a user's system text for this prompt."""
+    """The prompt of turns with their own videos, as `render` makes it.
+
+    `system` replaces the template's system text. It counts as text of a user, in which `<image>` is plain text.
+    """
     given = Piece(conversation.system) if system is None else Piece(system, from_user=True)
     pieces = [given, Piece(conversation.user_end)] if given.text else []
     for turn in turns:
@@ -162,7 +169,9 @@ def render_turns(
 
 
 def _user_turn(conversation: Conversation, question: str, videos: int) -> list[Piece]:
-    user, end = conversation.user, conversation.user_end
+    """A user's turn, or two of them when the media have a turn of their own."""
+    user = conversation.user
+    end = conversation.user_end
     before = f"{conversation.before_question} " if conversation.before_question else ""
     after = f" {conversation.after_question}" if conversation.after_question else ""
     asked = [Piece(before), Piece(question, from_user=True), Piece(after + end)]
@@ -171,37 +180,6 @@ def _user_turn(conversation: Conversation, question: str, videos: int) -> list[P
     media = conversation.media * videos
     if not conversation.media_alone:
         return [Piece(f"{user}{media} "), *asked]
-    shown, question_turn = [Piece(user + media + end)], [Piece(user), *asked]
-    return question_turn + shown if conversation.question_first else shown + question_turn
-
-
-@dataclass(frozen=True)
-class VideoSpan:
-    """Where one video's tokens stand in the expanded prompt."""
-
-    start: int
-    length: int
-
-
-def expand_placeholders(
-    token_ids: Sequence[int], image_token_id: int, videos: int, tokens_per_video: int
-) -> tuple[list[int], list[VideoSpan]]:
-    """Replace each image token by `tokens_per_video` of them, so that the prompt has its true length.
-
-    Raises RequestError when the prompt does not have exactly one image token for each video.
-    """
-    found = sum(token == image_token_id for token in token_ids)
-    if found != videos:
-        raise RequestError(
-            f"the prompt has {found} {IMAGE_TOKEN} and the request {videos} video(s) or image(s); "
-            f"write {IMAGE_TOKEN} exactly once for each of them"
-        )
-    expanded: list[int] = []
-    spans = []
-    for token in token_ids:
-        if token == image_token_id:
-            spans.append(VideoSpan(len(expanded), tokens_per_video))
-            expanded += [token] * tokens_per_video
-        else:
-            expanded.append(token)
-    return expanded, spans
+    media_turn = [Piece(user + media + end)]
+    question_turn = [Piece(user), *asked]
+    return question_turn + media_turn if conversation.question_first else media_turn + question_turn

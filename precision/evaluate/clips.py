@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.errors import VideoError
+from atb_pllava.multimodal.clip import Clip
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
+from atb_pllava.multimodal.image import read_image
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes
-from atb_pllava.multimodal.media import read_image, read_media
+from atb_pllava.multimodal.media import read_media
 from atb_pllava.multimodal.processor import VideoProcessor
-from atb_pllava.multimodal.video import Clip
 from precision.evaluate.questions import ClipName, Question
 
 FOLDER_FPS = 3.0  # of TVQA's frames, PLLaVA tasks/eval/eval_utils.py `read_frame`

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
+from atb_pllava.config import PreprocessorConfig
 from atb_pllava.engine.block_manager import BlockManager, full_block_hashes
 from atb_pllava.engine.encoder_cache import EncoderCache
 from atb_pllava.engine.request import Request
-from atb_pllava.multimodal.frame_cache import FrameCache, media_key
-from atb_pllava.multimodal.processor import VideoProcessor
+from atb_pllava.multimodal.frame_cache import FrameCache
+from atb_pllava.multimodal.media_key import media_key
+from atb_pllava.multimodal.processor import ProcessedVideo, VideoProcessor
 from tests.support import generate_together
 
 FRAMES = torch.randint(0, 256, (6, 4, 70, 90, 3), generator=torch.Generator().manual_seed(9), dtype=torch.uint8).numpy()
@@ -339,17 +341,27 @@ def test_frames_of_a_file_are_read_once_until_it_changes(
 
 
 def test_frame_cache_keeps_to_its_limit() -> None:
-    cache = FrameCache[str](10)
-    cache.keep("a", "A", 4)
-    cache.keep("b", "B", 4)
-    assert cache.find("a") == "A"
-    cache.keep("c", "C", 4)
-    assert [cache.find(key) for key in "abc"] == ["A", None, "C"]
-    cache.keep("huge", "H", 11)
-    cache.keep(None, "N", 1)
-    assert cache.find("huge") is None and cache.find(None) is None and cache.find("a") == "A"
-    cache.keep("a", "AA", 6)
-    assert cache.find("a") == "AA" and cache.find("c") == "C"
+    cache = FrameCache(10)
+    cache.put("a", videos_of(4))
+    cache.put("b", videos_of(4))
+    assert cached_bytes(cache, "a") == 4
+    cache.put("c", videos_of(4))
+    assert [cached_bytes(cache, key) for key in "abc"] == [4, None, 4]
+    cache.put("huge", videos_of(11))
+    assert cached_bytes(cache, "huge") is None and cached_bytes(cache, "a") == 4
+    cache.put("a", videos_of(2, 4))
+    assert cached_bytes(cache, "a") == 6 and cached_bytes(cache, "c") == 4
+
+
+def videos_of(*sizes: int) -> list[ProcessedVideo]:
+    """Videos whose frames have so many bytes."""
+    preprocessor = PreprocessorConfig()
+    return [ProcessedVideo(np.zeros(size, np.uint8), (0,), (0,), preprocessor) for size in sizes]
+
+
+def cached_bytes(cache: FrameCache, key: str) -> int | None:
+    videos = cache.get(key)
+    return None if videos is None else sum(video.frames.nbytes for video in videos)
 
 
 def test_media_keys(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which files a folder of media stands for: subfolders, links, what cannot be read, and what is said without any."""
+"""Which files `list_media` finds: subfolders, links, files that cannot be read, and the errors."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from atb_pllava.multimodal.media import list_media, read_media
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """61 media at four depths, with other files and hidden ones among them."""
+    """A folder of 61 media at four depths, with other files and hidden files among them."""
     root = tmp_path / "tree"
     for folder in ("a/x", "a/y", "b c/deep/er", "clip.mp4", ".hidden/more", "b c/.cache", "empty"):
         (root / folder).mkdir(parents=True)
@@ -54,6 +54,23 @@ def test_a_tree_is_listed_whole_and_in_natural_order(tree: Path) -> None:
     assert below(tree, list_media(f"{tree}/"))[-1] == "clip.mp4/v0.mp4"
 
 
+def test_folder_in_natural_order(tmp_path):
+    for name in ["10.mp4", "2.MP4", "1.png", "b.mkv", "a1.jpg", "notes.txt", ".hidden.mp4", "视频 1.webm"]:
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4").mkdir()
+    names = [os.path.basename(file) for file in list_media(tmp_path)]
+    assert names == ["1.png", "2.MP4", "10.mp4", "a1.jpg", "b.mkv", "视频 1.webm"]
+    assert list_media(str(tmp_path / "notes.txt")) == [str(tmp_path / "notes.txt")]
+
+
+def test_folders_without_media(tmp_path):
+    (tmp_path / ".hidden.mp4").touch()
+    with pytest.raises(VideoError, match=r"no image or video, but 1 other file \(1 hidden\); accepted are .*\.mp4"):
+        list_media(tmp_path)
+    with pytest.raises(VideoError, match=r"absent: cannot be opened: No such file or directory$"):
+        list_media(tmp_path / "absent")
+
+
 def test_several_paths_are_joined_and_none_is_listed_twice(tree: Path) -> None:
     one = str(tree / "a" / "x" / "v0.mp4")
     files = list_media(tree / "clip.mp4", one, tree / "a")
@@ -69,13 +86,13 @@ def test_links_to_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     (elsewhere / "back").symlink_to(tree)
     before = list_media(tree)
     (tree / "a" / "loop").symlink_to(tree / "a")
-    (tree / "a" / "up").symlink_to("../..")  # holds the tree, and all around it
-    (tree / "0alias").symlink_to("b c")  # sorts before the folder's own name, which wins
+    (tree / "a" / "up").symlink_to("../..")  # the folder that holds the tree
+    (tree / "0alias").symlink_to("b c")  # sorts before the folder's own name; media are listed under the own name
     assert list_media(tree) == before
     (tree / "out").symlink_to(elsewhere)
     (tree / "out again").symlink_to(elsewhere)
     assert below(tree, [file for file in list_media(tree) if file not in before]) == ["out/far.mp4"]
-    assert below(tmp_path, list_media(tree / "out"))[0] == "tree/out/back/10.MOV"  # a link that is named is a folder
+    assert below(tmp_path, list_media(tree / "out"))[0] == "tree/out/back/10.MOV"  # a named link to a folder is entered
 
 
 def test_what_cannot_be_read_is_listed_and_says_why(tree: Path) -> None:
@@ -109,7 +126,7 @@ def test_what_cannot_be_read_is_listed_and_says_why(tree: Path) -> None:
 
 @pytest.fixture
 def common_user() -> Iterator[Path]:
-    """A folder of a user whom permissions bind; tests may run as root."""
+    """A folder of a user without root's permissions, also when the tests run as root."""
     folder = Path(tempfile.mkdtemp())
     was_root = os.geteuid() == 0
     if was_root:
@@ -131,7 +148,7 @@ def test_a_subfolder_that_cannot_be_listed_is_named(common_user: Path) -> None:
         (common_user / name).mkdir()
         (common_user / name / "v.mp4").touch()
     (common_user / "locked").chmod(0)
-    (common_user / "blind").chmod(0o600)  # may be listed, its files not opened
+    (common_user / "blind").chmod(0o600)  # the folder may be listed, but its files may not be opened
     (common_user / "there").symlink_to(common_user / "locked" / "inside")
     assert below(common_user, list_media(common_user)) == ["blind/v.mp4", "good/v.mp4", "locked", "there"]
     for name in ("locked", "blind/v.mp4", "there"):
@@ -184,7 +201,7 @@ def test_a_name_that_is_no_file_says_what_to_do(name: str, what: str, monkeypatc
 
 
 def test_media_that_are_not_read_are_named(tmp_path: Path) -> None:
-    """Whatever has a medium's ending is read or has its error; nothing in a folder is skipped without a word."""
+    """Every file with a medium's ending is listed. A file that cannot be read gives an error when it is read."""
     read = ("a.jfif", "b.3g2", "c.f4v", "d.mpe", "e.qt", "f.vob", "g.heic", "h.avif", "i.jpe", "j.m2t")
     refused = ("k.mxf", "l.rmvb", "m.m2v", "n.jxl", "o.h264")
     for name in (*read, *refused, "notes.txt"):

@@ -1,7 +1,7 @@
-"""Frames come in the decoder's order whatever the packet clocks do, and times do not count leaps of the clock.
+"""Frames come in the decoder's order whatever the packet times are, and leaps of the clock do not count as time.
 
-The oracles are clips whose frames show their number: another clock leaves the pictures and their order as they were.
-Right values of the files in tests/data come from the ffmpeg command. The tiny model's answers tell the order, too.
+The oracles are clips whose frames show their number: other packet times do not change the pictures or their order.
+The expected values for files in tests/data come from the ffmpeg command. The tiny model's answers show the order, too.
 """
 
 import shutil
@@ -16,15 +16,14 @@ import pytest
 
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.errors import VideoError
-from atb_pllava.multimodal import video
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.packet_times import Packet, measure_length
 from atb_pllava.multimodal.video import read_video
-from tests.multimodal.test_video import OPEN_GOP, X264_LONG, X264_SHORT, number_of, numbers, write_clip
-from tests.support import ROOT
+from atb_pllava.multimodal.video_stream import VideoStream
+from tests.multimodal.numbered_clips import OPEN_GOP, X264_LONG, X264_SHORT, number_of, numbers, write_clip
+from tests.support import TEST_DATA, TINY
 
-DATA = ROOT / "tests" / "data"
 NO_B_FRAMES = {"g": "12", "bf": "0", "preset": "veryfast"}
 Change = Callable[[int, float, float], tuple[float, float] | None]  # packet number, pts, dts in seconds
 
@@ -33,10 +32,13 @@ Change = Callable[[int, float, float], tuple[float, float] | None]  # packet num
 
 
 def rewrite_pes(content: bytes, change: Change) -> bytes:
-    """MPEG-TS or MPEG-PS with other times in its video PES headers (ISO 13818-1, 2.4.3.6); None takes them away."""
-    out, at, number = bytearray(content), 0, 0
+    """MPEG-TS or MPEG-PS with other times in its video PES headers (ISO 13818-1, 2.4.3.6). None removes the times."""
+    out = bytearray(content)
+    at = 0
+    number = 0
     while (at := out.find(b"\0\0\1\xe0", at)) >= 0:
-        flags, first = out[at + 7] >> 6, at + 9
+        flags = out[at + 7] >> 6
+        first = at + 9
         if flags:
             length = 5 if flags == 2 else 10
             pts = read_pes_time(out[first : first + 5])
@@ -61,19 +63,25 @@ def read_pes_time(five: bytes) -> int:
 
 def pes_time(mark: int, seconds: float) -> bytes:
     ticks = round(seconds * 90000) % (1 << 33)
-    high, middle, low = ticks >> 30, ticks >> 15 & 0x7FFF, ticks & 0x7FFF
+    high = ticks >> 30
+    middle = ticks >> 15 & 0x7FFF
+    low = ticks & 0x7FFF
     return bytes([mark << 4 | high << 1 | 1, middle >> 7, middle << 1 & 0xFE | 1, low >> 7, low << 1 & 0xFE | 1])
 
 
 def rewrite_flv(content: bytes, change: Change) -> bytes:
-    """FLV with other times in its tags of H.264 pictures."""
-    out, at, number = bytearray(content), 13, 0
+    """FLV with other times in the tags that hold H.264 pictures."""
+    out = bytearray(content)
+    at = 13
+    number = 0
     while at < len(out):
         size = int.from_bytes(out[at + 1 : at + 4], "big")
         if out[at] == 9 and out[at + 12] == 1:  # a video tag that is a picture, not the decoder's settings
             dts = int.from_bytes(out[at + 4 : at + 7], "big") | out[at + 7] << 24
             pts = dts + int.from_bytes(out[at + 13 : at + 16], "big", signed=True)
-            new_pts, new_dts = (round(seconds * 1000) for seconds in change(number, pts / 1000, dts / 1000))
+            changed_pts, changed_dts = change(number, pts / 1000, dts / 1000)
+            new_pts = round(changed_pts * 1000)
+            new_dts = round(changed_dts * 1000)
             out[at + 4 : at + 8] = (new_dts & 0xFFFFFF).to_bytes(3, "big") + bytes([new_dts >> 24 & 0xFF])
             out[at + 13 : at + 16] = (new_pts - new_dts).to_bytes(3, "big", signed=True)
             number += 1
@@ -83,12 +91,12 @@ def rewrite_flv(content: bytes, change: Change) -> bytes:
 
 
 def outliers(shifts: dict[int, float], also_dts: bool = True) -> Change:
-    """Single packets whose times are off by some seconds."""
+    """Shifts the times of single packets, given by number, by so many seconds."""
     return lambda n, pts, dts: (pts + shifts.get(n, 0), dts + shifts.get(n, 0) * also_dts)
 
 
 def steps(*shifts: tuple[int, float]) -> Change:
-    """From each packet of these numbers on, the clock is off by so many seconds more."""
+    """Shifts the times of all packets from a packet number on by so many seconds. The shifts add up."""
 
     def change(n: int, pts: float, dts: float) -> tuple[float, float]:
         shift = sum(seconds for first, seconds in shifts if n >= first)
@@ -103,7 +111,7 @@ KINDS = {
     "ts-one-group": dict(name="a.ts", options=X264_LONG),
     "ts-open-gop": dict(name="a.ts", options=OPEN_GOP),
     "ts-mpeg2": dict(name="a.ts", codec="mpeg2video", options={"bf": "2"}, gop=12),
-    # small PES packets, so that few frames share one and its times
+    # small PES packets, so that few frames share one packet and its times
     "vob": dict(name="a.vob", codec="mpeg2video", options={"bf": "2"}, gop=12, container_options={"packetsize": "100"}),
     "flv": dict(name="a.flv", options=NO_B_FRAMES),
     "flv-b-frames": dict(name="a.flv", options=X264_SHORT),
@@ -186,18 +194,14 @@ LEAP_AT_A_KEY = steps((24, 4000))
     ],
 )
 def test_files_with_a_sound_clock_are_not_decoded_whole(clips, kind, clock, monkeypatch):
-    def count(*_):
-        raise AssertionError("the file is decoded whole")
-
-    monkeypatch.setattr(video, "_read_by_counting", count)
-    monkeypatch.setattr(video, "_all_frames", count)
+    monkeypatch.setattr(VideoStream, "decode_all", None)
     content = with_clock(clips[kind], kind, clock)
     assert numbers(read_video(content, frame_indices=[50, 3, 26])) == [50, 3, 26]
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_uneven_frames_are_not_decoded_whole(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(video, "_read_by_counting", None)
+    monkeypatch.setattr(VideoStream, "decode_all", None)
     pauses = np.random.default_rng(1).choice([20, 40, 100, 400, 30000], 80, p=[0.3, 0.3, 0.2, 0.15, 0.05])
     path = write_clip(tmp_path / name, 80, pts=np.cumsum(pauses).tolist(), options=X264_SHORT)
     indices = [79, 3, 40, 41, 12, 0, 78]
@@ -209,11 +213,13 @@ def test_uneven_frames_are_not_decoded_whole(tmp_path, name, monkeypatch):
 
 
 def cut(path: Path, first: int, last: int, offset: float, target: Path) -> bytes:
-    """Packets first to last - 1 of a clip, without recoding, with their clock moved by `offset` seconds."""
+    """Copies packets first to last - 1 of a clip without recoding and moves their times by `offset` seconds."""
     with av.open(str(path)) as source, av.open(str(target), "w") as out:
         stream = source.streams.video[0]
         copy = out.add_stream(stream.codec_context.name, rate=25)
-        copy.width, copy.height, copy.pix_fmt = 96, 32, "yuv420p"
+        copy.width = 96
+        copy.height = 32
+        copy.pix_fmt = "yuv420p"
         copy.codec_context.extradata = stream.codec_context.extradata
         for number, packet in enumerate(p for p in source.demux(stream) if p.size):
             if first <= number < last:
@@ -243,7 +249,8 @@ def test_joined_ts_is_its_parts_in_file_order(tmp_path, join, b_frames, pauses):
     times = np.cumsum(np.random.default_rng(3).choice([20, 40, 100, 400], 60)).tolist() if pauses == "uneven" else None
     options = {"g": "12", "bf": b_frames, "preset": "veryfast", "x264-params": "scenecut=0:open-gop=0"}
     whole = write_clip(tmp_path / "whole.ts", 60, options=options, pts=times)
-    content, expected = b"", []
+    content = b""
+    expected = []
     for number, (part, offset) in enumerate(JOINS[join]):
         content += cut(whole, *PARTS[part], offset + 2, tmp_path / f"{number}.ts")
         expected += range(*PARTS[part])
@@ -268,7 +275,7 @@ def test_joined_flv(tmp_path):
 
 
 def test_joined_ogg(caplog):
-    content = (DATA / "no_rate.ogv").read_bytes()
+    content = (TEST_DATA / "no_rate.ogv").read_bytes()
     clip = read_video(content + content, 60)
     assert clip.total_frames == 120 and numbers(clip) == [k % 60 for k in clip.frame_indices]
     assert not caplog.text
@@ -277,10 +284,10 @@ def test_joined_ogg(caplog):
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="the ffmpeg command is not here")
 @pytest.mark.parametrize("name", ["numbered_back.ts", "numbered_restarts.ts", "one_outlier.ts", "no_rate.ogv"])
 def test_frames_equal_those_of_the_ffmpeg_command(name):
-    command = ["ffmpeg", "-v", "quiet", "-i", str(DATA / name), "-map", "0:v", "-vsync", "passthrough"]
+    command = ["ffmpeg", "-v", "quiet", "-i", str(TEST_DATA / name), "-map", "0:v", "-vsync", "passthrough"]
     done = subprocess.run([*command, "-pix_fmt", "rgb24", "-f", "rawvideo", "-"], capture_output=True, check=True)
     expected = np.frombuffer(done.stdout, np.uint8).reshape(-1, 32, 96, 3)
-    clip = read_video(DATA / name, frame_indices=list(range(len(expected))))
+    clip = read_video(TEST_DATA / name, frame_indices=list(range(len(expected))))
     assert clip.total_frames == len(expected) and numbers(clip) == [number_of(frame) for frame in expected]
 
 
@@ -296,29 +303,29 @@ AFTER_A_JOIN = [1, 5, 9, 12, 16, 20, 24, 26, 29, 33, 37, 41, 45, 49, 52, 56]
     ],
 )
 def test_files_of_public_reports(name, total, sixteen):
-    clip = read_video(DATA / name, 16)
+    clip = read_video(TEST_DATA / name, 16)
     assert clip.total_frames == total and clip.fps == 25 and numbers(clip) == sixteen
 
 
 @pytest.mark.parametrize("name", ["clock_goes_back.ts", "clock_restarts.ts", "clock_jumps_ahead.ts"])
 def test_length_does_not_count_leaps(name):
-    assert read_video(DATA / name, 16, limits=MediaLimits(max_seconds=3)).total_frames == 71
+    assert read_video(TEST_DATA / name, 16, limits=MediaLimits(max_seconds=3)).total_frames == 71
     with pytest.raises(VideoError, match=r"3 seconds, the limit is 2.9 \(MediaLimits.max_seconds\)"):
-        read_video(DATA / name, 16, limits=MediaLimits(max_seconds=2.9))
+        read_video(TEST_DATA / name, 16, limits=MediaLimits(max_seconds=2.9))
 
 
 @pytest.mark.parametrize("name", ["clock_goes_back.ts", "clock_restarts.ts", "clock_jumps_ahead.ts"])
 def test_time_bounds_do_not_count_leaps(name):
-    clip = read_video(DATA / name, 4, frame_sampler="eval", start_seconds=1.0, end_seconds=2.0)
+    clip = read_video(TEST_DATA / name, 4, frame_sampler="eval", start_seconds=1.0, end_seconds=2.0)
     expected = sample_frame_indices(71, 4, "eval", fps=24, start_seconds=1.0, end_seconds=2.0)
     assert clip.fps == 24 and clip.frame_indices == expected
     with pytest.raises(VideoError, match="2.96 seconds long"):
-        read_video(DATA / name, 4, frame_sampler="eval", start_seconds=100)
+        read_video(TEST_DATA / name, 4, frame_sampler="eval", start_seconds=100)
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(ROOT / "examples" / "tiny_pllava", dtype="float32", backend="cpu")
+    return LLM(TINY, dtype="float32", backend="cpu")
 
 
 @pytest.mark.parametrize(
@@ -332,14 +339,14 @@ def llm() -> LLM:
     ],
 )
 def test_the_model_sees_the_film(llm, name, answer):
-    assert llm.chat(DATA / name, "Describe the video.", SamplingParams(max_tokens=32)).text == answer
+    assert llm.chat(TEST_DATA / name, "Describe the video.", SamplingParams(max_tokens=32)).text == answer
 
 
 # ---- rates and lengths ----
 
 
 def test_time_bounds_without_an_average_rate():
-    clip = read_video(DATA / "no_rate.ogv", 4, frame_sampler="eval", start_seconds=0.5, end_seconds=1.5)
+    clip = read_video(TEST_DATA / "no_rate.ogv", 4, frame_sampler="eval", start_seconds=0.5, end_seconds=1.5)
     assert clip.fps == 25.0
     assert numbers(clip) == clip.frame_indices == [15, 21, 28, 35]
 

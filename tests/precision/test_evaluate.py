@@ -20,9 +20,9 @@ from PIL import Image
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import ConfigError, VideoError
+from atb_pllava.multimodal.clip import Clip
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import VideoProcessor
-from atb_pllava.multimodal.video import Clip
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from precision.evaluate import clips, mvbench, recaption, vcgbench, videoqa
 from precision.evaluate.__main__ import _parser, main

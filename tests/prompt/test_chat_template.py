@@ -1,12 +1,12 @@
-"""Templates, placeholders and the tokenizer: user text is text, and answers come out whole."""
+"""Conversation templates have the published formats, and a user's text in them stays text."""
 
 import json
 
 import pytest
 
-from atb_pllava.errors import ConfigError, RequestError
-from atb_pllava.prompt.chat_template import CONVERSATIONS, VideoSpan, choose_conversation, expand_placeholders, render
-from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer
+from atb_pllava.errors import ConfigError
+from atb_pllava.prompt.chat_template import CONVERSATIONS, choose_conversation, render
+from atb_pllava.prompt.tokenizer import Piece, Tokenizer
 from tests.support import IMAGE_ID, tokenizer_definition
 
 
@@ -27,18 +27,22 @@ def text(name: str | None, question: str = "Q", chatml: bool = False, system: st
         ("eval_vcgbench", "SYS USER: <image>\n USER: Q ASSISTANT:"),
         ("eval_mvbench", "SYS USER: <image>\n USER: Q ASSISTANT:"),
         ("eval_recaption", "SYS USER: <image>\n USER: Q ASSISTANT:"),
-        ("eval_vcg_llavanext", "SYS<|im_end|>\n<|im_start|>user\n<image>\n<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
-                               "<|im_start|>assistant\n"),
+        (
+            "eval_vcg_llavanext",
+            "SYS<|im_end|>\n<|im_start|>user\n<image>\n<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
         ("demo", "SYS USER:<image>  USER:Q ASSISTANT:"),
         ("npu", "SYS USER:Q USER:<image>  ASSISTANT:"),
     ],
-)  # fmt: skip
+)
 def test_formats_of_the_original(name: str, expected: str) -> None:
     assert text(name, system="" if name == "plain" else "SYS") == expected
 
 
 def test_videoqa_wraps_the_question_and_starts_the_answer() -> None:
-    vicuna, chatml = text("eval_videoqabench"), text("eval_videoqa_llavanext")
+    vicuna = text("eval_videoqabench")
+    chatml = text("eval_videoqa_llavanext")
     assert vicuna.startswith("USER: <image>\n ") and vicuna.endswith("Question: Q \n ASSISTANT:\nAnswer: In the video,")
     assert chatml.startswith("<|im_start|>system\nAnswer the question.<|im_end|>\n<|im_start|>user\n<image>\n ")
     assert chatml.endswith("Question: Q \n<|im_end|>\n<|im_start|>assistant\n\nAnswer: In the video,")
@@ -80,75 +84,22 @@ def test_pieces_are_encoded_like_the_whole_text(tokenizer: Tokenizer) -> None:
     pieces = [Piece("USER:<image> "), Piece("what is it?", from_user=True), Piece(" ASSISTANT:</s>x")]
     whole = tokenizer.encode("".join(piece.text for piece in pieces))
     assert tokenizer.encode_pieces(pieces) == whole
-    # The other path, taken when user text spells a special token, must agree where both apply.
+    # A special token in user text must not change the ids in front of it.
     guarded = [*pieces, Piece("<image>", from_user=True)]
     assert tokenizer.encode_pieces(guarded)[: len(whole)] == whole
-
-
-def test_placeholders_are_expanded_to_their_true_length() -> None:
-    ids, spans = expand_placeholders([1, 9, 5, 9, 6], 9, videos=2, tokens_per_video=3)
-    assert ids == [1, 9, 9, 9, 5, 9, 9, 9, 6] and spans == [VideoSpan(1, 3), VideoSpan(5, 3)]
-    for videos in (0, 1, 3):
-        with pytest.raises(RequestError, match=f"2 <image> and the request {videos}"):
-            expand_placeholders([1, 9, 5, 9, 6], 9, videos, 3)
-
-
-def _bytes(text: str) -> list[int]:
-    return [3 + byte for byte in text.encode()]
-
-
-def _stream(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    decoder = IncrementalDetokenizer(tokenizer, stop)
-    pieces = [decoder.push(i) for i in ids] + [decoder.finish()]
-    assert "".join(pieces) == decoder.text
-    return pieces
-
-
-def test_streaming_never_splits_a_character(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("ab ")[1:] + _bytes("视频🙂é") + tokenizer.encode("cd")[1:]
-    pieces = _stream(tokenizer, ids)
-    assert "".join(pieces) == "ab 视频🙂é cd" and "\ufffd" not in "".join(pieces)
-
-
-def test_long_foreign_text_still_streams(tokenizer: Tokenizer) -> None:
-    pieces = _stream(tokenizer, _bytes("தமிழ் மொழி " * 5))
-    assert "".join(pieces) == ("தமிழ் மொழி " * 5).strip()
-    assert sum(bool(p) for p in pieces) > 5
-
-
-def test_broken_bytes_become_replacement_characters_as_in_one_go(tokenizer: Tokenizer) -> None:
-    ids = [3 + 0xE8, 3 + 0xA7, *tokenizer.encode("a")[1:], 3 + 0xFF]
-    assert "".join(_stream(tokenizer, ids)) == tokenizer.decode(ids).strip()
-
-
-def test_blanks_are_trimmed_at_both_ends_only(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("  two  words")[1:] + tokenizer.encode("  ")[1:]
-    pieces = _stream(tokenizer, ids)
-    assert "".join(pieces) == "two  words"
-
-
-def test_dogs_keep_their_s(tokenizer: Tokenizer) -> None:
-    assert "".join(_stream(tokenizer, [*tokenizer.encode("two dogs")[1:], 2])) == "two dogs"
-
-
-def test_stop_strings_are_held_back(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("one two three")[1:]
-    assert "".join(_stream(tokenizer, ids, ("two t",))) == "one"
-    assert "".join(_stream(tokenizer, ids, ("two x", "threes"))) == "one two three"
-    assert "".join(_stream(tokenizer, ids, ("thr", "o t"))) == "one tw"
-
-
-def test_ids_without_a_token_are_skipped(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a b")[1:]
-    padded = [i for token in ids for i in (token, 303)]
-    assert "".join(_stream(tokenizer, padded)) == tokenizer.decode(padded).strip() == "a b"
 
 
 def test_settings_of_training_neither_cut_nor_pad() -> None:
     definition = tokenizer_definition()
     definition["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    definition["padding"] = {"strategy": {"Fixed": 40}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
-                             "pad_type_id": 0, "pad_token": "<unk>"}  # fmt: skip
+    definition["padding"] = {
+        "strategy": {"Fixed": 40},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
     plain = Tokenizer(tokenizer_definition(), IMAGE_ID, "tokenizer.json")
     for prompt in ("a", "a long prompt that is not cut"):
         pieces = [Piece(prompt), Piece("<image>", from_user=True)]

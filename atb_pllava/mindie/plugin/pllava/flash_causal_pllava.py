@@ -24,7 +24,8 @@ from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.segments import read_segment
 from atb_pllava.mindie.video_encoder import VideoEncoder
 from atb_pllava.multimodal.processor import ProcessedVideo
-from atb_pllava.prompt.chat_template import Turn, VideoSpan, expand_placeholders, render_turns
+from atb_pllava.prompt.chat_template import Turn, render_turns
+from atb_pllava.prompt.placeholders import VideoSpan, expand_placeholders
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
 VIDEO_PLACEHOLDER = "<video>"  # in the host's example scripts

@@ -1,0 +1,120 @@
+"""Decodes the frames of a video that are wanted: seeks to keyframes and decodes as few packets as possible.
+
+`plan_ranges` says which packets to decode, `decode_ranges` decodes them. `video.py` calls both.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import av
+
+from atb_pllava.multimodal.packet_index import Keyframe, SeekIndex
+from atb_pllava.multimodal.packet_times import REORDERED
+from atb_pllava.multimodal.video_stream import VideoFile, VideoStream, open_stream
+
+SMALLEST_SEEK = 8  # packets; fewer packets are decoded through, for a seek throws away the decoder's pipeline
+
+
+class ClockError(Exception):
+    """The decoder shows frames in another order than their presentation times say."""
+
+
+class PacketRange(NamedTuple):
+    """Packets that are decoded without a seek between them."""
+
+    start: Keyframe | None  # None: the beginning of the file
+    last: int  # position of the last packet
+    wanted: frozenset[int] | None  # positions whose frames must come out; None: all
+
+
+def plan_ranges(seek: SeekIndex, frames: Iterable[int]) -> list[PacketRange]:
+    """The ranges that hold these frame numbers, in file order. Each one starts at the keyframe of its first frame.
+
+    A range follows without a seek when its keyframe is at most SMALLEST_SEEK packets behind the range before.
+    A frame number behind the last frame stands for the last frame.
+    """
+    ranges: list[PacketRange] = []
+    for frame in sorted(min(k, len(seek.pts) - 1) for k in frames):
+        position = seek.positions[frame]
+        key = _keyframe_before(seek, seek.pts[frame], position)
+        last = _last_to_decode(seek, position)
+        wanted = frozenset(range(position, last + 1))
+        if ranges and key.position <= ranges[-1].last + SMALLEST_SEEK:
+            before = ranges[-1]
+            ranges[-1] = PacketRange(before.start, max(before.last, last), (before.wanted or frozenset()) | wanted)
+        else:
+            ranges.append(PacketRange(None if key.position <= SMALLEST_SEEK else key, last, wanted))
+    return ranges
+
+
+def whole_range(seek: SeekIndex) -> PacketRange:
+    """The range of all packets, whose frames must all come out."""
+    return PacketRange(None, max(seek.positions), None)
+
+
+def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Iterator[av.VideoFrame]:
+    """The decoded frames of the ranges that have a pts, wanted or not, as the decoder gives them out.
+
+    Raises ClockError when the pts of two frames in a row of one range decrease.
+    """
+    with open_stream(video) as stream:
+        for packet_range in ranges:
+            latest = None
+            for frame in _decode_range(stream, seek, packet_range):
+                if frame.pts is None:
+                    continue
+                if latest is not None and frame.pts < latest:
+                    raise ClockError
+                latest = frame.pts
+                yield frame
+
+
+def _keyframe_before(seek: SeekIndex, pts: int, position: int) -> Keyframe:
+    """The last keyframe that is neither shown nor stored behind the frame; the first one when there is none."""
+    number = bisect_right(seek.keyframes, pts, key=lambda key: key.pts) - 1
+    while number > 0 and seek.keyframes[number].position > position:
+        number -= 1
+    return seek.keyframes[number]
+
+
+def _last_to_decode(seek: SeekIndex, position: int) -> int:
+    """Position of the last packet that a frame needs: its own packet, or a later one where the clock soon jumps.
+
+    Near a jump only the decoder knows the order. It has shown the frame at the latest REORDERED packets further on.
+    """
+    soon = bisect_right(seek.jumps, position)
+    jumps_soon = soon < len(seek.jumps) and seek.jumps[soon] <= position + REORDERED
+    return position + REORDERED if jumps_soon else position
+
+
+def _decode_range(stream: VideoStream, seek: SeekIndex, packet_range: PacketRange) -> Iterator[av.VideoFrame]:
+    """The frames of one range. Frames that nothing refers to are skipped unless they are wanted."""
+    wanted = packet_range.wanted
+    for position, packet in _packets_from(stream, seek, packet_range.start):
+        is_wanted = wanted is None or position in wanted
+        stream.codec.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        yield from stream.decode(packet)
+        if position >= packet_range.last:
+            break
+    yield from stream.decode(None)
+
+
+def _packets_from(stream: VideoStream, seek: SeekIndex, start: Keyframe | None) -> Iterator[tuple[int, Any]]:
+    """Packets with their positions, from `start` or an earlier keyframe on. None when the container cannot seek."""
+    if start is None:
+        yield from enumerate(stream.packets())
+        return
+    position_at = {key.pts: key.position for key in seek.keyframes}
+    for timestamp in (start.pts, start.dts):  # containers differ in which of the two they search by
+        if not stream.seek(timestamp):
+            return
+        packets = stream.packets()
+        landed = next((packet for packet in packets if packet.is_keyframe), None)
+        if landed is None:
+            continue
+        position = position_at.get(landed.pts)
+        if position is not None and position <= start.position:
+            yield position, landed
+            yield from enumerate(packets, position + 1)
+            return

@@ -1,0 +1,50 @@
+"""A key that identifies a request's media without decoding them: a file's status, or the hash of given content."""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+# Kernels stamp files with a clock that ticks every 1 to 10 ms.
+_SECONDS_TO_SETTLE = 0.1
+
+
+def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | None] | None) -> object:
+    """A hashable key that is equal for equal media and frame indices, or None.
+
+    One key covers all media of a request, because the size of the first resize depends on all of them.
+    A path stands for its file's device, inode, size and times. Bytes and frames stand for their SHA-256.
+    The key is None when a file cannot be identified: a folder, a missing file, or a file that changed in the last 0.1
+    seconds, whose times might not show a further change.
+    """
+    identities = [_identity(item) for item in media]
+    if None in identities:
+        return None
+    wanted = None
+    if frame_indices is not None:
+        wanted = tuple(None if indices is None else tuple(indices) for indices in frame_indices)
+    return tuple(identities), wanted
+
+
+def _identity(item: object) -> object:
+    if isinstance(item, bytes):
+        return hashlib.sha256(item).digest()
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8:  # other arrays are refused when they are read
+        return item.shape, hashlib.sha256(np.ascontiguousarray(item).data).digest()
+    if isinstance(item, str | os.PathLike):
+        return _file_identity(item)
+    return None
+
+
+def _file_identity(path: str | os.PathLike[str]) -> object:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not os.path.isfile(path):  # a folder's own times say nothing about the files in it
+        return None
+    if time.time() - max(status.st_mtime, status.st_ctime) < _SECONDS_TO_SETTLE:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

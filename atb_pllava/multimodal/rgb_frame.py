@@ -1,0 +1,36 @@
+"""A decoded video frame to RGB pixels: colour conversion by the frame's own matrix and range, then rotation."""
+
+from typing import Any
+
+import av
+import numpy as np
+
+FULL_RANGE = 2  # AVCOL_RANGE_JPEG
+ITU601 = 5  # SWS_CS_ITU601
+
+
+def to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    """Pixels uint8 [height, width, 3], converted by the frame's own colour matrix and range."""
+    is_full_range = frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj")
+    # PyAV before 17 uses the frame's matrix only when the target has another one; RGB itself has none.
+    # PyAV passes full range on only when told so, and PyAV 12 counts ranges from 0.
+    src_range = int(is_full_range) + (not av.__version__.startswith("12."))
+    rgb = frame.reformat(width, height, format="rgb24", dst_colorspace=ITU601, src_color_range=src_range)
+    pixels: np.ndarray = rgb.to_ndarray()
+    return pixels
+
+
+def turn_upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Pixels [H, W, 3] rotated by steps of 90 degrees and mirrored as the frame's display matrix says."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    # FFmpeg's libavutil/display.h: x' = a x + c y, y' = b x + d y, with a, b at 0 and 1, c, d at 3 and 4.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
+    if abs(a) < abs(b):
+        pixels = pixels.transpose(1, 0, 2)
+        a = c
+        d = b
+    vertical_step = -1 if d < 0 else 1
+    horizontal_step = -1 if a < 0 else 1
+    return pixels[::vertical_step, ::horizontal_step]
