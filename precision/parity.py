@@ -47,7 +47,8 @@ from atb_pllava.cli.question import question
 from atb_pllava.errors import counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.media import list_media
-from atb_pllava.ops.interface import Backend, pool_by_matrices
+from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.pooling import pool_by_matrices
 from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors

@@ -78,9 +78,9 @@ def raw_config(**text: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def random_model(config: PllavaConfig, seed: int = 0) -> Pllava:
+def random_model(config: PllavaConfig, seed: int = 0, ops: Backend | None = None) -> Pllava:
     """A float32 model with random weights of a size that makes every part matter."""
-    model = Pllava(config, TorchBackend(), torch.float32)
+    model = Pllava(config, ops or TorchBackend(), torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for name, part in model.weight_map().items():
         view = part.tensor

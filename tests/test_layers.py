@@ -1,6 +1,7 @@
 """Imports point down, from folder to folder, and optional packages are imported in one folder each."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_what_mindie_imports_gains_no_package() -> None:
     used = "import atb_pllava.loader.weight_loader, atb_pllava.multimodal.processor, atb_pllava.prompt.tokenizer"
     image = "import av, numpy, PIL.Image, safetensors.torch, tokenizers, torch, torch.distributed"
     assert _packages_after(f"{ours}\n{used}") - _packages_after(image) == {"atb_pllava"}
+
+
+@pytest.mark.parametrize("path", [*FILES, *PRECISION], ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_device_is_asked_not_named(path: Path) -> None:
+    """Outside of ops/ no code looks at a backend's name, class or device type: ops/interface.py answers."""
+    if path.relative_to(ROOT).parts[:2] == ("atb_pllava", "ops"):
+        return
+    found = re.findall(r"ops\.name|device\.type|isinstance\([a-z_.]*(?:ops|backend)", path.read_text())
+    assert not found, f"{path} asks for {found}"
 
 
 def test_environment_is_read_by_the_command_line() -> None:

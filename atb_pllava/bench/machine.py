@@ -14,7 +14,6 @@ from torch import Tensor
 
 from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.timing import Work, median_seconds
-from atb_pllava.ops.cpu.backend import NativeBackend
 from atb_pllava.ops.interface import Backend
 
 _BUFFER = 512 * 2**20  # far beyond any cache
@@ -95,8 +94,8 @@ def _reading(backend: Backend) -> list[Probe]:
     buffer = _buffer(backend)
     longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
-    if isinstance(backend, NativeBackend):
-        ways.append(lambda: backend.read(buffer))
+    if backend.library is not None:
+        ways.append(lambda: backend.read(buffer))  # type: ignore[attr-defined]
     return [Probe(way, _BUFFER) for way in ways]
 
 
@@ -116,9 +115,9 @@ def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
     side = _SIDE if backend.on_host else 4 * _SIDE
     for product in _products(kind, backend, side):
         yield Probe(product, 2 * side**3)
-    if isinstance(backend, NativeBackend) and kind in ("float32", "bfloat16"):
+    if backend.library is not None and kind in ("float32", "bfloat16"):
         dtype: torch.dtype = getattr(torch, kind)
-        yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))
+        yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))  # type: ignore[attr-defined]
 
 
 def _products(kind: str, backend: Backend, side: int) -> Iterator[Callable[[], Tensor]]:

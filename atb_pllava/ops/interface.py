@@ -4,6 +4,7 @@ No code outside of `ops/` asks for a device's name or type. Letters: N packed to
 key/value heads, D head dimension.
 """
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ class Backend(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def library(self) -> ctypes.CDLL | None:
+        """The kernels compiled for this CPU; benchmarks call their bare loops. None where there are none."""
+        return None
 
     # What the device can do, and what suits it
 

@@ -37,13 +37,13 @@ class TorchBackend(Backend):
     """See `ops.interface.Backend`. `name` is the type of the torch device that it computes on."""
 
     name = "cpu"
+    features = frozenset({Feature.INT8_KV_CACHE, Feature.TENSOR_PARALLEL})
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         super().__init__(torch.device(device))
         self.name = self.device.type
-        if self.on_host:
-            self.features = frozenset({Feature.INT8_KV_CACHE, Feature.TENSOR_PARALLEL})
-        else:
+        if not self.on_host:
+            self.features = frozenset()
             self.preferred_chunk = ACCELERATOR_CHUNK
             self.preferred_vision_batch = ACCELERATOR_VISION_BATCH
 

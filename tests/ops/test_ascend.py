@@ -202,10 +202,7 @@ class Recorder(TorchBackend, CapturedGraph):
 
 def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
     """Logits of three decode steps of sequences with their own cached tokens, in blocks of 16."""
-    model = random_model(config_from_json(raw_config()))
-    for module in (model, *model.modules()):
-        if hasattr(module, "ops"):
-            module.ops = backend
+    model = random_model(config_from_json(raw_config()), ops=backend)
     runner = ModelRunner(model, 3 * batch, 16)
     contexts = [5 + 11 * i for i in range(batch)]
     tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(batch)]

@@ -18,8 +18,8 @@ from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import LayerCache, PackedWeight, Weight, contiguous_heads
 from atb_pllava.ops.reference import TorchBackend
 
-_PANEL = 32  # rows of a weight that lie side by side; PANEL in kernels.cpp
-_LARGEST_HEAD = 256  # STEP in kernels.cpp
+_PANEL = 32  # rows of a weight that lie side by side; PANEL in csrc/panel.h
+_LARGEST_HEAD = 256  # STEP in csrc/panel.h
 _LARGE_PAGE = 2**21
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _pointer, _whole, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -47,7 +47,7 @@ _MAY_FAIL = ("atb_linear", "atb_decode", "atb_prefill", "atb_encoder")
 
 
 class _Matrix(ctypes.Structure):
-    """A packed weight; the fields are those of Matrix in kernels.cpp."""
+    """A packed weight; the fields are those of Matrix in csrc."""
 
     _fields_ = [
         ("data", _pointer),
@@ -63,7 +63,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    """One layer's KV cache; the fields are those of Cache in kernels.cpp."""
+    """One layer's KV cache; the fields are those of Cache in csrc."""
 
     _fields_ = [
         ("keys", _pointer),
@@ -79,7 +79,7 @@ class _Cache(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Panels(PackedWeight):
-    """A weight as kernels.cpp reads it, of float type `dtype`. `tensors` hold the memory that `matrix` points to."""
+    """A weight as csrc reads it, of float type `dtype`. `tensors` hold the memory that `matrix` points to."""
 
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
@@ -319,6 +319,11 @@ class NativeBackend(TorchBackend):
         expected = sum(range(12)) + flops // (2 * lanes) * rounds
         assert out.flatten()[: tasks * lanes].eq(expected).all(), (out[0, 0].item(), expected)
         return float(tasks * rounds * flops)
+
+    @property
+    def library(self) -> ctypes.CDLL:
+        """The compiled kernels, for benchmarks."""
+        return self._library
 
     def _call(self, name: str, *arguments: object) -> None:
         """Call a kernel with all threads. Raises OutOfMemoryError; the kernel's results are undefined then."""

@@ -43,13 +43,14 @@ class CudaBackend(TorchBackend):
 
     name = "cuda"
     kernels = "native"
+    features = frozenset({Feature.GRAPH_CAPTURE})
     preferred_chunk = ACCELERATOR_CHUNK
     preferred_vision_batch = ACCELERATOR_VISION_BATCH
 
     def __init__(self, device: str = "cuda", multiprocessors: int | None = None) -> None:
         super().__init__(device)
         self.name = "cuda"
-        self.features = frozenset({Feature.GRAPH_CAPTURE}) if self.device.type == "cuda" else frozenset()
+        self.features = CudaBackend.features if self.device.type == "cuda" else frozenset()
         self._kernels = import_kernels()
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
