@@ -33,7 +33,7 @@ class RowFile:
         self._next_write = 0.0
 
     def add(self, number: int, row: Mapping[str, Any]) -> None:
-        """Add row `number`, counted from 0, once and in any order. Raises ConfigError when the file cannot be written."""
+        """Add row `number` (from 0), once and in any order. Raises ConfigError when the file cannot be written."""
         self.rows[number] = row
         self._unwritten = True
         if self._by_line:
