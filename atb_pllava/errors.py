@@ -80,13 +80,3 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
-def rate(count: int, seconds: float) -> str:
-    """How many in a unit of time, the shortest in which it is at least 1: `430/s`, `3.1/s`, `2.5/min`, `3.0/h`."""
-    per_second = count / max(seconds, 1e-9)
-    for unit, size in (("s", 1), ("min", 60), ("h", 3600), ("day", 86400)):
-        number = per_second * size
-        if number >= 0.995 or unit == "day":
-            return f"{number:.0f}/{unit}" if number >= 9.95 else f"{number:.1f}/{unit}"
-    raise AssertionError("the last unit returns")

@@ -39,8 +39,10 @@ from PIL import Image
 from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
+from atb_pllava.batch.answering import error_row
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import Key, ResultLog, Row, error_row, key_of
+from atb_pllava.batch.result_key import Key, key_of
+from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.batch.run_metadata import surroundings
 from atb_pllava.cli import Parser, run_command
 from atb_pllava.files import check_writable, read_json, write_json

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
+from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import converter
 from atb_pllava.convert.options import ConvertOptions
@@ -166,3 +167,15 @@ def generate_together(llm: LLM, requests: Sequence[Mapping[str, Any]], params: S
     while llm.engine.has_work:
         llm.engine.step()
     return [request.output() for request in prepared]
+
+
+def begun_log(path: Path, settings: dict[str, Any] | None = None, **options: Any) -> ResultLog:
+    """A result log that has begun with these settings."""
+    log = ResultLog(path)
+    log.begin(settings or {}, **options)
+    return log
+
+
+def log_rows(path: Path) -> list[Row]:
+    """The rows in a result log's file, without headers."""
+    return [row for row in map(json.loads, path.read_text().splitlines()) if "log" not in row]

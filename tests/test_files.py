@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from atb_pllava.batch.result_log import Key, ResultLog
+from atb_pllava.batch.result_key import Key
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.cli.predict import existing_answers
 from atb_pllava.convert.options import ConvertOptions

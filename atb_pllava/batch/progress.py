@@ -1,26 +1,37 @@
-"""Progress of long work on stderr: a line every few seconds, also while one item takes long."""
+"""Progress of long work on stderr: a bar on a terminal, else a line every few seconds.
 
+Both are refreshed also while one item takes long. tqdm measures and formats.
+"""
+
+import logging
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
-from atb_pllava.errors import duration, rate
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 SECONDS_BETWEEN_PROGRESS = 4.0
-SHORT = 1.0  # seconds: no rate is measured in less, and nobody waits for them
+_SECONDS_BETWEEN_BARS = 0.2
+
+_LINE = "{desc} {n_fmt}/{total_fmt}{failures} [{elapsed}<{remaining}, {rate_fmt}{under_way}]"
+_BAR = "{desc} {n_fmt}/{total_fmt}{failures} |{bar}| [{elapsed}<{remaining}, {rate_fmt}{under_way}]"
+_END = "{desc} {n_fmt}/{total_fmt}{failures}, in {elapsed}, {rate_fmt}"
 
 
 class Progress:
-    """Lines such as `mvbench 120/4000, 2 failed: 2 media, 3.1/s, about 21 min left, at clips/7.mp4`.
+    """Progress of `total` items, for example `mvbench 120/4000, 2 failed: 2 media [00:38<20:51, 3.10it/s, at 7.mp4]`.
 
-    Used as a context manager it also speaks while nothing is finished: a thread looks every few seconds. Else it
-    speaks in `add` and `finish` only.
+    The line shows the elapsed and the remaining time, the rate, and the item that has been under way for the longest.
+    As a context manager, Progress also refreshes the line while no item finishes. Otherwise only `add` does.
     """
 
     def __init__(self, what: str, total: int, before: int = 0, quiet: bool = False) -> None:
-        """`before` of the `total` were there when this run began; `quiet` says nothing."""
+        """`before` of the `total` items were finished by an earlier run; `quiet` writes nothing."""
         self.what = what
         self.total = total
         self.before = before
@@ -29,30 +40,33 @@ class Progress:
         self.failed = 0
         self.kinds: Counter[str] = Counter()
         self._under_way: dict[str, None] = {}  # oldest first
-        self._began = time.monotonic()
-        self._said = self._began
         self._lock = threading.RLock()
-        self._over = threading.Event()
+        self._is_over = threading.Event()
+        self._redirection = ExitStack()
+        self._bar = _Bar(what, total, before, quiet)
         if before:
             self.say(f"{what} {before}/{total} were there already")
 
     def __enter__(self) -> "Progress":
         if not self.quiet:
-            threading.Thread(target=self._speak, name=f"progress of {self.what}", daemon=True).start()
+            if self._bar.is_terminal:  # log lines go above the bar
+                self._redirection.enter_context(logging_redirect_tqdm([logging.root]))
+            threading.Thread(target=self._refresh_until_over, name=f"progress of {self.what}", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stop()
 
     def begin(self, name: str) -> None:
-        """The item of this name is under way; lines name the one that has been so the longest."""
+        """The item `name` is under way from now on."""
         with self._lock:
             self._under_way[name] = None
+            self._describe()
 
     def add(self, failed: bool = False, name: str | None = None, kind: str | None = None) -> None:
-        """One more is finished; `kind` is a word for why it failed."""
+        """One more item is finished. `kind`: a word for the reason of a failure."""
         with self._lock:
             self.done += 1
             self.failed += failed
@@ -60,52 +74,103 @@ class Progress:
                 self.kinds[kind] += 1
             if name is not None:
                 self._under_way.pop(name, None)
+            self._describe()
+            self._bar.update()
             if self.done < self.total:
-                self._say_if_due()
+                self._bar.refresh_if_due()
 
     def finish(self) -> None:
-        """Say how it ended; nothing when there was nothing to do."""
+        """Write the last line, unless an earlier run had finished all items."""
         with self._lock:
-            self._over.set()
+            self._stop()
             if self.done > self.before or not self.before:
-                self.say(self.line(time.monotonic() - self._began))
-
-    def line(self, seconds: float) -> str:
-        """Where the run stands `seconds` after it began."""
-        here = self.done - self.before
-        parts = [f"{self.what} {self.done}/{self.total}"]
-        if self.failed:
-            parts.append(failures(self.failed, self.kinds))
-        speed = rate(here, seconds) if here and seconds >= SHORT else ""
-        if self.done >= self.total:
-            ending = f"in {duration(seconds)}"
-            return ", ".join([*parts, f"{speed} {ending}" if speed else ending])
-        left = (self.total - self.done) * seconds / here if speed else 0.0
-        if speed:
-            parts.append(speed)
-        if left >= SHORT:
-            parts.append(f"about {duration(left)} left")
-        if self._under_way:
-            parts.append(f"at {next(iter(self._under_way))}")
-        return ", ".join(parts)
+                self.say(self._bar.end_line())
 
     def say(self, line: str) -> None:
-        """A line on stderr, unless `quiet`."""
+        """A line of its own on stderr, unless `quiet`."""
         with self._lock:
-            self._said = time.monotonic()
             if not self.quiet:
-                print(line, file=sys.stderr, flush=True)
+                self._bar.print_above(line)
 
-    def _say_if_due(self) -> None:
-        now = time.monotonic()
-        if now - self._said >= SECONDS_BETWEEN_PROGRESS:
-            self.say(self.line(now - self._began))
+    def _describe(self) -> None:
+        self._bar.failures = f", {failures(self.failed, self.kinds)}" if self.failed else ""
+        self._bar.under_way = f", at {next(iter(self._under_way))}" if self._under_way else ""
 
-    def _speak(self) -> None:
-        while not self._over.wait(max(self._said + SECONDS_BETWEEN_PROGRESS - time.monotonic(), 0.01)):
+    def _stop(self) -> None:
+        self._is_over.set()
+        self._redirection.close()
+        with self._lock:
+            self._bar.remove()
+
+    def _refresh_until_over(self) -> None:
+        while not self._is_over.wait(self._bar.seconds_until_due()):
             with self._lock:
-                if not self._over.is_set():
-                    self._say_if_due()
+                if not self._is_over.is_set():
+                    self._bar.refresh_if_due()
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A tqdm bar that is refreshed only by `refresh_if_due`, and prints whole lines where stderr is no terminal."""
+
+    monitor_interval = 0  # no thread of tqdm's own
+
+    def __init__(self, what: str, total: int, before: int, quiet: bool) -> None:
+        self.is_terminal = sys.stderr.isatty()
+        self.failures = ""
+        self.under_way = ""
+        self._shown_at = time.monotonic()
+        super().__init__(
+            desc=what,
+            total=total,
+            initial=before,
+            disable=quiet,
+            file=sys.stderr,
+            bar_format=_BAR if self.is_terminal else _LINE,
+            dynamic_ncols=self.is_terminal,
+            leave=False,
+            miniters=float("inf"),  # `update` only counts
+            smoothing=0,  # the rate is the average since the start
+            delay=self._interval,  # nothing is shown at the start
+        )
+
+    @property
+    def _interval(self) -> float:
+        return _SECONDS_BETWEEN_BARS if self.is_terminal else SECONDS_BETWEEN_PROGRESS
+
+    @property
+    def format_dict(self) -> Any:
+        return {**super().format_dict, "failures": self.failures, "under_way": self.under_way}
+
+    def seconds_until_due(self) -> float:
+        return max(self._shown_at + self._interval - time.monotonic(), 0.01)
+
+    def refresh_if_due(self) -> None:
+        if time.monotonic() >= self._shown_at + self._interval:
+            self.refresh()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """tqdm calls this to show the bar."""
+        self._shown_at = time.monotonic()
+        if self.is_terminal:
+            super().display(msg, pos)
+        else:
+            print(str(self) if msg is None else msg, file=self.fp, flush=True)
+
+    def print_above(self, line: str) -> None:
+        if self.is_terminal:
+            self.write(line, file=self.fp)
+        else:
+            print(line, file=self.fp, flush=True)
+
+    def end_line(self) -> str:
+        self.bar_format = _END
+        return self.format_meter(**{**self.format_dict, "ncols": None})  # not cut to the terminal's width
+
+    def remove(self) -> None:
+        """Take the bar off the terminal; safe to call twice."""
+        if self.is_terminal:
+            self.clear()
+        self.close()
 
 
 def failures(failed: int, kinds: Counter[str]) -> str:

@@ -1,11 +1,11 @@
-"""Rows of answers in a file that is kept while they come, as `run --output_json` writes them; and their reader."""
+"""A file of rows, written while the answers arrive (`run --output_json`), and its reader."""
 
 import errno
 import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from atb_pllava.errors import ConfigError
@@ -15,25 +15,25 @@ _SECONDS_BETWEEN_WRITES = 5.0
 
 
 class RowFile:
-    """Rows of answers in a file, kept while they come: after an interruption it holds every row that was added.
+    """Rows of answers in a file. After an interruption and `close`, the file holds every row that was added.
 
-    A name that ends in `.jsonl` gets one row a line, each written by the `add` that completes the order of the rows.
-    Any other file is one JSON list. It is replaced as a whole, at first by the first row and then every few seconds:
-    a reader finds the old file or a whole new one. `close` writes what is missing. Without a row no file is touched.
-    Without a path the rows are only kept in `rows`, by number.
+    A file whose name ends in `.jsonl` has one row a line, in the order of their numbers: a row is written as soon as
+    all rows before it are there. Any other file is one JSON list. The list is replaced as a whole, first when the first
+    row is added and then every few seconds, so a reader finds the old list or a whole new list. `close` writes the rows
+    that are not in the file yet. Without a row, no file is touched. Without a path, the rows are only kept in `rows`.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.path = None if path is None else os.fspath(path)
         self.rows: dict[int, Mapping[str, Any]] = {}
         self._by_line = path is not None and is_jsonl(path)
-        self._next = 0  # the first row that is not in the order of the lines yet
+        self._next = 0  # number of the next row to write as a line
         self._file = -1
         self._unwritten = False
         self._next_write = 0.0
 
     def add(self, number: int, row: Mapping[str, Any]) -> None:
-        """Row `number`, counted from 0; rows may come in any order, each once. Raises ConfigError as `write_json`."""
+        """Add row `number` (from 0), once and in any order. Raises ConfigError when the file cannot be written."""
         self.rows[number] = row
         self._unwritten = True
         if self._by_line:
@@ -43,7 +43,7 @@ class RowFile:
             self._replace()
 
     def close(self) -> None:
-        """Write what is missing: of lines, rows that came before their turn."""
+        """Write the rows that are not in the file yet; lines are then in the order of the numbers that there are."""
         if self._by_line:
             for number in sorted(number for number in self.rows if number >= self._next):
                 self._append(number)
@@ -60,7 +60,7 @@ class RowFile:
         write_rows(self.path, [self.rows[number] for number in sorted(self.rows)])
         now = time.monotonic()
         self._unwritten = False
-        # A long list is written anew less often, so that writing takes a twentieth of the time at most.
+        # A long list is replaced less often, so that writing takes at most a twentieth of the time.
         self._next_write = now + max(_SECONDS_BETWEEN_WRITES, 20 * (now - began))
 
     def _append(self, number: int) -> None:
@@ -84,22 +84,22 @@ class RowFile:
 
 
 def is_jsonl(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds one JSON value a line, by its name."""
+    """Whether the name of a file says that it holds one JSON value a line."""
     return os.fspath(path).lower().endswith(".jsonl")
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON list that can be read by eye too: a field a line, a list of numbers on one line."""
+    """Write a JSON list that people can read: one field a line, a list of numbers on one line."""
     text = ",\n".join(" " + _spread(row, " ") for row in rows)
     write_text(path, f"[\n{text}\n]\n" if rows else "[]\n")
 
 
 def read_rows(path: str | os.PathLike[str]) -> Any:
-    """What a file of rows holds: the lines of a `.jsonl` as a list, any other file's JSON. Raises as `read_json`."""
+    """The lines of a `.jsonl` file as a list, or the JSON of any other file. Raises ConfigError as `read_json`."""
     if not is_jsonl(path):
         return read_json(path)
     rows = []
-    # Not `splitlines`, which also splits where a string holds a separator that JSON allows in it, such as U+2028.
+    # Not `splitlines`: it also splits at U+2028 and others, which JSON allows inside strings.
     for number, line in enumerate(re.split("\r\n|\r|\n", read_text(path)), start=1):
         try:
             rows += [json.loads(line)] if line.strip() else []
@@ -109,8 +109,12 @@ def read_rows(path: str | os.PathLike[str]) -> Any:
 
 
 def _spread(value: Any, indent: str) -> str:
-    """JSON with a line for each member of what has lists or objects inside; what has none is on one line."""
-    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    """JSON with one member a line where members are lists or objects, else on one line."""
+    members: Collection[Any] = ()
+    if isinstance(value, Mapping):
+        members = value.values()
+    elif isinstance(value, list | tuple):
+        members = value
     if not any(isinstance(member, Mapping | list | tuple) for member in members):
         return json.dumps(value, ensure_ascii=False)
     deeper = indent + " "

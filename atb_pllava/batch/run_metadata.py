@@ -1,4 +1,7 @@
-"""What a run was made with, written beside its results, so that two results can be compared honestly."""
+"""The manifest of a run: settings, versions, machine and command line, written beside the results.
+
+Two results can be compared when their settings are equal.
+"""
 
 import hashlib
 import os
@@ -30,16 +33,16 @@ PACKAGES = (
     "torchvision",
 )
 
-# Small files of a checkpoint that decide answers as its weights do. The first two may come from --weight_dir.
+# Small files of a checkpoint that influence answers. CONFIG_FILES may come from --weight_dir instead.
 CONFIG_FILES = ("config.json", "generation_config.json")
 MODEL_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer.json")
 
 
 def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any]:
-    """All that decides what a loaded model answers to a request, in plain JSON.
+    """Everything that decides what a loaded model answers to a request, as JSON values.
 
-    `weights` is `LoadPlan.fingerprint`: a digest of every tensor's name, type, shape and first row, before LoRA.
-    `files` are digests of the checkpoint's configuration and tokenizer.
+    weights: `LoadPlan.fingerprint`, a digest of every tensor's name, type, shape and first row, before LoRA is merged.
+    files: digests of the checkpoint's configuration and tokenizer. sampling: only with `params`.
     """
     model = llm.model
     settings = {
@@ -64,14 +67,14 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
 def checkpoint_files(
     model_path: str | os.PathLike[str], weight_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, str]:
-    """Names to digests, 16 hexadecimal digits, of the small files in a checkpoint that decide what a model answers."""
+    """File name to the first 16 hexadecimal digits of SHA-256, for the small files of a checkpoint that exist."""
     described, _ = config_directory(model_path, weight_dir)
     paths = [described / name for name in CONFIG_FILES] + [Path(model_path) / name for name in MODEL_FILES]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths if path.is_file()}
 
 
 def manifest_of(llm: LLM, params: SamplingParams | None = None, **more: Any) -> dict[str, Any]:
-    """`settings_of` with where the weights are, versions, date and command line, and `more` of the caller's own."""
+    """The manifest: `settings_of`, paths of the weights, `surroundings`, and the caller's own fields in `more`."""
     return {
         **more,
         **settings_of(llm, params),
@@ -95,9 +98,9 @@ def surroundings() -> dict[str, Any]:
 def write_manifest(
     results: str | os.PathLike[str], llm: LLM, params: SamplingParams | None = None, **more: Any
 ) -> Path:
-    """Write the manifest beside a file of results (`RESULTS.manifest.json`), or into a directory of them.
+    """Write the manifest to `RESULTS.manifest.json`, or to `manifest.json` inside a directory of results.
 
-    Returns its path. The file is whole or absent; ConfigError when it cannot be written.
+    Returns the manifest's path. The file is whole or absent. Raises ConfigError when it cannot be written.
     """
     path = Path(results)
     target = path / "manifest.json" if path.is_dir() else path.with_name(f"{path.name}.manifest.json")
@@ -106,7 +109,7 @@ def write_manifest(
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that are installed; none of them is imported for it."""
+    """Versions of the installed PACKAGES, without importing them."""
     found = {}
     for package in PACKAGES:
         try:

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import Key, ResultLog, Row
+from atb_pllava.batch.result_key import Key
+from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.errors import BackendError, ConfigError, PllavaError
 from precision.evaluate.judge_prompts import Case
 

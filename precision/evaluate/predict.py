@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
-from atb_pllava.batch.result_log import ResultLog, Row, answer_all, keys_of
+from atb_pllava.batch.answering import answer_all
+from atb_pllava.batch.result_key import keys_of
+from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.errors import RequestError
 from precision.evaluate.clips import ClipReader, media_of
 from precision.evaluate.questions import ClipName, Question

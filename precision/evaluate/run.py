@@ -7,8 +7,9 @@ from types import ModuleType
 from typing import Any
 
 from atb_pllava import LLM, SamplingParams
-from atb_pllava.batch.result_log import ResultLog, check_settings, settings_digest
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
+from atb_pllava.batch.settings import check_settings, settings_digest
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json, write_json
 from precision.evaluate import mvbench, recaption, vcgbench, videoqa

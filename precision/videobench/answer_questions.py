@@ -26,8 +26,11 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
+from atb_pllava.batch.answering import answer_all
+from atb_pllava.batch.result_key import keys_of
+from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
+from atb_pllava.batch.settings import check_settings, settings_digest
 from atb_pllava.cli import Parser, run_command
 from atb_pllava.cli.engine_args import (
     add_engine_options,

@@ -23,9 +23,6 @@ from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel, check_world_size
 from atb_pllava.errors import OutOfMemoryError
 from atb_pllava.executor import worker
-from atb_pllava.executor.executor import Executor, worker_loop
-from atb_pllava.executor.model_input import EmbedSlice, ModelInput
-from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader import weight_loader
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
@@ -40,13 +37,14 @@ REQUESTS = [
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=-1)
 
 
-def workers() -> dict[int, int]:
-    """Rank to process id of the living workers of this test run; other runs on the machine have other groups."""
+def workers(group: int | None = None) -> dict[int, int]:
+    """Rank to process id of the living workers in a process group (None: this test run's own)."""
+    group = os.getpgrp() if group is None else group
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                is_ours = os.getpgid(int(entry.name)) == os.getpgrp()
+                is_ours = os.getpgid(int(entry.name)) == group
                 command = (entry / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
@@ -128,69 +126,6 @@ def test_parts_know_what_they_cut_out() -> None:
     assert part.shape == (8, 3) and torch.equal(whole[part.span], whole[2:6])
     part = ShardSpec.of(torch.empty(8, 1), 1, range(2, 3), 3)
     assert part.shape == (8, 3) and torch.equal(whole[part.span], whole[:, 2:])
-
-
-class Recorder:
-    """In place of a ModelRunner: keeps the calls with their arguments."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, method: str) -> Any:
-        return lambda *arguments: self.calls.append((method, *arguments))
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Ranks of one process, one after the other: rank 0 broadcasts into a list, rank 1 takes from it."""
-    sent: list[torch.Tensor] = []
-
-    def broadcast(parallel: TensorParallel, x: torch.Tensor) -> torch.Tensor:
-        if parallel.rank == 0:
-            sent.append(x.clone())
-            return x
-        return x.copy_(sent.pop(0))
-
-    monkeypatch.setattr(TensorParallel, "broadcast", broadcast)
-    return sent
-
-
-def test_every_rank_gets_the_arguments_of_rank_0(one_process: list[torch.Tensor]) -> None:
-    step = ModelInput(
-        1, [5, 6, 7], [9, 0, 1], [9, 0, 1], [1, 2], [10, 2], [[0, 3], [1]], [0, 2], [EmbedSlice(4, 1, 2, 1)]
-    )
-    nothing = ModelInput(0, [], [], [], [], [], [], [], [])
-    pixels = torch.arange(24.0).reshape(2, 3, 2, 2)
-    first = Recorder()
-    second = Recorder()
-    executor = Executor(first, TensorParallel(0, 2))
-    executor.call(ModelRunner.encode_frames, 2**40, pixels.transpose(2, 3))
-    executor.call(ModelRunner.pool_frames, 2**40, (0, 1, 1))
-    for sent in (step, nothing):
-        executor.call(ModelRunner.forward, sent)
-    executor.free_video(2**40)
-    executor.stop()
-    worker_loop(second, TensorParallel(1, 2))
-    assert not one_process and len(first.calls) == 5
-    assert torch.equal(second.calls[0][2], first.calls[0][2]) and second.calls[0][:2] == ("encode_frames", 2**40)
-    assert second.calls[1] == ("pool_frames", 2**40, [0, 1, 1])
-    assert second.calls[2:] == first.calls[2:] == [("forward", step), ("forward", nothing), ("forget", 2**40)]
-
-
-@pytest.mark.parametrize("length", [0, 1, 4087, 4088, 4089, 100_000])
-def test_bytes_of_any_length_are_broadcast(one_process: list[torch.Tensor], length: int) -> None:
-    data = bytes(i % 251 for i in range(length))
-    assert TensorParallel(0, 2).broadcast_bytes(data) == data
-    assert len(one_process) == (1 if length <= 4088 else 2)
-    assert TensorParallel(1, 2).broadcast_bytes() == data and not one_process
-    assert TensorParallel().broadcast_bytes(data) == data
-
-
-def test_only_methods_of_every_rank_are_called(one_process: list[torch.Tensor]) -> None:
-    executor = Executor(Recorder(), TensorParallel(0, 2))
-    executor.call(ModelRunner.video_embeds, 1)
-    with pytest.raises(KeyError, match="video_embeds"):
-        worker_loop(Recorder(), TensorParallel(1, 2))
 
 
 @pytest.mark.parametrize("size", [0, -1, 9, 3, "2", True, 2.0])
@@ -283,6 +218,34 @@ def test_a_rank_that_fails_to_load_is_quoted(model: Path, monkeypatch: pytest.Mo
     with pytest.raises(BackendError, match="rank 1 has other weights or options than rank 0"):
         load(model, world_size=2)
     assert not workers()
+
+
+def test_ranks_have_the_same_working_directory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path means the same on every rank, and a package in the working directory is not imported."""
+    (model.parent / "atb_pllava").mkdir(exist_ok=True)
+    monkeypatch.chdir(model.parent)
+    with load(Path(model.name), world_size=2) as llm:
+        assert llm.chat(None, "hello", SamplingParams(max_tokens=1)).token_ids
+
+
+def test_an_interrupt_of_all_processes_is_for_rank_0(model: Path) -> None:
+    """Ctrl-C reaches every process of the group; a worker must not end with a traceback of its own."""
+    run = subprocess.Popen(
+        command("--model_path", model, "--world_size", 2, "--prompt", "a", "--max_output_length", 900, "--ignore_eos"),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not workers(run.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)  # the worker is importing torch
+    os.killpg(run.pid, signal.SIGINT)
+    status, _, err = finish(run)
+    assert status == 130 and "Traceback" not in err
+    assert not workers(run.pid)
 
 
 def test_bad_checkpoints_are_refused_before_ranks_start(model: Path, tmp_path: Path) -> None:

@@ -245,24 +245,24 @@ def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
     assert_same(out, cold(ask(0)))
 
 
-def test_keys_stand_for_everything_before(checkpoint) -> None:
+def test_block_hashes_cover_everything_before(checkpoint) -> None:
     llm = load(checkpoint)
 
-    def keys(request: dict) -> list[bytes]:
-        made: Request = llm.prepare(request, PARAMS)
-        return full_block_hashes(made, len(made.token_ids), BLOCK)
+    def hashes(request: dict) -> list[bytes]:
+        prepared: Request = llm.prepare(request, PARAMS)
+        return full_block_hashes(prepared, len(prepared.token_ids), BLOCK)
 
     def text(words: str) -> dict:
         return {"prompt": words}
 
-    base = keys(text("a b c d e f g h i j k l m n"))
-    other = keys(text("x b c d e f g h i j k l m n"))
+    base = hashes(text("a b c d e f g h i j k l m n"))
+    other = hashes(text("x b c d e f g h i j k l m n"))
     assert len(base) == len(other) > 2 and not set(base) & set(other)
-    longer = keys(text("a b c d e f g h i j k l m n o p q r s t"))
+    longer = hashes(text("a b c d e f g h i j k l m n o p q r s t"))
     assert longer[: len(base) - 1] == base[:-1]
-    videos = [keys(ask(v)) for v in (0, 1)]
+    videos = [hashes(ask(v)) for v in (0, 1)]
     same = [a == b for a, b in zip(*videos, strict=True)]
-    assert same == sorted(same, reverse=True) and not same[-1] and keys(ask(0)) == videos[0]
+    assert same == sorted(same, reverse=True) and not same[-1] and hashes(ask(0)) == videos[0]
 
 
 def test_block_manager_against_a_model_of_it() -> None:

@@ -14,6 +14,7 @@ from atb_pllava.errors import BackendError
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader import model_loader
+from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.linear import PackedLinear, pack_weights
 from atb_pllava.ops import BACKEND_CLASSES, choose_dtype, get_backend
 from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch

@@ -1,0 +1,66 @@
+"""What a row of a result log is about: an id and, where there is a file, its size, modification time and place."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from atb_pllava.batch.progress import Progress
+
+
+@dataclass(frozen=True)
+class Key:
+    """An id, and the size in bytes and modification time in ns of its file; None for both without a file.
+
+    `place` is the file's real path. Keys are compared without it; `ResultLog` says how a lookup uses the place.
+    """
+
+    id: str
+    size: int | None = None
+    mtime_ns: int | None = None
+    place: str | None = field(default=None, compare=False)
+
+    def may_have_been_at(self, place: str | None) -> bool:
+        """Whether this key's file may be the file that was at `place`.
+
+        True when a place is unknown, when the file at `place` is gone, and when both paths lead to one file.
+        """
+        if place is None or self.place is None or not os.path.exists(place):
+            return True
+        try:
+            return os.path.samefile(place, self.place)
+        except OSError:  # one of the two was removed just now
+            return False
+
+
+def key_of(name: str, path: str | os.PathLike[str]) -> Key:
+    """The key of a medium with the id `name`, as the medium is on the disk now.
+
+    A folder of frames has the size of all its files together, and the latest modification time. A path that cannot be
+    read has neither; the run that reads the medium will say why.
+    """
+    try:
+        status = os.stat(path)
+        if not os.path.isdir(path):
+            return Key(name, status.st_size, status.st_mtime_ns, os.path.realpath(path))
+        with os.scandir(path) as entries:
+            files = [entry.stat() for entry in entries]
+    except (OSError, ValueError):
+        return Key(name)
+    size = sum(file.st_size for file in files)
+    latest = max([status.st_mtime_ns, *(file.st_mtime_ns for file in files)])
+    return Key(name, size, latest, os.path.realpath(path))
+
+
+def keys_of(files: Iterable[tuple[str, str | os.PathLike[str]]], total: int, quiet: bool = False) -> list[Key]:
+    """`key_of` every (id, path). Each path is looked at once; progress is shown unless `quiet`."""
+    by_path: dict[str, Key] = {}
+    keys = []
+    with Progress("looking for new and changed files", total, quiet=quiet) as progress:
+        for name, given in files:
+            path = os.fspath(given)
+            progress.begin(path)
+            if path not in by_path:
+                by_path[path] = key_of(name, path)
+            keys.append(replace(by_path[path], id=name))
+            progress.add(name=path)
+    return keys

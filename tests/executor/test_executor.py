@@ -1,0 +1,74 @@
+"""Calls of rank 0 reach every rank with equal arguments, and nothing else can be called."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from atb_pllava.distributed.tensor_parallel import TensorParallel
+from atb_pllava.executor.executor import Executor, worker_loop
+from atb_pllava.executor.model_input import EmbedSlice, ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
+
+
+class Recorder:
+    """In place of a ModelRunner: keeps the calls with their arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, method: str) -> Any:
+        return lambda *arguments: self.calls.append((method, *arguments))
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Ranks of one process, one after the other: rank 0 broadcasts into a list, rank 1 takes from it."""
+    sent: list[torch.Tensor] = []
+
+    def broadcast(parallel: TensorParallel, x: torch.Tensor) -> torch.Tensor:
+        if parallel.rank == 0:
+            sent.append(x.clone())
+            return x
+        return x.copy_(sent.pop(0))
+
+    monkeypatch.setattr(TensorParallel, "broadcast", broadcast)
+    return sent
+
+
+def test_every_rank_gets_the_arguments_of_rank_0(one_process: list[torch.Tensor]) -> None:
+    step = ModelInput(
+        1, [5, 6, 7], [9, 0, 1], [9, 0, 1], [1, 2], [10, 2], [[0, 3], [1]], [0, 2], [EmbedSlice(4, 1, 2, 1)]
+    )
+    nothing = ModelInput(0, [], [], [], [], [], [], [], [])
+    pixels = torch.arange(24.0).reshape(2, 3, 2, 2)
+    first = Recorder()
+    second = Recorder()
+    executor = Executor(first, TensorParallel(0, 2))
+    executor.call(ModelRunner.encode_frames, 2**40, pixels.transpose(2, 3))
+    executor.call(ModelRunner.pool_frames, 2**40, (0, 1, 1))
+    for sent in (step, nothing):
+        executor.call(ModelRunner.forward, sent)
+    executor.free_video(2**40)
+    executor.stop()
+    worker_loop(second, TensorParallel(1, 2))
+    assert not one_process and len(first.calls) == 5
+    assert torch.equal(second.calls[0][2], first.calls[0][2]) and second.calls[0][:2] == ("encode_frames", 2**40)
+    assert second.calls[1] == ("pool_frames", 2**40, [0, 1, 1])
+    assert second.calls[2:] == first.calls[2:] == [("forward", step), ("forward", nothing), ("forget", 2**40)]
+
+
+@pytest.mark.parametrize("length", [0, 1, 4087, 4088, 4089, 100_000])
+def test_bytes_of_any_length_are_broadcast(one_process: list[torch.Tensor], length: int) -> None:
+    data = bytes(i % 251 for i in range(length))
+    assert TensorParallel(0, 2).broadcast_bytes(data) == data
+    assert len(one_process) == (1 if length <= 4088 else 2)
+    assert TensorParallel(1, 2).broadcast_bytes() == data and not one_process
+    assert TensorParallel().broadcast_bytes(data) == data
+
+
+def test_only_methods_of_every_rank_are_called(one_process: list[torch.Tensor]) -> None:
+    executor = Executor(Recorder(), TensorParallel(0, 2))
+    executor.call(ModelRunner.video_embeds, 1)
+    with pytest.raises(KeyError, match="video_embeds"):
+        worker_loop(Recorder(), TensorParallel(1, 2))
