@@ -17,13 +17,13 @@ from atb_pllava.distributed.tensor_parallel import check_world_size
 from atb_pllava.doctor.check import Check
 from atb_pllava.engine.memory_estimate import MemoryNeed, memory_need, published_bytes
 from atb_pllava.errors import PllavaError, counted
+from atb_pllava.host_memory import HostMemory
 from atb_pllava.loader.checkpoint import KINDS, CheckpointError
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.model.costs import Costs
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.ops.cpu.build import BuildError, default_directory, find_library, try_compiler
-from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.reference import has_native_bfloat16
 

@@ -6,11 +6,11 @@ import logging
 import torch
 
 from atb_pllava.errors import BackendError
+from atb_pllava.host_memory import host_memory
 from atb_pllava.ops.ascend.backend import AscendBackend, import_torch_npu
 from atb_pllava.ops.cpu.backend import NativeBackend
 from atb_pllava.ops.cpu.build import BuildError, load_library
 from atb_pllava.ops.cuda.backend import CudaBackend
-from atb_pllava.ops.host_memory import host_memory
 from atb_pllava.ops.interface import Backend
 from atb_pllava.ops.reference import TorchBackend, has_native_bfloat16
 

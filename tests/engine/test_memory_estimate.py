@@ -10,10 +10,10 @@ import torch
 from atb_pllava import LLM
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.engine.memory_estimate import kv_cache_tokens, memory_need, published_bytes
+from atb_pllava.host_memory import HostMemory, host_memory
 from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.ops import free_memory, get_backend
-from atb_pllava.ops.host_memory import HostMemory, host_memory
 from atb_pllava.ops.int8 import Int8Layers
 from tests.support import SHARED_DATA, raw_config, write_checkpoint
 

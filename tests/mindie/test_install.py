@@ -27,6 +27,7 @@ from tests.support import ROOT, raw_config
 
 REAL = os.environ.get("ATB_LLM_HOME")
 
+
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
     """A stand-in of atb_llm in a directory of its own."""
@@ -85,8 +86,7 @@ def python(site: Path, host: Path, code: str) -> subprocess.CompletedProcess[str
 
 
 ASK = (
-    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); "
-    "print(type(r).__name__, r.args)"
+    "from atb_llm.models import get_model; r = get_model({path!r}, True, revision='x'); print(type(r).__name__, r.args)"
 )
 
 
@@ -335,7 +335,10 @@ def test_the_command_that_starts_mindies_runner(host, tmp_path, monkeypatch) -> 
     assert variables["TASK_QUEUE_ENABLE"] == "2" and variables["ASCEND_RT_VISIBLE_DEVICES"] == "5,3"
     assert variables["ATB_LLM_BENCHMARK_ENABLE"] == "1"
     assert variables["ATB_LLM_BENCHMARK_FILEPATH"] == str(work / "benchmark.csv")
-    assert variables["PYTHONPATH"].split(":") == ["/given", str(ROOT), str(host.parent)]
+    assert variables["PYTHONPATH"].split(":") == ["/given", str(host.parent), str(ROOT)]
+    monkeypatch.setattr("atb_pllava.mindie.launch.site_directories", lambda: [ROOT])
+    _, installed = runner_command(host, options, 1, given)
+    assert installed["PYTHONPATH"].split(":") == ["/given", str(host.parent)]  # site-packages are on every sys.path
     command, _ = runner_command(host, options, 2, {**given, "MASTER_PORT": "20031"})
     assert command[1:3] == ["-m", "torch.distributed.run"] and command[command.index("--nproc_per_node") + 1] == "2"
     assert command[command.index("--master_port") + 1] == "20031"

@@ -29,12 +29,13 @@ from atb_pllava.engine.request import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
 from atb_pllava.llm import LLM
 from atb_pllava.mindie import segments
-from atb_pllava.mindie.dialogue import from_inputs, from_messages
 from atb_pllava.mindie.host_checks import check_groups, check_head_size, check_model_dir, check_world_size
 from atb_pllava.mindie.media_ids import find_blocks, insert_blocks
-from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder, Truncation
+from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.quirks import QUIRKS
 from atb_pllava.mindie.segments import Segment, read_segment
+from atb_pllava.mindie.truncation import Truncation
+from atb_pllava.prompt.messages import parse_chat_messages, parse_content_parts
 from tests.support import IMAGE_ID, ROOT, raw_config, write_checkpoint, write_video
 
 STAND_IN = ROOT / "tests" / "mindie_host"
@@ -405,7 +406,7 @@ def test_chat_turns(merged: Path, clips: list[str], names: Path) -> None:
 )
 def test_messages_that_cannot_be_answered(messages: list[Any], why: str) -> None:
     with pytest.raises(RequestError, match=why):
-        from_messages(messages)
+        parse_chat_messages(messages)
 
 
 def test_options_of_a_chat_have_an_effect_or_are_refused(merged: Path) -> None:
@@ -427,7 +428,7 @@ def test_truncation_keeps_videos_whole(merged: Path, clips: list[str], names: Pa
     prompts = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged))
     first = {"role": "user", "content": [{"video": clips[0]}, {"text": "a b"}]}
     last = {"role": "user", "content": [{"text": "e f"}, {"video": clips[1]}]}
-    dialogue = from_messages([first, {"role": "assistant", "content": "c d"}, last])
+    dialogue = parse_chat_messages([first, {"role": "assistant", "content": "c d"}, last])
     whole = len(prompts.build(dialogue, names))
     for cut in range(1, 9):
         ids = prompts.build(dialogue, names, Truncation(whole - cut, from_left=True))
@@ -452,7 +453,7 @@ def test_plugin_options(merged: Path, source: Path) -> None:
 
 def write_one(merged: Path, clips: list[str], names: Path) -> Segment:
     prompts = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged))
-    ids = prompts.build(from_inputs([{"video": clips[1]}, {"text": "Q"}]), names)
+    ids = prompts.build(parse_content_parts([{"video": clips[1]}, {"text": "Q"}]), names)
     ((_, segment),) = find_blocks(ids, IMAGE_ID, 8)
     return segment
 
@@ -462,7 +463,7 @@ def test_frames_arrive_as_they_were(merged: Path, clips: list[str], names: Path)
     file = segments.SHARED_MEMORY / segment.name
     assert names.read_text().split() == [segment.name] and file.stat().st_mode & 0o777 == 0o600
     preprocessor = PreprocessorConfig.from_dir(merged, 56)
-    (wanted,) = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged)).reader.prepare([clips[1]])
+    (wanted,) = PromptBuilder.from_dir(merged, PllavaConfig.from_dir(merged)).processor.prepare([clips[1]])
     got = read_segment(segment, preprocessor)
     assert len(got) == 3 and got.inverse_indices == wanted.inverse_indices and torch.equal(got.pixels, wanted.pixels)
 
@@ -608,7 +609,7 @@ def test_segments_that_are_gone_end_the_request(served: Served, merged: Path, cl
 def test_a_decode_may_come_first(host: Any, merged: Path, native: LLM) -> None:
     served = Served(load(host, merged))
     served.decode([1], [1])
-    ids = prompts_of(served.runner).token_ids(from_inputs([{"text": "Hello"}]))
+    ids = prompts_of(served.runner).token_ids(parse_content_parts([{"text": "Hello"}]))
     compare(served, [ids], [expected(native, {"question": "Hello"})])
 
 

@@ -11,11 +11,11 @@ import pytest
 from atb_pllava.__main__ import main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert.converter import host_config
+from atb_pllava.doctor.npu_smi import list_cards
 from atb_pllava.engine.memory_estimate import working_bytes
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie import service_config as service
-from atb_pllava.mindie.cards import list_cards
-from atb_pllava.mindie.weight_memory import weight_bytes
+from atb_pllava.mindie.host_model import weight_bytes
 from tests.support import ROOT, raw_config, write_checkpoint
 
 GIB = 2**30

@@ -146,7 +146,7 @@ class Weights:
     def read_decoder(self) -> Any:
         config, checkpoint = PllavaConfig.from_dir(self.path), open_checkpoint(self.path)
         model = Pllava(config, TorchBackend(), self.dtype, int8=checkpoint.int8)
-        parts = model.checkpoint_parts()
+        parts = model.weight_map()
         shapes = {name: part.shape for name, part in parts.items()}
         plan = checkpoint.check(shapes, unused=unused_vision_layers(config))
         assert all(item.weight.key == name for name, item in plan.items.items()), "the host knows plain names only"
