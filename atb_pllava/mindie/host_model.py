@@ -21,7 +21,7 @@ CHECKS_ARE_OFF = ("MINDIE_CHECK_INPUTFILES_PERMISSION", "0")  # the variable, an
 LIBRARY_MODE = 0o775  # atb_llm refuses a file that others may write, and accepts all other bits
 
 # Tensors that MindIE splits over the cards: the decoder's layers and the head. Every card has all other tensors.
-_SPLIT = ("language_model.model.layers.", "language_model.lm_head.")
+SPLIT_TENSORS = ("language_model.model.layers.", "language_model.lm_head.")
 
 
 def read_host_model(model_path: str | os.PathLike[str], world_size: int = 1) -> PllavaConfig:
@@ -87,6 +87,6 @@ def weight_bytes(model_path: str | os.PathLike[str], world_size: int) -> int:
     from atb_pllava.loader.weight_loader import open_checkpoint  # imports torch, which other checks do not need
 
     stored = open_checkpoint(model_path).base.tensors
-    split = sum(tensor.num_bytes for name, tensor in stored.items() if name.startswith(_SPLIT))
-    replicated = sum(tensor.num_bytes for name, tensor in stored.items() if not name.startswith(_SPLIT))
+    split = sum(tensor.num_bytes for name, tensor in stored.items() if name.startswith(SPLIT_TENSORS))
+    replicated = sum(tensor.num_bytes for name, tensor in stored.items() if not name.startswith(SPLIT_TENSORS))
     return -(-split // world_size) + replicated

@@ -1,6 +1,6 @@
-"""Registering the plugin: what changes on disk, what a fresh interpreter finds then, and what is refused.
+"""Registering the plugin: what changes on disk, what a fresh interpreter finds afterwards, and what is refused.
 
-The host is a stand-in with the signatures of the real one; ATB_LLM_HOME names a real atb_llm to test with as well.
+MindIE is a stand-in with the signatures of the real one. ATB_LLM_HOME names a real atb_llm, which is tested as well.
 """
 
 import ast
@@ -17,13 +17,14 @@ import pytest
 from atb_pllava.__main__ import main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert.converter import host_config
+from atb_pllava.doctor.required_packages import PLUGIN_REQUIRED, REQUIRED
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie import install as installation
 from atb_pllava.mindie.contract import CONTRACT, RUNNER_CONTRACT, check_contract
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, find_examples
 from tests.host_sources import HOST, RUNNER_SOURCES, write_host
-from tests.support import ROOT, raw_config
+from tests.support import ROOT, raw_config, write_checkpoint
 
 REAL = os.environ.get("ATB_LLM_HOME")
 
@@ -278,6 +279,26 @@ def test_atb_llm_is_found_without_importing_it(host, tmp_path) -> None:
     assert find_atb_llm(None, str(host.parent), []) == host
     assert find_atb_llm(None, "/nowhere", [str(tmp_path), str(host.parent)]) == host
     assert find_atb_llm(None, None, [str(tmp_path)]) is None
+
+
+def test_the_commands_need_no_package_that_the_plugin_does_not(host, site, tmp_path) -> None:
+    """In MindIE's image only the packages of PLUGIN_REQUIRED have to be added."""
+    absent = sorted(set(REQUIRED) - set(PLUGIN_REQUIRED))
+    raw = raw_config()
+    model = write_checkpoint(tmp_path / "m", raw)
+    config = host_config({**raw, "torch_dtype": "float16"}, {}, PllavaConfig.from_json(raw), quantised=False)
+    (model / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    places = ["--atb_llm", str(host), "--site", str(site)]
+    for words in (
+        ["install", *places],
+        ["status", *places, "--model_path", str(model)],
+        ["config", "--model_path", str(model), "--card_memory", "64"],
+        ["uninstall", *places],
+    ):
+        code = f"import sys; sys.modules.update(dict.fromkeys({absent})); sys.argv[1:] = ['mindie', *{words}]\n"
+        code += "from atb_pllava.__main__ import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

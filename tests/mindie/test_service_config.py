@@ -1,32 +1,34 @@
-"""MindIE Service's config.json: valid by the host's own tables, limits that hold the videos, memory that adds up."""
+"""MindIE Service's config.json: valid by MindIE's own tables, long enough for the videos, within the cards' memory."""
 
 import json
+import math
 import os
 import re
 import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from atb_pllava.__main__ import main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert.converter import host_config
 from atb_pllava.doctor.npu_smi import list_cards
 from atb_pllava.engine.memory_estimate import working_bytes
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, counted
+from atb_pllava.loader.dummy_weights import random_int8
 from atb_pllava.mindie import service_config as service
-from atb_pllava.mindie.host_model import weight_bytes
+from atb_pllava.mindie.host_checks import check_world_size
+from atb_pllava.mindie.host_model import SPLIT_TENSORS, weight_bytes
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.model.published_sizes import PUBLISHED
+from atb_pllava.ops.int8 import Int8Layers
+from atb_pllava.ops.reference import TorchBackend
 from tests.support import ROOT, raw_config, write_checkpoint
 
 GIB = 2**30
-VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-          "image_size": 336, "patch_size": 14}  # fmt: skip
-VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "max_position_embeddings": 4096, "vocab_size": 32064}  # fmt: skip
-YI = {"hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60, "num_attention_heads": 56,
-      "num_key_value_heads": 8, "max_position_embeddings": 4096, "vocab_size": 64064}  # fmt: skip
-B7 = PllavaConfig.from_json({"model_type": "pllava", "text_config": VICUNA, "vision_config": VISION})
-B34 = PllavaConfig.from_json({"model_type": "pllava", "text_config": YI, "vision_config": VISION})
+B7 = PllavaConfig.from_json(PUBLISHED["7b"])
+B34 = PllavaConfig.from_json(PUBLISHED["34b"])
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +263,39 @@ def test_against_the_tables_in_the_hosts_sources() -> None:
         assert set(config[name]) <= set(shipped[name])
     found = [what for what, _ in service.find_problems(shipped)]
     assert found == ["npuMemSize is -1"], found
+
+
+# Sizes in docs/operations.md: those of `mindie config` at its defaults.
+
+
+def weights_on_a_card(config: PllavaConfig, int8: Int8Layers, cards: int) -> int:
+    """Bytes of 16-bit or W8A16 weights as MindIE splits them, from a model without values."""
+    with torch.device("meta"):
+        model = Pllava(config, TorchBackend(), torch.float16, int8=int8)
+    sizes = {name: part.tensor.element_size() * math.prod(part.shape) for name, part in model.weight_map().items()}
+    split = sum(size for name, size in sizes.items() if name.startswith(SPLIT_TENSORS))
+    return -(-split // cards) + sum(sizes.values()) - split
+
+
+def smallest_setup(config: PllavaConfig, int8: Int8Layers, card_gib: int) -> str:
+    lengths = service.plan_lengths(config, 1, None, None)
+    for cards in (1, 2, 4, 8):
+        check_world_size(cards, config.text)
+        working = working_bytes(config, service.prefill_tokens(lengths), cards)
+        budget = 0.8 * card_gib * GIB - weights_on_a_card(config, int8, cards) - working
+        try:
+            cache = service.plan_cache(config, lengths, cards, budget, None)
+        except ConfigError:
+            continue
+        return f"{counted(cards, 'card')}: {cache.requests}"
+    raise AssertionError("no number of cards is enough")
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "34b"])
+@pytest.mark.parametrize("kind", ["16 bits", "W8A16"])
+def test_the_documented_sizes_are_the_computed_ones(size: str, kind: str) -> None:
+    config = PllavaConfig.from_json(PUBLISHED[size])
+    int8 = random_int8(config) if kind == "W8A16" else Int8Layers()
+    weights = f"{weights_on_a_card(config, int8, 1) / GIB:.1f} GiB"
+    cells = [f"{size.upper()}, {kind}", weights, *(smallest_setup(config, int8, card) for card in (64, 32, 21))]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "operations.md").read_text()
