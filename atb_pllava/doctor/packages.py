@@ -137,7 +137,8 @@ def gpu_checks(torch: Torch, has_driver: bool) -> Iterator[Check]:
     has_driver: whether NVIDIA's driver is installed. No check where the import of torch failed.
     """
     for number, gpu in enumerate(torch.gpus):
-        free, total = gpu.free / 1e9, gpu.total / 1e9
+        free = gpu.free / 1e9
+        total = gpu.total / 1e9
         yield Check("GPU", True, f"{number}: {gpu.name}, {free:.1f} of {total:.1f} GB free")
     if torch.gpus or torch.problem:
         return

@@ -42,7 +42,7 @@ def check_world_size(size: int, text: TextConfig) -> None:
     heads = text.num_attention_heads
     kv_heads = text.num_key_value_heads
 
-    def is_exact(cards: int) -> bool:  # quirk 4
+    def is_exact(cards: int) -> bool:  # MindIE pads single heads correctly, and groups wrongly (quirk 4)
         is_even = heads % cards == 0 and (kv_heads % cards == 0 or cards % kv_heads == 0)
         return heads == kv_heads or is_even
 
@@ -61,7 +61,7 @@ def check_groups(size: int, text: TextConfig, group_size: int) -> None:
     the scales of other columns. `group_size` 0 means one scale for each row, which is always exact.
     """
     for columns in (text.num_attention_heads * text.head_dim, text.intermediate_size):
-        if group_size and columns % (group_size * size):  # quirk 20
+        if group_size and columns % (group_size * size):  # a card would cut through a group (quirk 20)
             raise ConfigError(
                 f"worldSize is {size}, and the weights have a scale for every {group_size} columns: {columns} columns "
                 "are no whole groups on each card, and MindIE would take wrong scales. Use another worldSize, or "
@@ -71,7 +71,7 @@ def check_groups(size: int, text: TextConfig, group_size: int) -> None:
 
 def check_head_size(text: TextConfig) -> None:
     """Raises ConfigError when head_dim is not hidden_size / num_attention_heads, which MindIE's llama assumes."""
-    if text.head_dim * text.num_attention_heads != text.hidden_size:  # quirk 19
+    if text.head_dim * text.num_attention_heads != text.hidden_size:  # MindIE does not read head_dim (quirk 19)
         raise ConfigError(
             f"text_config has head_dim {text.head_dim}; MindIE's llama knows only hidden_size / num_attention_heads, "
             f"which is {text.hidden_size / text.num_attention_heads:g} here"

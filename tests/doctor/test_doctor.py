@@ -127,9 +127,11 @@ def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MindieSetting:
     atb = tmp_path / "atb"
     for name, text in (
         ("Ascend/driver/version.info", "Version=24.1.0\n"),
-        ("cann/x86_64-linux/ascend_toolkit_install.info", "version=8.2.RC1\n"), ("atb/lib/libatb.so", ""),
-        ("host/lib/libatb_speed_torch.so", ""), ("bin/npu-smi", NPU_SMI),
-    ):  # fmt: skip
+        ("cann/x86_64-linux/ascend_toolkit_install.info", "version=8.2.RC1\n"),
+        ("atb/lib/libatb.so", ""),
+        ("host/lib/libatb_speed_torch.so", ""),
+        ("bin/npu-smi", NPU_SMI),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "bin" / "npu-smi").chmod(0o755)

@@ -102,7 +102,8 @@ def test_a_fresh_interpreter_finds_the_plugin_until_it_is_taken_out(capsys, host
     assert mindie(capsys, "install", *options, f"--{way}") == (0, "nothing to change, the plugin is registered\n", "")
     assert tree(host, site) == installed
     assert mindie(capsys, "status", *options)[0] == 0
-    pllava, llava = weights(tmp_path / "w", "PLLaVA"), weights(tmp_path / "v", "llava")
+    pllava = weights(tmp_path / "w", "PLLaVA")
+    llava = weights(tmp_path / "v", "llava")
     done = python(site, host, ASK.format(path=str(pllava)))
     assert done.stdout == f"PllavaRouter {(str(pllava), True, 'x')}\n" and done.stderr == ""
     done = python(site, host, ASK.format(path=str(llava)))

@@ -100,15 +100,28 @@ def test_weights_of_a_card(converted: Path) -> None:
     layer = config.hidden_size * (2 * config.hidden_size + 2 * 2 * 16 + 3 * config.intermediate_size + 2)
     split = 4 * (2 * layer + config.vocab_size * config.hidden_size)  # float32, two layers and the head
     whole = sum(file.stat().st_size for file in converted.glob("*.safetensors"))
-    one, two = weight_bytes(converted, 1), weight_bytes(converted, 2)
+    one = weight_bytes(converted, 1)
+    two = weight_bytes(converted, 2)
     assert one - two == split // 2 and abs(whole - one) < 20_000  # the file's header
 
 
 def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     target = tmp_path / "config.json"
     status, out, err = run(
-        capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--write", target, "--port", 2025,
-        "--resize", "res672")  # fmt: skip
+        capsys,
+        "--model_path",
+        converted,
+        "--card_memory",
+        64,
+        "--world_size",
+        2,
+        "--write",
+        target,
+        "--port",
+        2025,
+        "--resize",
+        "res672",
+    )
     assert status == 0 and out == "" and "each request: 1 video of 8 tokens" in err and "note: " not in err
     # 5 + 4 blocks of 128 tokens, each 2 * 2 layers * one KV head of 16 * 2 bytes on each of two cards.
     assert "200 requests of 144 KiB" in err and "0.00" not in err
@@ -122,8 +135,9 @@ def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     assert (server["port"], server["managementPort"], server["metricsPort"]) == (2025, 2026, 2027)
     assert server["ipAddress"] == "127.0.0.1" and server["httpsEnabled"] is False
     assert list(service.find_problems(config, PllavaConfig.from_dir(converted))) == []
-    status, out, err = run(capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025,
-                           "--resize", "res672")  # fmt: skip
+    status, out, err = run(
+        capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025, "--resize", "res672"
+    )
     assert status == 0 and json.loads(out) == config and "mode 640; --write FILE makes it so" in err
 
 
@@ -241,13 +255,17 @@ def test_memory_of_the_cards_that_are_there(capsys, converted, tmp_path, monkeyp
 
 @pytest.mark.skipif("MINDIE_LLM_SOURCES" not in os.environ, reason="MINDIE_LLM_SOURCES names no MindIE-LLM sources")
 def test_against_the_tables_in_the_hosts_sources() -> None:
-    """Every key that the C++ calls compulsory is there with the type it wants, and those it ships with are known."""
+    """Every key that MindIE's C++ calls compulsory has the type it wants, and no key is unknown to MindIE."""
     root = Path(os.environ["MINDIE_LLM_SOURCES"])
     config = service.make_config("/m", "p", service.plan_lengths(B7, 1, None, None), service.CachePlan(36, 22, 1), 1)
     deploy, one, schedule = parts(config)
-    tables = {"g_serverParamsConstraint": config["ServerConfig"], "g_backendConfigConstraint": config["BackendConfig"],
-              "g_modelParentParamsConstraint": deploy, "g_modelParamsConstraint": one,
-              "g_scheduleParamsConstraint": schedule}  # fmt: skip
+    tables = {
+        "g_serverParamsConstraint": config["ServerConfig"],
+        "g_backendConfigConstraint": config["BackendConfig"],
+        "g_modelParentParamsConstraint": deploy,
+        "g_modelParamsConstraint": one,
+        "g_scheduleParamsConstraint": schedule,
+    }
     kinds = {"string": str, "bool": bool, "array": list, "object": dict, "uint32_t": int, "int32_t": int}
     text = "".join(file.read_text() for file in (root / "src" / "config_manager").glob("*.cpp"))
     for table, section in tables.items():

@@ -1,7 +1,7 @@
 """PLLaVA in MindIE's workers: the video encoder of this package in front of MindIE's LLaMA.
 
-MindIE's LLaMA brings the compiled graph, the paged KV cache and tensor parallelism. A number in a comment is one of
-the register `mindie.quirks`.
+MindIE's LLaMA brings the compiled graph, the paged KV cache and tensor parallelism. `mindie.quirks` has the numbers in
+the comments.
 """
 
 from collections.abc import Sequence
@@ -52,8 +52,9 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
             check_groups(weights.process_group.size(), config.pllava.text, checkpoint.int8.group_size)
             encoder = VideoEncoder(config.pllava, checkpoint, weights.device, weights.dtype)
             prefixes = ("language_model.lm_head", "language_model.model")
-            super().__init__(config.text_config, weights, *prefixes, **{**kwargs, "inference_mode": None})  # quirk 17
-        except TypeError as error:  # quirk 6
+            # FlashLlama fails in its first forward with MindIE's default inference mode (quirk 17).
+            super().__init__(config.text_config, weights, *prefixes, **{**kwargs, "inference_mode": None})
+        except TypeError as error:  # MindIE would hide it behind a second call (quirk 6)
             raise BackendError(f"PLLaVA and this version of MindIE do not fit together: {error}") from error
         self.is_multimodal = True
         self.encoder = encoder
@@ -103,7 +104,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         In prefill `input_ids` are token ids [n] from the service, or embeddings [n, hidden] from the PA runner.
         Raises RequestError for a sequence longer than the rotary table.
         """
-        if max_seq_len > self.max_position_embeddings:  # quirk 8
+        if max_seq_len > self.max_position_embeddings:  # MindIE does not check it (quirk 8)
             raise RequestError(
                 f"a sequence of {max_seq_len} tokens; the rotary table has {self.max_position_embeddings} positions: "
                 "lower maxSeqLen, or raise max_position_embeddings in config.json"
@@ -113,7 +114,8 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         if is_prefill:
             # The graph overwrites its input embeddings (quirk 5), so it gets a tensor that nobody else holds.
             input_ids = self.prepare_prefill_token_service(input_ids) if input_ids.dim() == 1 else input_ids.clone()
-        self.skip_word_embedding = bool(is_prefill)  # quirk 3
+        # Prefill gets embeddings and decode gets token ids, and MindIE has one flag for both (quirk 3).
+        self.skip_word_embedding = bool(is_prefill)
         logits: Tensor = super().forward(
             input_ids,
             position_ids,
@@ -126,7 +128,7 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
             lm_head_indices,
             **kwargs,
         )
-        return logits[:, : self.pllava.text.vocab_size]  # quirk 15
+        return logits[:, : self.pllava.text.vocab_size]  # the columns behind the vocabulary are 0 (quirk 15)
 
     def _start(self) -> None:
         """Encode one video and build the graphs, in the first forward, when all weights are on the device.
@@ -139,7 +141,8 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         self.init_ascend_weight()
 
     def _runner_prompt(self, text: str, media: int) -> tuple[list[int], list[VideoSpan]]:
-        tokenizer, conversation = self.prompts.tokenizer, self.prompts.conversation
+        tokenizer = self.prompts.tokenizer
+        conversation = self.prompts.conversation
         if IMAGE_TOKEN not in text:
             text = text.replace(VIDEO_PLACEHOLDER, IMAGE_TOKEN)
         if IMAGE_TOKEN in text:

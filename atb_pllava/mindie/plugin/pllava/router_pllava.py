@@ -43,13 +43,14 @@ class PllavaRouter(BaseRouter):  # type: ignore[misc]
         """
         check_model_dir(self.model_name_or_path)
         given = dict(self.config_dict)
-        if self.max_position_embeddings:  # quirk 8
+        if self.max_position_embeddings:  # MindIE sets it too late for the rotary table (quirk 8)
             given["max_position_embeddings"] = self.max_position_embeddings
         config = PllavaConfig.from_dict(given)
         config.model_name_or_path = self.model_name_or_path
-        config.top_k = min(config.top_k, config.vocab_size)  # quirk 9
-        stops = self.prompts.stop_token_ids  # quirk 16
-        config.eos_token_id = config.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        config.top_k = min(config.top_k, config.vocab_size)  # check_config refuses a larger one (quirk 9)
+        stops = self.prompts.stop_token_ids  # MindIE stops at eos_token_id only (quirk 16)
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        config.generation_config.eos_token_id = config.eos_token_id
         self.check_config(config)
         return config
 
