@@ -48,7 +48,7 @@ from atb_pllava.cli import Parser, run_command
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.media import read_media
-from atb_pllava.ops import get_backend
+from atb_pllava.ops.registry import get_backend
 
 # Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
 SAFE_TORCH = (2, 6)

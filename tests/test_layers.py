@@ -17,7 +17,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "config": {"errors", "files"},
-    "ops": {"errors"},
+    "host_memory": set(),
+    "ops": {"errors", "host_memory"},
     "distributed": {"config", "errors"},
     "multimodal": {"config", "errors", "files"},
     "prompt": {"config", "errors", "files"},
@@ -29,12 +30,12 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"config", "distributed", "engine", "errors", "executor", "files", "loader", "model", "multimodal"}
     | {"ops", "prompt"},
     "batch": {"config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
-    "doctor": {"config", "distributed", "engine", "errors", "files", "loader", "model", "ops"},
+    "doctor": {"config", "distributed", "engine", "errors", "files", "host_memory", "loader", "model", "ops"},
     "bench": {"config", "distributed", "engine", "errors", "executor", "files", "llm", "loader", "model", "multimodal"}
     | {"ops", "prompt"},
-    # The host has an engine of its own; of the doctor only the form of a check is used.
-    "mindie": {"bench.host_csv", "config", "distributed", "doctor.check", "errors", "files", "loader", "model"}
-    | {"multimodal", "ops", "prompt"},
+    # The host has an engine of its own. Of the doctor, mindie uses the form of a check and Ascend's folders.
+    "mindie": {"bench.host_csv", "config", "distributed", "doctor.ascend_folders", "doctor.check", "doctor.npu_smi"}
+    | {"doctor.setting", "errors", "files", "loader", "model", "multimodal", "ops", "prompt"},
     "cli": {"batch", "bench", "config", "convert", "distributed", "doctor", "engine", "errors", "executor", "files"}
     | {"llm", "loader", "mindie", "model", "multimodal", "ops", "prompt"},
     "__init__": {"doctor.required_packages", "engine.outputs", "engine.sampling_params", "errors", "llm"}

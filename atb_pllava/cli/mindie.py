@@ -1,4 +1,4 @@
-"""`python -m atb_pllava mindie install|uninstall|status|config|doctor|run|...`: PLLaVA in MindIE."""
+"""`python -m atb_pllava mindie install|uninstall|status|config|doctor|run|performance|precision`: PLLaVA in MindIE."""
 
 import argparse
 import json
@@ -11,11 +11,11 @@ from atb_pllava.cli.doctor import doctor
 from atb_pllava.cli.environment import master_port
 from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
+from atb_pllava.doctor.npu_smi import list_cards
 from atb_pllava.errors import ConfigError, PllavaError, counted
 from atb_pllava.files import check_writable, write_json
-from atb_pllava.mindie.cards import list_cards
 from atb_pllava.mindie.contract import CONTRACT, check_contract
-from atb_pllava.mindie.host_model import read_host_model
+from atb_pllava.mindie.host_model import read_host_model, weight_bytes
 from atb_pllava.mindie.install import find_registrations, install, uninstall
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, site_directories
@@ -153,7 +153,7 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
 
 
 def mindie(arguments: argparse.Namespace) -> int:
-    """Run the action that was asked for."""
+    """Run one action; its exit status."""
     try:
         return int(arguments.function(arguments))
     except OSError as error:
@@ -210,26 +210,34 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    """Print a config.json for MindIE Service, its limits computed from frames, pooling, model and card memory"""
-    # The other actions need no torch, and may be without one.
-    from atb_pllava.engine.memory_estimate import working_bytes
-    from atb_pllava.mindie.weight_memory import weight_bytes
+    """Print a config.json for MindIE Service, its lengths and sizes computed from frames, pooling, model and memory"""
+    from atb_pllava.engine.memory_estimate import working_bytes  # imports torch, which the other actions do not need
 
     model = read_host_model(arguments.model_path, arguments.world_size)
     if arguments.write is not None:
         check_writable(arguments.write, "--write")
-    size, videos = arguments.world_size, arguments.max_videos
+    size = arguments.world_size
+    videos = arguments.max_videos
     lengths = plan_lengths(model, videos, arguments.max_text_tokens, arguments.max_output_length)
     if arguments.max_batch_size is not None and arguments.max_batch_size < 1:
         raise ConfigError(f"--max_batch_size is {arguments.max_batch_size}; it must be at least 1")
     usable = _usable_memory(arguments)
-    weights, working = weight_bytes(arguments.model_path, size), working_bytes(model, prefill_tokens(lengths), size)
+    weights = weight_bytes(arguments.model_path, size)
+    working = working_bytes(model, prefill_tokens(lengths), size)
     cache = plan_cache(model, lengths, size, usable - weights - working, arguments.max_batch_size)
     given = {name: getattr(arguments, name) for name in ("conversation", "system", "resize")}
-    given["sampler"] = arguments.frame_sampler  # the key that config.json of a host has had from the start
+    given["sampler"] = arguments.frame_sampler  # the key in MindIE's config.json, which existing files have
     config = make_config(
-        arguments.model_path, arguments.model_name, lengths, cache, size, port=arguments.port, ip=arguments.ip,
-        https=arguments.https, options={name: value for name, value in given.items() if value is not None})  # fmt: skip
+        arguments.model_path,
+        arguments.model_name,
+        lengths,
+        cache,
+        size,
+        port=arguments.port,
+        ip=arguments.ip,
+        https=arguments.https,
+        options={name: value for name, value in given.items() if value is not None},
+    )
     video = counted(videos, "video")
     print(
         f"each request: {video} of {model.num_video_tokens} tokens and text, {lengths.input} tokens, "
@@ -257,7 +265,10 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _usable_memory(arguments: argparse.Namespace) -> float:
-    """Bytes of a card that weights, activations and KV cache may take together."""
+    """Bytes of a card that weights, activations and KV cache may take together.
+
+    Without --card_memory: the least of all cards that npu-smi lists, each counted by its size and its free memory.
+    """
     if not 0 < arguments.memory_fraction <= 1:
         raise ConfigError(f"--memory_fraction is {arguments.memory_fraction}; it must be above 0 and at most 1")
     if arguments.card_memory is not None:

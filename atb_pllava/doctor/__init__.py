@@ -1,4 +1,5 @@
-"""Whether a model will run on this machine, said before anything is loaded: one check a line, with what fixes it.
+"""Checks of a machine before a model is loaded: one line a check, with what to type about what is missing.
 
-The checks of MindIE's are in `mindie.doctor`, which puts all of them in order.
+This folder checks what the native engine needs. `mindie.doctor` checks what MindIE needs, and `cli.doctor` puts the
+checks of one engine in order.
 """

@@ -1,6 +1,6 @@
-"""Memory, compiler and disk against what a checkpoint needs. Imported only where torch can be imported.
+"""Checks of memory, compiler and disk against what a checkpoint needs. This file needs torch.
 
-Of a checkpoint config.json and the headers of its files are read. Nothing is loaded, compiled for later, or changed.
+Only config.json and the headers of a checkpoint's files are read. No weight is loaded, and no file is changed.
 """
 
 import logging
@@ -28,15 +28,15 @@ from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import has_native_bfloat16
 
-LIBRARY_BYTES = 50_000_000  # for compiled kernels and what the compiler keeps for a moment; the library is below 1 MB
+LIBRARY_BYTES = 50_000_000  # for the compiler's temporary files; the library of kernels is below 1 MB
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Room:
-    """Memory that weights and KV cache go to: of one device, or of the machine for a CPU. Bytes.
+    """The memory that weights and KV cache go to, in bytes: one device's, or for a CPU the machine's.
 
-    `backend` is cpu, cuda or ascend.
+    where: the device's name, or "memory". backend: cpu, cuda or ascend. limited_by: the file with a container's limit.
     """
 
     where: str
@@ -60,7 +60,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint by its headers; `int8` are its W8A16 layers. `path` is None where it is not here."""
+    """A checkpoint by its headers. int8: its W8A16 layers. path: None for a published model not on this disk."""
 
     config: PllavaConfig
     int8: QuantConfig
@@ -72,17 +72,21 @@ class Model:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as a number of GB (10^9) with as many digits as say something."""
+    """A number of bytes in GB (10^9): with one digit behind the point from 50 MB on, below that with three."""
     return f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
 
 
 def read_model(path: str, world_size: int = 1) -> Model:
-    """Config and headers of a directory. Raises ConfigError and CheckpointError for one that is of no use here."""
+    """The config.json and the headers of a directory.
+
+    Raises ConfigError for a model that cannot be split over `world_size` ranks, and CheckpointError for one that cannot
+    be loaded.
+    """
     config = read_config(path)
     check_world_size(world_size, config.text)
     logger = logging.getLogger("atb_pllava.loader.weight_loader")
     before = logger.level
-    logger.setLevel(logging.WARNING)  # what it says of the layout belongs to a load
+    logger.setLevel(logging.WARNING)  # its lines about the layout are for a load
     try:
         return Model(config, open_checkpoint(path).int8, Path(path))
     finally:
@@ -90,20 +94,24 @@ def read_model(path: str, world_size: int = 1) -> Model:
 
 
 def published_model(name: str) -> Model | None:
-    """The sizes of a published model by its name on the Hub; None for a name that is none of them."""
+    """The sizes of a published model by its name on the Hub; None for any other name."""
     size = published_size(name)
     return None if size is None else Model(config_from_json(PUBLISHED[size]), QuantConfig(), None)
 
 
 def auto_dtype(config: PllavaConfig, backend: str) -> str:
-    """What `--dtype auto` means, as `ops.choose_dtype` has it; NPUs have 16 bits only."""
+    """The dtype of `--dtype auto`, as in `ops.choose_dtype`. An NPU takes float16 instead of float32."""
     if backend == "cpu":
         return "bfloat16" if has_native_bfloat16() else "float32"
     return "float16" if backend == "ascend" and config.dtype == "float32" else config.dtype
 
 
 def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[Check]:
-    """Whether the model fits with one video at a time, and with a full batch; each with the numbers it is said from."""
+    """Whether the model fits into `room` with one video at a time, and with a full batch.
+
+    `model` None: only the memory is reported. A full batch that does not fit is a fact and no problem, because the
+    requests that do not fit wait.
+    """
     if model is None:
         yield Check("memory", None, f"{room}; --model_path DIR compares it with what a checkpoint needs")
         return
@@ -133,7 +141,7 @@ def _where(world_size: int, together: bool) -> str:
 
 
 def _ways_to_fit(room: Room, model: Model, element: int, world_size: int, need: MemoryNeed) -> Iterator[str]:
-    """What makes the model fit, as far as it does."""
+    """The remedies that make the model fit, and the size of a machine that has room for it."""
     if need.least <= room.total and not room.limited_by:
         yield f"end other programs: {gigabytes(need.least - room.free)} GB more must be free"
     if room.limited_by:
@@ -162,7 +170,7 @@ def _convert(model: Model) -> str:
 
 
 def compiler_check(compiler: str | None, directory: str | None) -> Check:
-    """Whether the CPU kernels are compiled, or can be."""
+    """Whether the CPU kernels are compiled, or the compiler works. Without both it is a warning."""
     slow = "plain torch would be used, which is several times slower"
     try:
         library = find_library(compiler, directory)
@@ -179,7 +187,7 @@ def compiler_check(compiler: str | None, directory: str | None) -> Check:
 
 
 def cache_check(directory: str | None) -> Check:
-    """Where compiled kernels are kept, and whether they can be."""
+    """Whether the directory of compiled kernels can be written and has room. Otherwise it is a warning."""
     remedy = "name a directory that this user can write, in XDG_CACHE_HOME"
     try:
         folder = Path(directory) if directory is not None else default_directory()
@@ -194,9 +202,10 @@ def cache_check(directory: str | None) -> Check:
 
 
 def disk_check(model: Model, named: str) -> Check:
-    """Room for the download of a model that is not here, or for the conversion of one that is."""
+    """Whether the disk has room for a model's download, or for the conversion of a model that is on this disk."""
     if model.path is None:
-        free, needed = shutil.disk_usage(".").free, published_bytes(model.config, LORA_RANK)
+        free = shutil.disk_usage(".").free
+        needed = published_bytes(model.config, LORA_RANK)
         what = f"the download takes {gigabytes(needed)} GB, {gigabytes(free)} GB are free in {os.getcwd()}"
         return Check("disk", free > needed, what, "download to a larger disk: hf download --local-dir")
     stored = sum(file.stat().st_size for file in model.path.glob("[!.]*.safetensors") if file.is_file())
@@ -215,25 +224,27 @@ def disk_check(model: Model, named: str) -> Check:
 
 
 def model_check(model: Model) -> Check:
-    """What kind of model it is."""
+    """The sizes of a model that can be loaded."""
     config = model.config
     kind = f"W8A16 ({counted(len(model.int8.names), 'int8 tensor')})" if model.is_int8 else config.dtype
-    layers, hidden = config.text.num_hidden_layers, config.text.hidden_size
+    layers = config.text.num_hidden_layers
+    hidden = config.text.hidden_size
     found = f"{model.path}: {layers} layers of {hidden}, {config.num_video_tokens} tokens a video, {kind}"
     return Check("model", True, found)
 
 
 def model_problem(error: PllavaError) -> Check:
-    """The first thing that is wrong with a checkpoint; the whole report is what a load prints."""
+    """The first problem of a checkpoint and the number of the others. A load prints the whole report."""
     if not isinstance(error, CheckpointError):
         return Check("model", False, str(error))
-    first, others = error.problems[0], len(error.problems) - 1
+    first = error.problems[0]
+    others = len(error.problems) - 1
     more = f" (and {counted(others, 'more problem')})" if others else ""
     return Check("model", False, f"{first.name}: {first.detail}{more}", KINDS[first.kind][1])
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest folder above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -1,25 +1,25 @@
-"""Python and its packages: what this interpreter has, and what the .venv of this clone has. Torch is not imported here.
+"""Checks of Python and its packages: this interpreter's, and those in the .venv of this clone.
 
-Torch may be what is broken or hangs, so another process imports it and tells what it sees.
+This file does not import torch. Another process imports torch and reports its devices, because torch may be what is
+broken, or hang.
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from atb_pllava.doctor.check import Check
-from atb_pllava.doctor.required_packages import CLONE, REQUIRED, from_here
+from atb_pllava.doctor.required_packages import CLONE, REQUIRED, VENV_PYTHON, activate_script, from_here, venv_has
 
-PACKAGES = tuple(REQUIRED.values())
 IMPORT_SECONDS = 120
 
-# Prints a JSON object on the last line: torch's version, what it was built for, and the CUDA devices that it can use.
+# Prints a JSON object on the last line: torch's version, the CUDA version it was built for (null: none), and the CUDA
+# devices that torch can use.
 _LOOK = """
 import json, torch
 devices = []
@@ -28,15 +28,6 @@ for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     devices.append({"name": torch.cuda.get_device_name(i), "free": free, "total": total})
 print()
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices}))
-"""
-_MISSING = """
-import sys
-from importlib.metadata import PackageNotFoundError, version
-for name in sys.argv[1:]:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        print(name)
 """
 
 
@@ -51,7 +42,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Torch:
-    """What another process saw of torch. `problem` is empty when it can be imported; is_missing: nobody looked."""
+    """What another process found when it imported torch.
+
+    cuda: the CUDA version torch was built for, None for a build without CUDA. problem: why the import failed, empty
+    when it worked. is_missing: torch is not installed, and no process tried to import it.
+    """
 
     version: str = ""
     cuda: str | None = None
@@ -60,61 +55,57 @@ class Torch:
     remedy: str = ""
     is_missing: bool = False
 
+    @classmethod
+    def missing(cls) -> "Torch":
+        """For a Python in which torch is not installed."""
+        return cls(problem="missing", is_missing=True)
+
 
 def python_check() -> Check:
-    """The interpreter itself."""
+    """Whether this interpreter is Python 3.10 or newer."""
     found = f"{platform.python_version()}, {sys.executable}"
     return Check("Python", sys.version_info >= (3, 10), found, "install Python 3.10 or newer")
 
 
 def installed(package: str) -> str | None:
-    """The version of a package; None where it is missing."""
+    """The version of a package, by its pip name; None where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def packages_check(found: dict[str, str | None], clone: Path = CLONE) -> Check:
-    """`found`: version of each of PACKAGES. What is missing here may be in the .venv of `clone`."""
-    missing = [package for package, number in found.items() if number is None]
-    named = ", ".join(f"{package} {number}" for package, number in found.items() if number is not None)
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """The version of each package, by its pip name; None where it is missing."""
+    return {package: installed(package) for package in packages}
+
+
+def packages_check(versions: Mapping[str, str | None], clone: Path = CLONE) -> Check:
+    """Whether all of `versions` are installed. The remedy is the .venv of `clone` where that one has what is missing.
+
+    `versions` maps the pip name of a required package to its version, None where it is missing.
+    """
+    missing = [package for package, number in versions.items() if number is None]
     if not missing:
-        return Check("packages", True, named)
+        return Check("packages", True, ", ".join(f"{package} {number}" for package, number in versions.items()))
+    found = f"{', '.join(missing)} missing in {sys.executable}"
     install = f"{sys.executable} -m pip install {' '.join(missing)}"
-    activate = clone / ".venv" / "bin" / "activate"
-    python = activate.with_name("python")
     script = clone / "run_pa.sh"
-    what = f"{', '.join(missing)} missing in {sys.executable}"
-    if has_packages(python, missing):
-        remedy = f"source {from_here(activate)} (the .venv of this clone has them), or run {from_here(python)}"
-        return Check("packages", False, what, remedy)
-    if script.is_file():
+    if venv_has(clone, [module for module, package in REQUIRED.items() if package in missing]):
+        activate = from_here(activate_script(clone))
+        remedy = f"source {activate} (the .venv of this clone has them), or run {from_here(clone / VENV_PYTHON)}"
+    elif script.is_file():
         remedy = f"bash {from_here(script)} --run makes a .venv with them; or install them here: {install}"
-        return Check("packages", False, what, remedy)
-    return Check("packages", False, what, install)
-
-
-def has_packages(python: Path, packages: Sequence[str]) -> bool:
-    """Whether another interpreter is there and has all of them; False for the one that runs."""
-    if not os.access(python, os.X_OK) or os.path.abspath(python) == os.path.abspath(sys.executable):
-        return False
-    try:
-        done = subprocess.run(
-            # -E: PYTHONPATH may hold what this interpreter sees and the other one would not.
-            [python, "-E", "-c", _MISSING, *packages],
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_SECONDS,
-            cwd="/",
-        )
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return done.returncode == 0 and not done.stdout.strip()
+    else:
+        remedy = install
+    return Check("packages", False, found, remedy)
 
 
 def look_at_torch(on_npu: bool) -> Torch:
-    """Import torch in another process, which ends after IMPORT_SECONDS at the latest."""
+    """Import torch in another process, which is ended after IMPORT_SECONDS.
+
+    on_npu: whether this machine has an NPU. The remedy for a torch_npu that fails depends on that.
+    """
     try:
         done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -141,9 +132,13 @@ def torch_check(torch: Torch) -> Check:
 
 
 def gpu_checks(torch: Torch, has_driver: bool) -> Iterator[Check]:
-    """The CUDA devices that torch can use; `has_driver`: whether NVIDIA's driver is here."""
+    """The CUDA devices that torch can use, or why torch can use none.
+
+    has_driver: whether NVIDIA's driver is installed. No check where the import of torch failed.
+    """
     for number, gpu in enumerate(torch.gpus):
-        free, total = gpu.free / 1e9, gpu.total / 1e9
+        free = gpu.free / 1e9
+        total = gpu.total / 1e9
         yield Check("GPU", True, f"{number}: {gpu.name}, {free:.1f} of {total:.1f} GB free")
     if torch.gpus or torch.problem:
         return

@@ -1,17 +1,18 @@
-"""The packages that must be there: which is missing in this Python, and what to type about it.
+"""The packages that atb_pllava imports: which of them this Python lacks, and what to type to get them.
 
-Imports nothing but the standard library, and is imported before all that needs those packages.
+This file imports only the standard library, because it is imported before any required package.
 """
 
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-# Import name and the name pip knows.
-REQUIRED = {
+# Import name: the name pip knows. The plugin inside MindIE imports these and no others.
+PLUGIN_REQUIRED = {
     "torch": "torch",
     "numpy": "numpy",
     "safetensors": "safetensors",
@@ -19,13 +20,28 @@ REQUIRED = {
     "av": "av",
     "PIL": "pillow",
 }
+# All dependencies of the package. The native engine and the commands import them.
+REQUIRED = {
+    **PLUGIN_REQUIRED,
+    "cachetools": "cachetools",
+    "huggingface_hub": "huggingface_hub",
+    "msgspec": "msgspec",
+    "tabulate": "tabulate",
+    "tqdm": "tqdm",
+}
+# The folder above the package: a clone of the repository, or a site-packages directory.
 CLONE = Path(__file__).resolve().parents[2]
+VENV_PYTHON = Path(".venv", "bin", "python")
+
+_SECONDS = 120
+# Exit status 0 when all modules that are named as arguments can be found.
+_FIND_ALL = "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))"
 
 
 def require_packages(*more: str) -> None:
-    """Ends the process with one line and status 2 when a required package, or one of `more`, is missing.
+    """End the process with one line and status 2 when a required package, or one of `more`, is missing.
 
-    For scripts that import them: called first, and only where the script is what runs.
+    `more` are import names. A script calls this function first, and only when the script itself was started.
     """
     for name in (*REQUIRED, *more):
         if find_spec(name) is None:
@@ -34,33 +50,52 @@ def require_packages(*more: str) -> None:
 
 
 def missing_package(name: str) -> str:
-    """The sentence about a package that this Python cannot import."""
-    missing = f"{REQUIRED.get(name, name)} is missing in {sys.executable}"
-    activate = CLONE / ".venv" / "bin" / "activate"
-    if _has(activate.with_name("python"), name):
-        return f"{missing}; this clone's .venv has it: source {from_here(activate)}"
-    if name not in REQUIRED:
-        return f"{missing}; install it: {sys.executable} -m pip install {name}"
+    """One sentence about the module `name`, which cannot be imported: what is missing, and what to type.
+
+    When `name` belongs to a required package, the sentence names all required packages that are missing.
+    """
+    modules = [name]
+    if name in REQUIRED:
+        modules = [module for module in REQUIRED if module == name or find_spec(module) is None]
+    packages = [REQUIRED.get(module, module) for module in modules]
+    is_missing, them = ("is missing", "it") if len(packages) == 1 else ("are missing", "them")
+    missing = f"{', '.join(packages)} {is_missing} in {sys.executable}"
+    install = f"{sys.executable} -m pip install {' '.join(packages)}"
+    if venv_has(CLONE, modules):
+        return f"{missing}; this clone's .venv has {them}: source {from_here(activate_script(CLONE))}"
     listed = CLONE / "requirements_pllava.txt"
-    if not listed.is_file():
-        absent = " ".join(package for module, package in REQUIRED.items() if find_spec(module) is None)
-        return f"{missing}; install what it lacks: {sys.executable} -m pip install {absent}"
+    if name not in REQUIRED or not listed.is_file():
+        return f"{missing}; install {them}: {install}"
     script = from_here(CLONE / "run_pa.sh")
     return (
-        f"{missing}; `bash {script} --run` makes a .venv with all that is needed, or install it here: "
+        f"{missing}; `bash {script} --run` makes a .venv with all that is needed, or install {them} here: "
         f"{sys.executable} -m pip install -r {from_here(listed)}"
     )
 
 
-def _has(python: Path, name: str) -> bool:
-    """Whether another interpreter can import a package; False when there is no such interpreter."""
+def venv_has(clone: Path, modules: Iterable[str]) -> bool:
+    """Whether the interpreter of `clone`/.venv can import all `modules`, given by import name.
+
+    False when there is no such interpreter, and when it is the one that runs this function.
+    """
+    python = clone / VENV_PYTHON
     if not os.access(python, os.X_OK) or os.path.abspath(python) == os.path.abspath(sys.executable):
         return False
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    return subprocess.run([python, "-c", look], stderr=subprocess.DEVNULL, check=False).returncode == 0
+    # -E: PYTHONPATH may lead to modules that the other interpreter would not see without it.
+    command: Sequence[str | Path] = [python, "-E", "-c", _FIND_ALL, *modules]
+    try:
+        done = subprocess.run(command, stderr=subprocess.DEVNULL, timeout=_SECONDS, cwd="/", check=False)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.returncode == 0
+
+
+def activate_script(clone: Path) -> Path:
+    """The file that `source` activates the .venv of `clone` with."""
+    return (clone / VENV_PYTHON).with_name("activate")
 
 
 def from_here(path: Path) -> str:
-    """The path as short as it can be typed in this directory."""
+    """The path as short as it can be typed in the current directory, quoted for a shell."""
     here = os.path.relpath(path)
     return shlex.quote(str(path) if here.startswith("..") else here)

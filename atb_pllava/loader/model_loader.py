@@ -12,9 +12,9 @@ from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import LoadPlan, open_checkpoint, unused_vision_layers
 from atb_pllava.model.linear import pack_weights
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.interface import Backend, Feature
+from atb_pllava.ops.registry import choose_dtype, get_backend
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | DummyWeights]:

@@ -9,7 +9,7 @@ from atb_pllava.config import DTYPE_CHOICES, PllavaConfig, check_choice, check_n
 from atb_pllava.errors import ConfigError
 from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.directory import config_directory
-from atb_pllava.ops import BACKENDS, KERNELS
+from atb_pllava.ops.registry import BACKENDS, KERNELS
 
 LOAD_FORMATS = ("safetensors", "dummy", "dummy_w8a16")
 

@@ -1,4 +1,4 @@
-"""PLLaVA inside MindIE: its plugin for the ATB model library, and what installs, configures and examines it.
+"""PLLaVA inside MindIE: the plugin for MindIE's model library atb_llm, its installation, configuration and checks.
 
-Nothing outside of this package imports it but the command line, and no other package knows of `atb_llm`.
+Only the command line imports this package, and only this package imports `atb_llm`.
 """

@@ -1,8 +1,16 @@
-"""What the plugin takes for granted about atb_llm, checked in its sources by signature before anything is registered.
+"""The classes, functions and attributes of MindIE's atb_llm that the plugin relies on, and their check.
 
-The host has no version that says which of these hold, so each is read from its files with `ast`: nothing is imported
-and nothing runs. A signature of ours is fulfilled when the host has these parameters in this order; it may have more
-that have a default.
+MindIE has no version number that tells whether they are there. `mindie install` therefore parses MindIE's source files
+with `ast` before it registers the plugin. No module of MindIE is imported, and no code of MindIE runs.
+
+A contract maps a file to lines. Each line has one of five forms:
+    def f(a, b, **kwargs)   a function, or a method as `Class.f`, takes these parameters first, in this order; further
+                            parameters must have a default; `**kwargs` in the line must be in the function
+    class C(a, b)           the annotated fields of a class begin with these, in this order
+    .C.x                    a method of class C assigns the attribute x
+    uses f name             function f reads `name`
+    Name                    the module defines, assigns or imports Name
+A file with no lines must exist.
 """
 
 import ast
@@ -10,14 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# File: what must be in it. `def` lines are signatures, `class` lines name fields in order, `.x` are attributes that
-# the class assigns, `uses` is a name that a function reads, a bare name is anything the module defines or imports.
 CONTRACT: dict[str, tuple[str, ...]] = {
     "models/__init__.py": (
         "def get_model(model_name_or_path, is_flash_causal_lm, load_tokenizer, max_position_embeddings, revision, "
         "tokenizer_path, trust_remote_code, enable_atb_torch, enable_edge, llm_config_path, models_dict, "
         "sub_model_path)",
-        "uses get_model __file__",  # the folder whose names are the known models: what an import hook redirects
+        "uses get_model __file__",  # the import hook gives get_model another __file__
         "safe_get_config_dict",
     ),
     "models/base/router.py": (
@@ -67,12 +73,13 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         ".Weights.mapping",
         ".Weights.process_group",
     ),
-    "utils/shm_utils.py": ("def release_shared_memory(file_path)",),  # frees what our own segments wrote down
+    "utils/shm_utils.py": ("def release_shared_memory(file_path)",),  # frees the plugin's segments by their names
     "utils/configuration_utils.py": ("def LLMConfig.get(self, key)",),
     "conf/config.json": (),
 }
 
-# The same for MindIE's example programs, which only `run_pa.sh` needs. Relative to the directory that holds them.
+# The contract with MindIE's example programs, which only `mindie/runner.py` uses. Paths are relative to the directory
+# that holds the package `examples`.
 RUNNER_CONTRACT: dict[str, tuple[str, ...]] = {
     "examples/multimodal_runner.py": (
         "def MultimodalPARunner.__init__(self, **kwargs)",
@@ -101,18 +108,18 @@ RUNNER_CONTRACT: dict[str, tuple[str, ...]] = {
 
 
 def check_contract(root: Path, contract: dict[str, tuple[str, ...]]) -> list[str]:
-    """One line for each thing that `contract` names and `root` (a directory) does not have; empty when all is well."""
-    return [line for name, wanted in contract.items() for line in _check_file(root / name, wanted)]
+    """One sentence for each line of `contract` that the files in the directory `root` do not fulfil."""
+    return [problem for name, lines in contract.items() for problem in _check_file(root / name, lines)]
 
 
-def _check_file(file: Path, wanted: tuple[str, ...]) -> Iterator[str]:
+def _check_file(file: Path, lines: tuple[str, ...]) -> Iterator[str]:
     try:
         text = file.read_text(encoding="utf-8")
         module = _Module.parse(text) if file.suffix == ".py" else _Module({}, set(), set(), set())
     except (OSError, ValueError, SyntaxError) as error:
         yield f"{file}: {'does not exist' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}'}"
         return
-    for line in wanted:
+    for line in lines:
         problem = module.problem_with(line)
         if problem is not None:
             yield f"{file}: {problem}"
@@ -120,7 +127,11 @@ def _check_file(file: Path, wanted: tuple[str, ...]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Signature:
-    """A function's parameters: positional ones in order, which of them have a default, and whether it takes more."""
+    """A function's parameters.
+
+    names: the positional parameters in order, then the keyword-only parameters without a default. optional: those with
+    a default. takes_keywords: whether the function has **kwargs.
+    """
 
     names: tuple[str, ...]
     optional: frozenset[str]
@@ -131,11 +142,11 @@ class Signature:
         positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
         with_default = positional[len(positional) - len(arguments.defaults) :]
         keyword_only = [a.arg for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is None]
-        # A keyword-only parameter without a default is one more that a caller of ours would not give.
+        # A keyword-only parameter without a default counts as a required one: the plugin's calls do not pass it.
         return cls((*positional, *keyword_only), frozenset(with_default), arguments.kwarg is not None)
 
     def lacks(self, wanted: "Signature") -> str | None:
-        """What a caller who knows `wanted` could not do with this function; None when all of it works."""
+        """Why a call made for the signature `wanted` would fail with this one; None when the call works."""
         head = self.names[: len(wanted.names)]
         if head != wanted.names:
             return f"takes ({', '.join(self.names)}), and ({', '.join(wanted.names)}) is needed"
@@ -147,8 +158,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class _Module:
-    """What a source file defines: signatures (classes as their fields), attributes `Class.x`, names that its functions
-    read as `function name`, and all other names."""
+    """The definitions in a source file.
+
+    signatures: of functions `f` and methods `Class.f`, and of classes, whose parameters are their fields. attributes:
+    `Class.x`. reads: `function name`. names: all other names that the module assigns or imports.
+    """
 
     signatures: dict[str, Signature]
     attributes: set[str]
@@ -181,7 +195,7 @@ class _Module:
                 self.attributes.add(f"{node.name}.{inner.attr}")
 
     def problem_with(self, line: str) -> str | None:
-        """Why `line` of a contract does not hold here; None when it does."""
+        """Why the module does not fulfil `line` of a contract; None when it does."""
         kind, _, rest = line.partition(" ")
         if kind == "uses":
             return None if rest in self.reads else f"{rest.replace(' ', ' does not use ')}"
@@ -190,6 +204,7 @@ class _Module:
             known = self.attributes if line.startswith(".") else self.names | self.signatures.keys()
             return None if name in known else f"{name} is not there"
         name, _, parameters = rest.partition("(")
+        # `a, b, **kwargs` is parsed as the parameters of a lambda.
         lambda_node = ast.parse(f"lambda {parameters.removesuffix(')')}: 0", mode="eval").body
         assert isinstance(lambda_node, ast.Lambda)
         found = self.signatures.get(name)

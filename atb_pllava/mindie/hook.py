@@ -1,7 +1,8 @@
-"""The import hook's second half: adds the plugin to `atb_llm.models` as that is imported, without writing into atb_llm.
+"""The second half of the import hook: adds the plugin to `atb_llm.models` when a program imports that module.
 
-The first half is one line in a `.pth` file (see `install.py`), which every start of Python reads; it does nothing but
-wait for an import of `atb_llm.models` and then runs this file. This file imports nothing of ours.
+No file of atb_llm is changed. The first half is one line in a `.pth` file (see `install.py`), which every start of
+Python reads. That line waits for an import of `atb_llm.models` and then runs this file. This file imports only the
+standard library.
 """
 
 import functools
@@ -12,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 MODEL_TYPE = "pllava"
-# Published PLLaVA says it is a "llava", and would fail somewhere in the host's LLaVA.
+# Published PLLaVA has the model_type "llava", and would fail somewhere in MindIE's own LLaVA.
 NOT_CONVERTED = (
     "{directory} is a PLLaVA checkpoint as it was published. Convert it, and start from the result: bash "
     "convert_quant_weights.sh -src {directory} -dst {directory}-mindie -type pllava_merged (or pllava_w8a16)"
@@ -20,7 +21,10 @@ NOT_CONVERTED = (
 
 
 def find_spec(name: str, path: Sequence[str] | None, folder: str) -> ModuleSpec | None:
-    """The spec of `atb_llm.models`, which after its own code also runs `register` with the plugin's `folder`."""
+    """The import spec of `atb_llm.models`, with `register` called behind the module's own code.
+
+    `folder` is the directory that holds the plugin's folder `pllava`.
+    """
     spec = PathFinder.find_spec(name, path)
     if spec is None or spec.loader is None:
         return spec
@@ -35,10 +39,10 @@ def find_spec(name: str, path: Sequence[str] | None, folder: str) -> ModuleSpec 
 
 
 def register(models: Any, folder: str) -> None:
-    """Let `models.get_model` find the model type that lies in `folder/pllava`; every other type goes the host's way.
+    """Make `models.get_model` find the model type "pllava" in `folder`. All other types are found as before.
 
-    The host accepts model types by the names of the folders beside its own file. For ours, its own function runs with
-    `__file__` in another folder, so that nothing of it is repeated or replaced.
+    MindIE's get_model accepts the names of the folders beside its own `__file__` as model types. For "pllava" the same
+    code runs with a `__file__` in `folder`. Raises ValueError for a published PLLaVA directory.
     """
     models.__path__.append(folder)
     original = models.get_model
@@ -63,5 +67,5 @@ def register(models: Any, folder: str) -> None:
 def _read_config(models: Any, directory: str) -> dict[str, Any]:
     try:
         return dict(models.safe_get_config_dict(directory))
-    except Exception:  # the host's own message about this directory is the one to see
+    except Exception:  # the host reads the file again and reports what is wrong with it
         return {}

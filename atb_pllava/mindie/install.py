@@ -1,8 +1,10 @@
-"""Registers the plugin with an installed atb_llm, and takes it out again.
+"""Registers the plugin with an installed atb_llm, and removes it again.
 
-Three ways, because MindIE knows none: a link `atb_llm/models/pllava` to the plugin of this package, a copy there that
-holds this package as well, or an import hook in a `.pth` file of the interpreter where nothing may be written into
-atb_llm. Each is made whole or not at all, and only what is ours is ever replaced or removed.
+MindIE has no registration of its own, so there are three ways:
+    link: `atb_llm/models/pllava` is a symbolic link to the plugin in this package
+    copy: `atb_llm/models/pllava` is a copy of the plugin that contains this package
+    hook: an import hook in a `.pth` file of the interpreter; nothing is written into atb_llm
+A registration is made completely or not at all. Only registrations of this package are replaced or removed.
 """
 
 import filecmp
@@ -20,12 +22,12 @@ WAYS = ("link", "copy", "hook")
 PACKAGE = Path(atb_pllava.__file__).resolve().parent
 PLUGIN = PACKAGE / "mindie" / "plugin" / "pllava"
 PLUGIN_IN_PACKAGE = PLUGIN.relative_to(PACKAGE.parent)
-MARK = ".atb_pllava"  # in a copy: says that it is ours
-VENDORED = "package"  # in a copy: holds the package the plugin imports
+MARK = ".atb_pllava"  # a file in a copy, by which the copy is recognised
+VENDORED = "package"  # a folder in a copy: the package that the plugin imports
 PTH = "atb_pllava_mindie.pth"
 
-# One line of a .pth file. It runs at every start of Python: no import, one comparison for each later import, and
-# whatever goes wrong is said once when MindIE's library is imported and never stops a program.
+# The program in the .pth file, which every start of Python runs. It imports nothing, and costs one comparison for each
+# later import. Any error is printed once, when MindIE's library is imported, and stops no program.
 WAITER = """
 import sys
 class AtbPllava:
@@ -45,11 +47,15 @@ sys.meta_path.insert(0, AtbPllava)
 
 @dataclass(frozen=True)
 class Registration:
-    """The plugin as found in one place: how it got there, what is wrong with it, and whose plugin it runs."""
+    """A registration of the plugin that was found.
+
+    way: one of WAYS. place: the link, the copy or the .pth file. source: the plugin that a link or a hook leads to.
+    problem: why MindIE would not run this package's plugin; None when it would.
+    """
 
     way: str
     place: Path
-    source: Path | None = None  # what a link or hook points to
+    source: Path | None = None
     problem: str | None = None
 
     def __str__(self) -> str:
@@ -58,11 +64,11 @@ class Registration:
 
 
 def install(atb_llm: Path, way: str | None, sites: Sequence[Path]) -> list[str]:
-    """Register the plugin in one of WAYS; the lines that say what was changed, none when it was registered that way.
+    """Register the plugin. One sentence for each change; none when it was already registered in that way.
 
-    None is a link, or a hook where `atb_llm` cannot be written. A hook goes to the first of `sites`; registrations of
-    ours elsewhere, in `atb_llm` and in all of them, are taken out once the new one is made.
-    ConfigError when the host's contract differs, or when something that is not ours is in the way.
+    `way` None is a link, or a hook where `atb_llm` cannot be written. A hook goes to the first of `sites`. Other
+    registrations of this package, in `atb_llm` and in all `sites`, are removed once the new one is made.
+    Raises ConfigError when MindIE does not fulfil the contract, and when `atb_llm/models/pllava` is not this package's.
     """
     if not (PLUGIN / "router_pllava.py").is_file():
         raise ConfigError(f"this copy of atb_pllava lacks its plugin, {PLUGIN}; install the whole package again")
@@ -91,7 +97,10 @@ def install(atb_llm: Path, way: str | None, sites: Sequence[Path]) -> list[str]:
 
 
 def uninstall(atb_llm: Path | None, sites: Sequence[Path]) -> list[str]:
-    """Take out every registration of ours; the lines that say what was changed. What is not ours stays."""
+    """Remove every registration of this package. One sentence for each change.
+
+    Raises ConfigError when a registration cannot be removed. Files of others stay as they are.
+    """
     found = find_registrations(atb_llm, sites)
     for registration in found:
         _remove(registration)
@@ -99,7 +108,10 @@ def uninstall(atb_llm: Path | None, sites: Sequence[Path]) -> list[str]:
 
 
 def find_registrations(atb_llm: Path | None, sites: Sequence[Path]) -> list[Registration]:
-    """All registrations of ours in `atb_llm` (None: there is none) and in the site directories, good or broken."""
+    """All registrations of this package in `atb_llm` and in the site directories, good or broken.
+
+    `atb_llm` None: there is no MindIE, and only the site directories are searched.
+    """
     found = [] if atb_llm is None else list(_in_models(atb_llm / "models" / "pllava"))
     return [*found, *(hook for site in sites if (hook := _read_hook(site / PTH)) is not None)]
 
@@ -120,7 +132,7 @@ def _problem_of(source: Path) -> str | None:
 
 
 def _difference(place: Path) -> str | None:
-    """What a copy lacks or has otherwise than this package, None when they are equal."""
+    """How many files of a copy are missing or differ from this package; None when all are equal."""
     pairs = {place / name.relative_to(PLUGIN): name for name in _sources(PLUGIN)}
     pairs |= {place / VENDORED / name.relative_to(PACKAGE.parent): name for name in _sources(PACKAGE)}
     stale = [path for path, source in pairs.items() if not path.is_file() or not filecmp.cmp(path, source, False)]
@@ -128,7 +140,7 @@ def _difference(place: Path) -> str | None:
 
 
 def _sources(root: Path) -> list[Path]:
-    """Every file of a package; what Python, macOS and editors leave beside them is none."""
+    """Every file of a package, without __pycache__ and hidden files."""
     files = [path for path in root.rglob("*") if path.is_file()]
     return sorted(path for path in files if not any(map(_is_left_over, path.relative_to(root).parts)))
 
@@ -153,8 +165,10 @@ def _hook_line() -> str:
 
 
 def _make(way: str, place: Path, site: Path) -> tuple[Path, Path, str]:
-    """The registration under a name that nobody looks at, where it belongs, and what to say when it is there."""
-    # The host skips folders that begin with an underscore, Python reads files that end in .pth.
+    """Make the registration under a temporary name. The temporary path, the final path, and the sentence about it.
+
+    MindIE skips folders that begin with an underscore, and Python reads only files that end in .pth.
+    """
     partial = (site if way == "hook" else place.parent) / f"_pllava.{os.getpid()}"
     if way == "hook":
         partial.write_text(_hook_line(), encoding="utf-8")
@@ -181,7 +195,7 @@ def _remove(registration: Registration) -> None:
     place = registration.place
     try:
         if place.is_dir() and not place.is_symlink():
-            gone = place.with_name(f"_pllava.{os.getpid()}.old")  # out of the host's sight in one step
+            gone = place.with_name(f"_pllava.{os.getpid()}.old")  # MindIE no longer finds the folder after the rename
             place.rename(gone)
             shutil.rmtree(gone)
         else:

@@ -1,4 +1,4 @@
-"""The command line and variables that start MindIE's PA runner with PLLaVA, once for each device."""
+"""The command and the environment variables that start `mindie/runner.py` once for each device."""
 
 import json
 import os
@@ -10,12 +10,13 @@ from pathlib import Path
 import atb_pllava
 from atb_pllava.errors import ConfigError
 from atb_pllava.mindie.contract import RUNNER_CONTRACT, check_contract
-from atb_pllava.mindie.locate import find_examples
-from atb_pllava.mindie.permissions import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
+from atb_pllava.mindie.host_model import CHECKS_ARE_OFF, LIBRARY_MODE, permission_problems
+from atb_pllava.mindie.locate import find_examples, site_directories
 
-RUNNER = Path(atb_pllava.__file__).resolve().parent / "mindie" / "runner.py"
+PACKAGE = Path(atb_pllava.__file__).resolve().parent
+RUNNER = PACKAGE / "mindie" / "runner.py"
 
-# What MindIE's own scripts export for this model family (examples/models/llava/run_pa.sh); a value that is set wins.
+# MindIE's own scripts export these for LLaVA (examples/models/llava/run_pa.sh). A variable that is set keeps its value.
 HOST_VARIABLES = {
     "INF_NAN_MODE_ENABLE": "1",
     "ATB_OPERATION_EXECUTE_ASYNC": "1",
@@ -30,9 +31,11 @@ HOST_VARIABLES = {
 def runner_command(
     atb_llm: Path, options: Mapping[str, object], world_size: int, variables: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """The command to execute and its variables, from the given ones. ConfigError when something it needs is missing."""
-    if not RUNNER.is_file():
-        raise ConfigError(f"{RUNNER} does not exist; MindIE's runner is started from a clone of the repository")
+    """The command to execute, and its environment variables: `variables` with MindIE's and PYTHONPATH.
+
+    `options` go to the runner as JSON. Raises ConfigError when MindIE's example programs are missing or differ from
+    RUNNER_CONTRACT, and when MindIE would refuse the mode of the current or the model directory.
+    """
     home = find_examples(atb_llm)
     if home is None:
         raise ConfigError(f"MindIE's example programs are neither beside nor in {atb_llm}; they belong to ATB models")
@@ -42,13 +45,13 @@ def runner_command(
     _check_places([Path.cwd(), Path(str(options["model_path"]))], variables)
     values = {**HOST_VARIABLES, **variables}
     values["ATB_LLM_BENCHMARK_FILEPATH"] = os.path.abspath(values["ATB_LLM_BENCHMARK_FILEPATH"])
-    values["PYTHONPATH"] = _joined(variables.get("PYTHONPATH"), RUNNER.parents[2], atb_llm.parent, home)
-    started = [] if world_size == 1 else _torchrun(world_size, variables.get("MASTER_PORT"))
-    return [sys.executable, *started, str(RUNNER), "--options", json.dumps(options)], values
+    values["PYTHONPATH"] = _python_path(variables.get("PYTHONPATH"), atb_llm.parent, home)
+    torchrun = [] if world_size == 1 else _torchrun(world_size, variables.get("MASTER_PORT"))
+    return [sys.executable, *torchrun, str(RUNNER), "--options", json.dumps(options)], values
 
 
 def _check_places(places: Sequence[Path], variables: Mapping[str, str]) -> None:
-    """The host looks at the directory it is started in, too, and ends in a traceback."""
+    """Raises ConfigError for a directory whose mode MindIE refuses. MindIE itself would end in a traceback."""
     name, off = CHECKS_ARE_OFF
     if variables.get(name) != off:
         for place in places:
@@ -57,8 +60,8 @@ def _check_places(places: Sequence[Path], variables: Mapping[str, str]) -> None:
 
 
 def _torchrun(world_size: int, port: str | None) -> Sequence[str]:
-    place = ("--master_addr", "127.0.0.1", "--master_port", port or str(_free_port()))
-    return ("-m", "torch.distributed.run", "--nproc_per_node", str(world_size), *place)
+    meeting = ("--master_addr", "127.0.0.1", "--master_port", port or str(_free_port()))
+    return ("-m", "torch.distributed.run", "--nproc_per_node", str(world_size), *meeting)
 
 
 def _free_port() -> int:
@@ -67,6 +70,14 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _joined(given: str | None, *more: Path) -> str:
+def _python_path(given: str | None, *host: Path) -> str:
+    """PYTHONPATH with `given` first, then MindIE's directories, then the directory that holds this package.
+
+    A clone of this repository has a folder `examples` too, so MindIE's directories come before the clone. A
+    site-packages directory is left out: every start of Python has it on sys.path, behind the standard library.
+    """
     present = given.split(os.pathsep) if given else []
-    return os.pathsep.join([*present, *(str(path) for path in dict.fromkeys(more) if str(path) not in present)])
+    wanted = list(host)
+    if PACKAGE.parent not in [place.resolve() for place in site_directories()]:
+        wanted.append(PACKAGE.parent)
+    return os.pathsep.join([*present, *(str(path) for path in dict.fromkeys(wanted) if str(path) not in present)])

@@ -1,4 +1,4 @@
-"""Where MindIE's model library `atb_llm` is, found without importing it: an import needs an NPU and takes seconds."""
+"""Where MindIE's model library `atb_llm` is. No module of it is imported: an import needs an NPU and takes seconds."""
 
 import os
 import site
@@ -13,9 +13,9 @@ from atb_pllava.errors import ConfigError
 def find_atb_llm(given: str | None, home: str | None, search_path: Sequence[str] | None = None) -> Path | None:
     """The package directory `.../atb_llm` that a Python program would import, or None where there is none.
 
-    `given` names that directory or the one that holds it, and wins; then `search_path` (default: this interpreter's,
-    with PYTHONPATH and its site-packages); then `home`, the value of ATB_SPEED_HOME_PATH, which MindIE's set_env.sh
-    puts on PYTHONPATH. ConfigError when `given` is none.
+    `given` names that directory, or the directory that holds it, and no other place is searched then. Otherwise
+    `search_path` comes first (default: sys.path), and `home` second. `home` is the value of ATB_SPEED_HOME_PATH, which
+    MindIE's set_env.sh puts on PYTHONPATH. Raises ConfigError when `given` is not atb_llm.
     """
     if given is not None:
         found = next(_packages([given, str(Path(given).parent)] if Path(given).name == "atb_llm" else [given]), None)
@@ -36,16 +36,19 @@ def _packages(search_path: Sequence[str]) -> Iterator[Path]:
 
 
 def find_examples(atb_llm: Path) -> Path | None:
-    """The directory with MindIE's `examples` package and its PA runner: beside atb_llm, or inside of a wheel's."""
+    """The directory that holds MindIE's package `examples`, with its PA runner; None where there is none.
+
+    In a source tree the package lies beside atb_llm, in a wheel inside atb_llm.
+    """
     places = (atb_llm.parent, atb_llm)
     return next((place for place in places if (place / "examples" / "multimodal_runner.py").is_file()), None)
 
 
 def site_directories(given: str | None = None) -> list[Path]:
-    """The directories of this interpreter whose `.pth` files every start reads, the preferred one for writing first.
+    """The directories of this interpreter whose `.pth` files every start reads, writable ones first.
 
-    `given` is used alone. In a virtual environment these are the environment's, which MindIE's own processes do not
-    read unless they run in it.
+    `given`, where it is not None, is the only one. Raises ConfigError when it is no directory. In a virtual environment
+    the result is the environment's directories. MindIE's own processes read those only when they run in it.
     """
     if given is not None:
         if not os.path.isdir(given):

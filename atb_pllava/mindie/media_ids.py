@@ -1,11 +1,11 @@
-"""How a video travels in a prompt's token ids through a host that knows only ids.
+"""A video as a block of token ids, because MindIE passes only token ids from its tokenizer to its workers.
 
-A video of n tokens is a block of n ids: the image token, the segment's key and its size as negative numbers, zeros,
-and the image token again. Only the negative numbers make a block. The tokenizer makes none of text, so a user who
-writes `<image>`, or digits, has written text; and image tokens outside of blocks are words like any other.
+A video of n tokens is a block of n ids: the image token, the key and the size of its shared memory segment as two
+negative numbers, zeros, and the image token again. Only the negative numbers mark a block. The tokenizer makes no
+negative id from text, so a user's `<image>` or digits remain text. An image token outside a block is an ordinary token.
 
-The host's sampler keeps prompts as int32 and counts words by index (quirk 18). So the negative numbers are such that
-their lower halves are positive and beyond any vocabulary, which it counts nowhere.
+With a repetition penalty, MindIE's sampler cuts prompt ids to int32 and uses them as indices (quirk 18). The lower 32
+bits of the negative ids are therefore positive and beyond any vocabulary. MindIE has a column of its own for such ids.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.mindie.segments import Segment
 from atb_pllava.prompt.placeholders import VideoSpan
 
-SHORTEST_BLOCK = 4
-_LOW_BITS = 29  # of a number of up to 60 bits, in the lower half of its id; the others are in the upper half
-_LOWEST = 2**31 + 1  # of lower halves: with the sign turned they are between 3 * 2**29 and 2**31
+SHORTEST_BLOCK = 4  # ids: image token, key, size, image token
+# A number of up to 60 bits becomes an int64. The lower half is its lower 29 bits plus _LOWEST. The upper half is its
+# other bits. Then the sign is turned, and the lower half of the result lies between 3 * 2**29 and 2**31.
+_LOW_BITS = 29
+_LOWEST = 2**31 + 1
 
 
 def check_block_length(tokens: int) -> None:
-    """Raises ConfigError for a pooling whose videos are too short to name a segment."""
+    """Raises ConfigError when a video has fewer tokens than SHORTEST_BLOCK, which cannot name a segment."""
     if tokens < SHORTEST_BLOCK:
         raise ConfigError(
             f"pooling_shape makes {tokens} tokens of a video; inside MindIE at least {SHORTEST_BLOCK} are needed"
@@ -28,23 +30,23 @@ def check_block_length(tokens: int) -> None:
 
 
 def insert_blocks(token_ids: Sequence[int], segments: Sequence[Segment], image_token: int, length: int) -> list[int]:
-    """A prompt with one image token for each segment to one with blocks of `length` ids in their place."""
-    waiting = iter(segments)
+    """The prompt with each image token replaced by a block of `length` ids that names the next of `segments`."""
+    remaining = iter(segments)
     ids: list[int] = []
     for token in token_ids:
         if token == image_token:
-            segment = next(waiting)
-            named = (_to_id(segment.key), _to_id(segment.num_bytes))
-            ids += [token, *named, *[0] * (length - SHORTEST_BLOCK), token]
+            segment = next(remaining)
+            padding = [0] * (length - SHORTEST_BLOCK)
+            ids += [token, _to_id(segment.key), _to_id(segment.num_bytes), *padding, token]
         else:
             ids.append(token)
     return ids
 
 
 def find_blocks(token_ids: Sequence[int], image_token: int, length: int) -> list[tuple[VideoSpan, Segment]]:
-    """The blocks in the ids of one or several prompts. Raises RequestError for negative ids that are not a whole one.
+    """All blocks in the ids of one or several prompts: where each one is, and the segment it names.
 
-    A prompt that was cut in the middle of a video, or ids that somebody made up, end here.
+    Raises RequestError for a negative id outside a whole block: the prompt was cut, or was not made by this package.
     """
     found: list[tuple[VideoSpan, Segment]] = []
     position = 0
@@ -53,8 +55,8 @@ def find_blocks(token_ids: Sequence[int], image_token: int, length: int) -> list
             continue
         start = i - 1
         block = token_ids[max(start, position) : start + length]
-        whole = start >= position and len(block) == length and _is_ours(block[1]) and _is_ours(block[2])
-        if not whole or block[0] != image_token or block[-1] != image_token or any(block[3:-1]):
+        is_whole = start >= position and len(block) == length and _is_number(block[1]) and _is_number(block[2])
+        if not is_whole or block[0] != image_token or block[-1] != image_token or any(block[3:-1]):
             raise RequestError(
                 f"token {i} of the prompt is {token}, and not part of a whole video of {length} tokens: the prompt was "
                 "cut (raise maxInputTokenLen and maxSeqLen), or ids were given that are none"
@@ -65,14 +67,17 @@ def find_blocks(token_ids: Sequence[int], image_token: int, length: int) -> list
 
 
 def _to_id(number: int) -> int:
+    """A number of up to 60 bits as a negative token id."""
     upper, lower = divmod(number, 1 << _LOW_BITS)
     return -((upper << 32) + _LOWEST + lower)
 
 
 def _to_number(token: int) -> int:
+    """The inverse of `_to_id`."""
     upper, lower = divmod(-token, 2**32)
     return (upper << _LOW_BITS) + lower - _LOWEST
 
 
-def _is_ours(token: int) -> bool:
+def _is_number(token: int) -> bool:
+    """Whether `_to_id` can have made the token id."""
     return token < 0 and 0 <= -token % 2**32 - _LOWEST < 1 << _LOW_BITS

@@ -1,6 +1,6 @@
-"""What MindIE's tokenizer process does for us: a request to the ids of its prompt, its frames into shared memory.
+"""A request's chat to token ids, with the frames of its media in shared memory, inside MindIE's tokenizer process.
 
-No device is touched here; that process has none.
+MindIE's tokenizer process has no NPU, so nothing in this file uses a device.
 """
 
 import os
@@ -11,19 +11,25 @@ from typing import Any
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.loader.checkpoint_config import read_preprocessor_config
-from atb_pllava.mindie.dialogue import Dialogue, shorten
 from atb_pllava.mindie.media_ids import check_block_length, insert_blocks
 from atb_pllava.mindie.segments import Segment, remove_segments, write_segment
+from atb_pllava.mindie.truncation import Truncation, shorten
 from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, choose_conversation, render_turns
+from atb_pllava.prompt.messages import Chat
 from atb_pllava.prompt.tokenizer import Tokenizer
 
-NAMES_FILE = "shm_name.txt"  # beside the folders of a request's media
+# In the folder of a request, beside the folders of its media. MindIE frees the segments that this file names.
+NAMES_FILE = "shm_name.txt"
 
 
 @dataclass(frozen=True)
 class PluginOptions:
-    """`"models": {"pllava": {...}}` in MindIE's config.json: which of the published pipelines to follow."""
+    """The section `"models": {"pllava": {...}}` of MindIE's config.json.
+
+    conversation and system: the prompt template and its system text. sampler: the rule of frame sampling. resize: how
+    frames become squares. None is the checkpoint's own.
+    """
 
     conversation: str | None = None
     system: str | None = None
@@ -32,7 +38,7 @@ class PluginOptions:
 
     @classmethod
     def from_host(cls, llm_config: Any) -> "PluginOptions":
-        """From the host's LLMConfig, if there is one. Raises ConfigError for a name that is none of these."""
+        """The options in the host's LLMConfig; None is an LLMConfig without them. ConfigError for an unknown name."""
         section = llm_config.get("models.pllava") if llm_config else None
         given: Mapping[str, Any] = section.to_dict() if section else {}
         known = [field.name for field in fields(cls)]
@@ -43,21 +49,13 @@ class PluginOptions:
 
 
 @dataclass(frozen=True)
-class Truncation:
-    """The host's longest prompt, and where to shorten one that is longer."""
-
-    limit: int
-    from_left: bool
-
-
-@dataclass(frozen=True)
 class PromptBuilder:
-    """The checkpoint's tokenizer and pipeline, put to work for one request after the other."""
+    """Tokenizer, template and video processor of one checkpoint. Requests are built one after the other."""
 
     config: PllavaConfig
     tokenizer: Tokenizer
     conversation: Conversation
-    reader: VideoProcessor
+    processor: VideoProcessor
 
     def __post_init__(self) -> None:
         check_block_length(self.config.num_video_tokens)
@@ -66,6 +64,7 @@ class PromptBuilder:
     def from_dir(
         cls, model_dir: str | os.PathLike[str], config: PllavaConfig, options: PluginOptions | None = None
     ) -> "PromptBuilder":
+        """From the files of a checkpoint. ConfigError for a template whose end marker the tokenizer does not have."""
         options = options or PluginOptions()
         tokenizer = Tokenizer.from_dir(model_dir, config.image_token_index)
         conversation = choose_conversation(options.conversation, chatml=tokenizer.is_chatml, system=options.system)
@@ -75,33 +74,34 @@ class PromptBuilder:
                 f"no token of {os.fspath(model_dir)}: the _llavanext conversations are for 34B"
             )
         preprocessor = read_preprocessor_config(model_dir, config.vision.image_size)
-        reader = VideoProcessor(config.num_frames, preprocessor, options.sampler, options.resize)
-        return cls(config, tokenizer, conversation, reader)
+        processor = VideoProcessor(config.num_frames, preprocessor, options.sampler, options.resize)
+        return cls(config, tokenizer, conversation, processor)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The checkpoint's own, and the one that ends the template's turns."""
+        """The end tokens of the checkpoint, and the token that ends an answer in the template."""
         end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
         assert end is not None
         return list(dict.fromkeys([*self.config.eos_token_ids, end]))
 
     def build(
-        self, dialogue: Dialogue, names_file: str | os.PathLike[str] | None = None, truncation: Truncation | None = None
+        self, chat: Chat, names_file: str | os.PathLike[str] | None = None, truncation: Truncation | None = None
     ) -> list[int]:
-        """Ids of the prompt with a block for each video or image, whose frames now lie in shared memory.
+        """Token ids of the prompt with a block of ids for each medium. The frames are in shared memory afterwards.
 
-        `names_file` is where their names go, by default the host's for the request the media belong to.
-        Raises RequestError, VideoError or BackendError; then nothing of this request is in shared memory.
+        The segments' names are appended to `names_file`. Its default lies two folders above the first medium, where
+        the host looks for it. `truncation` shortens text; without it a prompt keeps its length.
+        Raises RequestError, VideoError or BackendError. No segment of the request remains then.
         """
-        if truncation and self._too_long(dialogue, truncation.limit):
-            limit = truncation.limit
-            dialogue = shorten(dialogue, lambda cut: self._too_long(cut, limit), from_left=truncation.from_left)
-        ids = self.token_ids(dialogue)
-        if not dialogue.media:
+        if truncation and self._is_too_long(chat, truncation.max_tokens):
+            most = truncation.max_tokens
+            chat = shorten(chat, lambda cut: self._is_too_long(cut, most), from_left=truncation.from_left)
+        ids = self.token_ids(chat)
+        if not chat.media:
             return ids
         if names_file is None:
-            names_file = os.path.join(os.path.dirname(os.path.dirname(dialogue.media[0])), NAMES_FILE)
-        videos = self.reader.prepare(dialogue.media)
+            names_file = os.path.join(os.path.dirname(os.path.dirname(chat.media[0])), NAMES_FILE)
+        videos = self.processor.prepare(chat.media)
         segments: list[Segment] = []
         try:
             for video in videos:
@@ -111,14 +111,14 @@ class PromptBuilder:
             raise
         return insert_blocks(ids, segments, self.config.image_token_index, self.config.num_video_tokens)
 
-    def token_ids(self, dialogue: Dialogue) -> list[int]:
-        """Ids of the prompt, with one image token for each video or image."""
-        ids = self.tokenizer.encode_pieces(render_turns(self.conversation, dialogue.turns, system=dialogue.system))
+    def token_ids(self, chat: Chat) -> list[int]:
+        """Token ids of the prompt with one image token for each medium."""
+        ids = self.tokenizer.encode_pieces(render_turns(self.conversation, chat.turns, system=chat.system))
         found = sum(token == self.config.image_token_index for token in ids)
-        if found != len(dialogue.media):
-            raise RequestError(f"the text makes {found - len(dialogue.media)} more image tokens than there are media")
+        if found != len(chat.media):
+            raise RequestError(f"the text makes {found - len(chat.media)} more image tokens than there are media")
         return ids
 
-    def _too_long(self, dialogue: Dialogue, limit: int) -> bool:
-        media_tokens = len(dialogue.media) * (self.config.num_video_tokens - 1)
-        return len(self.token_ids(dialogue)) + media_tokens > limit
+    def _is_too_long(self, chat: Chat, max_tokens: int) -> bool:
+        media_tokens = len(chat.media) * (self.config.num_video_tokens - 1)
+        return len(self.token_ids(chat)) + media_tokens > max_tokens

@@ -1,20 +1,33 @@
-"""MindIE's own PA runner with PLLaVA: answers about videos, a table of speeds, or the answers of an accuracy run.
+"""MindIE's PA runner with PLLaVA: answers about videos, a table of speeds, or the answers of an accuracy run.
 
-`python -m atb_pllava mindie run|performance|precision` (and `run_pa.sh --engine mindie`) check what can be checked, set
-the variables MindIE reads and start this file once for each device. It needs MindIE and an NPU, and prints on rank 0.
+`python -m atb_pllava mindie run|performance|precision` (and `run_pa.sh --engine mindie`) check the options, set
+MindIE's environment variables and start this file as a script, once for each device. The script needs MindIE and an
+NPU. Rank 0 prints.
 
-What MindIE's `multimodal_runner.py`, `llava.py` and `run_pa.sh` do that this file does not (Ascend/MindIE-LLM 8b4871a):
- 1. media by the ending of whichever file is listed first: here `list_media`, so mixed and hidden files are fine;
- 2. warm-up without the fields a model adds to a request (frames): here warm-up and run make requests the same way;
- 3. the last batch filled up with repeats of the last file: here it is as short as it is;
- 4. prompts longer than --max_input_length run into a full cache: here refused by number, the others go on;
- 5. benchmark.csv of an earlier run read as this one's, its second row whatever it is: here removed before each batch;
- 6. times without media and vision, `fisrt_token_time`, throughput of one batch over the time of all: own columns;
- 7. token counts that add up over a batch, special tokens in the answers, a processor that may run a checkpoint's code;
- 8. an old predict_result.json merged into the new: here written whole, with this run's answers;
- 9. a fixed MASTER_PORT, visible devices overwritten: see the command that starts this file.
+Differences from MindIE's `multimodal_runner.py`, `llava.py` and `run_pa.sh` (Ascend/MindIE-LLM 8b4871a):
+ 1. MindIE decides images or videos by the ending of the first file. This file takes mixed folders (`list_media`).
+ 2. MindIE warms up with requests that lack a model's own fields (frames). This file makes all requests the same way.
+ 3. MindIE fills the last batch with repeats of the last file. Here the last batch is shorter.
+ 4. In MindIE a prompt longer than --max_input_length overfills the cache. Here it is refused and the others go on.
+ 5. MindIE reads an earlier run's benchmark.csv as this run's. Here the file is removed before each batch.
+ 6. MindIE's times leave out media and vision tower, and its throughput divides one batch by the time of all batches.
+    Here first_token_time includes both, and a column of its own has them.
+ 7. MindIE adds up token counts over a batch, keeps special tokens in answers, and loads a processor that may run a
+    checkpoint's code. Here each answer is counted and decoded alone, and no code of a checkpoint runs.
+ 8. MindIE merges an old predict_result.json into the new one. Here the file has this run's answers only.
+ 9. MindIE fixes MASTER_PORT and overwrites the visible devices. `mindie/launch.py` takes a free port and overwrites
+    nothing.
 """
 # ruff: noqa: E402
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python puts a script's folder first on sys.path. The modules beside this file (doctor, install, locate, ...) would
+    # then hide top-level modules of MindIE that have the same names.
+    _folder = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) != _folder]
 
 import argparse
 import csv
@@ -22,16 +35,14 @@ import io
 import itertools
 import json
 import math
-import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt while torch is imported would be a page of traceback
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the import of torch would print a page of traceback
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # without MindIE too
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):  # works without MindIE
     _parser().parse_args()
 
 import torch
@@ -69,8 +80,8 @@ PERFORMANCE_COLUMNS = (*LLAVA_COLUMNS, "media_and_vision_time(ms)")
 
 
 @dataclass
-class PllavaReqParams(MultiModalReqParams):
-    """A request as the plugin's `prepare_prefill_token` reads it."""
+class PllavaReqParams(MultiModalReqParams):  # type: ignore[misc]
+    """MindIE's request with the number of frames of each video; None is the checkpoint's number."""
 
     frames: int | None = None
 
@@ -86,15 +97,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a job: the text and its token ids, or why there is none."""
+    """The answer of a job and its token ids, or the error that ended the job."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     error: str | None = None
 
 
-class PllavaRunner(MultimodalPARunner):
-    """The host's runner with requests of ours: the model, its cache and the generation loop are the host's."""
+class PllavaRunner(MultimodalPARunner):  # type: ignore[misc]
+    """MindIE's runner with PLLaVA's requests. Model, KV cache and generation loop are MindIE's."""
 
     def __init__(self, frames: int | None, **options: Any) -> None:
         self.frames = frames
@@ -103,13 +114,25 @@ class PllavaRunner(MultimodalPARunner):
         self.text = Tokenizer.from_dir(self.model_path, config.image_token_index)
 
     def init_processor(self) -> None:
-        self.processor = self.tokenizer  # the plugin makes pixels itself
+        """Overridden because MindIE would load a processor. The plugin makes pixels itself and needs none."""
+        self.processor = self.tokenizer
 
     def request(self, job: Job, number: int, batch_size: int) -> Any:
-        """The host's request: media read, encoded and merged with the prompt. RequestError when it is too long."""
+        """MindIE's request, with media read, encoded and merged into the prompt's embeddings.
+
+        Raises RequestError when the prompt is longer than max_input_length.
+        """
         params = PllavaReqParams(
-            job.prompt, None, job.media, None, self.max_output_length, self.block_size, number, batch_size=batch_size,
-            frames=self.frames)  # fmt: skip
+            text=job.prompt,
+            image=None,
+            video=job.media,
+            audio=None,
+            max_out_length=self.max_output_length,
+            block_size=self.block_size,
+            req_idx=number,
+            batch_size=batch_size,
+            frames=self.frames,
+        )
         request = request_from_multimodalinputs(self.processor, self.model, params)
         if request.input_length > self.max_input_length:
             raise RequestError(
@@ -119,14 +142,14 @@ class PllavaRunner(MultimodalPARunner):
         return request
 
     def make_cache(self) -> None:
-        """Room for the largest batch of the longest requests, once: the engine would keep an old cache beside a new."""
+        """Make one KV cache for the largest batch of longest requests. A second cache would not free the first."""
         longest = self.max_input_length + self.max_output_length
         blocks = math.ceil(longest / self.block_size) * self.max_batch_size
         self.max_prefill_tokens = self.max_batch_size * longest
         self.cache_manager = CacheManager(CacheConfig(blocks, self.block_size), self.model_config)
 
     def warm_up(self, jobs: Sequence[Job]) -> None:
-        """Two tokens of each job, so that graphs are built and memory has been at its peak."""
+        """Generate two tokens for each job, so that graphs are built and memory reaches its peak before measuring."""
         self.model.postprocessor.max_new_tokens = 2
         requests = [request for request, _ in self._requests(jobs) if request is not None]
         if requests:
@@ -135,16 +158,16 @@ class PllavaRunner(MultimodalPARunner):
         tell(f"warmed up with {counted(len(requests), 'request')}, {used:.0%} of the card's memory in use")
 
     def answer(self, jobs: Sequence[Job]) -> tuple[list[Answer], float]:
-        """Answers in the order of the jobs, and the seconds that media and the vision tower took."""
+        """The answers in the order of the jobs, and the seconds that reading media and the vision tower took."""
         began = time.perf_counter()
         prepared = list(self._requests(jobs))
         requests = [request for request, _ in prepared if request is not None]
-        torch.npu.synchronize()
+        torch.npu.synchronize()  # type: ignore[attr-defined]  # torch_npu adds it
         prepare_seconds = time.perf_counter() - began
         self.model.postprocessor.max_new_tokens = self.max_output_length
         if requests:
             generate_req(requests, self.model, len(requests), self.max_prefill_tokens, self.cache_manager)
-        torch.npu.synchronize()
+        torch.npu.synchronize()  # type: ignore[attr-defined]  # torch_npu adds it
         return [self._answer(request, error) for request, error in prepared], prepare_seconds
 
     def _requests(self, jobs: Sequence[Job]) -> Iterator[tuple[Any, str | None]]:
@@ -162,14 +185,21 @@ class PllavaRunner(MultimodalPARunner):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one mode; the exit status, 2 when a job failed."""
+    """Run the mode that the options name. The exit status: 0, or 2 when a job failed."""
     arguments = _parse(argv)
     media = list_media(*arguments.media)
     runner = PllavaRunner(
-        arguments.num_frames, rank=ENV.rank, local_rank=ENV.local_rank, world_size=ENV.world_size,
-        model_path=arguments.model_path, max_batch_size=max(arguments.batch_sizes),
-        max_input_length=arguments.max_input_length, max_output_length=arguments.max_output_length,
-        max_prefill_tokens=-1, block_size=BLOCK_SIZE)  # fmt: skip
+        arguments.num_frames,
+        rank=ENV.rank,
+        local_rank=ENV.local_rank,
+        world_size=ENV.world_size,
+        model_path=arguments.model_path,
+        max_batch_size=max(arguments.batch_sizes),
+        max_input_length=arguments.max_input_length,
+        max_output_length=arguments.max_output_length,
+        max_prefill_tokens=-1,
+        block_size=BLOCK_SIZE,
+    )
     runner.make_cache()
     jobs = [_job(runner, item, question, arguments) for item in media for question in arguments.prompt]
     if arguments.mode == "performance":
@@ -178,9 +208,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ask(runner: PllavaRunner, jobs: Sequence[Job], batch_size: int, output_json: str | None) -> int:
-    """Print every answer; `output_json` gets them as the host writes them: media path to text, sorted by path."""
-    runner.warm_up(jobs[:1] * min(batch_size, len(jobs)))
-    began, done = time.perf_counter(), []
+    """Print every answer, and write `output_json` in MindIE's form: media path to text, sorted by path.
+
+    The exit status: 0, or 2 when a job failed. A failed job has no entry in `output_json`.
+    """
+    runner.warm_up([jobs[0]] * min(batch_size, len(jobs)))
+    done: list[Answer] = []
+    began = time.perf_counter()
     for first in range(0, len(jobs), batch_size):
         batch = jobs[first : first + batch_size]
         answers, _ = runner.answer(batch)
@@ -189,7 +223,8 @@ def ask(runner: PllavaRunner, jobs: Sequence[Job], batch_size: int, output_json:
             say(f"[{number}/{len(jobs)}] {job.media}\n  question: {job.question}")
             tokens = f"\n  {counted(len(answer.token_ids), 'token')}"
             say(f"  error: {answer.error}" if answer.error else f"  answer:   {answer.text}{tokens}")
-    seconds, total = time.perf_counter() - began, sum(len(answer.token_ids) for answer in done)
+    seconds = time.perf_counter() - began
+    total = sum(len(answer.token_ids) for answer in done)
     failed = sum(answer.error is not None for answer in done)
     missing = f", {failed} failed" if failed else ""
     say(
@@ -204,7 +239,10 @@ def ask(runner: PllavaRunner, jobs: Sequence[Job], batch_size: int, output_json:
 
 
 def measure(runner: PllavaRunner, jobs: Sequence[Job], batch_sizes: Sequence[int], file: Path) -> int:
-    """One row a batch size: so many requests at once, each with exactly the longest output; media are taken in turn."""
+    """Write one row for each batch size. Every request of a batch has exactly max_output_length tokens of output.
+
+    The jobs are repeated in turn until the batch is full. Raises RequestError when a job fails.
+    """
     runner.model.postprocessor.eos_token_id = []
     rows: list[dict[str, Any]] = []
     for number, batch_size in enumerate(batch_sizes, 1):
@@ -230,18 +268,25 @@ def measure(runner: PllavaRunner, jobs: Sequence[Job], batch_sizes: Sequence[int
 def _row(
     runner: PllavaRunner, batch: Sequence[Job], answers: Sequence[Answer], seconds: float, prepare_seconds: float
 ) -> dict[str, Any]:
-    """The host's columns, with its own times from the benchmark.csv it wrote for this batch.
+    """A row of PERFORMANCE_COLUMNS. Prefill and decode times are from the benchmark.csv that MindIE wrote.
 
-    The first token is there when all media of the batch are encoded and all prompts prefilled.
+    first_token_time is the time to read and encode all media of the batch, plus MindIE's prefill time.
     """
     with open(ENV.benchmark_filepath, newline="", encoding="utf-8") as stream:
         (host,) = csv.DictReader(stream)
-    tokens, prepare = sum(len(answer.token_ids) for answer in answers), prepare_seconds * 1000
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    prepare_ms = prepare_seconds * 1000
     values = (
-        len(batch), len(runner.text.encode(batch[0].prompt)), len(answers[0].token_ids),
-        int(host["input_seq_len"]), round(prepare + float(host["prefill_time(ms)"]), 2),
-        float(host["decoder_token_time(ms)"]), round(seconds * 1000, 2), round(tokens / seconds, 2), round(prepare, 2),
-    )  # fmt: skip
+        len(batch),
+        len(runner.text.encode(batch[0].prompt)),
+        len(answers[0].token_ids),
+        int(host["input_seq_len"]),
+        round(prepare_ms + float(host["prefill_time(ms)"]), 2),
+        float(host["decoder_token_time(ms)"]),
+        round(seconds * 1000, 2),
+        round(tokens / seconds, 2),
+        round(prepare_ms, 2),
+    )
     return dict(zip(PERFORMANCE_COLUMNS, values, strict=True))
 
 
@@ -261,13 +306,13 @@ def _job(runner: PllavaRunner, media: str, question: str, arguments: argparse.Na
 
 
 def say(text: str) -> None:
-    """A result, from one rank."""
+    """Print a result, on rank 0 only."""
     if ENV.rank == 0:
         print(text, flush=True)
 
 
 def tell(text: str) -> None:
-    """Where the run is, from one rank."""
+    """Print progress to stderr, on rank 0 only."""
     if ENV.rank == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -277,7 +322,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
     try:
         status = main()
     except PllavaError as error:

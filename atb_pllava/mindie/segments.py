@@ -1,9 +1,11 @@
-"""Frames on their way from MindIE's tokenizer process to its workers: one POSIX shared memory segment a video.
+"""The frames of a video in a POSIX shared memory segment, from MindIE's tokenizer process to its workers.
 
-The tokenizer process writes a segment and adds its name to the file from which the host removes them when the request
-ends; workers read it, all ranks the same one, and remove nothing. A segment is a header of int64 (magic, T, U, side,
-then inverse_indices[T]) and the distinct frames, uint8 [U, side, side, 3]. The magic is written last: what a reader
-finds is either a whole video or an error.
+MindIE deletes media files when a prompt is tokenised, so the tokenizer process writes the frames into one segment for
+each video. It adds the segment's name to a file, from which MindIE frees the segments when the request ends. The
+workers of all ranks read the same segment and free nothing.
+
+A segment is a header of int64 (magic, T, U, side, then inverse_indices[T]) and the U distinct frames, uint8
+[U, side, side, 3]. The magic number is written last, so a reader finds a whole video or raises an error.
 """
 
 import math
@@ -20,14 +22,14 @@ from atb_pllava.errors import BackendError, RequestError
 from atb_pllava.multimodal.processor import ProcessedVideo
 
 SHARED_MEMORY = Path("/dev/shm")
-KEY_BITS = 60  # a name nobody guesses, and with its sign turned still an int64
+KEY_BITS = 60  # too many to guess, and few enough for the int64 of `media_ids`
 _MAGIC = 0x504C4C6156410001
 _FIXED = 4  # int64 before inverse_indices
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What a worker has to know: the random key that names the segment, and its size."""
+    """A segment: the random key in its name, and its size in bytes."""
 
     key: int
     num_bytes: int
@@ -38,13 +40,12 @@ class Segment:
 
 
 def write_segment(video: ProcessedVideo, names_file: str | os.PathLike[str]) -> Segment:
-    """Put a video's frames into a new segment and its name into `names_file`, one on a line.
+    """Write a video's frames into a new segment and append its name to `names_file`, one on a line.
 
-    Raises BackendError where the shared memory is full or the file cannot be written; nothing is left behind then.
+    Raises BackendError when the shared memory is full or the file cannot be written. No segment remains then.
     """
-    header = np.array(
-        [0, len(video.inverse_indices), len(video), video.frames.shape[1], *video.inverse_indices], np.int64
-    )
+    sizes = (len(video.inverse_indices), len(video), video.frames.shape[1])
+    header = np.array([0, *sizes, *video.inverse_indices], np.int64)
     segment = Segment(1 + secrets.randbelow(2**KEY_BITS - 1), header.nbytes + video.frames.nbytes)
     try:
         memory = SharedMemory(segment.name, create=True, size=segment.num_bytes)
@@ -56,7 +57,7 @@ def write_segment(video: ProcessedVideo, names_file: str | os.PathLike[str]) -> 
         content[header.nbytes :] = video.frames.reshape(-1)
         content[: header.nbytes] = header.view(np.uint8)
         content[:8] = np.frombuffer(_MAGIC.to_bytes(8, "little"), np.uint8)
-        del content  # a view would keep the memory open
+        del content  # memory.close() fails while a view exists
         _append(names_file, segment.name)
     except BaseException:
         memory.unlink()
@@ -67,9 +68,9 @@ def write_segment(video: ProcessedVideo, names_file: str | os.PathLike[str]) -> 
 
 
 def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> ProcessedVideo:
-    """The video in a segment. Raises RequestError for one that is missing, short, or not a complete video of ours."""
+    """The video in a segment. Raises RequestError when the segment is missing, too short, or no complete video."""
     try:
-        # Not SharedMemory: attaching would register the segment for removal when this process ends.
+        # Not SharedMemory, which would remove the segment when this process ends.
         content = (SHARED_MEMORY / segment.name).read_bytes()
     except OSError as error:
         raise RequestError(
@@ -95,7 +96,7 @@ def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> Processe
 
 
 def remove_segments(segments: list[Segment]) -> None:
-    """Give back what a request that failed has written so far; its names in the file then name nothing."""
+    """Free the segments of a request that failed. Their names stay in the file, where MindIE ignores them."""
     for segment in segments:
         try:
             memory = SharedMemory(segment.name)
@@ -106,7 +107,7 @@ def remove_segments(segments: list[Segment]) -> None:
 
 
 def _reserve(segment: Segment) -> None:
-    """Have all pages now: where memory is short, touching one that is not there kills the process."""
+    """Allocate all pages of the segment. Without this, writing to a full /dev/shm would kill the process (SIGBUS)."""
     try:
         with open(SHARED_MEMORY / segment.name, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, segment.num_bytes)
@@ -116,16 +117,18 @@ def _reserve(segment: Segment) -> None:
 
 def _append(names_file: str | os.PathLike[str], name: str) -> None:
     try:
-        # The host made the file; where it did not, it accepts this mode.
+        # MindIE has created the file. Where it has not, it accepts this mode.
         handle = os.open(names_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
         with os.fdopen(handle, "w") as file:
             file.write(name + "\n")
     except OSError as error:
-        raise BackendError(f"{os.fspath(names_file)}, from which the host frees shared memory, cannot be written: "
-                           f"{error.strerror}") from None  # fmt: skip
+        raise BackendError(
+            f"{os.fspath(names_file)}, from which the host frees shared memory, cannot be written: {error.strerror}"
+        ) from None
 
 
 def _advice() -> str:
     status = os.statvfs(SHARED_MEMORY)
-    size, free = (blocks * status.f_frsize >> 20 for blocks in (status.f_blocks, status.f_bavail))
+    size = status.f_blocks * status.f_frsize >> 20
+    free = status.f_bavail * status.f_frsize >> 20
     return f"{SHARED_MEMORY} has {size} MiB, {free} are free: start the container with a larger --shm-size, 1g or more"

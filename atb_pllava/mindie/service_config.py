@@ -1,8 +1,8 @@
-"""MindIE Service's config.json for PLLaVA: what it has to say, computed from the model, and what is wrong with one.
+"""MindIE Service's config.json for PLLaVA: computed from the model and the cards' memory, and checked.
 
-Names, types and bounds are those of the host's `src/config_manager` and of its service_parameter_configuration.md;
-everything that is not about the model has the value of the config.json it ships with, but for HTTPS, which needs
-certificates.
+Names, types and bounds are those of MindIE's `src/config_manager` and of its service_parameter_configuration.md. A key
+that has nothing to do with the model has the value of the config.json that MindIE ships. HTTPS is the exception: it
+needs certificates and is off.
 """
 
 import copy
@@ -18,12 +18,12 @@ from atb_pllava.errors import ConfigError, counted
 from atb_pllava.mindie.host_model import check_host_path
 
 GIB = 2**30
-BLOCK_SIZE = 128
-LARGEST_BATCH = 200  # what the host ships with
-PREFILL_TOKENS = 8192  # the same; more prompts at once cost memory for activations
-DEFAULT_LENGTH = 512  # tokens of a question with its history, and of an answer
-LARGEST_MEDIA = 20  # in one request: src/server/endpoint/endpoint_def.h
-LEAST_TEXT = 64  # tokens a template and a short question take beside the videos
+BLOCK_SIZE = 128  # tokens in a block of the KV cache
+MAX_REQUESTS = 200  # maxBatchSize in the config.json that MindIE ships
+MAX_PREFILL_TOKENS = 8192  # maxPrefillTokens in the same file; a larger one costs memory for activations
+DEFAULT_TEXT_TOKENS = 512  # of template, question and history, and as many of an answer
+MAX_MEDIA = 20  # in one request: src/server/endpoint/endpoint_def.h
+MIN_TEXT_TOKENS = 64  # of a template and a short question beside the videos
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,254}[A-Za-z0-9])?")
 
@@ -61,8 +61,8 @@ SHIPPED: dict[str, Any] = {
         },
         "ScheduleConfig": {
             "templateType": "Standard", "templateName": "Standard_LLM", "cacheBlockSize": BLOCK_SIZE,
-            "maxPrefillBatchSize": 50, "maxPrefillTokens": PREFILL_TOKENS, "prefillTimeMsPerReq": 150,
-            "prefillPolicyType": 0, "decodeTimeMsPerReq": 50, "decodePolicyType": 0, "maxBatchSize": LARGEST_BATCH,
+            "maxPrefillBatchSize": 50, "maxPrefillTokens": MAX_PREFILL_TOKENS, "prefillTimeMsPerReq": 150,
+            "prefillPolicyType": 0, "decodeTimeMsPerReq": 50, "decodePolicyType": 0, "maxBatchSize": MAX_REQUESTS,
             "maxIterTimes": 512, "maxPreemptCount": 0, "supportSelectBatch": False,
             "maxQueueDelayMicroseconds": 5000, "maxFirstTokenWaitTime": 2500,
         },
@@ -72,8 +72,8 @@ SHIPPED: dict[str, Any] = {
 
 _DEPLOY = ("BackendConfig", "ModelDeployConfig")
 _SCHEDULE = ("BackendConfig", "ScheduleConfig")
-# Path of a number: least and greatest value (src/config_manager/*.cpp, CheckParam).
-BOUNDS: dict[tuple[str, ...], tuple[int, int]] = {
+# Path of a number in config.json: its least and its greatest value (src/config_manager/*.cpp, CheckParam).
+VALUE_BOUNDS: dict[tuple[str, ...], tuple[int, int]] = {
     ("ServerConfig", "port"): (1024, 65535),
     ("ServerConfig", "managementPort"): (1024, 65535),
     ("ServerConfig", "metricsPort"): (1024, 65535),
@@ -90,7 +90,7 @@ BOUNDS: dict[tuple[str, ...], tuple[int, int]] = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts of the longest request: videos with their text, and the answer."""
+    """Tokens of the longest request. input: videos and text. output: the answer."""
 
     input: int
     output: int
@@ -101,33 +101,37 @@ class Lengths:
 
 
 def plan_lengths(config: PllavaConfig, videos: int, text: int | None, output: int | None) -> Lengths:
-    """Lengths for `videos` in a request. None for `text` and `output` is 512 each, or what the positions leave."""
-    if not 1 <= videos <= LARGEST_MEDIA:
-        raise ConfigError(f"--max_videos is {videos}; MindIE takes 1 to {LARGEST_MEDIA} in a request")
+    """The lengths of a request with `videos` videos, `text` tokens of text and `output` tokens of answer.
+
+    None for `text` or `output` is 512, or less where the model's positions leave less. Raises ConfigError for a number
+    that MindIE refuses.
+    """
+    if not 1 <= videos <= MAX_MEDIA:
+        raise ConfigError(f"--max_videos is {videos}; MindIE takes 1 to {MAX_MEDIA} in a request")
     for name, value in (("--max_text_tokens", text), ("--max_output_length", output)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
-    room = config.text.max_position_embeddings - videos * config.num_video_tokens
+    positions_left = config.text.max_position_embeddings - videos * config.num_video_tokens
     if output is None:
-        output = max(1, min(DEFAULT_LENGTH, (room - (text or 0)) // (2 if text is None else 1)))
+        output = max(1, min(DEFAULT_TEXT_TOKENS, (positions_left - (text or 0)) // (2 if text is None else 1)))
     if text is None:
-        text = max(LEAST_TEXT, min(DEFAULT_LENGTH, room - output))
+        text = max(MIN_TEXT_TOKENS, min(DEFAULT_TEXT_TOKENS, positions_left - output))
     return Lengths(videos * config.num_video_tokens + text, output)
 
 
 def prefill_tokens(lengths: Lengths) -> int:
-    """Most tokens that are prefilled together: the host's own limit, or one longest request."""
-    return max(PREFILL_TOKENS, lengths.total)
+    """maxPrefillTokens, the most tokens of prompts in one prefill: MindIE's own value, or one longest request."""
+    return max(MAX_PREFILL_TOKENS, lengths.total)
 
 
 def kv_bytes_per_token(config: PllavaConfig, world_size: int) -> int:
-    """Bytes of one token's keys and values on one card, in 16 bits; KV heads that do not divide are padded."""
+    """Bytes of one token's keys and values on one card, in 16 bits. MindIE rounds the KV heads of a card up."""
     text = config.text
     return 2 * 2 * text.num_hidden_layers * math.ceil(text.num_key_value_heads / world_size) * text.head_dim
 
 
 def size_text(size: float) -> str:
-    """Bytes in the unit that suits them: `1.62 GiB`, `38 MiB`, `36 KiB`."""
+    """A number of bytes in GiB, MiB or KiB: `1.62 GiB`, `38 MiB`, `36 KiB`."""
     if size >= GIB / 10:
         return f"{size / GIB:.2f} GiB"
     return f"{math.ceil(size / 2**20)} MiB" if size >= 2**20 else f"{math.ceil(size / 2**10)} KiB"
@@ -135,7 +139,11 @@ def size_text(size: float) -> str:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The KV cache of a card: its size in whole GiB, as the host wants it, and how many longest requests it holds."""
+    """The KV cache of a card.
+
+    gib: its size in GiB, a whole number as npuMemSize must be. requests: how many longest requests it holds.
+    request_bytes: the size of one of them.
+    """
 
     gib: int
     requests: int
@@ -145,16 +153,17 @@ class CachePlan:
 def plan_cache(
     config: PllavaConfig, lengths: Lengths, world_size: int, budget: float, batch_size: int | None
 ) -> CachePlan:
-    """Divide `budget` bytes of a card into requests: all of it, or what `batch_size` requests need.
+    """The KV cache within `budget` bytes of a card: all of them, or as many as `batch_size` requests need.
 
-    The host counts blocks for prompt and answer separately. ConfigError when not even one request fits.
+    MindIE rounds prompt and answer to blocks separately. Raises ConfigError when the budget does not hold one request,
+    or not `batch_size` requests.
     """
     blocks = math.ceil(lengths.input / BLOCK_SIZE) + math.ceil(lengths.output / BLOCK_SIZE)
     request = blocks * BLOCK_SIZE * kv_bytes_per_token(config, world_size)
-    whole = int(budget // GIB)
-    held = whole * GIB // request
+    gib = int(budget // GIB)
+    fitting = gib * GIB // request
     wanted = batch_size or 1
-    if held < wanted:
+    if fitting < wanted:
         requests = f"{counted(wanted, 'request')} of {lengths.total} tokens"
         raise ConfigError(
             f"the KV cache of {requests} takes {size_text(wanted * request)} on each card, and "
@@ -162,7 +171,7 @@ def plan_cache(
             "use more cards (--world_size), W8A16 weights, fewer videos, shorter texts or a smaller batch"
         )
     if batch_size is None:
-        return CachePlan(whole, min(held, LARGEST_BATCH), request)
+        return CachePlan(gib, min(fitting, MAX_REQUESTS), request)
     return CachePlan(max(1, math.ceil(batch_size * request / GIB)), batch_size, request)
 
 
@@ -178,7 +187,10 @@ def make_config(
     https: bool = False,
     options: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The contents of config.json. `options` are the plugin's, by name; ConfigError for a name the host refuses."""
+    """The contents of config.json. `options` are the plugin's: conversation, system, sampler, resize.
+
+    Raises ConfigError for a model name, an address, a port or a path that MindIE refuses.
+    """
     if _MODEL_NAME.fullmatch(model_name) is None:
         raise ConfigError(
             f"--model_name {model_name!r}: MindIE wants 1 to 256 letters, digits, '_', '.' and '-', the first and the "
@@ -188,23 +200,32 @@ def make_config(
         raise ConfigError(f"--ip {ip}: MindIE refuses to listen everywhere; name one address of this machine")
     check_host_path(model_path, "--model_path")
     config = copy.deepcopy(SHIPPED)
-    at_once = prefill_tokens(lengths)
+    most_prefilled = prefill_tokens(lengths)
     config["ServerConfig"] |= {
-        "ipAddress": ip, "port": port, "managementPort": port + 1, "metricsPort": port + 2, "httpsEnabled": https,
-    }  # fmt: skip
-    config["BackendConfig"]["npuDeviceIds"] = [list(range(world_size))]
-    deploy, schedule = (config["BackendConfig"][name] for name in ("ModelDeployConfig", "ScheduleConfig"))
-    deploy |= {"maxSeqLen": lengths.total, "maxInputTokenLen": lengths.input}
-    deploy["ModelConfig"][0] |= {
-        "modelName": model_name, "modelWeightPath": os.path.realpath(model_path), "worldSize": world_size,
+        "ipAddress": ip,
+        "port": port,
+        "managementPort": port + 1,
+        "metricsPort": port + 2,
+        "httpsEnabled": https,
+    }
+    backend = config["BackendConfig"]
+    backend["npuDeviceIds"] = [list(range(world_size))]
+    backend["ModelDeployConfig"] |= {"maxSeqLen": lengths.total, "maxInputTokenLen": lengths.input}
+    model = backend["ModelDeployConfig"]["ModelConfig"][0]
+    model |= {
+        "modelName": model_name,
+        "modelWeightPath": os.path.realpath(model_path),
+        "worldSize": world_size,
         "npuMemSize": cache.gib,
-    }  # fmt: skip
+    }
     if options:
-        deploy["ModelConfig"][0]["models"] = {"pllava": dict(options)}
-    schedule |= {
-        "maxBatchSize": cache.requests, "maxPrefillTokens": at_once, "maxIterTimes": lengths.output,
-        "maxPrefillBatchSize": max(1, min(cache.requests, at_once // lengths.input)),
-    }  # fmt: skip
+        model["models"] = {"pllava": dict(options)}
+    backend["ScheduleConfig"] |= {
+        "maxBatchSize": cache.requests,
+        "maxPrefillTokens": most_prefilled,
+        "maxIterTimes": lengths.output,
+        "maxPrefillBatchSize": max(1, min(cache.requests, most_prefilled // lengths.input)),
+    }
     problems = list(find_problems(config))
     if problems:
         raise ConfigError("; ".join(f"{what}: {remedy}" for what, remedy in problems))
@@ -212,14 +233,18 @@ def make_config(
 
 
 def find_problems(config: Mapping[str, Any], model: PllavaConfig | None = None) -> Iterator[tuple[str, str]]:
-    """What is wrong with a config.json, each with its remedy; with `model`, also whether its videos fit."""
-    shape = list(_wrong_keys(config))
-    if shape:
-        yield from shape
+    """What is wrong with a config.json, each with its remedy. With `model`, also whether one of its videos fits.
+
+    Missing keys and values of the wrong type are reported alone, because the other checks read them.
+    """
+    wrong = list(_wrong_keys(config))
+    if wrong:
+        yield from wrong
         return
     yield from _out_of_bounds(config)
     backend = config["BackendConfig"]
-    deploy, schedule = backend["ModelDeployConfig"], backend["ScheduleConfig"]
+    schedule = backend["ScheduleConfig"]
+    deploy = backend["ModelDeployConfig"]
     one = deploy["ModelConfig"][0]
     ports = [config["ServerConfig"][name] for name in ("port", "managementPort", "metricsPort")]
     if len(set(ports)) < 3:
@@ -238,9 +263,10 @@ def find_problems(config: Mapping[str, Any], model: PllavaConfig | None = None) 
             f"npuMemSize is {one['npuMemSize']}",
             "a number of GiB: for models with media the host guesses it from another model's sizes",
         )
-    longest, at_once = deploy["maxInputTokenLen"], schedule["maxPrefillTokens"]
-    if at_once < longest:
-        yield f"maxPrefillTokens {at_once} is less than maxInputTokenLen {longest}", f"at least {longest}"
+    longest = deploy["maxInputTokenLen"]
+    most_prefilled = schedule["maxPrefillTokens"]
+    if most_prefilled < longest:
+        yield f"maxPrefillTokens {most_prefilled} is less than maxInputTokenLen {longest}", f"at least {longest}"
     if schedule["maxPrefillBatchSize"] > schedule["maxBatchSize"]:
         yield f"maxPrefillBatchSize is above maxBatchSize {schedule['maxBatchSize']}", "at most that"
     if model is not None:
@@ -250,11 +276,13 @@ def find_problems(config: Mapping[str, Any], model: PllavaConfig | None = None) 
 def _too_small_for(
     model: PllavaConfig, deploy: Mapping[str, Any], schedule: Mapping[str, Any], one: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    video, longest = model.num_video_tokens, deploy["maxInputTokenLen"]
-    if longest < video + LEAST_TEXT:
+    """The lengths and the KV cache of a config.json that are too small for one video of `model`."""
+    video = model.num_video_tokens
+    longest = deploy["maxInputTokenLen"]
+    if longest < video + MIN_TEXT_TOKENS:
         yield (
             f"maxInputTokenLen is {longest}, one video alone is {video} tokens",
-            f"at least {video + LEAST_TEXT}, better {video + DEFAULT_LENGTH}",
+            f"at least {video + MIN_TEXT_TOKENS}, better {video + DEFAULT_TEXT_TOKENS}",
         )
     if deploy["maxSeqLen"] <= longest:
         yield (
@@ -271,10 +299,11 @@ def _too_small_for(
 
 
 def _wrong_keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys that are missing, or whose value is of another type."""
-    for section, names in REQUIRED.items():
+    """Each of REQUIRED_KEYS that is missing, or whose value has another type than in SHIPPED."""
+    for section, names in REQUIRED_KEYS.items():
         for name in names:
-            value, example = (_walk(root, (*section, name)) for root in (config, SHIPPED))
+            value = _walk(config, (*section, name))
+            example = _walk(SHIPPED, (*section, name))
             where = ".".join((*section, name))
             if value is None:
                 yield f"{where} is missing", f"for example {example!r}"
@@ -282,8 +311,8 @@ def _wrong_keys(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield f"{where} is {value!r}", f"a value such as {example!r}"
 
 
-# What the host's constraint tables call compulsory, and what its code reads without asking.
-REQUIRED: dict[tuple[str, ...], tuple[str, ...]] = {
+# The keys that MindIE's constraint tables call compulsory, and the keys that its code reads without asking.
+REQUIRED_KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("ServerConfig",): (
         "ipAddress", "port", "managementPort", "metricsPort", "maxLinkNum", "httpsEnabled", "inferMode",
         "allowAllZeroIpListening", "tokenTimeout", "e2eTimeout"),
@@ -301,7 +330,7 @@ REQUIRED: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Any:
-    """What lies at `path`, where "[0]" is a list's first element; None where there is nothing."""
+    """The value at `path` in nested mappings, where "[0]" is a list's first element; None where there is no value."""
     for step in path:
         if step == "[0]":
             value = value[0] if isinstance(value, list) and value else None
@@ -311,7 +340,8 @@ def _walk(value: Any, path: tuple[str, ...]) -> Any:
 
 
 def _out_of_bounds(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for path, (least, most) in BOUNDS.items():
+    """Each number outside VALUE_BOUNDS, with the bounds as the remedy."""
+    for path, (least, most) in VALUE_BOUNDS.items():
         value = _walk(config, path)
         if not least <= value <= most:
             yield f"{path[-1]} is {value}", f"{least} to {most}"

@@ -1,8 +1,7 @@
-"""The part of PLLaVA in front of the language model, on the host's device: vision tower, projector and pooling.
+"""Vision tower, projector and pooling on MindIE's device, in plain torch operators.
 
-Every rank encodes every frame, as the host does for its own models: its workers have no collectives in Python, ranks
-talk only inside of the compiled graph. A second communicator would cost memory and start-up on every card to save a
-part of the one time a video is encoded. The operators are plain torch.
+Every rank encodes every frame, as MindIE does for its own models. MindIE's ranks communicate only inside the compiled
+graph. A communicator in Python would cost memory and start-up time on every card, and each video is encoded only once.
 """
 
 import torch
@@ -19,15 +18,16 @@ FRAMES_AT_ONCE = 8  # bounds the memory of the vision tower, whatever the number
 
 
 class VideoEncoder(nn.Module):
-    """Frames to video tokens; every tensor of it comes from the checkpoint or loading fails."""
+    """Frames of a video to the rows that stand in front of the language model, `video_embeds`."""
 
     def __init__(self, config: PllavaConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        """Compares the names, shapes and types of the whole checkpoint, the host's part included, and loads ours.
+        """Check names, shapes and dtypes of the whole checkpoint, and load vision tower and projector.
 
-        Raises CheckpointError with everything that is wrong.
+        MindIE loads the language model itself. Raises CheckpointError with everything that is wrong.
         """
         super().__init__()
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         with torch.device("meta"):
             model = Pllava(config, TorchBackend(device), dtype, int8=checkpoint.int8)
         shapes = {name: part.shape for name, part in model.weight_map().items()}
@@ -35,24 +35,25 @@ class VideoEncoder(nn.Module):
         del model.language
         model.to_empty(device=device)
         views = {**model.vision.weight_views(), **model.projector.weight_views()}
-        ours = {name: item for name, item in plan.items.items() if name in views}
-        for _ in LoadPlan(plan.where, ours).load({name: ShardSpec.whole(view) for name, view in views.items()}):
+        wanted = {name: item for name, item in plan.items.items() if name in views}
+        for _ in LoadPlan(plan.where, wanted).load({name: ShardSpec.whole(view) for name, view in views.items()}):
             pass
         self.model = model
 
     @torch.no_grad()
     def forward(self, video: ProcessedVideo) -> Tensor:
-        """Video tokens [t * h * w, hidden] of one video, in the model's dtype on its device."""
+        """The video_embeds [t * h * w, hidden] of one video, in the model's dtype on its device."""
         starts = range(0, len(video), FRAMES_AT_ONCE)
         features = [self.model.encode_frames(self._pixels(video, start)) for start in starts]
         return self.model.pool_frames(torch.cat(features), video.inverse_indices)
 
     def warm_up(self) -> None:
-        """Encode a video of nothing but grey frames: what the host measures afterwards includes the memory for it."""
-        side, frames = self.config.vision.image_size, self.config.num_frames
+        """Encode a video of grey frames, so that MindIE, which measures memory later, counts the vision tower's too."""
+        side = self.config.vision.image_size
+        frames = self.config.num_frames
         grey = torch.full((frames, side, side, 3), 128, dtype=torch.uint8).numpy()
         self(ProcessedVideo(grey, tuple(range(frames)), tuple(range(frames)), PreprocessorConfig(side)))
 
     def _pixels(self, video: ProcessedVideo, start: int) -> Tensor:
-        # Rounded before they travel: half the bytes, and the same values.
+        # Rounded to the model's dtype before the copy to the device: half the bytes, the same values.
         return video.pixel_values(start, start + FRAMES_AT_ONCE).to(self.model.dtype).to(self.device)

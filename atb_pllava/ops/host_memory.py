@@ -1,4 +1,4 @@
-"""Memory of this machine, or of the container that this process runs in: what it has, and what is free.
+"""Total and free memory of this machine, or of the container that this process runs in. Needs no torch.
 
 A container sees the machine's /proc/meminfo, and is killed at its own limit. Both count here.
 """

@@ -15,7 +15,7 @@ if "STAND_IN_LIBRARIES" not in os.environ:
 
 from test_on_npu import IS_310P, MACHINE, answers, check_equal, models  # noqa: F401
 
-import atb_pllava.ops
+import atb_pllava.ops.registry
 from atb_pllava.executor import graph_runner, model_runner
 from atb_pllava.ops.ascend import attention as ascend_attention
 from atb_pllava.ops.ascend import backend as ascend
@@ -99,7 +99,7 @@ def mutate(module: ModuleType, old: str, new: str, monkeypatch: pytest.MonkeyPat
     if module is not ascend:
         fresh(module, old, new)
         old = new = ""
-    monkeypatch.setattr(atb_pllava.ops, "AscendBackend", fresh(ascend, old, new).AscendBackend)
+    monkeypatch.setattr(atb_pllava.ops.registry, "AscendBackend", fresh(ascend, old, new).AscendBackend)
 
 
 @pytest.mark.parametrize("module", [*SEAMS, graph_runner], ids=lambda m: m.__name__)

@@ -19,9 +19,9 @@ from torch.testing import assert_close
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
 from atb_pllava.convert.options import ConvertOptions
-from atb_pllava.ops import get_backend
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import get_backend
 from tests.support import EXAMPLES, convert_checkpoint, raw_config, write_checkpoint
 
 assert device.machine is not None

@@ -34,10 +34,10 @@ from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.costs import Cost, Costs
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import get_backend
 from precision.error_plot import plot_errors
 from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 

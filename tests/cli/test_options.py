@@ -14,6 +14,7 @@ from atb_pllava.cli.bench import KINDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.verbs import VERBS, main
+from atb_pllava.doctor.required_packages import REQUIRED
 from tests.support import ROOT
 
 GROUPS = {"bench": KINDS, "mindie": ACTIONS}
@@ -314,13 +315,14 @@ def start(python: Path, *words: str, cwd: Path = ROOT) -> subprocess.CompletedPr
 def test_a_missing_package_is_one_sentence(bare_python: Path, name: str) -> None:
     done = start(bare_python, *name.split())
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    missing = re.match(r"error: (torch|numpy|av) is missing in (\S+); (this clone's \.venv has it|`bash )", done.stderr)
-    assert missing and missing.group(2) == sys.executable
+    packages = ", ".join(REQUIRED.values())
+    missing = re.match(rf"error: {packages} are missing in (\S+); (this clone's \.venv has them|`bash )", done.stderr)
+    assert missing and missing.group(1) == sys.executable
 
 
 def test_the_python_interface_raises_import_error(bare_python: Path) -> None:
     done = start(bare_python, "-c", "try:\n from atb_pllava import LLM\nexcept ImportError as e:\n print(e)")
-    assert done.returncode == 0 and "is missing in" in done.stdout
+    assert done.returncode == 0 and "are missing in" in done.stdout
     done = start(bare_python, "-c", "from atb_pllava import VideoError; import atb_pllava; atb_pllava.nothing")
     assert "AttributeError" in done.stderr
 
@@ -337,7 +339,7 @@ def test_the_sentence_says_what_to_type(bare_python: Path, tmp_path: Path) -> No
         (clone / "atb_pllava" / name).write_bytes((ROOT / "atb_pllava" / name).read_bytes())
     ask = ["-c", "from atb_pllava.doctor.required_packages import require_packages as r; r()"]
     err = start(bare_python, *ask, cwd=clone).stderr
-    assert f"install what it lacks: {sys.executable} -m pip install torch numpy safetensors tokenizers av pillow" in err
+    assert f"install them: {sys.executable} -m pip install {' '.join(REQUIRED.values())}" in err
     (clone / "requirements_pllava.txt").touch()
     (clone / "run_pa.sh").touch()
     err = start(bare_python, *ask, cwd=clone).stderr
@@ -348,7 +350,8 @@ def test_the_sentence_says_what_to_type(bare_python: Path, tmp_path: Path) -> No
     (clone / ".venv" / "bin" / "python").unlink()
     (clone / ".venv" / "bin" / "python").symlink_to("/bin/true")
     err = start(bare_python, *ask, cwd=clone).stderr
-    assert err == f"error: torch is missing in {sys.executable}; this clone's .venv has it: source .venv/bin/activate\n"
+    missing = f"error: {', '.join(REQUIRED.values())} are missing in {sys.executable}"
+    assert err == f"{missing}; this clone's .venv has them: source .venv/bin/activate\n"
     elsewhere = f"import sys; sys.path.insert(0, {str(clone)!r}); {ask[1]}"
     err = start(bare_python, "-c", elsewhere, cwd=tmp_path / "bare").stderr
     assert f"source '{clone}/.venv/bin/activate'" in err  # from elsewhere, with a blank in it

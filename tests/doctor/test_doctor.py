@@ -1,4 +1,4 @@
-"""doctor: green where all is well, red with a remedy that works for each thing that is not, plain words on a laptop."""
+"""doctor: no problem on a complete machine, a problem with a remedy that works for each thing that is missing."""
 
 import json
 import os
@@ -14,23 +14,27 @@ from types import SimpleNamespace
 import pytest
 
 from atb_pllava.__main__ import main
-from atb_pllava.doctor import machine, packages
+from atb_pllava.cli import doctor as command
+from atb_pllava.cli.doctor import mindie_doctor, native_doctor
+from atb_pllava.doctor import ascend_folders, machine, native, packages, required_packages
 from atb_pllava.doctor.check import Check
 from atb_pllava.doctor.machine import Room
+from atb_pllava.doctor.native import NativeSetting
+from atb_pllava.doctor.npu_smi import device_files
 from atb_pllava.doctor.packages import Gpu, Torch
+from atb_pllava.doctor.required_packages import PLUGIN_REQUIRED, REQUIRED
 from atb_pllava.files import write_json
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config
 from atb_pllava.loader.dummy_weights import dummy_quant_config
-from atb_pllava.mindie import doctor, install, places, service_config
-from atb_pllava.mindie.cards import device_files
-from atb_pllava.mindie.doctor import Setting, examine
+from atb_pllava.mindie import doctor, install, service_config
+from atb_pllava.mindie.doctor import MindieSetting
 from atb_pllava.mindie.host_files import host_config
 from atb_pllava.model.published_sizes import PUBLISHED
-from atb_pllava.ops import choose_dtype
 from atb_pllava.ops.cpu.build import BuildError, load_library
 from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import choose_dtype
 from tests.host_sources import write_host
 from tests.support import ROOT, TINY, raw_config, write_checkpoint
 
@@ -54,9 +58,9 @@ def test_a_laptop_is_fine_for_the_native_engine(capsys, monkeypatch) -> None:
 @laptop
 @pytest.mark.parametrize("arguments", [("mindie", "doctor"), ("doctor", "--engine", "mindie")])
 def test_a_laptop_is_not_for_mindie(capsys, monkeypatch, tmp_path, arguments) -> None:
-    for name in places.VARIABLES:
+    for name in ascend_folders.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(places, "DEFAULT", tmp_path / "Ascend")
+    monkeypatch.setattr(ascend_folders, "DEFAULT", tmp_path / "Ascend")
     status, out, _ = run(capsys, *arguments)
     lines = out.splitlines()
     assert status == 1 and lines[-1] == "1 problem"
@@ -77,9 +81,8 @@ def test_json_says_the_same(capsys) -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    command = [sys.executable, "-m", "atb_pllava", "mindie", "doctor", "--json"]
-    root = ROOT
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    arguments = [sys.executable, "-m", "atb_pllava", "mindie", "doctor", "--json"]
+    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert running.stdout is not None and running.stderr is not None
     running.stdout.close()
     with running:
@@ -102,27 +105,42 @@ case "$*" in
 *usages*) printf '\\tHBM Usage Rate(%%)   : 5\\n' ;;
 esac
 """
-VERSIONS = {"torch": "2.6.0", "torch_npu": "2.6.0", "numpy": "1.26.4", "safetensors": "0.4.5", "tokenizers": "0.21.0",
-            "av": "13.1.0", "pillow": "11.0.0"}  # fmt: skip
+VERSIONS = {
+    "torch": "2.6.0",
+    "torch_npu": "2.6.0",
+    "numpy": "1.26.4",
+    "safetensors": "0.4.5",
+    "tokenizers": "0.21.0",
+    "av": "13.1.0",
+    "pillow": "11.0.0",
+    "cachetools": "5.5.0",
+    "huggingface_hub": "0.30.0",
+    "msgspec": "0.19.0",
+    "tabulate": "0.9.0",
+    "tqdm": "4.67.0",
+}
 
 
 @pytest.fixture
-def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MindieSetting:
     """A MindIE machine with everything in its place, as files that the checks read."""
-    cann, atb = tmp_path / "cann", tmp_path / "atb"
+    cann = tmp_path / "cann"
+    atb = tmp_path / "atb"
     for name, text in (
         ("Ascend/driver/version.info", "Version=24.1.0\n"),
-        ("cann/x86_64-linux/ascend_toolkit_install.info", "version=8.2.RC1\n"), ("atb/lib/libatb.so", ""),
-        ("host/lib/libatb_speed_torch.so", ""), ("bin/npu-smi", NPU_SMI),
-    ):  # fmt: skip
+        ("cann/x86_64-linux/ascend_toolkit_install.info", "version=8.2.RC1\n"),
+        ("atb/lib/libatb.so", ""),
+        ("host/lib/libatb_speed_torch.so", ""),
+        ("bin/npu-smi", NPU_SMI),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "bin" / "npu-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(places, "DEFAULT", tmp_path / "Ascend")
-    monkeypatch.setattr(places, "INSTALL_INFO", tmp_path / "ascend_install.info")
-    monkeypatch.setattr(doctor, "installed", VERSIONS.get)
-    monkeypatch.setattr(doctor, "look_at_torch", lambda on_npu: Torch("2.6.0"))
+    monkeypatch.setattr(ascend_folders, "DEFAULT", tmp_path / "Ascend")
+    monkeypatch.setattr(ascend_folders, "INSTALL_INFO", tmp_path / "ascend_install.info")
+    monkeypatch.setattr(packages, "installed", VERSIONS.get)
+    monkeypatch.setattr(command, "look_at_torch", lambda on_npu: Torch("2.6.0"))
     monkeypatch.setattr(doctor, "_shared_memory", lambda: Check("shared memory", True, "1024 MiB"))
     host = write_host(tmp_path / "host")
     install.install(host, "link", [tmp_path])
@@ -142,16 +160,22 @@ def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     work.mkdir(mode=0o755)
     monkeypatch.chdir(work)
     variables = {"ASCEND_TOOLKIT_HOME": str(cann), "ATB_HOME_PATH": str(atb), "ATB_SPEED_HOME_PATH": str(host.parent)}
-    return Setting("mindie", variables, host, [tmp_path], str(model), str(tmp_path / "config.json"), 1, None,
-                   ["/dev/davinci0", "/dev/davinci1"])  # fmt: skip
+    return MindieSetting(
+        variables,
+        str(model),
+        devices=["/dev/davinci0", "/dev/davinci1"],
+        atb_llm=host,
+        sites=[tmp_path],
+        config=str(tmp_path / "config.json"),
+    )
 
 
-def red(setting: Setting) -> list[Check]:
-    return [check for check in examine(setting) if check.good is False]
+def red(setting: MindieSetting) -> list[Check]:
+    return [check for check in mindie_doctor(setting) if check.good is False]
 
 
-def test_a_complete_machine_is_green(complete: Setting) -> None:
-    checks = {check.name: check for check in examine(complete)}
+def test_a_complete_machine_is_green(complete: MindieSetting) -> None:
+    checks = {check.name: check for check in mindie_doctor(complete)}
     assert red(complete) == []
     assert checks["driver"].found.startswith("24.1.0") and checks["CANN"].found.startswith("8.2.RC1")
     assert "2.6.0" in checks["CANN and torch_npu"].found and checks["CANN and torch_npu"].good
@@ -167,27 +191,27 @@ def test_a_complete_machine_is_green(complete: Setting) -> None:
         ({"ASCEND_RT_VISIBLE_DEVICES": "0,7"}, "visible cards", "0,7 of 0,1", "ASCEND_RT_VISIBLE_DEVICES"),
     ],
 )
-def test_a_variable_that_is_wrong(complete: Setting, variables, name, found, remedy) -> None:
+def test_a_variable_that_is_wrong(complete: MindieSetting, variables, name, found, remedy) -> None:
     (check,) = red(replace(complete, variables={**complete.variables, **variables}))
     assert check.name == name and found in check.found and remedy in check.remedy
 
 
-def test_things_that_are_missing(complete: Setting, monkeypatch, tmp_path) -> None:
+def test_things_that_are_missing(complete: MindieSetting, monkeypatch, tmp_path) -> None:
     (check,) = red(replace(complete, devices=[]))
     assert check.name == "NPU" and check.found == "no NPU found"
-    monkeypatch.setattr(doctor, "installed", {**VERSIONS, "torch_npu": "2.5.1.post1"}.get)
+    monkeypatch.setattr(packages, "installed", {**VERSIONS, "torch_npu": "2.5.1.post1"}.get)
     (check,) = red(complete)
     assert check.name == "torch_npu" and "2.5.1.post1 with torch 2.6.0" in check.found and "2.6.0" in check.remedy
-    monkeypatch.setattr(doctor, "installed", {**VERSIONS, "av": None}.get)
+    monkeypatch.setattr(packages, "installed", {**VERSIONS, "av": None}.get)
     (check,) = red(complete)
     assert check.name == "packages" and check.found.startswith("av missing in ") and "pip install av" in check.remedy
-    monkeypatch.setattr(doctor, "installed", VERSIONS.get)
+    monkeypatch.setattr(packages, "installed", VERSIONS.get)
     install.uninstall(complete.atb_llm, complete.sites)
     (check,) = red(complete)
     assert check.name == "plugin" and check.remedy == "python -m atb_pllava mindie install"
 
 
-def test_a_config_that_is_too_small(complete: Setting) -> None:
+def test_a_config_that_is_too_small(complete: MindieSetting) -> None:
     assert complete.config is not None
     config = json.loads(Path(complete.config).read_text())
     config["BackendConfig"]["ModelDeployConfig"]["maxInputTokenLen"] = 70
@@ -198,7 +222,7 @@ def test_a_config_that_is_too_small(complete: Setting) -> None:
     assert "not valid JSON" in red(complete)[0].found
 
 
-def test_the_chmod_it_prints_is_the_one_that_helps(complete: Setting, tmp_path) -> None:
+def test_the_chmod_it_prints_is_the_one_that_helps(complete: MindieSetting, tmp_path) -> None:
     assert complete.model_path is not None and complete.config is not None
     odd = Path(complete.model_path, "it's odd.json")
     odd.write_text("{}")
@@ -215,7 +239,7 @@ def test_the_chmod_it_prints_is_the_one_that_helps(complete: Setting, tmp_path) 
     assert red(replace(complete, variables=off)) == []
 
 
-def test_a_port_that_is_taken(complete: Setting) -> None:
+def test_a_port_that_is_taken(complete: MindieSetting) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -234,10 +258,14 @@ def test_a_torch_that_cannot_be_imported_is_explained(tmp_path, monkeypatch) -> 
 
 def test_doctor_runs_where_torch_does_not(tmp_path) -> None:
     (tmp_path / "torch.py").write_text("raise RuntimeError('broken')\n")
-    root = ROOT
     done = subprocess.run(
-        [sys.executable, "-m", "atb_pllava", "doctor", "--engine", "native"], capture_output=True, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=120)  # fmt: skip
+        [sys.executable, "-m", "atb_pllava", "doctor", "--engine", "native"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        timeout=120,
+    )
     assert done.returncode == 1 and "FAIL  import torch" in done.stdout and done.stderr == ""
 
 
@@ -245,13 +273,13 @@ def test_doctor_runs_where_torch_does_not(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("way", ["install_info", "variable", "library_path"])
-def test_a_driver_in_another_folder(complete: Setting, tmp_path, way) -> None:
+def test_a_driver_in_another_folder(complete: MindieSetting, tmp_path, way) -> None:
     (tmp_path / "Ascend").rename(tmp_path / "elsewhere")
     (check,) = red(complete)
     assert check.name == "driver" and str(tmp_path / "Ascend" / "driver") in check.found
     variables = {**complete.variables}
     if way == "install_info":
-        places.INSTALL_INFO.write_text(f"UserName=HwHiAiUser\nDriver_Install_Path_Param={tmp_path}/elsewhere\n")
+        ascend_folders.INSTALL_INFO.write_text(f"UserName=HwHiAiUser\nDriver_Install_Path_Param={tmp_path}/elsewhere\n")
     elif way == "variable":
         variables["ASCEND_HOME_PATH"] = f"{tmp_path}/elsewhere/ascend-toolkit/latest"
     else:
@@ -259,7 +287,7 @@ def test_a_driver_in_another_folder(complete: Setting, tmp_path, way) -> None:
     assert red(replace(complete, variables=variables)) == []
 
 
-def test_the_remedy_names_the_script_that_is_there(complete: Setting, tmp_path) -> None:
+def test_the_remedy_names_the_script_that_is_there(complete: MindieSetting, tmp_path) -> None:
     without = {name: value for name, value in complete.variables.items() if name != "ASCEND_TOOLKIT_HOME"}
     (check,) = red(replace(complete, variables=without))
     assert check.name == "CANN" and f"not found in {tmp_path / 'Ascend'}" in check.remedy
@@ -275,14 +303,15 @@ def test_the_remedy_names_the_script_that_is_there(complete: Setting, tmp_path) 
 
 
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(doctor, "look_at_torch", lambda on_npu: Torch("2.13.0+cpu"))
-    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: False)
-    return Setting("native", {}, devices=[])
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> NativeSetting:
+    """A machine without NPU and GPU."""
+    monkeypatch.setattr(command, "look_at_torch", lambda on_npu: Torch("2.13.0+cpu"))
+    monkeypatch.setattr(native, "has_nvidia_driver", lambda: False)
+    return NativeSetting({}, devices=[])
 
 
-def named(setting: Setting, name: str) -> list[Check]:
-    return [check for check in examine(setting) if check.name == name]
+def named(setting: NativeSetting, name: str) -> list[Check]:
+    return [check for check in native_doctor(setting) if check.name == name]
 
 
 def shape(size: str, int8: bool = False) -> machine.Model:
@@ -303,7 +332,8 @@ def with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("with_bfloat16")
 def test_memory_is_compared_with_the_checkpoint() -> None:
-    enough, short = memory(17.3, shape("7b")), memory(17.0, shape("7b"))
+    enough = memory(17.3, shape("7b"))
+    short = memory(17.0, shape("7b"))
     assert enough.good and "14.1 for weights in bfloat16" in enough.found and "17.3 of 64.0 GB" in enough.found
     assert short.good is False and "about 17.2 GB needed for one video at a time" in short.found
     assert "end other programs: 0.2 GB more must be free" in short.remedy
@@ -357,35 +387,35 @@ def test_a_full_batch_that_does_not_fit_is_said_and_no_problem() -> None:
     assert full.status == "ok"
 
 
-def test_memory_without_a_model_is_what_there_is(native: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "host_memory", lambda: HostMemory(8 * 10**9, 5 * 10**9))
-    (check,) = named(native, "memory")
+def test_memory_without_a_model_is_what_there_is(on_cpu: NativeSetting, monkeypatch) -> None:
+    monkeypatch.setattr(native, "host_memory", lambda: HostMemory(8 * 10**9, 5 * 10**9))
+    (check,) = named(on_cpu, "memory")
     assert check.status == "info" and check.found.startswith("5.0 of 8.0 GB of memory free; --model_path")
-    (check,) = named(replace(native, model_path=str(TINY)), "memory")
+    (check,) = named(replace(on_cpu, model_path=str(TINY)), "memory")
     assert check.status == "ok"
-    monkeypatch.setattr(doctor, "host_memory", lambda: HostMemory(8 * 10**9, 10**8))
-    (check,) = named(replace(native, model_path=str(TINY)), "memory")
+    monkeypatch.setattr(native, "host_memory", lambda: HostMemory(8 * 10**9, 10**8))
+    (check,) = named(replace(on_cpu, model_path=str(TINY)), "memory")
     assert check.status == "problem" and "end other programs" in check.remedy
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "echo 'not closed"])
-def test_no_compiler_is_a_warning(native: Setting, compiler: str) -> None:
-    (check,) = named(replace(native, compiler=compiler), "CPU kernels")
+def test_no_compiler_is_a_warning(on_cpu: NativeSetting, compiler: str) -> None:
+    (check,) = named(replace(on_cpu, compiler=compiler), "CPU kernels")
     assert check.status == "warning" and "several times slower" in check.found and "CXX" in check.remedy
 
 
-def test_a_compiler_without_headers_or_linker_is_found_out(native: Setting, tmp_path) -> None:
+def test_a_compiler_without_headers_or_linker_is_found_out(on_cpu: NativeSetting, tmp_path) -> None:
     compiler = tmp_path / "c++"
     lines = ("#!/bin/sh", '[ "$1" = --version ] && exit 0', "echo 'fatal error: atomic: No such file' >&2", "exit 1")
     compiler.write_text("\n".join(lines) + "\n")
     compiler.chmod(0o755)
-    (check,) = named(replace(native, compiler=str(compiler), kernel_dir=str(tmp_path)), "CPU kernels")
+    (check,) = named(replace(on_cpu, compiler=str(compiler), kernel_dir=str(tmp_path)), "CPU kernels")
     assert check.status == "warning" and "fatal error: atomic: No such file" in check.found
     assert list(tmp_path.iterdir()) == [compiler]
 
 
-def test_a_compiler_that_works_and_a_library_that_is_there(native: Setting, tmp_path) -> None:
-    setting = replace(native, kernel_dir=str(tmp_path / "kernels"))
+def test_a_compiler_that_works_and_a_library_that_is_there(on_cpu: NativeSetting, tmp_path) -> None:
+    setting = replace(on_cpu, kernel_dir=str(tmp_path / "kernels"))
     try:
         load_library(None, tmp_path / "made")
     except BuildError as error:
@@ -437,38 +467,38 @@ def test_the_disk_for_a_download_and_for_a_conversion(tmp_path, monkeypatch) -> 
     assert "in 8 bits already" in machine.disk_check(replace(shape("7b", int8=True), path=tmp_path), "m").found
 
 
-def test_a_name_of_the_hub_is_compared_without_a_download(native: Setting) -> None:
-    checks = {check.name: check for check in examine(replace(native, model_path="ermu2001/pllava-7b"))}
+def test_a_name_of_the_hub_is_compared_without_a_download(on_cpu: NativeSetting) -> None:
+    checks = {check.name: check for check in native_doctor(replace(on_cpu, model_path="ermu2001/pllava-7b"))}
     assert checks["model"].status == "problem" and "the download takes 14.3 GB" in checks["disk"].found
     assert "for weights in" in checks["memory"].found
 
 
-def test_a_checkpoint_is_read_by_its_headers(native: Setting, tmp_path) -> None:
+def test_a_checkpoint_is_read_by_its_headers(on_cpu: NativeSetting, tmp_path) -> None:
     directory = write_checkpoint(tmp_path / "m", raw_config())
-    (check,) = named(replace(native, model_path=str(directory)), "model")
+    (check,) = named(replace(on_cpu, model_path=str(directory)), "model")
     assert check.status == "ok" and "2 layers of 64, 8 tokens a video, float32" in check.found
-    (check,) = named(replace(native, model_path=str(directory), world_size=3), "model")
+    (check,) = named(replace(on_cpu, model_path=str(directory), world_size=3), "model")
     assert check.status == "problem" and "2 KV heads" in check.found
     whole = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(whole[:-5])
-    (check,) = named(replace(native, model_path=str(directory)), "model")
+    (check,) = named(replace(on_cpu, model_path=str(directory)), "model")
     assert check.status == "problem" and "truncated" in check.found and "download the directory again" in check.remedy
     assert "\n" not in check.found
-    (check,) = named(replace(native, model_path=str(directory)), "memory")
+    (check,) = named(replace(on_cpu, model_path=str(directory)), "memory")
     assert check.status == "info" and check.found.endswith("what this checkpoint needs is not known")
     (directory / "model.safetensors").unlink()
-    (check,) = named(replace(native, model_path=str(directory)), "model")
+    (check,) = named(replace(on_cpu, model_path=str(directory)), "model")
     assert check.status == "problem" and "no model.safetensors" in check.found
 
 
-def test_a_gpu_is_what_the_model_goes_to(native: Setting, monkeypatch) -> None:
+def test_a_gpu_is_what_the_model_goes_to(on_cpu: NativeSetting, monkeypatch) -> None:
     gpu = Gpu("NVIDIA H100", 70 * 10**9, 80 * 10**9)
-    monkeypatch.setattr(doctor, "look_at_torch", lambda on_npu: Torch("2.13.0", "12.8", (gpu,)))
-    checks = {check.name: check for check in examine(replace(native, model_path=str(TINY)))}
+    monkeypatch.setattr(command, "look_at_torch", lambda on_npu: Torch("2.13.0", "12.8", (gpu,)))
+    checks = {check.name: check for check in native_doctor(replace(on_cpu, model_path=str(TINY)))}
     assert checks["GPU"].found == "0: NVIDIA H100, 70.0 of 80.0 GB free"
     assert "70.0 of 80.0 GB of GPU 0" in checks["memory"].found
     assert "CPU kernels" not in checks and "kernel cache" not in checks
-    (check,) = named(replace(native, world_size=2), "world size")
+    (check,) = named(replace(on_cpu, world_size=2), "world size")
     assert check.status == "problem" and "takes one device" in check.found
     small = memory(12, shape("7b"), where="GPU 0", backend="cuda")
     assert not small.good and "--world_size" not in small.remedy
@@ -487,29 +517,31 @@ def test_a_driver_and_a_torch_that_do_not_match(torch, driver, status, words) ->
     assert check.status == status and words in check.found
 
 
-def test_an_npu_is_what_the_model_goes_to(complete: Setting) -> None:
-    setting = replace(complete, engine="native", config=None, model_path=str(TINY))
-    checks = {check.name: check for check in examine(setting)}
+def test_an_npu_is_what_the_model_goes_to(complete: MindieSetting) -> None:
+    setting = NativeSetting(complete.variables, str(TINY), devices=complete.devices)
+    checks = {check.name: check for check in native_doctor(setting)}
     assert checks["memory"].found.startswith("32.6 of 34.4 GB of card 0 free") and "CPU kernels" not in checks
     busy = replace(setting, variables={**setting.variables, "ASCEND_RT_VISIBLE_DEVICES": "1"})
-    assert {check.name: check for check in examine(busy)}["memory"].found.startswith("32.6 of 34.4 GB of card 1 free")
+    assert {check.name: check for check in native_doctor(busy)}["memory"].found.startswith(
+        "32.6 of 34.4 GB of card 1 free"
+    )
 
 
 # Packages
 
 
 def clone_with_venv(folder: Path, missing: str) -> Path:
-    """A clone whose .venv lacks `missing`."""
+    """A clone whose .venv can import all modules but `missing`."""
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / "run_pa.sh").write_text("")
     python = folder / ".venv" / "bin" / "python"
-    python.write_text(f"#!/bin/sh\necho {missing}\n")
+    python.write_text(f'#!/bin/sh\nfor name; do [ "$name" != "{missing}" ] || exit 1; done\n')
     python.chmod(0o755)
     return folder
 
 
 def test_the_venv_of_the_clone_is_known(tmp_path, monkeypatch) -> None:
-    clone = clone_with_venv(tmp_path / "clone", missing="")
+    clone = clone_with_venv(tmp_path / "clone", missing="none")
     monkeypatch.chdir(clone)
     check = packages.packages_check({"torch": None, "numpy": "2.4.6"}, clone)
     assert check.status == "problem" and check.found.startswith("torch missing in ")
@@ -521,25 +553,64 @@ def test_the_venv_of_the_clone_is_known(tmp_path, monkeypatch) -> None:
 
 
 def test_without_a_venv_that_has_them(tmp_path, monkeypatch) -> None:
-    lacking = clone_with_venv(tmp_path / "clone", missing="torch")
+    lacking = clone_with_venv(tmp_path / "clone", missing="PIL")
     monkeypatch.chdir(lacking)
-    remedy = packages.packages_check({"torch": None, "av": None}, lacking).remedy
-    assert remedy.startswith("bash run_pa.sh --run makes a .venv") and remedy.endswith("-m pip install torch av")
+    remedy = packages.packages_check({"pillow": None, "av": None}, lacking).remedy
+    assert remedy.startswith("bash run_pa.sh --run makes a .venv") and remedy.endswith("-m pip install pillow av")
     installed_package = tmp_path / "site-packages"
     assert packages.packages_check({"av": None}, installed_package).remedy == f"{sys.executable} -m pip install av"
     assert packages.packages_check({"av": "17"}, lacking).status == "ok"
 
 
-def test_this_interpreters_own_packages_are_found() -> None:
-    this = Path(sys.executable)
-    assert not packages.has_packages(this, ["numpy"])  # it is the one that lacks them
-    link = this.with_name("python-by-another-name")
-    assert not packages.has_packages(link, ["numpy"])
+def test_another_interpreters_packages_are_found(tmp_path) -> None:
+    clone = tmp_path / "clone"
+    assert not required_packages.venv_has(clone, ["numpy"])  # there is no .venv
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert required_packages.venv_has(clone, ["numpy", "PIL"])
+    assert not required_packages.venv_has(clone, ["numpy", "no_such_module"])
 
 
-def test_doctor_runs_where_another_package_is_missing(native: Setting, monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "installed", {**VERSIONS, "safetensors": None}.get)
-    checks = {check.name: check for check in examine(replace(native, model_path=str(TINY)))}
+def test_this_interpreter_is_no_other_one(tmp_path, monkeypatch) -> None:
+    clone = clone_with_venv(tmp_path / "clone", missing="none")
+    monkeypatch.setattr(sys, "executable", str(clone / ".venv" / "bin" / "python"))
+    assert not required_packages.venv_has(clone, ["numpy"])
+
+
+def test_all_missing_packages_are_one_sentence(tmp_path, monkeypatch) -> None:
+    absent = {"msgspec", "tqdm"}
+    monkeypatch.setattr(required_packages, "CLONE", tmp_path)
+    monkeypatch.setattr(required_packages, "find_spec", lambda name: None if name in absent else name)
+    both = required_packages.missing_package("tqdm")
+    assert both.startswith("msgspec, tqdm are missing in ") and both.endswith("-m pip install msgspec tqdm")
+    other = required_packages.missing_package("openai")
+    assert other.startswith("openai is missing in ") and other.endswith("-m pip install openai")
+    clone_with_venv(tmp_path, missing="none")
+    assert "this clone's .venv has them: source " in required_packages.missing_package("tqdm")
+
+
+def test_each_engine_wants_its_own_packages(complete: MindieSetting, on_cpu: NativeSetting, monkeypatch) -> None:
+    """The plugin inside MindIE imports none of the packages that only the native engine needs."""
+    extra = [package for package in REQUIRED.values() if package not in PLUGIN_REQUIRED.values()]
+    assert set(extra) == {"cachetools", "huggingface_hub", "msgspec", "tabulate", "tqdm"}
+    monkeypatch.setattr(packages, "installed", {**VERSIONS, **dict.fromkeys(extra)}.get)
+    assert red(complete) == []
+    (check,) = named(on_cpu, "packages")
+    assert check.status == "problem" and check.found.startswith(f"{', '.join(extra)} missing in ")
+
+
+@pytest.mark.parametrize("option", ["--config", "--site", "--atb_llm", "--port"])
+def test_options_of_mindie_are_not_ignored_by_the_native_checks(capsys, tmp_path, option) -> None:
+    value = {"--port": "1025", "--atb_llm": write_host(tmp_path)}.get(option, tmp_path)
+    status, out, err = run(capsys, "doctor", "--engine", "native", option, value)
+    assert status == 2 and out == "" and f"{option} is about MindIE" in err and "--engine mindie" in err
+
+
+def test_doctor_runs_where_another_package_is_missing(on_cpu: NativeSetting, monkeypatch) -> None:
+    monkeypatch.setattr(packages, "installed", {**VERSIONS, "safetensors": None}.get)
+    checks = {check.name: check for check in native_doctor(replace(on_cpu, model_path=str(TINY)))}
     assert checks["packages"].status == "problem" and checks["model"].status == "ok"
     assert checks["memory"].status == "info" and "are looked at with all packages" in checks["memory"].found
 

@@ -1,6 +1,6 @@
-"""Registering the plugin: what changes on disk, what a fresh interpreter finds then, and what is refused.
+"""Registering the plugin: what changes on disk, what a fresh interpreter finds afterwards, and what is refused.
 
-The host is a stand-in with the signatures of the real one; ATB_LLM_HOME names a real atb_llm to test with as well.
+MindIE is a stand-in with the signatures of the real one. ATB_LLM_HOME names a real atb_llm, which is tested as well.
 """
 
 import ast
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.__main__ import main
+from atb_pllava.doctor.required_packages import PLUGIN_REQUIRED, REQUIRED
 from atb_pllava.errors import ConfigError
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.mindie import install as installation
@@ -23,7 +24,7 @@ from atb_pllava.mindie.host_files import host_config
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, find_examples
 from tests.host_sources import HOST, RUNNER_SOURCES, write_host
-from tests.support import ROOT, raw_config
+from tests.support import ROOT, raw_config, write_checkpoint
 
 REAL = os.environ.get("ATB_LLM_HOME")
 
@@ -101,7 +102,8 @@ def test_a_fresh_interpreter_finds_the_plugin_until_it_is_taken_out(capsys, host
     assert mindie(capsys, "install", *options, f"--{way}") == (0, "nothing to change, the plugin is registered\n", "")
     assert tree(host, site) == installed
     assert mindie(capsys, "status", *options)[0] == 0
-    pllava, llava = weights(tmp_path / "w", "PLLaVA"), weights(tmp_path / "v", "llava")
+    pllava = weights(tmp_path / "w", "PLLaVA")
+    llava = weights(tmp_path / "v", "llava")
     done = python(site, host, ASK.format(path=str(pllava)))
     assert done.stdout == f"PllavaRouter {(str(pllava), True, 'x')}\n" and done.stderr == ""
     done = python(site, host, ASK.format(path=str(llava)))
@@ -280,6 +282,26 @@ def test_atb_llm_is_found_without_importing_it(host, tmp_path) -> None:
     assert find_atb_llm(None, None, [str(tmp_path)]) is None
 
 
+def test_the_commands_need_no_package_that_the_plugin_does_not(host, site, tmp_path) -> None:
+    """In MindIE's image only the packages of PLUGIN_REQUIRED have to be added."""
+    absent = sorted(set(REQUIRED) - set(PLUGIN_REQUIRED))
+    raw = raw_config()
+    model = write_checkpoint(tmp_path / "m", raw)
+    config = host_config({**raw, "torch_dtype": "float16"}, {}, config_from_json(raw), quantised=False)
+    (model / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    places = ["--atb_llm", str(host), "--site", str(site)]
+    for words in (
+        ["install", *places],
+        ["status", *places, "--model_path", str(model)],
+        ["config", "--model_path", str(model), "--card_memory", "64"],
+        ["uninstall", *places],
+    ):
+        code = f"import sys; sys.modules.update(dict.fromkeys({absent})); sys.argv[1:] = ['mindie', *{words}]\n"
+        code += "from atb_pllava.__main__ import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -335,7 +357,10 @@ def test_the_command_that_starts_mindies_runner(host, tmp_path, monkeypatch) -> 
     assert variables["TASK_QUEUE_ENABLE"] == "2" and variables["ASCEND_RT_VISIBLE_DEVICES"] == "5,3"
     assert variables["ATB_LLM_BENCHMARK_ENABLE"] == "1"
     assert variables["ATB_LLM_BENCHMARK_FILEPATH"] == str(work / "benchmark.csv")
-    assert variables["PYTHONPATH"].split(":") == ["/given", str(ROOT), str(host.parent)]
+    assert variables["PYTHONPATH"].split(":") == ["/given", str(host.parent), str(ROOT)]
+    monkeypatch.setattr("atb_pllava.mindie.launch.site_directories", lambda: [ROOT])
+    _, installed = runner_command(host, options, 1, given)
+    assert installed["PYTHONPATH"].split(":") == ["/given", str(host.parent)]  # site-packages are on every sys.path
     command, _ = runner_command(host, options, 2, {**given, "MASTER_PORT": "20031"})
     assert command[1:3] == ["-m", "torch.distributed.run"] and command[command.index("--nproc_per_node") + 1] == "2"
     assert command[command.index("--master_port") + 1] == "20031"

@@ -1,9 +1,9 @@
-"""The plugin inside the host: prompts, shared memory, both prefills, decode, W8A16; all equal to the native engine.
+"""The plugin inside MindIE: prompts, shared memory, both prefills, decode and W8A16 equal the native engine's.
 
-By default the host is the stand-in in `mindie_host`, which checks the shapes, types and layout of every call and
-computes in float32. With ATB_LLM_HOME naming a directory that holds a real atb_llm (`examples/atb_models` of a
-MindIE-LLM source tree, or the installed one; mindie_llm has to be importable too) the same tests run against that, in
-float16, on the card; a host that cannot be imported, or a machine without a card, skips them and says so.
+By default MindIE is the stand-in in `tests/mindie_host`, which checks shapes, types and layout of every call and
+computes in float32. ATB_LLM_HOME may name a directory that holds a real atb_llm: `examples/atb_models` of a MindIE-LLM
+source tree, or the installed one. mindie_llm must be importable too. The tests then run against the real one, in
+float16, on the card. They are skipped, with the reason, where it cannot be imported or there is no card.
 """
 
 import errno
@@ -30,12 +30,13 @@ from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestErr
 from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
 from atb_pllava.mindie import segments
-from atb_pllava.mindie.dialogue import from_inputs, from_messages
 from atb_pllava.mindie.host_checks import check_groups, check_head_size, check_model_dir, check_world_size
 from atb_pllava.mindie.media_ids import find_blocks, insert_blocks
-from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder, Truncation
+from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
 from atb_pllava.mindie.quirks import QUIRKS
 from atb_pllava.mindie.segments import Segment, read_segment
+from atb_pllava.mindie.truncation import Truncation
+from atb_pllava.prompt.messages import parse_chat_messages, parse_content_parts
 from tests.support import IMAGE_ID, ROOT, convert_checkpoint, raw_config, write_checkpoint, write_video
 
 STAND_IN = ROOT / "tests" / "mindie_host"
@@ -48,7 +49,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The host's ModelRunner; the plugin lies among its models as a link."""
+    """MindIE's module with ModelRunner. The plugin is linked into its models."""
     farm = tmp_path_factory.mktemp("host")
     home = Path(REAL) if REAL else STAND_IN
     (farm / "atb_llm" / "models").mkdir(parents=True)
@@ -86,7 +87,7 @@ def merged(source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A video, one that is too short for its four frames, and an image, where the service keeps them."""
+    """A video, a video with fewer than four frames, and an image, in the folder where the service keeps media."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("request") / "video"
@@ -104,7 +105,7 @@ def native(merged: Path) -> LLM:
 
 @pytest.fixture
 def names(tmp_path: Path) -> Iterator[Path]:
-    """The file of segment names; what it names is removed in the end, as the host does when a request ends."""
+    """The file of segment names. The segments are freed at the end, as MindIE does when a request ends."""
     file = tmp_path / "shm_name.txt"
     yield file
     for name in file.read_text().split() if file.exists() else ():
@@ -127,8 +128,16 @@ def convert(source: Path, kind: str, **options: Any) -> Path:
 
 
 def load(host: Any, path: Path, world_size: int = 1, **options: Any) -> Any:
-    runner = host.ModelRunner(str(path), 0, world_size, local_rank=0, trust_remote_code=False, max_batch_size=4,
-                              num_speculative_tokens=0, **options)  # fmt: skip
+    runner = host.ModelRunner(
+        str(path),
+        0,
+        world_size,
+        local_rank=0,
+        trust_remote_code=False,
+        max_batch_size=4,
+        num_speculative_tokens=0,
+        **options,
+    )
     runner.load_weights()
     return runner
 
@@ -151,12 +160,14 @@ def collapse(ids: Sequence[int], path: Path) -> list[int]:
 
 
 class Served:
-    """Drives a loaded model as MindIE's workers do: one packed prefill of all prompts, then a token each a step."""
+    """Runs a loaded model as MindIE's workers do: one packed prefill of all prompts, then decode steps."""
 
-    BLOCKS, BLOCK = 6, 128
+    BLOCKS = 6
+    BLOCK = 128
 
     def __init__(self, runner: Any) -> None:
-        self.runner, self.model = runner, runner.model
+        self.runner = runner
+        self.model = runner.model
         self.device = runner.device
         shape = (4 * self.BLOCKS, self.BLOCK, runner.num_kv_heads, runner.head_size)
         empty = {"dtype": runner.dtype, "device": self.device}
@@ -164,7 +175,7 @@ class Served:
         self.cache = [(torch.full(shape, 7.0, **empty), torch.full(shape, 7.0, **empty)) for _ in layers]
 
     def prefill(self, prompts: Sequence[Any]) -> torch.Tensor:
-        """Ids as lists, as the service passes them, or embeddings [n, hidden], as the runner does."""
+        """Logits of prompts: lists of token ids, as the service passes them, or embeddings [n, hidden]."""
         lengths = [len(prompt) for prompt in prompts]
         if isinstance(prompts[0], torch.Tensor):
             inputs = torch.cat(list(prompts)) if len(prompts) > 1 else prompts[0]
@@ -176,13 +187,14 @@ class Served:
         return self.forward(inputs, positions, slots, lengths, True, self.tensor(ends, torch.int32))
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """`lengths` include the new tokens."""
+        """Logits of one step with one token of each sequence. `lengths` include the new tokens."""
         slots = [self.slot(row, length - 1) for row, length in enumerate(lengths)]
         return self.forward(self.tensor(tokens), [length - 1 for length in lengths], slots, lengths, False, None)
 
     def generate(self, prompts: Sequence[Any], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Log-probabilities [steps, vocabulary] of each prompt, continued by these tokens."""
-        rows, lengths = [self.prefill(prompts)], [len(prompt) for prompt in prompts]
+        rows = [self.prefill(prompts)]
+        lengths = [len(prompt) for prompt in prompts]
         for step in range(len(answers[0]) - 1):
             lengths = [length + 1 for length in lengths]
             rows.append(self.decode([answer[step] for answer in answers], lengths))
@@ -193,10 +205,19 @@ class Served:
     ) -> torch.Tensor:
         tables = [[row * self.BLOCKS + i for i in range(self.BLOCKS)] for row in range(len(lengths))]
         logits = self.model.forward(
-            input_ids=inputs, position_ids=self.tensor(positions), is_prefill=is_prefill, kv_cache=self.cache,
-            block_tables=self.tensor(tables, torch.int32), slots=self.tensor(slots), input_lengths=self.tensor(lengths),
-            max_seq_len=max(lengths), lm_head_indices=ends, adapter_ids=None, is_need_mask=None, max_out_len=7,
-        )  # fmt: skip
+            input_ids=inputs,
+            position_ids=self.tensor(positions),
+            is_prefill=is_prefill,
+            kv_cache=self.cache,
+            block_tables=self.tensor(tables, torch.int32),
+            slots=self.tensor(slots),
+            input_lengths=self.tensor(lengths),
+            max_seq_len=max(lengths),
+            lm_head_indices=ends,
+            adapter_ids=None,
+            is_need_mask=None,
+            max_out_len=7,
+        )
         assert logits.shape == (len(lengths), self.runner.config.vocab_size)
         return logits.cpu()
 
@@ -219,7 +240,7 @@ def expected(llm: LLM, request: dict[str, Any]) -> tuple[list[int], torch.Tensor
 
 
 def compare(served: Served, prompts: Sequence[Any], wanted: Sequence[tuple[list[int], torch.Tensor]]) -> None:
-    """The same prompts in one batch of the host's, continued by the native engine's answers."""
+    """Assert that MindIE's log-probabilities equal `wanted`, along the native engine's answers, in one batch."""
     rows = served.generate(prompts, [tokens for tokens, _ in wanted])
     for got, (_, logprobs) in zip(rows, wanted, strict=True):
         torch.testing.assert_close(got, logprobs, atol=TOLERANCE, rtol=0)
@@ -270,8 +291,9 @@ def test_names_only_we_understand_are_refused_before_loading(host: Any, merged: 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(merged / name, path)
     (file,) = merged.glob("*.safetensors")
-    wrapped = {name.replace("language_model.", "language_model.base_model.model."): t for name, t in
-               load_file(file).items()}  # fmt: skip
+    wrapped = {
+        name.replace("language_model.", "language_model.base_model.model."): t for name, t in load_file(file).items()
+    }
     save_file(wrapped, path / "model.safetensors")
     with pytest.raises(WeightError, match="base_model.*convert_quant_weights.sh"):
         load(host, path)
@@ -376,37 +398,15 @@ def test_chat_turns(merged: Path, clips: list[str], names: Path) -> None:
     assert is_prompt([{"role": "user", "content": "hi"}], "USER:hi ASSISTANT:")
     assert is_prompt([*history, {"role": "user", "content": "C"}], told + "C ASSISTANT:")
     assert is_prompt([*history, later], told + "<image><image> C\nD ASSISTANT:")
-    assert is_prompt([{"role": "system", "content": "be brief"}, *history, later],
-                     f"be brief {told}<image><image> C\nD ASSISTANT:")  # fmt: skip
+    assert is_prompt(
+        [{"role": "system", "content": "be brief"}, *history, later], f"be brief {told}<image><image> C\nD ASSISTANT:"
+    )
     assert is_prompt([{"role": "user", "content": "E"}, {"role": "user", "content": "F"}], "USER:E\nF ASSISTANT:")
     assert is_prompt(
         [{"role": "user", "content": [{"video": clips[0]}]}], "USER:<image> Describe this video. ASSISTANT:"
     )
     spelled = builder.make_context(0, [{"role": "system", "content": "<image>"}, {"role": "user", "content": "</s>"}])
     assert IMAGE_ID not in spelled and 2 not in spelled
-
-
-@pytest.mark.parametrize(
-    ("messages", "why"),
-    [
-        ([], "at least one"),
-        ([{"role": "user", "content": ""}], "neither text nor media"),
-        ([{"role": "assistant", "content": "a"}], "must answer"),
-        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "last message"),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only as the first"),
-        ([{"role": "system", "content": "a"}], "last message"),
-        ([{"role": "tools_call", "content": "a"}], "role is 'tools_call'"),
-        ([{"role": "user", "content": None}], "NoneType"),
-        ([{"role": "user", "content": [{"audio": "a.mp3"}]}], r"\['audio'\]"),
-        ([{"role": "user", "content": [{"video": None}]}], "NoneType"),
-        ([{"role": "system", "content": [{"video": "a"}]}, {"role": "user", "content": "b"}], "system message holds"),
-        ([{"role": "user", "content": "a", "tool_calls": [1]}], "tools"),
-        (["hello"], "role is 'hello'"),
-    ],
-)
-def test_messages_that_cannot_be_answered(messages: list[Any], why: str) -> None:
-    with pytest.raises(RequestError, match=why):
-        from_messages(messages)
 
 
 def test_options_of_a_chat_have_an_effect_or_are_refused(merged: Path) -> None:
@@ -428,7 +428,7 @@ def test_truncation_keeps_videos_whole(merged: Path, clips: list[str], names: Pa
     prompts = PromptBuilder.from_dir(merged, read_config(merged))
     first = {"role": "user", "content": [{"video": clips[0]}, {"text": "a b"}]}
     last = {"role": "user", "content": [{"text": "e f"}, {"video": clips[1]}]}
-    dialogue = from_messages([first, {"role": "assistant", "content": "c d"}, last])
+    dialogue = parse_chat_messages([first, {"role": "assistant", "content": "c d"}, last])
     whole = len(prompts.build(dialogue, names))
     for cut in range(1, 9):
         ids = prompts.build(dialogue, names, Truncation(whole - cut, from_left=True))
@@ -453,7 +453,7 @@ def test_plugin_options(merged: Path, source: Path) -> None:
 
 def write_one(merged: Path, clips: list[str], names: Path) -> Segment:
     prompts = PromptBuilder.from_dir(merged, read_config(merged))
-    ids = prompts.build(from_inputs([{"video": clips[1]}, {"text": "Q"}]), names)
+    ids = prompts.build(parse_content_parts([{"video": clips[1]}, {"text": "Q"}]), names)
     ((_, segment),) = find_blocks(ids, IMAGE_ID, 8)
     return segment
 
@@ -463,19 +463,24 @@ def test_frames_arrive_as_they_were(merged: Path, clips: list[str], names: Path)
     file = segments.SHARED_MEMORY / segment.name
     assert names.read_text().split() == [segment.name] and file.stat().st_mode & 0o777 == 0o600
     preprocessor = read_preprocessor_config(merged, 56)
-    (wanted,) = PromptBuilder.from_dir(merged, read_config(merged)).reader.prepare([clips[1]])
+    (wanted,) = PromptBuilder.from_dir(merged, read_config(merged)).processor.prepare([clips[1]])
     got = read_segment(segment, preprocessor)
     assert len(got) == 3 and got.inverse_indices == wanted.inverse_indices and torch.equal(got.pixels, wanted.pixels)
 
 
 def test_missing_short_and_foreign_segments_raise(merged: Path, clips: list[str], names: Path) -> None:
-    segment, preprocessor = write_one(merged, clips, names), PreprocessorConfig(56)
+    segment = write_one(merged, clips, names)
+    preprocessor = PreprocessorConfig(56)
     file = segments.SHARED_MEMORY / segment.name
     content = file.read_bytes()
     for damaged, why in [
-        (content[:-1], "bytes"), (content + b"x", "bytes"), (content[:20], "no complete video"), (b"", "no complete"),
-        (bytes(8) + content[8:], "no complete video"), (content[:32] + b"\x09" + content[33:], "frames it does not"),
-    ]:  # fmt: skip
+        (content[:-1], "bytes"),
+        (content + b"x", "bytes"),
+        (content[:20], "no complete video"),
+        (b"", "no complete"),
+        (bytes(8) + content[8:], "no complete video"),
+        (content[:32] + b"\x09" + content[33:], "frames it does not"),
+    ]:
         file.write_bytes(damaged)
         with pytest.raises(RequestError, match=why):
             read_segment(segment, preprocessor)
@@ -503,7 +508,9 @@ def test_a_request_that_fails_leaves_nothing(
         return made[-1]
 
     made: list[int] = []
-    randbelow, reserve, written = segments.secrets.randbelow, os.posix_fallocate, segments.write_segment
+    randbelow = segments.secrets.randbelow
+    reserve = os.posix_fallocate
+    written = segments.write_segment
     monkeypatch.setattr(segments.secrets, "randbelow", random_key)
     asked = router(merged)
     with pytest.raises(VideoError):
@@ -560,7 +567,7 @@ def test_service_equals_the_native_engine(
 
 
 def test_runner_equals_the_native_engine(native: LLM, served: Served, clips: list[str]) -> None:
-    """Literal prompts and questions, a path and a list; what the caller holds stays as it is."""
+    """Literal prompts and questions, one path and a list of paths. The caller's embeddings are not changed."""
     literal = "USER: <image>\nWhat? <image> ASSISTANT:"
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"text": literal, "video": clips[:2]}, {"prompt": literal, "video": clips[:2]}),
@@ -591,7 +598,8 @@ def test_runner_may_ask_for_other_frames(merged: Path, served: Served, clips: li
 def test_nothing_of_ours_is_written_into(served: Served, merged: Path, clips: list[str], names: Path) -> None:
     before = {name: tensor.clone() for name, tensor in served.model.state_dict().items()}
     ids = router(merged).tokenize([{"video": clips[0]}, {"text": "Q"}], shm_name_save_path=str(names)).tolist()
-    first, second = served.generate([ids], [[1, 2]]), served.generate([ids], [[1, 2]])
+    first = served.generate([ids], [[1, 2]])
+    second = served.generate([ids], [[1, 2]])
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(tensor, before[name]) for name, tensor in served.model.state_dict().items())
     assert any(name.startswith("encoder.") for name in before)
@@ -609,7 +617,7 @@ def test_segments_that_are_gone_end_the_request(served: Served, merged: Path, cl
 def test_a_decode_may_come_first(host: Any, merged: Path, native: LLM) -> None:
     served = Served(load(host, merged))
     served.decode([1], [1])
-    ids = prompts_of(served.runner).token_ids(from_inputs([{"text": "Hello"}]))
+    ids = prompts_of(served.runner).token_ids(parse_content_parts([{"text": "Hello"}]))
     compare(served, [ids], [expected(native, {"question": "Hello"})])
 
 
@@ -618,7 +626,7 @@ def test_the_plain_inference_mode_is_either_of_the_hosts_two(host: Any, merged: 
 
 
 def test_the_first_forward_encodes_a_video(host: Any, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the host measures as free memory after its warm-up has room for videos then."""
+    """MindIE measures free memory after its warm-up, which must include the memory for a video."""
     served = Served(load(host, merged))
     shapes = []
     encode = served.model.encoder.model.encode_frames

@@ -1,6 +1,6 @@
-"""MindIE's runner with PLLaVA, in a stand-in of the host: the answers of the native engine, the host's two files.
+"""MindIE's runner with PLLaVA in a stand-in of MindIE: the answers are the native engine's, and both files are written.
 
-With ATB_LLM_HOME nothing changes here: the real host's runner needs an NPU, or an emulation of one.
+These tests do not use ATB_LLM_HOME, because the real runner needs an NPU or an emulation of one.
 """
 
 import csv
@@ -16,7 +16,7 @@ from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.mindie.install import PLUGIN
-from atb_pllava.mindie.launch import runner_command
+from atb_pllava.mindie.launch import RUNNER, runner_command
 from atb_pllava.multimodal.media import list_media
 from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
@@ -65,23 +65,24 @@ def run(host: Path, work: Path, **options: object) -> subprocess.CompletedProces
     """The runner as `mindie run` starts it, in a directory of its own."""
     work.mkdir(mode=0o755, exist_ok=True)
     defaults = {
-        "prompt": [QUESTION], "conversation": None, "num_frames": None, "batch_sizes": [2], "max_input_length": 200,
+        "prompt": [QUESTION],
+        "conversation": None,
+        "num_frames": None,
+        "batch_sizes": [2],
+        "max_input_length": 200,
         "max_output_length": 12,
-    }  # fmt: skip
-    before = Path.cwd()
-    os.chdir(work)
-    try:
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
         command, variables = runner_command(host, {**defaults, **options}, 1, os.environ)
         return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
-    finally:
-        os.chdir(before)
 
 
 def test_answers_are_those_of_the_native_engine(host, model, folder, tmp_path) -> None:
     target = tmp_path / "predict_result.json"
     target.write_text('{"an earlier": "run"}')
-    done = run(host, tmp_path / "work", mode="precision", model_path=str(model), media=[str(folder)], num_frames=3,
-               output_json=str(target))  # fmt: skip
+    options = {"mode": "precision", "model_path": str(model), "media": [str(folder)], "num_frames": 3}
+    done = run(host, tmp_path / "work", **options, output_json=str(target))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "broken.mp4: cannot be read as a video" in done.stdout and ".hidden" not in done.stdout
     good = [name for name in list_media(folder) if "broken" not in name]
@@ -98,14 +99,15 @@ def test_the_table_has_a_row_for_each_batch_size(host, model, media, tmp_path) -
     work = tmp_path / "work"
     work.mkdir()
     (work / "benchmark.csv").write_text("of,an,earlier\nrun,1,2\n")
-    done = run(host, work, mode="performance", model_path=str(model), media=[str(media)], batch_sizes=[1, 4],
-               csv="table.csv")  # fmt: skip
+    options = {"mode": "performance", "model_path": str(model), "media": [str(media)]}
+    done = run(host, work, **options, batch_sizes=[1, 4], csv="table.csv")
     assert done.returncode == 0, done.stderr
     with open(work / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["batch"] for row in rows] == ["1", "4"] and all(row["output_len"] == "12" for row in rows)
     for row in rows:
-        first, whole = float(row["first_token_time(ms)"]), float(row["ResponseTime(ms)"])
+        first = float(row["first_token_time(ms)"])
+        whole = float(row["ResponseTime(ms)"])
         assert 0 < float(row["media_and_vision_time(ms)"]) < first < whole
         rate = int(row["batch"]) * 12 / whole * 1000  # every answer has 12 tokens
         assert float(row["E2E Throughput Average(Tokens/s)"]) == pytest.approx(rate, rel=0.01)
@@ -124,9 +126,45 @@ def test_a_prompt_that_is_too_long_and_a_folder_without_media(host, model, media
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "holds no image or video" in done.stderr
 
 
+# Imports each module that is named and prints its file, in the place of MindIE's package.
+ATB_LLM = """
+import importlib, sys
+for name in {names}:
+    print(name, importlib.import_module(name).__file__)
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("start", ["elsewhere", "runner's folder"])
+def test_modules_beside_the_runner_hide_none_of_mindies(start: str, tmp_path: Path) -> None:
+    """MindIE, and the packages it imports, may have top-level modules called doctor, install, launch and so on."""
+    names = sorted(path.stem for path in RUNNER.parent.glob("*.py") if path.stem not in ("__init__", "runner"))
+    assert {"doctor", "install", "launch", "segments"} <= set(names)
+    (tmp_path / "atb_llm").mkdir()
+    (tmp_path / "atb_llm" / "__init__.py").write_text(ATB_LLM.format(names=names))
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(RUNNER), "--options", "{}"]
+    place = ROOT if start == "elsewhere" else RUNNER.parent
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{name} {tmp_path / name}.py" for name in names]
+
+
+def test_a_clones_examples_do_not_hide_mindies(host: Path, tmp_path: Path) -> None:
+    """The package `examples` is MindIE's, also when the command is typed in a clone, which has a folder examples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("MINDIE_CHECK_INPUTFILES_PERMISSION", "0")
+        _, variables = runner_command(host, {"model_path": str(tmp_path)}, 1, os.environ)
+        ask = "import sys; sys.path.pop(0); import examples; print(examples.__file__)"
+        done = subprocess.run([sys.executable, "-c", ask], env=variables, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(host.parent / "examples" / "__init__.py"), done.stderr
+
+
 def test_without_mindie_there_is_one_message() -> None:
-    runner = ROOT / "atb_pllava" / "mindie" / "runner.py"
-    command = [sys.executable, "-I", str(runner), "--options", "{}"]
+    command = [sys.executable, "-I", str(RUNNER), "--options", "{}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: MindIE's modules cannot be imported")
     assert "Traceback" not in done.stderr

@@ -1,32 +1,35 @@
-"""MindIE Service's config.json: valid by the host's own tables, limits that hold the videos, memory that adds up."""
+"""MindIE Service's config.json: valid by MindIE's own tables, long enough for the videos, within the cards' memory."""
 
 import json
+import math
 import os
 import re
 import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from atb_pllava.__main__ import main
+from atb_pllava.config import PllavaConfig
+from atb_pllava.doctor.npu_smi import list_cards
 from atb_pllava.engine.memory_estimate import working_bytes
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, counted
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.mindie import service_config as service
-from atb_pllava.mindie.cards import list_cards
+from atb_pllava.mindie.host_checks import check_world_size
 from atb_pllava.mindie.host_files import host_config
-from atb_pllava.mindie.weight_memory import weight_bytes
+from atb_pllava.mindie.host_model import SPLIT_TENSORS, weight_bytes
+from atb_pllava.model.pllava import Pllava
+from atb_pllava.model.published_sizes import PUBLISHED
+from atb_pllava.ops.int8 import QuantConfig
+from atb_pllava.ops.reference import TorchBackend
 from tests.support import ROOT, raw_config, write_checkpoint
 
 GIB = 2**30
-VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-          "image_size": 336, "patch_size": 14}  # fmt: skip
-VICUNA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "max_position_embeddings": 4096, "vocab_size": 32064}  # fmt: skip
-YI = {"hidden_size": 7168, "intermediate_size": 20480, "num_hidden_layers": 60, "num_attention_heads": 56,
-      "num_key_value_heads": 8, "max_position_embeddings": 4096, "vocab_size": 64064}  # fmt: skip
-B7 = config_from_json({"model_type": "pllava", "text_config": VICUNA, "vision_config": VISION})
-B34 = config_from_json({"model_type": "pllava", "text_config": YI, "vision_config": VISION})
+B7 = config_from_json(PUBLISHED["7b"])
+B34 = config_from_json(PUBLISHED["34b"])
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +101,28 @@ def test_weights_of_a_card(converted: Path) -> None:
     layer = config.hidden_size * (2 * config.hidden_size + 2 * 2 * 16 + 3 * config.intermediate_size + 2)
     split = 4 * (2 * layer + config.vocab_size * config.hidden_size)  # float32, two layers and the head
     whole = sum(file.stat().st_size for file in converted.glob("*.safetensors"))
-    one, two = weight_bytes(converted, 1), weight_bytes(converted, 2)
+    one = weight_bytes(converted, 1)
+    two = weight_bytes(converted, 2)
     assert one - two == split // 2 and abs(whole - one) < 20_000  # the file's header
 
 
 def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     target = tmp_path / "config.json"
     status, out, err = run(
-        capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--write", target, "--port", 2025,
-        "--resize", "res672")  # fmt: skip
+        capsys,
+        "--model_path",
+        converted,
+        "--card_memory",
+        64,
+        "--world_size",
+        2,
+        "--write",
+        target,
+        "--port",
+        2025,
+        "--resize",
+        "res672",
+    )
     assert status == 0 and out == "" and "each request: 1 video of 8 tokens" in err and "note: " not in err
     # 5 + 4 blocks of 128 tokens, each 2 * 2 layers * one KV head of 16 * 2 bytes on each of two cards.
     assert "200 requests of 144 KiB" in err and "0.00" not in err
@@ -120,8 +136,9 @@ def test_written_as_the_service_reads_it(capsys, converted, tmp_path) -> None:
     assert (server["port"], server["managementPort"], server["metricsPort"]) == (2025, 2026, 2027)
     assert server["ipAddress"] == "127.0.0.1" and server["httpsEnabled"] is False
     assert list(service.find_problems(config, read_config(converted))) == []
-    status, out, err = run(capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025,
-                           "--resize", "res672")  # fmt: skip
+    status, out, err = run(
+        capsys, "--model_path", converted, "--card_memory", 64, "--world_size", 2, "--port", 2025, "--resize", "res672"
+    )
     assert status == 0 and json.loads(out) == config and "mode 640; --write FILE makes it so" in err
 
 
@@ -239,13 +256,17 @@ def test_memory_of_the_cards_that_are_there(capsys, converted, tmp_path, monkeyp
 
 @pytest.mark.skipif("MINDIE_LLM_SOURCES" not in os.environ, reason="MINDIE_LLM_SOURCES names no MindIE-LLM sources")
 def test_against_the_tables_in_the_hosts_sources() -> None:
-    """Every key that the C++ calls compulsory is there with the type it wants, and those it ships with are known."""
+    """Every key that MindIE's C++ calls compulsory has the type it wants, and no key is unknown to MindIE."""
     root = Path(os.environ["MINDIE_LLM_SOURCES"])
     config = service.make_config("/m", "p", service.plan_lengths(B7, 1, None, None), service.CachePlan(36, 22, 1), 1)
     deploy, one, schedule = parts(config)
-    tables = {"g_serverParamsConstraint": config["ServerConfig"], "g_backendConfigConstraint": config["BackendConfig"],
-              "g_modelParentParamsConstraint": deploy, "g_modelParamsConstraint": one,
-              "g_scheduleParamsConstraint": schedule}  # fmt: skip
+    tables = {
+        "g_serverParamsConstraint": config["ServerConfig"],
+        "g_backendConfigConstraint": config["BackendConfig"],
+        "g_modelParentParamsConstraint": deploy,
+        "g_modelParamsConstraint": one,
+        "g_scheduleParamsConstraint": schedule,
+    }
     kinds = {"string": str, "bool": bool, "array": list, "object": dict, "uint32_t": int, "int32_t": int}
     text = "".join(file.read_text() for file in (root / "src" / "config_manager").glob("*.cpp"))
     for table, section in tables.items():
@@ -261,3 +282,39 @@ def test_against_the_tables_in_the_hosts_sources() -> None:
         assert set(config[name]) <= set(shipped[name])
     found = [what for what, _ in service.find_problems(shipped)]
     assert found == ["npuMemSize is -1"], found
+
+
+# Sizes in docs/operations.md: those of `mindie config` at its defaults.
+
+
+def weights_on_a_card(config: PllavaConfig, int8: QuantConfig, cards: int) -> int:
+    """Bytes of 16-bit or W8A16 weights as MindIE splits them, from a model without values."""
+    with torch.device("meta"):
+        model = Pllava(config, TorchBackend(), torch.float16, int8=int8)
+    sizes = {name: part.tensor.element_size() * math.prod(part.shape) for name, part in model.weight_map().items()}
+    split = sum(size for name, size in sizes.items() if name.startswith(SPLIT_TENSORS))
+    return -(-split // cards) + sum(sizes.values()) - split
+
+
+def smallest_setup(config: PllavaConfig, int8: QuantConfig, card_gib: int) -> str:
+    lengths = service.plan_lengths(config, 1, None, None)
+    for cards in (1, 2, 4, 8):
+        check_world_size(cards, config.text)
+        working = working_bytes(config, service.prefill_tokens(lengths), cards)
+        budget = 0.8 * card_gib * GIB - weights_on_a_card(config, int8, cards) - working
+        try:
+            cache = service.plan_cache(config, lengths, cards, budget, None)
+        except ConfigError:
+            continue
+        return f"{counted(cards, 'card')}: {cache.requests}"
+    raise AssertionError("no number of cards is enough")
+
+
+@pytest.mark.parametrize("size", ["7b", "13b", "34b"])
+@pytest.mark.parametrize("kind", ["16 bits", "W8A16"])
+def test_the_documented_sizes_are_the_computed_ones(size: str, kind: str) -> None:
+    config = config_from_json(PUBLISHED[size])
+    int8 = dummy_quant_config(config) if kind == "W8A16" else QuantConfig()
+    weights = f"{weights_on_a_card(config, int8, 1) / GIB:.1f} GiB"
+    cells = [f"{size.upper()}, {kind}", weights, *(smallest_setup(config, int8, card) for card in (64, 32, 21))]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "operations.md").read_text()

@@ -14,7 +14,6 @@ from atb_pllava.errors import BackendError
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader.checkpoint_config import config_from_json
-from atb_pllava.ops import choose_dtype, get_backend
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend import runtime
 from atb_pllava.ops.ascend.attention import pad_rows
@@ -23,6 +22,7 @@ from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight, quantise
 from atb_pllava.ops.interface import CapturedGraph, Feature, LayerCache
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import choose_dtype, get_backend
 from tests.support import random_model, raw_config
 
 

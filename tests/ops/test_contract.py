@@ -16,11 +16,11 @@ from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader import model_loader
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.linear import PackedLinear, pack_weights
-from atb_pllava.ops import BACKEND_CLASSES, choose_dtype, get_backend
 from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch
 from atb_pllava.ops.int8 import Int8Weight, quantise
 from atb_pllava.ops.interface import Backend, Feature, PackedWeight, Weight
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import BACKEND_CLASSES, choose_dtype, get_backend
 from tests.ops.test_ascend import backend_of
 from tests.support import random_model, raw_config
 

@@ -27,13 +27,13 @@ from atb_pllava.loader import model_loader as loading
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.pllava import Pllava
-from atb_pllava.ops import get_backend
 from atb_pllava.ops.cuda import backend as cuda
 from atb_pllava.ops.cuda.backend import CudaBackend
 from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import CapturedGraph, Feature
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import get_backend
 from tests.ops.test_ascend import decode
 from tests.ops.test_kernels import INT8_SHARES
 from tests.ops.test_ops import dense_attention, paged

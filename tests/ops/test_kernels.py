@@ -20,11 +20,11 @@ from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import LOAD_FORMATS, ModelOptions
 from atb_pllava.model.linear import PackedLinear, RowParallelLinear, pack_weights
-from atb_pllava.ops import get_backend
 from atb_pllava.ops.cpu import build
 from atb_pllava.ops.cpu.backend import NativeBackend, Panels
 from atb_pllava.ops.int8 import QuantConfig, quantise
 from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.registry import get_backend
 from tests.support import decode_metadata, prefill_metadata
 
 PLAIN = TorchBackend()

@@ -8,8 +8,8 @@ from atb_pllava.bench.tables import markdown
 from atb_pllava.cli.bench.output import add_json, check_json, save_json
 from atb_pllava.cli.environment import compiler, kernel_dir
 from atb_pllava.errors import check_whole_number
-from atb_pllava.ops import BACKENDS, get_backend
 from atb_pllava.ops.interface import Backend
+from atb_pllava.ops.registry import BACKENDS, get_backend
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

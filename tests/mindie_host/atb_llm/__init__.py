@@ -1,5 +1,5 @@
-"""A stand-in for MindIE's atb_llm: what the plugin uses of it, and its strictness. See tests/mindie/test_plugin.py.
+"""A stand-in for the part of MindIE's atb_llm that the plugin uses. See tests/mindie/test_plugin.py.
 
-Written from the host's behaviour, odd parts included, so that a call the host would reject, or silently get wrong,
-fails here. It computes in float32 on the CPU, with this package's own decoder where the host has its compiled graph.
+The stand-in behaves as MindIE does, quirks included. A call that MindIE would reject or compute wrongly fails here. It
+computes in float32 on the CPU, with this package's decoder in the place of MindIE's compiled graph.
 """

@@ -1,8 +1,8 @@
-"""The folder that becomes `atb_llm.models.pllava`: by a link, as a copy, or through an import hook (quirk 1).
+"""The package `atb_llm.models.pllava`: this folder linked or copied into atb_llm, or found by an import hook.
 
-Nothing in it is imported from anywhere else. Its modules have the names the host looks for and little in them; the
-work is done in `atb_pllava`. A link leads into the package it belongs to, and a copy made by `mindie install` has the
-package in it; neither needs it to be installed.
+MindIE takes only folders in atb_llm/models for models (quirk 1). The modules here have the names that MindIE looks for
+and contain little. The work is done in `atb_pllava`, which need not be installed. A link leads into a directory with
+the package beside it, and a copy made by `mindie install` contains the package.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""What the host asks first: config, tokenizer, input builder; and `tokenize`, for all endpoints but OpenAI's."""
+"""MindIE's entry point for PLLaVA: configuration, tokenizer, input builder, and `tokenize`.
+
+MindIE calls `tokenize` for all endpoints but OpenAI's, which use the input builder.
+"""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,35 +14,43 @@ from atb_llm.models.pllava.input_builder_pllava import PllavaInputBuilder
 
 from atb_pllava.errors import ConfigError
 from atb_pllava.loader.checkpoint_config import config_from_json
-from atb_pllava.mindie.dialogue import from_inputs
 from atb_pllava.mindie.host_checks import check_model_dir
 from atb_pllava.mindie.prompt_builder import PluginOptions, PromptBuilder
+from atb_pllava.prompt.messages import parse_content_parts
 
 
 class PllavaRouter(BaseRouter):  # type: ignore[misc]
-    """Found by its name and constructed with the host's positional arguments; see its BaseRouter."""
+    """MindIE finds this class by its name, and constructs it with the positional arguments of BaseRouter."""
 
     @cached_property
     def prompts(self) -> PromptBuilder:
-        """What makes ids of requests."""
+        """Turns requests into token ids, with the options in MindIE's config.json."""
         config = config_from_json(self.config_dict, self.generation_config)
         return PromptBuilder.from_dir(self.tokenizer_path, config, PluginOptions.from_host(self.llm_config))
 
     def tokenize(self, inputs: Sequence[Any], **kwargs: Any) -> np.ndarray:
-        """Parts of one user turn, `[{"video": path}, {"text": ...}]`, to ids int64 [n]; frames go to shared memory."""
-        return np.array(self.prompts.build(from_inputs(inputs), kwargs.get("shm_name_save_path")), np.int64)
+        """The parts of one user turn, `[{"video": path}, {"text": text}]`, to token ids int64 [n].
+
+        The frames are in shared memory afterwards. Raises RequestError, VideoError or BackendError.
+        """
+        return np.array(self.prompts.build(parse_content_parts(inputs), kwargs.get("shm_name_save_path")), np.int64)
 
     def get_config(self) -> PllavaConfig:
-        """Overridden because the host's would swallow errors (quirk 7)."""
+        """The configuration of the checkpoint. Raises ConfigError for one that was not converted.
+
+        Overridden because BaseRouter logs an error of a configuration class, and then uses a plain PretrainedConfig
+        (quirk 7).
+        """
         check_model_dir(self.model_name_or_path)
         given = dict(self.config_dict)
-        if self.max_position_embeddings:  # quirk 8
+        if self.max_position_embeddings:  # MindIE sets it too late for the rotary table (quirk 8)
             given["max_position_embeddings"] = self.max_position_embeddings
         config = PllavaConfig.from_dict(given)
         config.model_name_or_path = self.model_name_or_path
-        config.top_k = min(config.top_k, config.vocab_size)  # quirk 9
-        stops = self.prompts.stop_token_ids  # quirk 16
-        config.eos_token_id = config.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        config.top_k = min(config.top_k, config.vocab_size)  # check_config refuses a larger one (quirk 9)
+        stops = self.prompts.stop_token_ids  # MindIE stops at eos_token_id only (quirk 16)
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+        config.generation_config.eos_token_id = config.eos_token_id
         self.check_config(config)
         return config
 

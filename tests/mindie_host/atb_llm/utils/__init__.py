@@ -1,1 +1,1 @@
-"""What MindIE's example programs take from here."""
+"""The modules that MindIE's example programs import from here."""

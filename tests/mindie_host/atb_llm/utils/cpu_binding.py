@@ -1,4 +1,4 @@
-"""How much memory of a card is in use, which the host asks npu-smi for."""
+"""The used share of a card's memory. MindIE asks npu-smi for it."""
 
 
 class NpuHbmInfo:

@@ -1,4 +1,4 @@
-"""The variables, read once when this is imported, as the host does."""
+"""The environment variables, read once when this module is imported, as MindIE does."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Greedy generation of a batch: a prefill of all prompts, then a token of each at a time; benchmark.csv at the end."""
+"""Greedy generation of a batch: a prefill of all prompts, then decode steps. benchmark.csv is written at the end."""
 
 import csv
 import time
@@ -12,8 +12,10 @@ def generate_req(req_list: Any, model: Any, max_batch_size: int, max_prefill_tok
     assert len(req_list) <= max_batch_size and sum(r.input_length for r in req_list) <= max_prefill_tokens
     for request in req_list:
         request.blocks = cache_manager.allocate(request.need_blocks)
-    began, times = time.perf_counter(), []
-    running, most = list(req_list), model.postprocessor.max_new_tokens
+    began = time.perf_counter()
+    times = []
+    running = list(req_list)
+    most = model.postprocessor.max_new_tokens
     lengths = [request.input_length for request in running]
     step = torch.cat([request.input_ids for request in running])
     positions = [list(range(length)) for length in lengths]
@@ -41,24 +43,36 @@ def _is_finished(request: Any, postprocessor: Any, most: int) -> bool:
 def _forward(
     model: Any, cache: Any, running: Any, step: Any, positions: Any, lengths: Any, is_prefill: bool
 ) -> torch.Tensor:
-    size, longest = cache.block_size, max(len(request.blocks) for request in running)
+    size = cache.block_size
+    longest = max(len(request.blocks) for request in running)
     tables = [request.blocks + [0] * (longest - len(request.blocks)) for request in running]
     slots = [r.blocks[i // size] * size + i % size for r, row in zip(running, positions, strict=True) for i in row]
     ends = torch.tensor([sum(lengths[: i + 1]) - 1 for i in range(len(lengths))]) if is_prefill else None
     logits = model.model.forward(
-        input_ids=step, position_ids=torch.tensor([i for row in positions for i in row]), is_prefill=is_prefill,
-        kv_cache=cache.kv_cache, block_tables=torch.tensor(tables, dtype=torch.int32), slots=torch.tensor(slots),
-        input_lengths=torch.tensor(lengths), max_seq_len=max(lengths), lm_head_indices=ends)  # fmt: skip
+        input_ids=step,
+        position_ids=torch.tensor([i for row in positions for i in row]),
+        is_prefill=is_prefill,
+        kv_cache=cache.kv_cache,
+        block_tables=torch.tensor(tables, dtype=torch.int32),
+        slots=torch.tensor(slots),
+        input_lengths=torch.tensor(lengths),
+        max_seq_len=max(lengths),
+        lm_head_indices=ends,
+    )
     tokens: torch.Tensor = logits.argmax(-1)
     return tokens
 
 
 def _write_benchmark(req_list: Any, times: Any, most: int) -> None:
     values = {
-        "batch_size": len(req_list), "input_seq_len": req_list[0].input_length, "output_seq_len": most,
-        "e2e_time(ms)": f"{sum(times) * 1000: .2f}", "prefill_time(ms)": f"{times[0] * 1000: .2f}",
-        "decoder_token_time(ms)": f"{sum(times[1:]) * 1000 / max(1, most - 1): .2f}", "prefill_count": 1,
-    }  # fmt: skip
+        "batch_size": len(req_list),
+        "input_seq_len": req_list[0].input_length,
+        "output_seq_len": most,
+        "e2e_time(ms)": f"{sum(times) * 1000: .2f}",
+        "prefill_time(ms)": f"{times[0] * 1000: .2f}",
+        "decoder_token_time(ms)": f"{sum(times[1:]) * 1000 / max(1, most - 1): .2f}",
+        "prefill_count": 1,
+    }
     assert ENV.benchmark_filepath is not None
     with open(ENV.benchmark_filepath, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(values))

@@ -20,7 +20,8 @@ class MultiModalReqParams:
 
 class MultiModalRequest:
     def __init__(self, embeddings: Any, max_out_length: int, block_size: int) -> None:
-        self.input_ids, self.input_length = embeddings, embeddings.shape[0]
+        self.input_ids = embeddings
+        self.input_length = embeddings.shape[0]
         self.need_blocks = math.ceil((self.input_length + max_out_length) / block_size)
         self.out_token_list: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Every key becomes an attribute; a few are checked or become objects."""
+"""A configuration whose keys become attributes. A few of them are checked, or become objects."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Chat messages to ids; this one cannot do it."""
+"""MindIE's class that turns chat messages into token ids. The stand-in raises."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,11 +6,16 @@ from typing import Any
 
 class InputBuilder:
     def __init__(
-        self, tokenizer: Any, chat_template: str = "", system_role_name: str = "system", user_role_name: str = "user",
+        self,
+        tokenizer: Any,
+        chat_template: str = "",
+        system_role_name: str = "system",
+        user_role_name: str = "user",
         max_length: int = 2048,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert not chat_template and (system_role_name, user_role_name) == ("system", "user")
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer = tokenizer
+        self.max_length = max_length
 
     @staticmethod
     def generate_position_ids(input_ids: Any) -> Iterable[int]:

@@ -1,4 +1,4 @@
-"""What the llama graph reads of a config."""
+"""The part of a configuration that the llama graph reads."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from atb_llm.models.base.config import BaseConfig
 
 class LlamaConfig(BaseConfig):
     def __init__(self, **raw: Any) -> None:
-        self.pe_type, self.num_key_value_heads = "ROPE", None
+        self.pe_type = "ROPE"
+        self.num_key_value_heads = None
         super().__init__(**raw)
         assert self.model_type == "llama"
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads

@@ -1,4 +1,4 @@
-"""The paged decoder: two graphs over one cache, and inputs that are looked at one by one."""
+"""The paged decoder: a prefill graph and a decode graph over one KV cache. Every input is checked."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
 
-STALE = 7.0  # what unused cache holds: memory is not zero
-PADDED = 3  # columns of logits behind the vocabulary, as uneven ranks have them
+STALE = 7.0  # in unused cache, because memory of a card is not zero
+PADDED = 3  # columns of logits behind the vocabulary, as ranks have them that divide it unevenly
 
 
 class WordTable(nn.Module):
-    """Words outside of the vocabulary are zeros: a row behind the last word."""
+    """An embedding table in which ids outside the vocabulary are rows of zeros."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -31,18 +31,28 @@ class WordTable(nn.Module):
 
 class FlashLlamaForCausalLM(nn.Module):
     def __init__(
-        self, config: LlamaConfig, weights: Any, lmhead_prefix: str = "lm_head", model_prefix: str = "model",
+        self,
+        config: LlamaConfig,
+        weights: Any,
+        lmhead_prefix: str = "lm_head",
+        model_prefix: str = "model",
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         assert isinstance(config, LlamaConfig) and config.pe_type == "ROPE" and config.torch_dtype == weights.dtype
         assert (lmhead_prefix, model_prefix) == ("language_model.lm_head", "language_model.model")
-        self.config, self.inference_mode = config, kwargs.get("inference_mode")
-        self.dtype, self.device = weights.dtype, weights.device
-        self.quantize, self.adapter_manager, self.soc_info = config.quantize, None, "soc"
+        self.config = config
+        self.inference_mode = kwargs.get("inference_mode")
+        self.dtype = weights.dtype
+        self.device = weights.device
+        self.quantize = config.quantize
+        self.adapter_manager = None
+        self.soc_info = "soc"
         self.head_size = config.hidden_size // config.num_attention_heads
-        self.num_attention_heads, self.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self.num_layers, self.max_position_embeddings = config.num_hidden_layers, config.max_position_embeddings
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_layers = config.num_hidden_layers
+        self.max_position_embeddings = config.max_position_embeddings
         self.is_multimodal = self.skip_word_embedding = False
         self.decoder = weights.read_decoder()
         self.model = nn.Module()
@@ -57,15 +67,25 @@ class FlashLlamaForCausalLM(nn.Module):
         self.ascend_weight = [self.decoder]
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, is_prefill: bool, kv_cache: Any, block_tables: Tensor,
-        slots: Tensor, input_lengths: Tensor, max_seq_len: int, lm_head_indices: Tensor | None = None, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        is_prefill: bool,
+        kv_cache: Any,
+        block_tables: Tensor,
+        slots: Tensor,
+        input_lengths: Tensor,
+        max_seq_len: int,
+        lm_head_indices: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         if not self.ascend_weight:
             self.init_ascend_weight()
         if self.inference_mode is not None:
             _ = self.inference_mode.enable_prefill_pa  # one of the host's two classes lacks it
         self._check_cache(kv_cache)
-        ids, embeddings = self.placeholder, self.placeholder
+        ids = self.placeholder
+        embeddings = self.placeholder
         if self.skip_word_embedding:
             embeddings = input_ids
         else:
@@ -97,9 +117,15 @@ class FlashLlamaForCausalLM(nn.Module):
             part.fill_(STALE)
 
     def _execute(
-        self, x: Tensor, positions: Tensor, is_prefill: bool, tables: Tensor, slots: Tensor, lengths: Tensor,
+        self,
+        x: Tensor,
+        positions: Tensor,
+        is_prefill: bool,
+        tables: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
         logits_rows: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         assert int(positions.max()) < self.max_position_embeddings, "a position outside of the rotary table"
         assert slots.shape == positions.shape == (len(x),) and len(tables) == len(lengths)
         sizes = lengths.tolist()
@@ -136,14 +162,18 @@ class Mapping:
 
 
 class Weights:
-    """Files of a directory; the language model is read from them when the host's class asks for it."""
+    """The files of a directory. The host's class reads the language model from them."""
 
     def __init__(self, path: str, device: torch.device, dtype: torch.dtype, size: int = 1) -> None:
-        self.path, self.device, self.dtype = path, device, dtype
-        self.process_group, self.mapping = Group(size), Mapping()
+        self.path = path
+        self.device = device
+        self.dtype = dtype
+        self.process_group = Group(size)
+        self.mapping = Mapping()
 
     def read_decoder(self) -> Any:
-        config, checkpoint = read_config(self.path), open_checkpoint(self.path)
+        config = read_config(self.path)
+        checkpoint = open_checkpoint(self.path)
         model = Pllava(config, TorchBackend(), self.dtype, int8=checkpoint.int8)
         parts = model.weight_map()
         shapes = {name: part.shape for name, part in parts.items()}

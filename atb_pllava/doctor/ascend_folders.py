@@ -1,7 +1,7 @@
-"""Where the parts of Ascend's software are installed, other folders than the default ones included.
+"""The folders in which Ascend's driver, CANN, NNAL and MindIE are installed.
 
 The driver's installer writes its folder into /etc/ascend_install.info. CANN, NNAL and MindIE take `--install-path`, and
-are in ~/Ascend when a user without root's rights installed them; their set_env.sh names them in variables.
+go to ~/Ascend when a user without root's rights installs them. Their set_env.sh names their folders in variables.
 """
 
 import os
@@ -19,7 +19,10 @@ _PARTS = ("ascend-toolkit", "cann", "nnal", "atb-models", "driver")
 
 
 def ascend_folders(variables: Mapping[str, str]) -> list[Path]:
-    """Folders that may hold driver, CANN and the rest: those that something here names, then the default ones."""
+    """Folders that may hold the driver, CANN and the rest, without repeats.
+
+    First the folders that install.info and environment variables name, then /usr/local/Ascend and ~/Ascend.
+    """
     named = []
     driver = value_in(INSTALL_INFO, "Driver_Install_Path_Param")
     if driver is not None:
@@ -32,13 +35,16 @@ def ascend_folders(variables: Mapping[str, str]) -> list[Path]:
 
 
 def find_driver(variables: Mapping[str, str]) -> Path | None:
-    """The driver's version.info; None where no folder has it."""
+    """The driver's version.info; None where no folder has one."""
     files = (folder / "driver" / "version.info" for folder in ascend_folders(variables))
     return next((file for file in files if file.is_file()), None)
 
 
 def source_command(scripts: Sequence[str], variables: Mapping[str, str]) -> str:
-    """What to type to have one of `scripts` set its variables; where none is found, where it was looked for."""
+    """The command that sources the first of `scripts` that exists in one of the folders.
+
+    Where none exists, the default command with the list of the folders that were searched.
+    """
     folders = ascend_folders(variables)
     there = next((folder / script for folder in folders for script in scripts if (folder / script).is_file()), None)
     if there is not None:
@@ -49,13 +55,13 @@ def source_command(scripts: Sequence[str], variables: Mapping[str, str]) -> str:
 
 
 def is_installed(variables: Mapping[str, str]) -> bool:
-    """Whether anything of Ascend's is here, devices aside."""
+    """Whether this machine has any software of Ascend's, by its folders and variables. Devices are not considered."""
     named = any(variables.get(name) for name in VARIABLES)
     return named or any((folder / part).exists() for folder in ascend_folders(variables) for part in _PARTS)
 
 
 def value_in(file: Path, key: str) -> str | None:
-    """`key=value` of a file of the vendor's, None where there is none."""
+    """The value of a line `key=value` or `key=[value]` in `file`; None where there is no such file or line."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
