@@ -42,12 +42,11 @@ from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_log import Key, ResultLog, Row, error_row, key_of
 from atb_pllava.batch.run_metadata import surroundings
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.ops import get_backend
+from precision.command_line import Parser, run_command
 
 # Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
@@ -92,7 +91,8 @@ class OpenClip:
     @torch.no_grad()
     def images(self, frames: np.ndarray) -> Tensor:
         pixels = torch.stack([self.preprocess(Image.fromarray(frame)) for frame in frames])
-        return self.model.encode_image(pixels.to(self.device)).float().cpu()
+        features: Tensor = self.model.encode_image(pixels.to(self.device))
+        return features.float().cpu()
 
     def _register(self, model_name: str) -> str:
         """The name of a built-in model, or of one described by a JSON file, that needs nothing from a hub."""
@@ -364,10 +364,10 @@ def _import_open_clip() -> Any:
     try:
         import open_clip
     except Exception as error:  # a torchvision that does not belong to this torch fails in its own ways
-        raise ConfigError(
-            f"open_clip cannot be imported ({error}): pip install 'atb_pllava[precision]', with the torchvision that "
-            f"belongs to torch {torch.__version__}"
-        ) from None
+        remedy = (
+            f"pip install -r precision/requirements.txt, and the torchvision that belongs to torch {torch.__version__}"
+        )
+        raise ConfigError(f"open_clip cannot be imported ({error}): {remedy}") from None
     return open_clip
 
 

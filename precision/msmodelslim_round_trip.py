@@ -11,6 +11,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
@@ -19,15 +20,18 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.convert.converter import ConvertOptions, convert_checkpoint
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.loader.model_loader import ModelOptions, fill_model, plan_model
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import Int8Weight
+from precision.command_line import Parser, run_command
 
-SCHEMES = {"symmetric": {}, "asymmetric": {"symmetric": False}, "groups of 64": {"group_size": 64}}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "symmetric": {},
+    "asymmetric": {"symmetric": False},
+    "groups of 64": {"group_size": 64},
+}
 
 
 def load(directory: str | Path) -> Pllava:

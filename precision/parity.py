@@ -41,15 +41,11 @@ from atb_pllava import LLM, ConfigError, PllavaError, VideoError
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.batch.run_metadata import manifest_of
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.media_option import add_media
-from atb_pllava.cli.parser import Parser
-from atb_pllava.cli.question import question
-from atb_pllava.cli.run import DEFAULT_PROMPT
 from atb_pllava.errors import counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.media import list_media
 from atb_pllava.ops.interface import Backend, pool_by_matrices
+from precision.command_line import DEFAULT_PROMPT, Parser, add_media, question, run_command
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record
@@ -70,7 +66,7 @@ KEYS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 POOLINGS = ("means", "matrices")
 # What is cached or recorded as a whole would not pass by layer by layer.
-WATCHED = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}
+WATCHED: dict[str, Any] = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}
 COLUMNS = ("same token preferred", "max / mean logit error", "KL")
 DEFAULT_LEFT, DEFAULT_TOKENS = "dtype=float32", 32
 THRESHOLDS = {

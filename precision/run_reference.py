@@ -20,10 +20,8 @@ if __name__ == "__main__":
 
 import torch
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
-from atb_pllava.cli.predict import add_options, predict
 from atb_pllava.errors import ConfigError
+from precision.command_line import Parser, add_predict_options, predict, run_command
 
 DEFAULT_OUTPUT = "gpu_coco_predict.json"
 PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefix_cache": "off"}
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python precision/run_reference.py", description="Reference answers, in float32 on a CPU or a GPU."
     )
-    add_options(parser)
+    add_predict_options(parser)
     parser.set_defaults(output_json=DEFAULT_OUTPUT, **PLAIN)
     return run_command(lambda: parser.parse_args(argv), run_reference)
 

@@ -42,11 +42,10 @@ if __name__ == "__main__":
 
 import tokenizers
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
 from atb_pllava.prompt.tokenizer import IncrementalDetokenizer, Piece, Tokenizer
+from precision.command_line import Parser, run_command
 from precision.llama_vocabulary import CHATML, FORMS, SPECIAL, Vocabulary, encoder_of, open_vocabulary
 
 IMAGE_ID = 32000

@@ -129,8 +129,3 @@ def select(known: Sequence[str], wanted: Sequence[str] | None, data: Path, files
     if unknown:
         raise ConfigError(f"--task {unknown[0]!r} is not in {data}; it has {', '.join(known)}")
     return [name for name in known if wanted is None or name in wanted]
-
-
-def percent(part: float, whole: float) -> float:
-    """`part` of `whole` in percent, to two decimals."""
-    return round(100 * part / whole, 2)

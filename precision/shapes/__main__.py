@@ -10,9 +10,8 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import counted
+from precision.command_line import Parser, run_command
 from precision.shapes.dataset import FIRST_SEED, write_shapes
 
 

@@ -28,24 +28,25 @@ if __name__ == "__main__":
 
 from atb_pllava.batch.result_log import ResultLog, Row, answer_all, check_settings, keys_of, settings_digest
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.model_options import (
-    add_engine_options,
-    add_model_options,
-    add_prompt_options,
-    add_sampling_options,
-    join_torchrun,
-    load_model,
-    model_options,
-    sampling_params,
-)
-from atb_pllava.cli.parser import Parser
-from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.request import RequestOutput, SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.files import write_json
 from atb_pllava.llm import LLM
 from atb_pllava.prompt.tokenizer import Tokenizer
+from precision.command_line import (
+    Parser,
+    add_engine_options,
+    add_model_options,
+    add_overwrite_option,
+    add_prompt_options,
+    add_sampling_options,
+    join_torchrun,
+    load_model,
+    model_options,
+    planned_settings,
+    run_command,
+    sampling_params,
+)
 from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
 from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
 

@@ -30,10 +30,9 @@ if __name__ == "__main__":
     require_packages()
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import write_json
+from precision.command_line import Parser, run_command
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,

@@ -24,12 +24,12 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, write_json
+from precision.command_line import Parser, run_command
+from precision.statistics import paired_difference, wilson_interval
 from precision.videobench.dataset import read_answers, read_json, some_of
-from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
+from precision.videobench.scoring import accuracy_as_original, read_letter
 
 Key = tuple[str, str]  # set and id
 Answers = Mapping[str, Mapping[str, str]]

@@ -1,11 +1,7 @@
-"""Which option a reply names: our reading, and the original scorer's; how sure a comparison of two sides is."""
+"""Which option a reply names: by our rule, and by the rule of MindIE's scorer."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import sqrt
-
-import numpy as np
 
 from precision.videobench.dataset import LETTERS
 
@@ -76,53 +72,3 @@ def accuracy_as_original(
 
 def _first_of_five(text: str) -> str | None:
     return next((letter for letter in "ABCDE" if letter in text), None)
-
-
-def wilson_interval(right: int, asked: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (E. B. Wilson, 1927); 0 to 1 when nothing was asked."""
-    if not asked:
-        return 0.0, 1.0
-    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
-    share, spread = right / asked, z * z / asked
-    half = z * sqrt(share * (1 - share) / asked + spread / (4 * asked))
-    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Accuracy of one side minus that of the other, on the same questions."""
-
-    difference: float
-    low: float  # 95 % interval
-    high: float
-    only_first: int  # right on the first side alone
-    only_second: int
-    p_value: float  # exact McNemar test
-
-
-def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, draws: int = 10_000) -> PairedDifference:
-    """Compare two sides, bool [questions] each: was it right.
-
-    The interval is the bootstrap's: questions are drawn again with their pair of outcomes, `draws` times. The exact
-    McNemar test asks how likely so uneven a split of the questions that only one side got right is by chance.
-    """
-    total = len(first)
-    if not total:
-        return PairedDifference(0.0, -1.0, 1.0, 0, 0, 1.0)
-    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
-    shares = np.array([only_first, only_second, total - only_first - only_second]) / total
-    drawn = np.random.default_rng(seed).multinomial(total, shares, size=draws)
-    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / total, [2.5, 97.5])
-    difference = (only_first - only_second) / total
-    return PairedDifference(
-        difference, float(low), float(high), only_first, only_second, _mcnemar(only_first, only_second)
-    )
-
-
-def _mcnemar(one: int, other: int) -> float:
-    """Twice the binomial tail, at most 1; whole numbers, so that it is exact."""
-    total, term, tail = one + other, 1, 0
-    for i in range(min(one, other) + 1):
-        tail += term
-        term = term * (total - i) // (i + 1)
-    return min(1.0, float(2 * tail / 2**total))

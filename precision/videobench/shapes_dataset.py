@@ -26,10 +26,9 @@ from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.cli.ending import run_command
-from atb_pllava.cli.parser import Parser
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import write_json
+from precision.command_line import Parser, run_command
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),

@@ -202,7 +202,7 @@ def test_user_errors(capsys, monkeypatch, folder: Path, tmp_path: Path) -> None:
         assert status == 2 and message in err
     monkeypatch.setitem(sys.modules, "open_clip", None)
     status, _, err = score(capsys, folder, answers)
-    assert status == 2 and "pip install 'atb_pllava[precision]'" in err
+    assert status == 2 and "pip install -r precision/requirements.txt" in err
 
 
 def test_devices() -> None:

@@ -24,12 +24,15 @@ from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.multimodal.video import Clip
 from atb_pllava.prompt.chat_template import CONVERSATIONS
-from precision.evaluate import clips, mvbench, recaption, vcgbench, videoqa
+from precision.evaluate import clips, mvbench, recaption
 from precision.evaluate.__main__ import _parser, main
 from precision.evaluate.clips import ClipReader, media_of, read_frame_folder
+from precision.evaluate.mvbench import MVBench
 from precision.evaluate.predict import grouped
 from precision.evaluate.questions import Question, picked
 from precision.evaluate.run import BENCHMARKS
+from precision.evaluate.vcgbench import VCGBench
+from precision.evaluate.videoqa import VideoQA
 from tests.support import ROOT, write_video
 
 
@@ -272,7 +275,7 @@ def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
         {"pred": pred, "gt": "(A) one", "task_type": "T", "video_path": "v", "question": question} for pred in preds
     ]
     rows[-1]["error"] = "missing"
-    summary = mvbench.write_results(tmp_path, rows)
+    summary = MVBench().score(tmp_path, rows)
     assert summary["accuracy"] == {"T": 20.0, "Avg": 20.0} and summary["accuracy_of_answered"] == 25.0
     assert summary["unparseable"] == 2 and summary["right"] == 1
     assert read(tmp_path / "all_results.json")["acc_dict"] == {"T": [1, 5]}
@@ -438,7 +441,7 @@ def test_videoqa_files_that_do_not_go_together(tmp_path: Path) -> None:
     write(tmp_path / "TGIF_QA" / "test_q.json", [{}, {}])
     write(tmp_path / "TGIF_QA" / "test_a.json", [{}])
     with pytest.raises(ConfigError, match="has 2 entries and test_a.json 1"):
-        videoqa.read(tmp_path)
+        VideoQA().read(tmp_path)
 
 
 def test_vcgbench(capsys, options, tmp_path: Path) -> None:
@@ -460,7 +463,7 @@ def test_vcgbench(capsys, options, tmp_path: Path) -> None:
     assert rows[2]["pred"] == log["consistency_qa/0a"]["pred"].strip()
     assert rows[2]["pred1"] == log["consistency_qa/0b"]["pred"].strip()
     # The original's shuffle of 3 entries and its first 2: numpy's RandomState(42) leaves [0, 1, 2].
-    assert [q.number for q in vcgbench.read(tmp_path / "data", ratio=2)] == [0, 1]
+    assert [q.number for q in VCGBench().read(tmp_path / "data", ratio=2)] == [0, 1]
 
 
 def test_recaption(capsys, options, tmp_path: Path) -> None:
@@ -500,7 +503,7 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0
     with pytest.raises(ConfigError) as caught:
-        BENCHMARKS[verb].module.read(tmp_path)
+        BENCHMARKS[verb].read(tmp_path)
     files = re.search(r"looked there for (.*); --help", str(caught.value)).group(1)
     for file in files.replace("for example ", "").split(", "):
         for part in file.split("/"):

@@ -1,6 +1,7 @@
 """The judge against a stand-in endpoint that is slow, limited, broken or talks nonsense: no failure becomes a score."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +13,12 @@ import pytest
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.errors import BackendError, ConfigError
-from precision.evaluate import vcgbench, videoqa
 from precision.evaluate.__main__ import main
 from precision.evaluate.judge import Judge, case_name, judge_all
 from precision.evaluate.judge_prompts import ANSWER, DETAIL, Case
 from precision.evaluate.judging import judge_results
+from precision.evaluate.vcgbench import VCGBench
+from precision.evaluate.videoqa import VideoQA
 from tests.support import write_video
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -42,7 +44,8 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     number = len(endpoint.calls)
-                    endpoint.calls.append({"path": self.path, "headers": dict(self.headers), **body})
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    endpoint.calls.append({"path": self.path, "headers": headers, **body})
                     endpoint.running += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.running)
                 reply = endpoint.answer(number, body)
@@ -122,13 +125,31 @@ def test_what_is_sent(endpoint: Endpoint, tmp_path: Path) -> None:
     (row,) = run(judge(endpoint, key="secret", temperature=0.0), some, tmp_path).values()
     assert (row["pred"], row["score"], row["version"], row["attempts"]) == ("no", 1, "judge-0125 fp_1", 1)
     (call,) = endpoint.calls
-    assert call["path"] == "/v1/chat/completions" and call["headers"]["Authorization"] == "Bearer secret"
+    assert call["path"] == "/v1/chat/completions" and call["headers"]["authorization"] == "Bearer secret"
     assert call["model"] == "judge" and call["temperature"] == 0.0
     system, user = call["messages"]
     assert system["role"] == "system" and user["role"] == "user" and "question" in system["content"]
     assert user["content"].startswith("Question: Who {runs}?\nCorrect answer: a dog\nPredicted answer: a cat\n\n")
     assert "'yes' or 'no'" in user["content"] and "0 (worst) to 5 (best)" in user["content"]
     assert b"secret" not in (tmp_path / "judgements.jsonl").read_bytes()
+
+
+def test_nothing_of_the_environment_is_sent(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "somebody-elses")
+    monkeypatch.setenv("OPENAI_ORG_ID", "organization")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    run(judge(endpoint), cases(1), tmp_path)
+    (call,) = endpoint.calls
+    assert "authorization" not in call["headers"] and "openai-organization" not in call["headers"]
+
+
+def test_without_the_client_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match="pip install -r precision/requirements.txt"):
+        Judge("http://localhost/v1", "judge")
 
 
 def test_calls_run_together_up_to_the_limit(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -293,7 +314,7 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.answer = answer
     results = [row(0, "MSVD_QA"), row(1, "MSVD_QA"), row(2, "MSVD_QA"), row(3, "TGIF_QA"), row(0, "TGIF_QA"),
                {**row(9, "TGIF_QA"), "pred": "", "error": "no such video"}]  # fmt: skip
-    summary = judge_results(tmp_path, results, videoqa, judge(endpoint, attempts=1), 2)
+    summary = judge_results(tmp_path, results, VideoQA(), judge(endpoint, attempts=1), 2)
     everything = json.loads((tmp_path / "all_results.json").read_text())
     # p2 counts nowhere; the missing video is wrong with score 0; p0 stands twice.
     assert everything["acc_dict"] == {
@@ -323,7 +344,7 @@ def test_vcgbench_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
                {**base, "pred": "p", "pred1": "r", "question1": "q1", "task_type": "consistency_qa"},
                {**base, "pred": "", "task_type": "generic_qa"},
                {**base, "pred": "p", "pred1": "", "question1": "q1", "task_type": "consistency_qa"}]  # fmt: skip
-    judge_results(tmp_path, results, vcgbench, Judge(endpoint.url, "org/judge"), 2)
+    judge_results(tmp_path, results, VCGBench(), Judge(endpoint.url, "org/judge"), 2)
     everything = json.loads((tmp_path / "final_results-org_judge.json").read_text())
     assert everything["acc_dict"] == {
         "context": {"correct": 1, "total": 2, "score": 4},
@@ -367,7 +388,7 @@ def test_the_command_from_videos_to_scores(
     assert "the judge failed on 1 of 3 cases, not counted" in captured.err and "MSRVTT_QA" in captured.out
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["MSRVTT_QA"] == {"acc": 100.0, "score": 4.0}
-    assert {call["headers"]["Authorization"] for call in endpoint.calls} == {"Bearer secret"}
+    assert {call["headers"]["authorization"] for call in endpoint.calls} == {"Bearer secret"}
     # The failed case again, without the model; then the whole command, which has nothing left to do.
     endpoint.answer, endpoint.calls = lambda *_: says("{'pred': 'no', 'score': 0}"), []
     assert main(["judge", str(tmp_path / "out"), *judging]) == 0 and len(endpoint.calls) == 1

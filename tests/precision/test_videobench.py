@@ -17,16 +17,11 @@ import pytest
 
 from atb_pllava import LLM, ConfigError, SamplingParams
 from atb_pllava.batch.result_log import ResultLog
+from precision.statistics import paired_difference, wilson_interval
 from precision.videobench import answer_questions, extract_dataset, precision_test
 from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
-from precision.videobench.scoring import (
-    accuracy_as_original,
-    paired_difference,
-    read_letter,
-    read_letter_as_original,
-    wilson_interval,
-)
+from precision.videobench.scoring import accuracy_as_original, read_letter, read_letter_as_original
 from precision.videobench.shapes_dataset import write_dataset
 from tests.support import ROOT
 
