@@ -11,7 +11,7 @@ Run = Callable[[argparse.Namespace], int]
 
 KINDS: dict[str, tuple[str, Add, Run]] = {
     "sweep": ("throughput and latency over batch size (what `bench` alone does)", add_sweep, run_sweep),
-    "limits": ("what this machine can read and multiply in a second", parts.add_limits, parts.run_limits),
+    "peaks": ("peak read bandwidth and FLOP/s of this machine", parts.add_peaks, parts.run_peaks),
     "compare": ("stage by stage against Hugging Face transformers", parts.add_compare, parts.run_compare),
     "cache": ("first token of a second question about a video", parts.add_cache, parts.run_cache),
     "overhead": ("what of a decode step is not the model", parts.add_overhead, parts.run_overhead),

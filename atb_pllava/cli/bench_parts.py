@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any
 
 from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
-from atb_pllava.bench.compare import STAGES, compare
+from atb_pllava.bench.compare import STAGES, compare, compare_tables
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import measure
-from atb_pllava.bench.microbench import loading, python_share, second_question
+from atb_pllava.bench.microbench import cached_ttft, engine_overhead, loading_time
 from atb_pllava.bench.roofline import MACHINES, Machine
-from atb_pllava.bench.scaling import compare_with_sweep, scaling_rows
+from atb_pllava.bench.scaling import CHECK_COLUMNS, SCALING_COLUMNS, compare_with_sweep, scaling_rows
 from atb_pllava.bench.shapes import SHAPES, made_up_words, shape_config
 from atb_pllava.bench.tables import markdown
 from atb_pllava.cli.bench_model import (
@@ -41,19 +41,19 @@ _SCALED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
+def add_peaks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="device to measure (default: as for `run`)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a CPU (default: one a core)")
     _add_json(parser)
 
 
-def run_limits(arguments: argparse.Namespace) -> int:
-    """Print the machine's limits as a table."""
+def run_peaks(arguments: argparse.Namespace) -> int:
+    """Print the machine's peaks as a table."""
     _check_json(arguments)
     _check_number(arguments, "threads", 4096)
-    limits = measure(_backend(arguments.backend), threads=arguments.threads)
-    print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}")
-    _write_json(arguments, asdict(limits))
+    peaks = measure(_backend(arguments.backend), threads=arguments.threads)
+    print(f"{peaks.machine_name}, {peaks.measured_on}\n\n{markdown(peaks.rows())}")
+    _write_json(arguments, asdict(peaks))
     return 0
 
 
@@ -86,15 +86,18 @@ def run_compare(arguments: argparse.Namespace) -> int:
     length = config.num_video_tokens + arguments.text_tokens
     with open_model(arguments, max_batch_size=max(batches), max_input_length=length, max_output_length=1) as llm:
         assert not isinstance(llm, int)
-        _say(arguments, "measuring the limits of this machine")
-        limits, third = measure(llm.model.ops), None
+        _say(arguments, "measuring the peaks of this machine")
+        peaks = measure(llm.model.ops)
+        third = None
         if arguments.gguf is not None:
-            third = LlamaCppPeer(arguments.gguf, config.text, length + 8, limits.threads)
-        rows = compare(
-            llm, wanted, arguments.text_tokens, batches, arguments.rounds, third, lambda text: _say(arguments, text)
+            third = LlamaCppPeer(arguments.gguf, config.text, length + 8, peaks.threads)
+        rows = list(
+            compare(
+                llm, wanted, arguments.text_tokens, batches, arguments.rounds, third, lambda text: _say(arguments, text)
+            )
         )
-        print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}\n")
-        _print(arguments, list(rows))
+        print(f"{peaks.machine_name}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
+        _write_json(arguments, rows)
     return 0
 
 
@@ -112,7 +115,7 @@ def run_cache(arguments: argparse.Namespace) -> int:
     with open_model(arguments, **_NEEDED_ENGINE, video_cache_bytes=2**30, prefix_cache="on") as llm:
         if isinstance(llm, int):
             return llm
-        _print(arguments, [second_question(llm, request_maker(arguments, llm), arguments.rounds)])
+        _print(arguments, [cached_ttft(llm, request_maker(arguments, llm), arguments.rounds)])
     return 0
 
 
@@ -140,7 +143,7 @@ def run_overhead(arguments: argparse.Namespace) -> int:
     with open_model(arguments, max_batch_size=batch, max_input_length=length, max_output_length=new_tokens) as llm:
         if isinstance(llm, int):
             return llm
-        _print(arguments, [python_share(llm, {"question": question}, batch, new_tokens)])
+        _print(arguments, [engine_overhead(llm, {"question": question}, batch, new_tokens)])
     return 0
 
 
@@ -158,7 +161,7 @@ def run_load(arguments: argparse.Namespace) -> int:
         raise ConfigError("bench load measures one process: leave --world_size out")
     small = {"max_input_length": 1, "max_output_length": 1, "max_batch_size": 1, "video_cache_bytes": 0}
     described = argparse.Namespace(**{**vars(arguments), **small, "prefix_cache": "off", "decode_graphs": "on"})
-    _print(arguments, [loading(arguments.model_path, lambda: load_model(described))])
+    _print(arguments, [loading_time(arguments.model_path, lambda: load_model(described))])
     return 0
 
 
@@ -205,12 +208,14 @@ def run_scaling(arguments: argparse.Namespace) -> int:
         if given:
             raise ConfigError(f"--check is about the sweep of a table: leave --{next(iter(given))} out")
         rows = _against_bounds(arguments.check)
+        print(markdown(rows, CHECK_COLUMNS))
     else:
         asked = {**_SCALED, **given}
         sizes = whole_numbers("--world_size", asked["world_size"])
         machines = [_machine(name) for name in asked["device"].split(",")]
         rows = scaling_rows(asked["shape"].split(","), machines, sizes, asked["prompt_tokens"])
-    _print(arguments, rows)
+        print(markdown(rows, SCALING_COLUMNS))
+    _write_json(arguments, rows)
     return 0
 
 
@@ -245,7 +250,7 @@ def _read_sweep(path: str) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--check {path!r} cannot be read: {error}") from None
-    if not rows or not {"decode_step_MB", "status"} <= rows[0].keys():
+    if not rows or not {"batch_size", "decode_step_MB", "status"} <= rows[0].keys():
         raise ConfigError(f"--check {path!r} is not the table of a sweep (`bench sweep --csv`)")
     return rows
 
@@ -287,7 +292,7 @@ def _write_json(arguments: argparse.Namespace, value: object) -> None:
 
 
 def _print(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
-    print(markdown(rows, list(dict.fromkeys(name for row in rows for name in row))))
+    print(markdown(rows))
     _write_json(arguments, rows)
 
 

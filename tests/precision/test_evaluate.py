@@ -279,9 +279,9 @@ def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
     assert summary["accuracy"] == {"T": 20.0, "Avg": 20.0} and summary["accuracy_of_answered"] == 25.0
     assert summary["unparseable"] == 2 and summary["right"] == 1
     assert read(tmp_path / "all_results.json")["acc_dict"] == {"T": [1, 5]}
-    assert "2 answers without an option, counted as wrong as in the original" in mvbench.lines(summary)
+    assert "2 answers without an option, counted as wrong as in the original" in MVBench().report(summary)
     ninths = [{**rows[0], "pred": "(A) one"}] * 8 + [rows[1]]  # 88.888... %
-    summary = mvbench.write_results(tmp_path, ninths)
+    summary = MVBench().score(tmp_path, ninths)
     assert summary["accuracy"] == {"T": 88.89, "Avg": 88.89} == read(tmp_path / "upload_leaderboard.json")
     assert summary["accuracy_of_answered"] == 88.89
 
@@ -290,7 +290,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     for stem in ("my_task", "My_task"):
         write(tmp_path / "json" / f"{stem}.json", [entry("a.mp4")])
     with pytest.raises(ConfigError, match="My_task.json and my_task.json are both 'My Task'"):
-        mvbench.read(tmp_path)
+        MVBench().read(tmp_path)
 
 
 def test_compare(capsys, tmp_path: Path) -> None:

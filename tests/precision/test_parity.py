@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -19,7 +20,7 @@ from atb_pllava.__main__ import main as atb_main
 from atb_pllava.config import PllavaConfig
 from atb_pllava.ops.reference import TorchBackend
 from precision.comparison import Total, compare_recordings, compare_rows
-from precision.error_plot import COLOURS, plot_errors
+from precision.error_plot import COLORS, plot_errors
 from precision.parity import _by_name, _here, load_side, main, parse_side
 from precision.recording import KEPT_EVERY, Recording, record
 from tests.support import random_model, raw_config, write_checkpoint
@@ -54,6 +55,13 @@ def parity(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return status, captured.out, captured.err
 
 
+def columns(table: str) -> list[list[str]]:
+    """All pairs of neighbouring cells in Markdown tables, which must not be wider than 100 characters."""
+    assert max(map(len, table.splitlines()), default=0) <= 100
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
+    return [pair for row in rows for pair in map(list, zip(row, row[1:], strict=False))]
+
+
 # Recording
 
 
@@ -73,7 +81,7 @@ def test_forced_logits_and_states_are_those_of_transformers(llm: LLM) -> None:
     kept = [p for p in range(len(prompt)) if p % KEPT_EVERY == 0 or p == len(prompt) - 1]
     assert heard.positions.tolist() == [*kept, *range(len(prompt), len(prompt) + len(forced) - 1)]
     for stage, states in zip(["input", *(f"layer {i}" for i in range(LAYERS - 1))], out.hidden_states, strict=False):
-        assert_close(heard.states[f"decoder {stage}"], states[0, heard.positions], atol=2e-4, rtol=1e-3)
+        assert_close(heard.decoder[f"decoder {stage}"], states[0, heard.positions], atol=2e-4, rtol=1e-3)
 
 
 def test_a_recording_of_an_answer_and_its_repetition_are_equal(llm: LLM, clip: str, tmp_path: Path) -> None:
@@ -81,11 +89,11 @@ def test_a_recording_of_an_answer_and_its_repetition_are_equal(llm: LLM, clip: s
     assert left.token_ids == llm.chat(clip, "what?").token_ids[:6]
     left.save(tmp_path / "x.safetensors")
     loaded = Recording.load(tmp_path / "x.safetensors")
-    assert list(loaded.states) == ["vision patches", "vision layer 0", "vision layer 1", "vision projector",
-                                   "decoder input", *(f"decoder layer {i}" for i in range(LAYERS))]  # fmt: skip
+    assert list(loaded.vision) == ["vision patches", "vision layer 0", "vision layer 1", "vision projector"]
+    assert list(loaded.decoder) == ["decoder input", *(f"decoder layer {i}" for i in range(LAYERS))]
     agreement = compare_recordings(loaded, record(llm, clip, "what?", 0, left.token_ids))
     assert agreement.first_difference is None and agreement.top1 == 1 and agreement.max_error == agreement.kl == 0
-    assert set(agreement.stages.values()) == {0.0}
+    assert {*agreement.vision.values(), *agreement.decoder.values()} == {0.0}
     assert not llm.model._forward_hooks and not llm.model.language.layers[0]._forward_hooks
 
 
@@ -106,7 +114,7 @@ def test_no_step_is_recorded_as_a_whole(weights: Path, monkeypatch: pytest.Monke
 
 
 def recording(logits: Tensor, tokens: list[int], **more: Any) -> Recording:
-    return Recording(None, "", tokens, [1], 1, [], "", [], torch.zeros(1), logits, {}, **more)
+    return Recording(None, "", tokens, [1], 1, [], "", [], torch.zeros(1), logits, {}, {}, **more)
 
 
 def test_numbers_of_two_rows_of_logits() -> None:
@@ -201,8 +209,9 @@ def test_a_wrong_operator_shows_as_the_layer_of_the_jump(weights, llm, clip, par
     total = Total.of([compare_recordings(left, right)])
     stage, before, after = total.jump
     assert stage == f"{part} layer {number}" and before < 1e-5 and not after < 0.02
-    stages = list(total.stages)
-    assert all(total.stages[name] < 1e-5 for name in stages[: stages.index(stage)])
+    errors = {**total.vision, **total.decoder}
+    before_it = list(errors)[: list(errors).index(stage)]
+    assert all(errors[name] < 1e-5 for name in before_it)
     assert not total.kl < 1e-3
 
 
@@ -216,15 +225,15 @@ def test_the_same_model_agrees_with_itself_and_with_two_ranks(capsys, weights, m
         "--media", media, "--prompt", "what?", "--prompt", "why?", "--max_tokens", 5,
         "--output_json", tmp_path / "out.json", "--plot", tmp_path / "out.png")  # fmt: skip
     assert status == 0, err
-    assert out.count("| 6 of 6 | 100.00 % of 30 |") == 3 and "6/6" in err
+    assert columns(out).count(["6 of 6", "100.00 % of 30"]) == 3 and "6/6" in err
     sides = json.loads((tmp_path / "out.json").read_text())
     assert [len(side["requests"]) for side in sides] == [6, 6, 6] and sides[0]["total"]["max_error"] == 0
     for side in sides[1:]:
-        assert 0 < side["total"]["max_error"] < 1e-3 and 0 < side["total"]["stages"]["decoder layer 1"] < 1e-5
+        assert 0 < side["total"]["max_error"] < 1e-3 and 0 < side["total"]["decoder"]["decoder layer 1"] < 1e-5
     assert sides[1]["manifest"]["world_size"] == 2 and sides[1]["left"]["world_size"] == 1
-    assert sides[1]["requests"][0]["stages"]["vision layer 1"] < 1e-5  # of the frames that rank 0 encodes
+    assert sides[1]["requests"][0]["vision"]["vision layer 1"] < 1e-5  # of the frames that rank 0 encodes
     with Image.open(tmp_path / "out.png") as image:
-        assert image.size == (1200, 560)
+        assert image.size == (1300, 600)
 
 
 def test_other_weights_are_over_the_thresholds_and_the_layer_is_named(capsys, weights, media, tmp_path) -> None:
@@ -236,7 +245,7 @@ def test_other_weights_are_over_the_thresholds_and_the_layer_is_named(capsys, we
         capsys, "--model_path", weights, "--right", f"weights={other},dtype=float32", "--media", media / "clip2.mp4",
         "--max_tokens", 6, "--output_json", tmp_path / "out.json")  # fmt: skip
     assert status == 1 and "is under --min_top1" in err and "is over --max_kl" in err
-    assert "| decoder layer 2: " in out and "| token " in out
+    assert "error rises most at decoder layer 2: " in out and " of 6 " in out
     (side,) = json.loads((tmp_path / "out.json").read_text())
     assert side["over"] and side["requests"][0]["first_difference"] is not None
     status, *_ = parity(
@@ -254,7 +263,7 @@ def test_a_recording_is_compared_later_and_elsewhere(capsys, weights, media, tmp
     here.rename(there)
     status, out, _ = parity(capsys, "--model_path", weights, "--left", f"recording={tmp_path / 'rec'}",
                             "--right", "dtype=bfloat16", "--media", there)  # fmt: skip
-    assert status in (0, 1) and ("| 1 of 1 |" in out or "| 0 of 1 |" in out)
+    assert status in (0, 1) and ("1 of 1" in out or "0 of 1" in out)
     status, _, err = parity(capsys, "--model_path", weights, "--record", tmp_path / "rec", "--media", there)
     assert status == 2 and "is not empty" in err
 
@@ -292,14 +301,14 @@ def test_two_files_of_run(capsys, weights, media, tmp_path) -> None:
                               "--output_json", str(tmp_path / f"{name}.json")]) == 0  # fmt: skip
     capsys.readouterr()
     status, out, _ = parity(capsys, tmp_path / "a.json", tmp_path / "b.json")
-    assert status == 0 and "| 3 of 3 | 100.00 % of 15 |" in out
+    assert status == 0 and ["3 of 3", "100.00 % of 15"] in columns(out)
     rows = json.loads((tmp_path / "b.json").read_text())
     for row in rows:
         row["media"] = row["media"].replace(str(media), "/elsewhere")
     rows[1]["token_ids"][2] += 1
     (tmp_path / "b.json").write_text(json.dumps(rows))
     status, out, err = parity(capsys, tmp_path / "a.json", tmp_path / "b.json")
-    assert status == 1 and "| token 3 of 3 | 66.67 % of 3 |" in out and "min_top1" in err
+    assert status == 1 and ["3 of 3", "66.67 % of 3"] in columns(out) and "min_top1" in err
     status, out, _ = parity(capsys, tmp_path / "a.json", tmp_path / "c.json", "--output_json", tmp_path / "out.json")
     total = json.loads((tmp_path / "out.json").read_text())[0]["total"]
     assert 0 < total["mean_error"] < 1 and 0 < total["kl"] < 0.5
@@ -376,13 +385,32 @@ def test_a_recording_of_nothing_is_refused(capsys, weights, tmp_path, index: str
 
 def test_the_plot_shows_the_jump(tmp_path: Path) -> None:
     flat = {f"decoder layer {i}": 1e-7 for i in range(8)}
-    plot_errors(tmp_path / "x.png", {"good": flat, "bad": {**flat, **{f"decoder layer {i}": 0.5 for i in range(5, 8)}}})
+    jumping = {**flat, **{f"decoder layer {i}": 0.5 for i in range(5, 8)}}
+    plot_errors(tmp_path / "x.png", {"decoder": {"good": flat, "bad": jumping}}, "title")
     with Image.open(tmp_path / "x.png") as file:
         image = file.convert("RGB")
-    colour = tuple(int(COLOURS[1][i : i + 2], 16) for i in (1, 3, 5))
-    points = [(x, y) for x in range(image.width) for y in range(40, image.height) if image.getpixel((x, y)) == colour]
-    low, high = [x for x, y in points if y > 480], [x for x, y in points if y < 100]
-    assert low and high and max(low) < min(high)
+    color = ImageColor.getrgb(COLORS[1])
+    axes = [(x, y) for x in range(image.width) for y in range(500)]  # the legend is below
+    points = [(x, y) for x, y in axes if image.getpixel((x, y)) == color]
+    low = [x for x, y in points if y > 400]
+    high = [x for x, y in points if y < 150]
+    assert low and high and max(low) < min(high) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_errors_that_are_not_finite_are_drawn(tmp_path: Path) -> None:
+    errors = {"decoder layer 0": 1e-7, "decoder layer 1": float("inf"), "decoder layer 2": float("nan")}
+    plot_errors(tmp_path / "x.png", {"vision tower": {"side": {}}, "decoder": {"side": errors}}, "title")
+    plot_errors(tmp_path / "y.png", {"decoder": {"side": dict.fromkeys(errors, float("nan"))}}, "title")
+    assert (tmp_path / "x.png").stat().st_size > 5000 < (tmp_path / "y.png").stat().st_size
+
+
+def test_a_plot_without_matplotlib_is_refused_first(
+    capsys, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot = ("--plot", tmp_path / "x.png")
+    status, out, err = parity(capsys, "--model_path", weights, "--right", "dtype=float32", *plot)
+    assert status == 2 and 'pip install "atb_pllava[plots]"' in err and "dtype=float32 " not in err and out == ""
 
 
 def test_a_recorded_medium_is_found_in_a_moved_tree(tmp_path: Path) -> None:
