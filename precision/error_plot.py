@@ -65,11 +65,11 @@ def _set_stage_ticks(axes: "Axes", stages: Sequence[str]) -> None:
     """Label stages without their part's name: `decoder layer 3` is 3, `decoder input` is input. Thin out the layers."""
     words = [stage.split(" ", 1)[1].removeprefix("layer ") for stage in stages]
     every = -(-len(words) // MOST_TICKS)
-    following = [*words[1:], "0"]  # a number beside a word would be under the word
+    following = [*words[1:], "0"]  # where ticks are close, a word would cover the number before it
     shown = [
         number
         for number, word in enumerate(words)
-        if not word.isdigit() or (int(word) % every == 0 and following[number].isdigit())
+        if not word.isdigit() or (int(word) % every == 0 and (len(words) < 12 or following[number].isdigit()))
     ]
     axes.set_xticks(shown, [words[number] for number in shown])
     for label in axes.get_xticklabels():

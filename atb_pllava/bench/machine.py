@@ -37,11 +37,6 @@ class MachinePeaks:
     flops: dict[str, float]
     measured_on: str
 
-    @property
-    def machine_name(self) -> str:
-        """The CPU model with its number of threads, or the name of the accelerator."""
-        return self.device if self.threads == 1 else f"{self.device}, {self.threads} threads"
-
     def as_machine(self, dtype: torch.dtype = torch.bfloat16) -> Machine:
         """The roofline for activations of `dtype`. W8A16 products also run in `dtype`."""
         peak = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])

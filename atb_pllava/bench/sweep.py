@@ -35,18 +35,18 @@ COLUMNS = (
 
 # The two printed tables, with their headings.
 _SPEED = {
-    "batch_size": "batch size",
+    "batch_size": "batch",
     "prompt_tokens": "prompt",
     "vision_encode_ms": "vision ms",
     "prefill_ms": "prefill ms",
     "ttft_ms": "TTFT ms",
-    "tpot_p50_ms": "TPOT p50 ms",
+    "tpot_p50_ms": "TPOT ms",
     "tpot_p99_ms": "p99 ms",
     "decode_tokens_per_s": "decode tok/s",
     "e2e_tokens_per_s": "e2e tok/s",
 }
 _ROOFLINE = {
-    "batch_size": "batch size",
+    "batch_size": "batch",
     "vision_fraction_of_peak": "vision / peak",
     "prefill_fraction_of_peak": "prefill / peak",
     "decode_fraction_of_roofline": "decode / roofline",

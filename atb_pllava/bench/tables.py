@@ -32,5 +32,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | Non
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:,.4g}".replace(",", "") if isinstance(value, float) else str(value)
-    return text.replace("|", "/")
+    """Text of a cell: four digits of a float, all digits before its point, and no character that ends a cell."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "/")

@@ -52,7 +52,7 @@ def run_peaks(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     _check_number(arguments, "threads", 4096)
     peaks = measure(_backend(arguments.backend), threads=arguments.threads)
-    print(f"{peaks.machine_name}, {peaks.measured_on}\n\n{markdown(peaks.rows())}")
+    print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}")
     _write_json(arguments, asdict(peaks))
     return 0
 
@@ -96,7 +96,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
                 llm, wanted, arguments.text_tokens, batches, arguments.rounds, third, lambda text: _say(arguments, text)
             )
         )
-        print(f"{peaks.machine_name}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
+        print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
         _write_json(arguments, rows)
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS, benchmark_row, llava_row
-from atb_pllava.bench.machine import MachinePeaks, measure
+from atb_pllava.bench.machine import machine_name, measure
 from atb_pllava.bench.plot import check_plotting, plot_sweep
 from atb_pllava.bench.run import BatchRun
 from atb_pllava.bench.sweep import COLUMNS, sweep, sweep_tables, weight_dtype
@@ -73,15 +73,13 @@ def _measure(
     """Measure all batch sizes. Every file is written anew after each batch, so an interrupted sweep leaves its rows."""
     rows: list[dict[str, Any]] = []
     runs: list[BatchRun] = []
-    peaks: list[MachinePeaks] = []
-
-    def measure_peaks() -> MachinePeaks:
-        peaks.append(measure(llm.model.ops, 3, threads))
-        return peaks[-1]
-
+    name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
+    title = f"PLLaVA {name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens\n{machine_name()}"
     make_request = request_maker(arguments, llm)
     try:
-        for row, run in sweep(llm, make_request, batches, arguments.max_output_length, measure_peaks):
+        for row, run in sweep(
+            llm, make_request, batches, arguments.max_output_length, lambda: measure(llm.model.ops, 3, threads)
+        ):
             rows.append(row)
             runs += [run] if run is not None else []
             write_text(arguments.csv, csv_text(rows, COLUMNS))
@@ -90,19 +88,12 @@ def _measure(
             if arguments.host_csv is not None:
                 write_text(arguments.host_csv, csv_text([llava_row(run) for run in runs], LLAVA_COLUMNS))
             if arguments.plot is not None:
-                plot_sweep(arguments.plot, rows, _plot_title(llm, arguments, peaks))
+                plot_sweep(arguments.plot, rows, title)
     finally:
         if rows:
             print(sweep_tables(rows), flush=True)
     if not arguments.quiet:
         print(f"wrote {arguments.csv}", file=sys.stderr)
-
-
-def _plot_title(llm: LLM, arguments: argparse.Namespace, peaks: Sequence[MachinePeaks]) -> str:
-    """Model, weights, tokens and machine; without the machine when no batch was measured."""
-    name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
-    machine = f"\n{peaks[-1].machine_name}" if peaks else ""
-    return f"PLLaVA {name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens{machine}"
 
 
 def _batches(arguments: argparse.Namespace) -> list[int]:

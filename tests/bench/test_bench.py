@@ -241,7 +241,7 @@ def test_sweep_writes_what_was_asked_for(checkpoint, media, tmp_path, monkeypatc
         "--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--max_batch_size", 3,
         "--max_output_length", 24, "--csv", table, "--host_csv", llava, "--plot", plot, "--block_size", 16)  # fmt: skip
     out = capsys.readouterr().out
-    assert status == 0 and table_of(out.split("\n\n")[0])[2]["batch size"] == "3"
+    assert status == 0 and table_of(out.split("\n\n")[0])[2]["batch"] == "3"
     assert max(map(len, out.splitlines())) <= 100
     rows = rows_of(table)
     assert tuple(rows[0]) == COLUMNS and [row["batch_size"] for row in rows] == ["1", "2", "3"]
