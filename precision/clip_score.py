@@ -68,7 +68,8 @@ class OpenClip:
     """A model of open_clip with weights from a file. Nothing is downloaded."""
 
     def __init__(self, model_name: str, weights: str, device: torch.device) -> None:
-        self.device, self._package = device, _import_open_clip()
+        self.device = device
+        self._package = _import_open_clip()
         name = self._register(model_name)
         logging.disable(logging.WARNING)  # it would warn that weights are missing, which come below
         try:
@@ -128,8 +129,10 @@ def read_judge_weights(path: str) -> dict[str, Tensor]:
 
             return load_file(path)
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
-            raise WeightError(f"{path} is a pickle, which torch {torch.__version__} does not read safely: use 2.6 or a "
-                              ".safetensors file")  # fmt: skip
+            raise WeightError(
+                f"{path} is a pickle, which torch {torch.__version__} does not read safely: use 2.6 or a "
+                ".safetensors file"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -329,7 +332,8 @@ def paired(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     differences = np.array([second[file] - first[file] for file in first.keys() & second.keys()])
     if len(differences) < 2:
         return None
-    mean, width = float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / sqrt(len(differences))
+    mean = float(differences.mean())
+    width = 1.96 * float(differences.std(ddof=1)) / sqrt(len(differences))
     text = (
         f"{results[1]['file']} minus {results[0]['file']}: {mean:+.4f} "
         f"(95 % interval {mean - width:+.4f} to {mean + width:+.4f}, {len(differences)} items)"

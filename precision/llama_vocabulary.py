@@ -154,9 +154,12 @@ def encoder_of(vocabulary: Vocabulary, directory: Path) -> Callable[[Sequence[st
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         done = subprocess.run(
-            ["node", str(directory / "run.mjs")], input=json.dumps(list(texts)), check=True, capture_output=True,
+            ["node", str(directory / "run.mjs")],
+            input=json.dumps(list(texts)),
+            check=True,
+            capture_output=True,
             text=True,
-        )  # fmt: skip
+        )
         return list(json.loads(done.stdout))
 
     return encode

@@ -44,7 +44,8 @@ def worst_step(quantised: Pllava, exact: Pllava) -> float:
     worst = 0.0
     for ours, theirs in zip(quantised.language.layers, exact.language.layers, strict=True):
         for name in ("qkv", "out", "gate_up", "down"):
-            (weight,), (original,) = getattr(ours, name).weights, getattr(theirs, name).weights
+            (weight,) = getattr(ours, name).weights
+            (original,) = getattr(theirs, name).weights
             assert isinstance(weight, Int8Weight)
             step = weight.scale.repeat_interleave(weight.shape[1] // weight.scale.shape[1], 1)
             worst = max(worst, float(((weight.dequantise() - original).abs() / step).max()))

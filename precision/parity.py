@@ -63,11 +63,24 @@ def _flag(text: str) -> bool:
 # The keys of a side, and their types. All are options of LLM (`weights` is its model_path), except `pooling` and
 # `recording`.
 KEYS: dict[str, Callable[[str], Any]] = {
-    "weights": str, "weight_dir": str, "lora_alpha": float, "ignore_adapter_config": _flag, "backend": str,
-    "dtype": str, "world_size": int,
-    "num_frames": int, "pooling_shape": str, "frame_sampler": str, "resize": str, "conversation": str,
-    "block_size": int, "vision_batch": int, "kv_cache_dtype": str, "pooling": str, "recording": str,
-}  # fmt: skip
+    "weights": str,
+    "weight_dir": str,
+    "lora_alpha": float,
+    "ignore_adapter_config": _flag,
+    "backend": str,
+    "dtype": str,
+    "world_size": int,
+    "num_frames": int,
+    "pooling_shape": str,
+    "frame_sampler": str,
+    "resize": str,
+    "conversation": str,
+    "block_size": int,
+    "vision_batch": int,
+    "kv_cache_dtype": str,
+    "pooling": str,
+    "recording": str,
+}
 POOLINGS = ("means", "matrices")
 # The hooks see no layer of a cached video, of a cached prefix, or of a step that runs as a captured graph.
 WATCHED: dict[str, Any] = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}

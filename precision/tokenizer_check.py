@@ -228,9 +228,13 @@ def check_vectors(counts: Counts, vocabulary: Vocabulary, form: str) -> None:
 
 
 def check_prompts(
-    counts: Counts, vocabulary: Vocabulary, form: str, plain: Sequence[str], special: Sequence[str],
+    counts: Counts,
+    vocabulary: Vocabulary,
+    form: str,
+    plain: Sequence[str],
+    special: Sequence[str],
     reference: "Reference | None",
-) -> None:  # fmt: skip
+) -> None:
     """All prompts of both kinds of template against the whole file, the renamed file and the reference."""
     for chatml in (False, True):
         files = Files(vocabulary.definition(form, chatml=chatml))
@@ -413,10 +417,17 @@ json.dump(out, open(sys.argv[2], "w", encoding="utf-8"))
 """
     # What the published directory has beside tokenizer.json.
     CONFIG = {
-        "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "model_max_length": 4096,
-    }  # fmt: skip
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
 
     def __init__(self, python: str, work: Path) -> None:
         self._python = python

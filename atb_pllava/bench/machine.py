@@ -100,7 +100,8 @@ def _fastest(ways: Sequence[Probe], rounds: int, device: torch.device) -> tuple[
 
 def _reading(backend: Backend) -> list[Probe]:
     buffer = _buffer(backend.device)
-    longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
+    longs = buffer.view(torch.int64)
+    floats = buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
     if isinstance(backend, NativeBackend):
         ways.append(lambda: backend.read(buffer))

@@ -67,7 +67,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         arguments.conversation = _conversation(arguments, benchmark)
     params = SamplingParams(max_tokens=arguments.max_output_length or benchmark.max_tokens)
     more = {"data": os.path.abspath(arguments.data), "tasks": arguments.task, "test_ratio": arguments.test_ratio}
-    folder, overwrite, quiet = arguments.output_dir, arguments.overwrite, arguments.quiet
+    folder = arguments.output_dir
+    overwrite = arguments.overwrite
+    quiet = arguments.quiet
     with ResultLog(folder / "answers.jsonl", REMEDY) as log:
         if not overwrite:
             planned = {**planned_settings(arguments, params, workers), "prefix": benchmark.answer_prefix}

@@ -28,7 +28,8 @@ class ClipReader:
 
     def __init__(self, reader: VideoProcessor, questions: Sequence[Question]) -> None:
         order = list(dict.fromkeys(question.clip for question in questions if question.problem is None))
-        self._reader, self._following = reader, dict(zip(order, order[1:], strict=False))
+        self._reader = reader
+        self._following = dict(zip(order, order[1:], strict=False))
         self._thread = ThreadPoolExecutor(1, "read clips")
         self._reading: dict[ClipName, Future[Clip]] = {}
 
@@ -43,10 +44,16 @@ class ClipReader:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, video: str, start: float | None, end: float | None) -> Clip:
-        reader, read = self._reader, read_frame_folder if Path(video).is_dir() else read_media
+        reader = self._reader
+        read = read_frame_folder if Path(video).is_dir() else read_media
         return read(
-            video, reader.num_frames, frame_sampler=reader.frame_sampler, start_seconds=start, end_seconds=end,
-            limits=reader.limits)  # fmt: skip
+            video,
+            reader.num_frames,
+            frame_sampler=reader.frame_sampler,
+            start_seconds=start,
+            end_seconds=end,
+            limits=reader.limits,
+        )
 
 
 def media_of(clip: Clip) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Case:
         """The verdict in a reply, which may stand in a sentence or a code block; None when there is none."""
         for found in re.findall(r"\{[^{}]*\}", reply):
             said = _dictionary(found)
-            score, pred = said.get("score"), str(said.get("pred")).lower()
+            score = said.get("score")
+            pred = str(said.get("pred")).lower()
             if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
                 continue
             if not self.prompt.has_pred:

@@ -92,8 +92,13 @@ def usual_conversation(arguments: argparse.Namespace) -> str | None:
 
 
 def answer_set(
-    llm: LLM, name: str, questions: list[Question], params: SamplingParams, log: ResultLog,
-    arguments: argparse.Namespace) -> int:  # fmt: skip
+    llm: LLM,
+    name: str,
+    questions: list[Question],
+    params: SamplingParams,
+    log: ResultLog,
+    arguments: argparse.Namespace,
+) -> int:
     """Ask one set's questions and write its three files; how many questions failed."""
     target = _target(arguments.chat_conversation_output_folder, name)
     prefix = FORMATS[arguments.prompt_format].answer_prefix
@@ -114,8 +119,15 @@ def answer_set(
     keys = keys_of(files, len(files), arguments.quiet)
     answer_all(llm, keys, request_of, params, log, _kept, name, arguments.quiet)
     rows = {key.id: log.row(key) or {} for key in keys}
-    write_manifest(target, llm, params, set=name, questions=len(rows), settings=settings_digest(settings),
-                   **_choices(arguments, name))  # fmt: skip
+    write_manifest(
+        target,
+        llm,
+        params,
+        set=name,
+        questions=len(rows),
+        settings=settings_digest(settings),
+        **_choices(arguments, name),
+    )
     write_json(target, {key: _result(asked[key], texts[key], row) for key, row in rows.items()})
     failed = sum("error" in row for row in rows.values())
     print(f"{name}: {len(rows) - failed} answered, {failed} failed: {target}", flush=True)
@@ -175,14 +187,23 @@ def parser() -> argparse.ArgumentParser:
         "--dataset_name", action="append", metavar="SET", help="sampling_data or a set; repeatable (default: every set)"
     )
     group.add_argument(
-        "--chat_conversation_output_folder", type=Path, default=Path("Chat_results"), metavar="DIR",
-        help="where <set>_eval.json goes (default Chat_results)")  # fmt: skip
+        "--chat_conversation_output_folder",
+        type=Path,
+        default=Path("Chat_results"),
+        metavar="DIR",
+        help="where <set>_eval.json goes (default Chat_results)",
+    )
     group.add_argument(
-        "--prompt_format", choices=tuple(FORMATS), default="mvbench",
-        help="mvbench (default): as PLLaVA's own evaluation; videobench: as Video-Bench's tools")  # fmt: skip
+        "--prompt_format",
+        choices=tuple(FORMATS),
+        default="mvbench",
+        help="mvbench (default): as PLLaVA's own evaluation; videobench: as Video-Bench's tools",
+    )
     group.add_argument(
-        "--answer_request", metavar="TEXT",
-        help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})")  # fmt: skip
+        "--answer_request",
+        metavar="TEXT",
+        help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})",
+    )
     add_overwrite_option(group, "the output folder")
     group.add_argument("--quiet", action="store_true", help="only results, warnings and errors")
     add_model_options(parser)

@@ -17,10 +17,12 @@ from typing import Any
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_object
 
-SETS = (
-    ("Ucfcrime", "Youcook2", "TVQA", "MSVD", "MSRVTT", "Driving-decision-making", "NBA", "SQA3D", "Driving-exam")
-    + ("MV", "MOT", "ActivityNet", "TGIF")
-)  # fmt: skip
+SETS = ("Ucfcrime", "Youcook2", "TVQA", "MSVD", "MSRVTT", "Driving-decision-making", "NBA", "SQA3D", "Driving-exam") + (
+    "MV",
+    "MOT",
+    "ActivityNet",
+    "TGIF",
+)
 SAMPLE = "sampling_data"
 SAMPLE_QUESTIONS = "sampling_datasets_QA_new.json"
 LETTERS = "ABCDEF"

@@ -117,7 +117,8 @@ def extract(arguments: argparse.Namespace) -> int:
 
 def _write(arguments: argparse.Namespace, drawn: Mapping[Question, str], answers: Answers) -> None:
     """The videos, then the two files, each of them whole or not at all."""
-    folder, texts = arguments.sampling_output_folder, arguments.json_output_path
+    folder = arguments.sampling_output_folder
+    texts = arguments.json_output_path
     target = folder / SAMPLE
     written = [path for path in (target, texts / SAMPLE_QUESTIONS, texts / SAMPLE_ANSWERS) if path.exists()]
     if written and not arguments.overwrite:
@@ -132,8 +133,11 @@ def _write(arguments: argparse.Namespace, drawn: Mapping[Question, str], answers
     try:
         folder.mkdir(parents=True, exist_ok=True)
         texts.mkdir(parents=True, exist_ok=True)
-        _place_videos({arguments.Eval_Video_root / path: name for path, name in video_name.items()}, target,
-                      _link if arguments.link else shutil.copy2)  # fmt: skip
+        _place_videos(
+            {arguments.Eval_Video_root / path: name for path, name in video_name.items()},
+            target,
+            _link if arguments.link else shutil.copy2,
+        )
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} could not be written: {error.strerror}") from None
     write_json(texts / SAMPLE_QUESTIONS, items)

@@ -87,7 +87,8 @@ def _set_of(name: str, path: Path, answers: Answers) -> str:
 
 def right_letters(answers: Answers, asked: set[Key]) -> tuple[dict[Key, str], list[str]]:
     """The right option of each question asked, and what is wrong with the questions that have none."""
-    letters, strange = {}, []
+    letters = {}
+    strange = []
     for dataset, name in sorted(asked):
         text = answers.get(dataset, {}).get(name)
         letter = None if text is None else read_letter(text)
@@ -155,7 +156,8 @@ def table(report: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in [*report["sets"].items(), ("all", report["all"])]:
-        gpu, npu = row["gpu"], row["npu"]
+        gpu = row["gpu"]
+        npu = row["npu"]
         counts = " | ".join(f"{gpu[count]} / {npu[count]}" for count in ("unreadable", "failed", "not_asked"))
         shares = f"{_share(gpu)} | {_share(npu)} | {100 * row['agreement']:.1f} %"
         lines.append(f"| {name} | {row['questions']} | {shares} | {counts} |")

@@ -36,7 +36,8 @@ def question_text(question: Question, prompt_format: str, answer_request: str | 
         lines = "".join(f"({letter}) {text}\n" for letter, text in question.choices.items())
         return f"Question: {question.text}\nOptions:\n{lines}Only give the best option."
     options = " ".join(f"{letter}.{text}" for letter, text in question.choices.items())
-    number, letters = _NUMBERS[len(question.choices) - 1], ", ".join(question.choices)
+    number = _NUMBERS[len(question.choices) - 1]
+    letters = ", ".join(question.choices)
     # The benchmark's protocol (README of Video-Bench): results are comparable only with these words.
     last = f"Among the {number} options {letters} above, the one closest to the correct answer is:"
     return f"{question.text} {options} \n {last} {LETTER_ONLY if answer_request is None else answer_request}".strip()

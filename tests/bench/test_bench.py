@@ -110,7 +110,8 @@ def test_8_bit_keys_and_values_by_hand() -> None:
 
 def test_int8_weights_by_hand() -> None:
     config = shape_config("7b")
-    costs, floats = Costs(config, int8=random_int8(config)), Costs(config)
+    costs = Costs(config, int8=random_int8(config))
+    floats = Costs(config)
     rows = 3 * 4096 + 4096 + 2 * 11008 + 4096
     fewer = 32 * (4 * 4096**2 + 3 * 4096 * 11008) - 32 * rows * 2 * 2
     assert floats.decoder_weight_bytes - costs.decoder_weight_bytes == fewer
@@ -236,10 +237,31 @@ def test_sweep_writes_what_was_asked_for(checkpoint, media, tmp_path, monkeypatc
     host = tmp_path / "made" / "benchmark.csv"
     monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
     monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", str(host))
-    table, llava, plot = tmp_path / "t.csv", tmp_path / "llava.csv", tmp_path / "p.png"
+    table = tmp_path / "t.csv"
+    llava = tmp_path / "llava.csv"
+    plot = tmp_path / "p.png"
     status = bench(
-        "--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--max_batch_size", 3,
-        "--max_output_length", 24, "--csv", table, "--host_csv", llava, "--plot", plot, "--block_size", 16)  # fmt: skip
+        "--model_path",
+        checkpoint,
+        "--media",
+        media,
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+        "--max_batch_size",
+        3,
+        "--max_output_length",
+        24,
+        "--csv",
+        table,
+        "--host_csv",
+        llava,
+        "--plot",
+        plot,
+        "--block_size",
+        16,
+    )
     out = capsys.readouterr().out
     assert status == 0 and table_of(out.split("\n\n")[0])[2]["batch"] == "3"
     assert max(map(len, out.splitlines())) <= 100
@@ -284,11 +306,28 @@ def check_host_tables(rows: list[dict[str, str]], host: list[dict[str, str]], ll
 
 @pytest.mark.usefixtures("quick_peaks")
 def test_a_batch_that_does_not_fit_ends_the_sweep(checkpoint, media, tmp_path) -> None:
-    table, per_token = tmp_path / "t.csv", Costs(SMALL, element=4).kv_bytes_per_token
+    table = tmp_path / "t.csv"
+    per_token = Costs(SMALL, element=4).kv_bytes_per_token
     status = bench(
-        "sweep", "--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--quiet",
-        "--batches", "1,3,4", "--max_output_length", 4, "--csv", table, "--kv_cache_bytes", 2 * 128 * per_token,
-    )  # fmt: skip
+        "sweep",
+        "--model_path",
+        checkpoint,
+        "--media",
+        media,
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+        "--quiet",
+        "--batches",
+        "1,3,4",
+        "--max_output_length",
+        4,
+        "--csv",
+        table,
+        "--kv_cache_bytes",
+        2 * 128 * per_token,
+    )
     assert status == 0
     rows = rows_of(table)
     assert [row["batch_size"] for row in rows] == ["1", "3"] and rows[0]["status"] == "ok"
@@ -317,8 +356,23 @@ def test_two_ranks_with_random_weights(tmp_path) -> None:
     shape = tmp_path / "config.json"
     shape.write_text(json.dumps({**raw_config(vocab_size=2000), "image_token_index": 1999}))
     status = bench(
-        "--shape", shape, "--w8a16", "--dtype", "bfloat16", "--backend", "cpu", "--quiet", "--world_size", 2,
-        "--batches", 2, "--max_output_length", 12, "--csv", tmp_path / "t.csv")  # fmt: skip
+        "--shape",
+        shape,
+        "--w8a16",
+        "--dtype",
+        "bfloat16",
+        "--backend",
+        "cpu",
+        "--quiet",
+        "--world_size",
+        2,
+        "--batches",
+        2,
+        "--max_output_length",
+        12,
+        "--csv",
+        tmp_path / "t.csv",
+    )
     (row,) = rows_of(tmp_path / "t.csv")
     assert status == 0 and (row["status"], row["weight_dtype"], row["world_size"]) == ("ok", "int8 (bfloat16)", "2")
     sent = (2 * 2 + 1) * 2 * 64 * 4 + 2 * 2000 * 4 / 2  # all-reduces in float32, and half of the logits
@@ -499,7 +553,8 @@ def test_overhead_is_part_of_a_step(small_shape, tmp_path) -> None:
 
 
 def test_loading_counts_bytes(checkpoint, tmp_path, capsys) -> None:
-    target, options = tmp_path / "l.json", ("--dtype", "float32", "--quiet", "--trust_remote_code")
+    target = tmp_path / "l.json"
+    options = ("--dtype", "float32", "--quiet", "--trust_remote_code")
     assert bench("load", "--model_path", checkpoint, *options, "--json", target) == 0
     assert "no code from a checkpoint is ever executed" in capsys.readouterr().err
     (row,) = json.loads(target.read_text())
@@ -527,7 +582,10 @@ def test_scaling_table(capsys) -> None:
     assert bench("scaling", "--shape", "7b,34b", "--device", "910B", "--world_size", "1,8") == 0
     rows = table_of(capsys.readouterr().out)
     assert [(row["model"], row["weights"], row["TP"]) for row in rows[:3]] == [
-        ("7b", "16 bits", "1"), ("7b", "16 bits", "8"), ("7b", "W8A16", "1")]  # fmt: skip
+        ("7b", "16 bits", "1"),
+        ("7b", "16 bits", "8"),
+        ("7b", "W8A16", "1"),
+    ]
     assert rows[0]["tok/s"] == "110" and rows[4]["TTFT ms"] == "does not fit" and rows[5]["TTFT ms"].isdigit()
 
 

@@ -113,10 +113,21 @@ def mvbench_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tvqa / "empty").mkdir()
     gif(data / "video" / "own.gif", 3)
     twice = entry("A.mp4", start=0.5, end=1.0)
-    write(data / "json" / "action_sequence.json", [
-        twice, twice, entry("A.mp4", start=0, end=99.5), entry("broken.mp4", start=0, end=1),
-        entry("missing.mp4", start=0, end=1), entry("A.mp4", start=5.0, end=6.0), entry("A.mp4"),
-        entry("A.mp4", start=0, end=1, answer="a cow"), {"video": "A.mp4"}, "no object"])  # fmt: skip
+    write(
+        data / "json" / "action_sequence.json",
+        [
+            twice,
+            twice,
+            entry("A.mp4", start=0, end=99.5),
+            entry("broken.mp4", start=0, end=1),
+            entry("missing.mp4", start=0, end=1),
+            entry("A.mp4", start=5.0, end=6.0),
+            entry("A.mp4"),
+            entry("A.mp4", start=0, end=1, answer="a cow"),
+            {"video": "A.mp4"},
+            "no object",
+        ],
+    )
     shows = [entry("show_01", start=0.0, end=2.0), entry("show_01", start=1, end=100), entry("empty", start=0, end=1)]
     write(data / "json" / "episodic_reasoning.json", shows)
     write(data / "json" / "my_own_task.json", [entry("own.gif"), entry("star/Charades_v1_480/A.mp4")])
@@ -128,11 +139,20 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert status == 2  # some have no answer
     assert "18 of MVBench's 20 sub-tasks are not there: Action Prediction, " in err
     assert "mvbench 15/15, 8 failed: 4 media, 4 request, " in err
-    for broken in ("broken.mp4", "missing.mp4", "start_seconds 5.0", "'start' is None", "'a cow' is not among",
-                   "'question' is None", "it is a str, not an object", "empty: holds no frames"):  # fmt: skip
+    for broken in (
+        "broken.mp4",
+        "missing.mp4",
+        "start_seconds 5.0",
+        "'start' is None",
+        "'a cow' is not among",
+        "'question' is None",
+        "it is a str, not an object",
+        "empty: holds no frames",
+    ):
         assert broken in err, broken
     assert "8 questions without an answer, counted as wrong" in err
-    results, log = read(tmp_path / "out" / "all_results.json"), log_of(tmp_path / "out")
+    results = read(tmp_path / "out" / "all_results.json")
+    log = log_of(tmp_path / "out")
     assert [row["task_type"] for row in results["result_list"]] == (
         ["Action Sequence"] * 10 + ["Episodic Reasoning"] * 3 + ["My Own Task"] * 2
     )
@@ -149,7 +169,10 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert log["My Own Task/0"]["frame_indices"] == [0, 1, 2, 0]  # the set {0, 1, 2} of a GIF, tiled
     right = {task: count[0] for task, count in results["acc_dict"].items()}
     assert {task: count[1] for task, count in results["acc_dict"].items()} == {
-        "Action Sequence": 10, "Episodic Reasoning": 3, "My Own Task": 2}  # fmt: skip
+        "Action Sequence": 10,
+        "Episodic Reasoning": 3,
+        "My Own Task": 2,
+    }
     board = read(tmp_path / "out" / "upload_leaderboard.json")
     assert board["Avg"] == round(100 * sum(right.values()) / 15, 2) and list(board)[-1] == "Avg"
     manifest = read(tmp_path / "out" / "manifest.json")
@@ -212,7 +235,8 @@ def test_a_changed_video_is_asked_about_again(capsys, options, tmp_path: Path) -
 
 
 def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_path: Path) -> None:
-    data, out = tmp_path / "data", tmp_path / "out"
+    data = tmp_path / "data"
+    out = tmp_path / "out"
     clip(data / "video" / "a.mp4")
     write(data / "json" / "mine.json", [entry("a.mp4")])
     arguments = ("mvbench", *options, "--data", data, "--output_dir", out)
@@ -296,8 +320,10 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_compare(capsys, tmp_path: Path) -> None:
     question = "Question: q\nOptions:\n(A) one\n(B) two"
     for name, preds in (("first", "ABBA"), ("second", "ABAx")):
-        rows = [{"pred": f"({pred}) z", "gt": "(A) one", "task_type": "T", "question": f"{question}{i}"}
-                for i, pred in enumerate(preds)]  # fmt: skip
+        rows = [
+            {"pred": f"({pred}) z", "gt": "(A) one", "task_type": "T", "question": f"{question}{i}"}
+            for i, pred in enumerate(preds)
+        ]
         write(tmp_path / name / "all_results.json", {"acc_dict": {}, "result_list": rows})
     target = tmp_path / "table.json"
     status, out, _ = run(capsys, "compare", tmp_path / "first", tmp_path / "second", "--output_json", target)
@@ -320,12 +346,18 @@ def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) ->
         clip(data / "video" / f"{i}.mp4", seed=i)
     write(data / "json" / "mine.json", [entry(f"{i % 4}.mp4", question=f"What {i}?") for i in range(24)])
     arguments = ["mvbench", *options, "--data", str(data), "--max_batch_size", "2", "--output_dir"]
-    killed, log = [*arguments, str(tmp_path / "killed")], tmp_path / "killed" / "answers.jsonl"
+    killed = [*arguments, str(tmp_path / "killed")]
+    log = tmp_path / "killed" / "answers.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     for stop, least, status in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGINT, 9, 130)):
         process = subprocess.Popen(
-            [sys.executable, "tests/slowly.py", "0.02", "precision.evaluate", *killed], cwd=ROOT, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+            [sys.executable, "tests/slowly.py", "0.02", "precision.evaluate", *killed],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while not (log.exists() and log.read_bytes().count(b'"id"') >= least) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(stop)
@@ -348,8 +380,10 @@ def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) ->
 
 
 def test_questions_about_one_clip_come_together() -> None:
-    questions = [Question("T", i, video=video, start=start) for i, (video, start) in
-                 enumerate([("a", None), ("b", None), ("a", 1.0), ("a", None), ("b", None)])]  # fmt: skip
+    questions = [
+        Question("T", i, video=video, start=start)
+        for i, (video, start) in enumerate([("a", None), ("b", None), ("a", 1.0), ("a", None), ("b", None)])
+    ]
     assert grouped(questions) == [questions[i] for i in (0, 3, 1, 4, 2)]
 
 
@@ -490,9 +524,9 @@ def test_parts_of_the_data_are_the_originals() -> None:
 # The command line
 
 
-def test_the_readmes_commands_are_commands() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python -m precision\.evaluate (.*)$", readme, re.MULTILINE)
+def test_the_commands_of_the_page_are_commands() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m precision\.evaluate (.*)$", page, re.MULTILINE)
     verbs = {_parser().parse_args(shlex.split(command)).verb for command in commands}
     assert verbs == {"mvbench", "videoqa", "vcgbench", "recaption", "judge", "compare"}
 

@@ -37,7 +37,8 @@ class Endpoint:
         self.answer: Callable[[int, dict[str, Any]], Reply | None] = lambda *_: says("{'pred': 'yes', 'score': 4}")
         self.calls: list[dict[str, Any]] = []
         self.running = self.most_at_once = 0
-        lock, endpoint = threading.Lock(), self
+        lock = threading.Lock()
+        endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
@@ -114,8 +115,9 @@ def run(judging: Judge, some: dict[str, Case], folder: Path, at_once: int = 4) -
 )
 def test_verdicts_by_hand(reply: str, verdict: dict[str, Any] | None) -> None:
     assert Case(ANSWER, {}).verdict(reply) == verdict
-    assert Case(DETAIL, {}).verdict(reply) == (verdict and {"score": verdict["score"]} if verdict else
-                                               {"score": 4} if "maybe" in reply else None)  # fmt: skip
+    assert Case(DETAIL, {}).verdict(reply) == (
+        verdict and {"score": verdict["score"]} if verdict else {"score": 4} if "maybe" in reply else None
+    )
 
 
 def test_what_is_sent(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -216,7 +218,8 @@ def test_failures_are_rows_and_are_asked_again(endpoint: Endpoint, tmp_path: Pat
     rows = list(run(judge(endpoint), some, tmp_path).values())
     assert ["error" in row for row in rows] == [False, False, True, False, True, False]
     assert "holds no verdict: 'no idea' (attempt 3)" in rows[2]["error"] and len(endpoint.calls) == 4 + 2 * 3
-    endpoint.answer, endpoint.calls = lambda *_: says("{'pred': 'yes', 'score': 5}"), []
+    endpoint.answer = lambda *_: says("{'pred': 'yes', 'score': 5}")
+    endpoint.calls = []
     rows = list(run(judge(endpoint), some, tmp_path).values())
     assert [row["score"] for row in rows] == [1, 1, 5, 1, 5, 1] and len(endpoint.calls) == 2
     # A log of an older version has no header: its verdicts, which were paid for, still count.
@@ -312,8 +315,14 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
         return says(next(reply for pred, reply in replies.items() if f"Predicted answer: {pred}\n" in asked(body)))
 
     endpoint.answer = answer
-    results = [row(0, "MSVD_QA"), row(1, "MSVD_QA"), row(2, "MSVD_QA"), row(3, "TGIF_QA"), row(0, "TGIF_QA"),
-               {**row(9, "TGIF_QA"), "pred": "", "error": "no such video"}]  # fmt: skip
+    results = [
+        row(0, "MSVD_QA"),
+        row(1, "MSVD_QA"),
+        row(2, "MSVD_QA"),
+        row(3, "TGIF_QA"),
+        row(0, "TGIF_QA"),
+        {**row(9, "TGIF_QA"), "pred": "", "error": "no such video"},
+    ]
     summary = judge_results(tmp_path, results, VideoQA(), judge(endpoint, attempts=1), 2)
     everything = json.loads((tmp_path / "all_results.json").read_text())
     # p2 counts nowhere; the missing video is wrong with score 0; p0 stands twice.
@@ -325,8 +334,11 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
     assert [r["correct"] for r in rows] == [True, False, None, True, True, False]
     assert rows[2]["score"] is None and "no verdict" in rows[2]["judge_error"] and rows[5]["error"] == "no such video"
     assert json.loads((tmp_path / "upload_leaderboard.json").read_text()) == {
-        "MSVD_QA": {"acc": 50.0, "score": 3.5}, "TGIF_QA": {"acc": 66.67, "score": 3.0},
-        "Avg_Acc": 60.0, "Avg_Score": 3.2}  # fmt: skip
+        "MSVD_QA": {"acc": 50.0, "score": 3.5},
+        "TGIF_QA": {"acc": 66.67, "score": 3.0},
+        "Avg_Acc": 60.0,
+        "Avg_Score": 3.2,
+    }
     assert summary["judge"] == {"model": "judge", "versions": {"judge-0125": 3}, "cases": 5, "failed": 1}
     record = json.loads((tmp_path / "judge.json").read_text())
     assert record["url"] == endpoint.url and "'pred'" in record["prompts"][0]["contract"] and len(endpoint.calls) == 4
@@ -340,10 +352,13 @@ def test_vcgbench_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
 
     endpoint.answer = answer
     base = {"gt": "g", "video_path": "v", "question": "q"}
-    results = [{**base, "pred": "p", "task_type": "generic_qa"}, {**base, "pred": "p", "task_type": "temporal_qa"},
-               {**base, "pred": "p", "pred1": "r", "question1": "q1", "task_type": "consistency_qa"},
-               {**base, "pred": "", "task_type": "generic_qa"},
-               {**base, "pred": "p", "pred1": "", "question1": "q1", "task_type": "consistency_qa"}]  # fmt: skip
+    results = [
+        {**base, "pred": "p", "task_type": "generic_qa"},
+        {**base, "pred": "p", "task_type": "temporal_qa"},
+        {**base, "pred": "p", "pred1": "r", "question1": "q1", "task_type": "consistency_qa"},
+        {**base, "pred": "", "task_type": "generic_qa"},
+        {**base, "pred": "p", "pred1": "", "question1": "q1", "task_type": "consistency_qa"},
+    ]
     judge_results(tmp_path, results, VCGBench(), Judge(endpoint.url, "org/judge"), 2)
     everything = json.loads((tmp_path / "final_results-org_judge.json").read_text())
     assert everything["acc_dict"] == {
@@ -381,8 +396,21 @@ def test_the_command_from_videos_to_scores(
         "--judge_attempts",
         "1",
     ]
-    command = ["videoqa", "--model_path", str(checkpoint), "--dtype", "float32", "--backend", "cpu", "--data",
-               str(tmp_path / "data"), "--max_output_length", "2", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        "videoqa",
+        "--model_path",
+        str(checkpoint),
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+        "--data",
+        str(tmp_path / "data"),
+        "--max_output_length",
+        "2",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main([*command, *judging]) == 2
     captured = capsys.readouterr()
     assert "the judge failed on 1 of 3 cases, not counted" in captured.err and "MSRVTT_QA" in captured.out
@@ -390,7 +418,8 @@ def test_the_command_from_videos_to_scores(
     assert board["MSRVTT_QA"] == {"acc": 100.0, "score": 4.0}
     assert {call["headers"]["authorization"] for call in endpoint.calls} == {"Bearer secret"}
     # The failed case again, without the model; then the whole command, which has nothing left to do.
-    endpoint.answer, endpoint.calls = lambda *_: says("{'pred': 'no', 'score': 0}"), []
+    endpoint.answer = lambda *_: says("{'pred': 'no', 'score': 0}")
+    endpoint.calls = []
     assert main(["judge", str(tmp_path / "out"), *judging]) == 0 and len(endpoint.calls) == 1
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["Avg_Acc"] == 66.67

@@ -125,7 +125,8 @@ def test_numbers_of_two_rows_of_logits() -> None:
     tokens = left.argmax(1).tolist()
     a = compare_recordings(recording(left, tokens), recording(right, tokens))
     expected = torch.nn.functional.kl_div(
-        right.double().log_softmax(1), left.double().softmax(1), reduction="batchmean")  # fmt: skip
+        right.double().log_softmax(1), left.double().softmax(1), reduction="batchmean"
+    )
     assert a.kl == pytest.approx(float(expected), rel=1e-6)
     assert (a.first_difference, a.tokens, a.top1) == (1, 3, pytest.approx(2 / 3))
     assert a.max_error == pytest.approx(9.0 - float(left[1].min())) and a.mean_error == pytest.approx(
@@ -151,7 +152,8 @@ def test_rows_of_files_are_compared_up_to_their_first_difference() -> None:
     assert (other.first_difference, other.top1, other.tokens) == (2, pytest.approx(2 / 3), 3)
     shorter = compare_rows(row([4, 5]), row([4, 5, 2]))
     assert (shorter.first_difference, shorter.tokens) == (2, 3)
-    half, quarter = -0.6931471805599453, -1.3862943611198906
+    half = -0.6931471805599453
+    quarter = -1.3862943611198906
     measured = compare_rows(row([4], [{"4": half, "5": quarter}]), row([4], [{"4": quarter, "5": quarter, "9": half}]))
     # (1/2, 1/4, rest 1/4) against (1/4, 1/4, rest 1/2): 1/2 ln 2 + 0 - 1/4 ln 2.
     assert measured.kl == pytest.approx(0.25 * 0.6931471805599453)
@@ -220,10 +222,30 @@ def test_a_wrong_operator_shows_as_the_layer_of_the_jump(weights, llm, clip, par
 
 def test_the_same_model_agrees_with_itself_and_with_two_ranks(capsys, weights, media, tmp_path) -> None:
     status, out, err = parity(
-        capsys, "--model_path", weights, "--left", "dtype=float32,backend=cpu", "--right", "dtype=float32,backend=cpu",
-        "--right", "dtype=float32,backend=cpu,world_size=2", "--right", "dtype=float32,pooling=matrices",
-        "--media", media, "--prompt", "what?", "--prompt", "why?", "--max_tokens", 5,
-        "--output_json", tmp_path / "out.json", "--plot", tmp_path / "out.png")  # fmt: skip
+        capsys,
+        "--model_path",
+        weights,
+        "--left",
+        "dtype=float32,backend=cpu",
+        "--right",
+        "dtype=float32,backend=cpu",
+        "--right",
+        "dtype=float32,backend=cpu,world_size=2",
+        "--right",
+        "dtype=float32,pooling=matrices",
+        "--media",
+        media,
+        "--prompt",
+        "what?",
+        "--prompt",
+        "why?",
+        "--max_tokens",
+        5,
+        "--output_json",
+        tmp_path / "out.json",
+        "--plot",
+        tmp_path / "out.png",
+    )
     assert status == 0, err
     assert columns(out).count(["6 of 6", "100.00 % of 30"]) == 3 and "6/6" in err
     sides = json.loads((tmp_path / "out.json").read_text())
@@ -242,27 +264,74 @@ def test_other_weights_are_over_the_thresholds_and_the_layer_is_named(capsys, we
     tensors["language_model.model.layers.2.mlp.down_proj.weight"].neg_()
     save_file(tensors, other / "model.safetensors")
     status, out, err = parity(
-        capsys, "--model_path", weights, "--right", f"weights={other},dtype=float32", "--media", media / "clip2.mp4",
-        "--max_tokens", 6, "--output_json", tmp_path / "out.json")  # fmt: skip
+        capsys,
+        "--model_path",
+        weights,
+        "--right",
+        f"weights={other},dtype=float32",
+        "--media",
+        media / "clip2.mp4",
+        "--max_tokens",
+        6,
+        "--output_json",
+        tmp_path / "out.json",
+    )
     assert status == 1 and "is under --min_top1" in err and "is over --max_kl" in err
     assert "error rises most at decoder layer 2: " in out and " of 6 " in out
     (side,) = json.loads((tmp_path / "out.json").read_text())
     assert side["over"] and side["requests"][0]["first_difference"] is not None
     status, *_ = parity(
-        capsys, "--model_path", weights, "--right", f"weights={other},dtype=float32", "--media", media / "clip2.mp4",
-        "--max_tokens", 6, "--min_top1", 0, "--max_kl", 99, "--max_mean_error", 99, "--max_error", 99)  # fmt: skip
+        capsys,
+        "--model_path",
+        weights,
+        "--right",
+        f"weights={other},dtype=float32",
+        "--media",
+        media / "clip2.mp4",
+        "--max_tokens",
+        6,
+        "--min_top1",
+        0,
+        "--max_kl",
+        99,
+        "--max_mean_error",
+        99,
+        "--max_error",
+        99,
+    )
     assert status == 0
 
 
 def test_a_recording_is_compared_later_and_elsewhere(capsys, weights, media, tmp_path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
+    here = tmp_path / "here"
+    there = tmp_path / "there"
     here.mkdir()
     shutil.copy(media / "clip2.mp4", here)
-    assert parity(capsys, "--model_path", weights, "--left", "dtype=float32", "--media", here, "--max_tokens", 4,
-                  "--record", tmp_path / "rec")[:2] == (0, "")  # fmt: skip
+    assert parity(
+        capsys,
+        "--model_path",
+        weights,
+        "--left",
+        "dtype=float32",
+        "--media",
+        here,
+        "--max_tokens",
+        4,
+        "--record",
+        tmp_path / "rec",
+    )[:2] == (0, "")
     here.rename(there)
-    status, out, _ = parity(capsys, "--model_path", weights, "--left", f"recording={tmp_path / 'rec'}",
-                            "--right", "dtype=bfloat16", "--media", there)  # fmt: skip
+    status, out, _ = parity(
+        capsys,
+        "--model_path",
+        weights,
+        "--left",
+        f"recording={tmp_path / 'rec'}",
+        "--right",
+        "dtype=bfloat16",
+        "--media",
+        there,
+    )
     assert status in (0, 1) and ("1 of 1" in out or "0 of 1" in out)
     status, _, err = parity(capsys, "--model_path", weights, "--record", tmp_path / "rec", "--media", there)
     assert status == 2 and "is not empty" in err
@@ -289,16 +358,36 @@ def test_a_failed_request_is_told_and_ends_nothing(capsys, weights, media, tmp_p
     folder.mkdir()
     shutil.copy(media / "clip2.mp4", folder / "good.mp4")
     (folder / "bad.mp4").write_bytes(b"no video")
-    status, out, err = parity(capsys, "--model_path", weights, "--right", "dtype=float32", "--media", folder,
-                              "--max_tokens", 2)  # fmt: skip
+    status, out, err = parity(
+        capsys, "--model_path", weights, "--right", "dtype=float32", "--media", folder, "--max_tokens", 2
+    )
     assert status == 2 and "bad.mp4" in err and "1 of 2, 1 failed" in out
 
 
 def test_two_files_of_run(capsys, weights, media, tmp_path) -> None:
     for name, dtype in (("a", "float32"), ("b", "float32"), ("c", "bfloat16")):
-        assert atb_main(["run", "--model_path", str(weights), "--media", str(media), "--dtype", dtype, "--quiet",
-                              "--max_output_length", "5", "--ignore_eos", "--logprobs", "6",
-                              "--output_json", str(tmp_path / f"{name}.json")]) == 0  # fmt: skip
+        assert (
+            atb_main(
+                [
+                    "run",
+                    "--model_path",
+                    str(weights),
+                    "--media",
+                    str(media),
+                    "--dtype",
+                    dtype,
+                    "--quiet",
+                    "--max_output_length",
+                    "5",
+                    "--ignore_eos",
+                    "--logprobs",
+                    "6",
+                    "--output_json",
+                    str(tmp_path / f"{name}.json"),
+                ]
+            )
+            == 0
+        )
     capsys.readouterr()
     status, out, _ = parity(capsys, tmp_path / "a.json", tmp_path / "b.json")
     assert status == 0 and ["3 of 3", "100.00 % of 15"] in columns(out)

@@ -30,7 +30,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_bytes_from_another_process(shapes: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "precision.shapes", "--output", tmp_path / "again", "--clips", "12"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "clips 12/12" in done.stderr and "12 clips, " in done.stdout
     assert contents(tmp_path / "again") == contents(shapes)
