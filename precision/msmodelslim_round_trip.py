@@ -1,9 +1,9 @@
-"""Files made by the real msModelSlim load, and every weight is within half a step of the float checkpoint.
+"""Check files that the real msModelSlim makes: they load, and every weight is within half a quantisation step.
 
     python -m precision.msmodelslim_round_trip FLOAT_DIR
 
-Needs an environment of its own with `pip install msmodelslim transformers` beside our packages; a tiny checkpoint is
-enough. Exit status 1 when a weight is further off.
+The check needs an environment of its own with `pip install msmodelslim transformers` beside our packages. A tiny
+checkpoint is enough. The exit status is 1 when a weight is further off.
 """
 
 import argparse
@@ -35,12 +35,13 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def load(directory: str | Path) -> Pllava:
+    """The model of a checkpoint, in float32 on the CPU."""
     options = ModelOptions(str(directory), dtype="float32", backend="cpu")
     return fill_model(*plan_model(options, TensorParallel()))
 
 
 def worst_step(quantised: Pllava, exact: Pllava) -> float:
-    """The largest distance of any weight from its float original, in steps."""
+    """The largest difference of any weight from its float original, in quantisation steps."""
     worst = 0.0
     for ours, theirs in zip(quantised.language.layers, exact.language.layers, strict=True):
         for name in ("qkv", "out", "gate_up", "down"):
@@ -53,6 +54,7 @@ def worst_step(quantised: Pllava, exact: Pllava) -> float:
 
 
 def round_trip(arguments: argparse.Namespace) -> int:
+    """Convert with every scheme, load, and compare. Returns the exit status."""
     source = arguments.checkpoint
     exact = load(source)
     status = 0

@@ -104,3 +104,10 @@ def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), 
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of all rows of the Markdown tables in a text, without the lines under the headings."""
+    lines = [line.strip() for line in text.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= set("-:")]

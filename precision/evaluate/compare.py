@@ -10,8 +10,8 @@ from typing import Any
 from atb_pllava.bench.tables import markdown
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json
+from precision.confidence import percent, wilson_interval
 from precision.evaluate.mvbench import chosen, is_right
-from precision.statistics import percent, wilson_interval
 
 Results = list[dict[str, Any]]
 
@@ -76,5 +76,5 @@ def _row(name: str, rows: Results, first: Results) -> dict[str, Any]:
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """The option an answer names, or else its text."""
+    """The option that an answer names, or its text when it names none."""
     return chosen(row["pred"], row["question"]) or row["pred"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from precision.statistics import percent
+from precision.confidence import percent
 
 
 class ScoreCounts:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.files import write_json
+from precision.confidence import percent
 from precision.evaluate.benchmark import Benchmark, Result, Summary
 from precision.evaluate.questions import Question, read_questions, seconds, select, text
-from precision.statistics import percent
 
 _AFTER_QUESTION = " \nOnly give the best option."
 _LETTERS_OF_AN_ANSWER = frozenset("abcdefg")

@@ -1,13 +1,14 @@
-"""Ask a model the questions of Video-Bench's sets: the Python side of run_pa_videobench.sh and its GPU twin.
+"""Ask a model the questions of Video-Bench's sets. run_pa_videobench.sh and run_pa_videobench_gpu.sh call this file.
 
     python precision/videobench/answer_questions.py --model_path examples/tiny_pllava --dataset_name sampling_data \\
         --Eval_QA_root egs/Video-Bench --Eval_Video_root egs/VideoBench --chat_conversation_output_folder Chat_results
 
-writes <set>_eval.json for each set: {id: {"video_id", "question", "output_sequence": [text], "time", "dataset"}}, time
-in seconds. A question that fails keeps its row, with an "error" and an empty text. Every answer is in
-<set>_eval.log.jsonl as soon as it is there: after a kill the same command goes on, and failed questions are asked
-again, as are those whose video has changed. <set>_eval.json.manifest.json says what the answers were made with; results
-of other settings are not overwritten unless --overwrite is given.
+writes <set>_eval.json for each set: {id: {"video_id", "question", "output_sequence": [text], "time", "dataset"}}. The
+time is in seconds. The row of a question that failed has an "error" and an empty text.
+
+Every answer is appended to <set>_eval.log.jsonl at once. After a kill the same command goes on. Questions that failed
+or whose video has changed are asked again. <set>_eval.json.manifest.json has the model and settings of the answers.
+Results of other settings are replaced only with --overwrite.
 """
 
 import argparse
@@ -54,7 +55,7 @@ REMEDY = "name another --chat_conversation_output_folder, or start over with --o
 
 
 def answer_sets(arguments: argparse.Namespace) -> int:
-    """Ask the questions of every set named; the exit status, 2 when some failed."""
+    """Ask the questions of every named set. Returns the exit status: 2 when some questions failed."""
     workers = join_torchrun(arguments)
     if isinstance(workers, int):
         return workers
@@ -84,7 +85,7 @@ def answer_sets(arguments: argparse.Namespace) -> int:
 
 
 def usual_conversation(arguments: argparse.Namespace) -> str | None:
-    """The conversation of the prompt format that fits the checkpoint's vocabulary."""
+    """The prompt format's conversation for this checkpoint: another one when its tokenizer has ChatML tokens."""
     chosen = FORMATS[arguments.prompt_format]
     index = model_options(arguments).config().image_token_index
     is_chatml = Tokenizer.from_dir(arguments.model_path, index).is_chatml
@@ -99,7 +100,7 @@ def answer_set(
     log: ResultLog,
     arguments: argparse.Namespace,
 ) -> int:
-    """Ask one set's questions and write its three files; how many questions failed."""
+    """Ask the questions of one set and write its three files. Returns how many questions failed."""
     target = _target(arguments.chat_conversation_output_folder, name)
     prefix = FORMATS[arguments.prompt_format].answer_prefix
     asked = {question.name: question for question in questions}
@@ -135,7 +136,10 @@ def answer_set(
 
 
 def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
-    """Raise ConfigError when `target` or its log holds results of other settings; `only`: these are not all of them."""
+    """Raise ConfigError when `target` or its log has results of other settings.
+
+    With `only`, `settings` has some of them and only these are compared.
+    """
     log.check(settings, only)
     manifest = target.with_name(f"{target.name}.manifest.json")
     if log.is_new and target.exists():
@@ -147,7 +151,7 @@ def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any],
 
 
 def _choices(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What decides a set's answers besides the model and its settings."""
+    """The choices that decide a set's answers besides the model and its settings."""
     return {
         "prompt_format": arguments.prompt_format,
         "answer_request": arguments.answer_request,
@@ -168,7 +172,7 @@ def _kept(_: str, answer: RequestOutput) -> Row:
 
 
 def _result(question: Question, text: str, row: Row) -> dict[str, Any]:
-    """A question's row in the form of Video-Bench's tools."""
+    """The result row of a question, in the form of Video-Bench's tools."""
     answered = {"video_id": question.item.get("video_id"), "question": text}
     if "error" in row:
         return {**answered, "output_sequence": [""], "dataset": question.dataset, "error": row["error"]}
@@ -176,7 +180,7 @@ def _result(question: Question, text: str, row: Row) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of MindIE's scripts, and those of `python -m atb_pllava run` for the model."""
+    """The command's options: those of MindIE's scripts, and the model options of `python -m atb_pllava run`."""
     parser = Parser(
         prog="python precision/videobench/answer_questions.py", description="Answer the questions of Video-Bench."
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from precision.videobench.dataset import LETTERS
 
 _END_MARKS = ("</s>", "<|im_end|>")
-# A letter that is an option, and no word such as the article, is followed by one of these.
+# These follow a letter that is an option. They do not follow the article "A".
 _CLOSED = rf"""(?=\s*(?:[).:;!?\]*"']|,(?!\s*[{LETTERS}]\b)|$)|\s+(?:because|since|as|is|was)\b)"""
 _ALONE = re.compile(rf"\W*([{LETTERS}])\W*", re.IGNORECASE)
 _FIRST = re.compile(rf"""[\s("'*\[]*([{LETTERS}]){_CLOSED}""")
@@ -18,10 +18,10 @@ _LISTED = re.compile(rf"(?<![\w.])\(?([{LETTERS}])[.):](?!\w[.)])")
 
 
 def read_letter(reply: str) -> str | None:
-    """The option, A to F, that a reply names, or None where it names none or leaves open which.
+    """The option, A to F, that a reply names. None when the reply names no option or several.
 
-    "B", "(b)", "B. the star", "The answer is B" name B; "A man walks" names none, "A or B" and a reply that only lists
-    the options over again leave it open.
+    "B", "(b)", "B. the star" and "The answer is B" name B. "A man walks" names none. "A or B" names two, and so does a
+    reply that only repeats the list of options.
     """
     text = _without_end_marks(reply).strip()
     alone = _ALONE.fullmatch(text)
@@ -42,10 +42,10 @@ def _without_end_marks(text: str) -> str:
 
 
 def read_letter_as_original(reply: str) -> str | None:
-    """The letter that MindIE's llava_video_precision_test.py reads, A to E, or None where it drops the question.
+    """The letter, A to E, that MindIE's llava_video_precision_test.py reads. None when it drops the question.
 
-    Less than five characters: the first letter, in the order of the alphabet, that is anywhere in them. Otherwise the
-    first one after "is ", otherwise the first one between a blank and a full stop.
+    In a reply of less than five characters it is the first letter of the alphabet that is anywhere in the reply. In a
+    longer reply it is the first letter of the alphabet that follows "is ", else one between a blank and a full stop.
     """
     text = reply
     for _ in range(10):
@@ -58,10 +58,10 @@ def read_letter_as_original(reply: str) -> str | None:
 def accuracy_as_original(
     npu: Mapping[str, str], gpu: Mapping[str, str], answers: Mapping[str, Mapping[str, str]]
 ) -> tuple[float, float, int]:
-    """Accuracy of both sides' replies, and of how many questions, as the original counts.
+    """The accuracy of the npu, the accuracy of the gpu, and the number of questions, counted as in MindIE's script.
 
-    Only questions that both sides' replies give a letter for count. Ids are taken to be unique: where several sets
-    use one, the last set's answer is the right one. An answer F is never met.
+    A question counts only when both sides' replies have a letter. Ids are taken for unique: when several sets use an
+    id, the last set's answer is the right one. A right answer F is never reached.
     """
     right = {name: _first_of_five(text) for items in answers.values() for name, text in items.items()}
     ours, theirs = ({k: read_letter_as_original(text) for k, text in side.items()} for side in (npu, gpu))

@@ -1,9 +1,9 @@
-# What the two scripts of this folder share; sourced by them, with `root` and `usage` defined.
+# Functions of the two scripts of this folder. The scripts source this file and define `root` and `usage` before.
 
 # shellcheck source=../../atb_pllava/cli/script_arguments.sh
 . "$root/atb_pllava/cli/script_arguments.sh"
 
-# Sets `positional` and, what follows --, `extra`.
+# Sets `positional`, and `extra` to the words after --.
 read_arguments() {
     positional=() extra=()
     while [ $# -gt 0 ]; do
@@ -17,7 +17,7 @@ read_arguments() {
     done
 }
 
-# Replaces the script by answer_questions.py with these options, and `extra`.
+# Replaces the script's process by answer_questions.py with the given options and `extra`.
 answer_questions() {
     # shellcheck source=../../atb_pllava/cli/find_python.sh
     . "$root/atb_pllava/cli/find_python.sh"

@@ -39,7 +39,7 @@ from atb_pllava.ops import get_backend
 from atb_pllava.ops.int8 import Int8Layers
 from atb_pllava.ops.interface import ForwardBatch, SequenceBatch
 from precision.error_plot import plot_errors
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, raw_config, table_rows, write_checkpoint
 
 SMALL = PllavaConfig.from_json(raw_config())
 
@@ -500,8 +500,8 @@ def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
 
 
 def table_of(text: str) -> list[dict[str, str]]:
-    """The rows of a Markdown table."""
-    names, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines())
+    """The rows of a Markdown table, by heading."""
+    names, *rows = table_rows(text)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 

@@ -33,7 +33,7 @@ from precision.evaluate.questions import Question, picked
 from precision.evaluate.run import BENCHMARKS
 from precision.evaluate.vcgbench import VCGBench
 from precision.evaluate.videoqa import VideoQA
-from tests.support import ROOT, write_video
+from tests.support import ROOT, table_rows, write_video
 
 
 def write(path: Path, value: Any) -> Path:
@@ -327,7 +327,7 @@ def test_compare(capsys, tmp_path: Path) -> None:
         write(tmp_path / name / "all_results.json", {"acc_dict": {}, "result_list": rows})
     target = tmp_path / "table.json"
     status, out, _ = run(capsys, "compare", tmp_path / "first", tmp_path / "second", "--output_json", target)
-    assert status == 0 and "| second | 50.0 % | 15.0 to 85.0 % | 50.0 % (2 of 4) | 1 |" in out
+    assert status == 0 and ["second", "50.0 %", "15.0 to 85.0 %", "50.0 % (2 of 4)", "1"] in table_rows(out)
     assert [row["right"] for row in read(target)] == [2, 2]
     write(tmp_path / "first" / "all_results.json", {"result_list": rows[:3]})
     status, _, err = run(capsys, "compare", tmp_path / "second", tmp_path / "first")

@@ -23,7 +23,7 @@ from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLORS, plot_errors
 from precision.parity import _by_name, _here, load_side, main, parse_side
 from precision.recording import KEPT_EVERY, Recording, record
-from tests.support import random_model, raw_config, write_checkpoint
+from tests.support import random_model, raw_config, table_rows, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 LAYERS = 4
@@ -55,11 +55,10 @@ def parity(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int,
     return status, captured.out, captured.err
 
 
-def columns(table: str) -> list[list[str]]:
+def neighbours(table: str) -> list[list[str]]:
     """All pairs of neighbouring cells in Markdown tables, which must not be wider than 100 characters."""
     assert max(map(len, table.splitlines()), default=0) <= 100
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line]
-    return [pair for row in rows for pair in map(list, zip(row, row[1:], strict=False))]
+    return [pair for row in table_rows(table) for pair in map(list, zip(row, row[1:], strict=False))]
 
 
 # Recording
@@ -247,7 +246,7 @@ def test_the_same_model_agrees_with_itself_and_with_two_ranks(capsys, weights, m
         tmp_path / "out.png",
     )
     assert status == 0, err
-    assert columns(out).count(["6 of 6", "100.00 % of 30"]) == 3 and "6/6" in err
+    assert neighbours(out).count(["6 of 6", "100.00 % of 30"]) == 3 and "6/6" in err
     sides = json.loads((tmp_path / "out.json").read_text())
     assert [len(side["requests"]) for side in sides] == [6, 6, 6] and sides[0]["total"]["max_error"] == 0
     for side in sides[1:]:
@@ -390,14 +389,14 @@ def test_two_files_of_run(capsys, weights, media, tmp_path) -> None:
         )
     capsys.readouterr()
     status, out, _ = parity(capsys, tmp_path / "a.json", tmp_path / "b.json")
-    assert status == 0 and ["3 of 3", "100.00 % of 15"] in columns(out)
+    assert status == 0 and ["3 of 3", "100.00 % of 15"] in neighbours(out)
     rows = json.loads((tmp_path / "b.json").read_text())
     for row in rows:
         row["media"] = row["media"].replace(str(media), "/elsewhere")
     rows[1]["token_ids"][2] += 1
     (tmp_path / "b.json").write_text(json.dumps(rows))
     status, out, err = parity(capsys, tmp_path / "a.json", tmp_path / "b.json")
-    assert status == 1 and ["3 of 3", "66.67 % of 3"] in columns(out) and "min_top1" in err
+    assert status == 1 and ["3 of 3", "66.67 % of 3"] in neighbours(out) and "min_top1" in err
     status, out, _ = parity(capsys, tmp_path / "a.json", tmp_path / "c.json", "--output_json", tmp_path / "out.json")
     total = json.loads((tmp_path / "out.json").read_text())[0]["total"]
     assert 0 < total["mean_error"] < 1 and 0 < total["kl"] < 0.5

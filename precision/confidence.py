@@ -1,4 +1,7 @@
-"""Confidence intervals and tests for shares of right answers."""
+"""How sure a share of right answers is: confidence intervals, and a paired test of two sides.
+
+The file has not the name statistics.py: scripts in this folder would import it in place of the standard library's.
+"""
 
 from dataclasses import dataclass
 from math import sqrt
