@@ -5,9 +5,9 @@
         --media CLIPS --prompt "Describe the video." --plot errors.png
 
 The first form compares two files of `run --output_json`. The second form runs the sides one after the other in this
-process. The left side answers greedily. Each right side is given the left side's tokens one by one, and its logits and
-hidden states are compared with the left side's at every step. The tables are on stdout. The plot shows the error of
-each layer: a wrong operator is the layer at which the error jumps.
+process. The left side answers greedily. Each right side is given the left side's tokens one by one. Its logits and hidden
+states are compared with the left side's at every step. The tables are on stdout. The plot shows the error of each
+layer: a wrong operator is the layer at which the error jumps.
 
 `--record DIR` keeps the left side's recordings. `--left recording=DIR` takes them instead of a model, so that devices
 of two machines can be compared. Each request takes about 100 MB. A recording that was interrupted has no index.json: it
@@ -132,8 +132,8 @@ def compare_files(left: str, right: str) -> dict[str, Any]:
     ours = _rows_of(left)
     theirs = _rows_of(right)
     if ours.keys() != theirs.keys():  # from another machine: the same files in another folder
-        ours = _by_name(ours)
-        theirs = _by_name(theirs)
+        ours = rows_by_file_name(ours)
+        theirs = rows_by_file_name(theirs)
     alone = [(left, *key) for key in ours.keys() - theirs.keys()] + [
         (right, *key) for key in theirs.keys() - ours.keys()
     ]
@@ -177,7 +177,7 @@ def _is_row(row: Any) -> bool:
     return lists and bool(row["token_ids"]) and numbers
 
 
-def _by_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
+def rows_by_file_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
     """The rows by file name. Where two files have one name, all are named by their paths below the common folder."""
     named = {(media and Path(media).name, prompt): row for (media, prompt), row in rows.items()}
     if len(named) == len(rows):
@@ -250,7 +250,7 @@ def run_right(
             left = Recording.load(file)
             before = len(errors)
             try:
-                right = record(llm, _here(left.media, places, only), left.prompt, 0, left.token_ids)
+                right = record(llm, find_recorded_media(left.media, places, only), left.prompt, 0, left.token_ids)
                 agreements.append(compare_recordings(left, right))
             except PllavaError as error:
                 errors.append(f"{left.media or 'text'}: {error}")
@@ -414,7 +414,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _here(recorded: str | None, places: Sequence[str], only: bool) -> str | None:
+def find_recorded_media(recorded: str | None, places: Sequence[str], only: bool) -> str | None:
     """The file of --media that is the recorded medium: the one with most path components in common, from the end.
 
     With `only`, --media is one file, which is taken whatever its name. Raises VideoError when no file has the name.

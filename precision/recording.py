@@ -1,10 +1,10 @@
 """A recording of one request: the logits of every generated token, and the hidden states of every layer.
 
-Hidden states are kept for some rows only, so that a request of a 7B model takes about 100 MB instead of 2 GB. Of the
-decoder these are the tokens at positions that are multiples of KEPT_EVERY, the first, middle and last video token of a
-step, and all rows whose next token is wanted. Of the vision tower these are ROWS_OF_A_FRAME evenly spread tokens of
-each frame. With several ranks, rank 0 has all states of the decoder, because they are whole after each all-reduce, and
-the states of the frames that it encodes.
+Hidden states are kept for some rows only, so that a request of a 7B model takes about 100 MB instead of 2 GB. The kept
+rows of the decoder are positions that are multiples of KEPT_EVERY, the first, middle and last video token of a step,
+and rows whose logits are computed. The kept rows of the vision tower are ROWS_OF_A_FRAME evenly spread tokens of each
+frame. With several ranks, rank 0 keeps the decoder's states, which are whole after each all-reduce. Of the vision tower
+it keeps only the frames that it encodes.
 
 A recording is one safetensors file. It can be made on one machine and compared on another.
 """

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the process exit status."""
     interrupted = "interrupted; what was answered is kept, the same command goes on from there"
     return run_command(
-        lambda: _parser().parse_args(argv), lambda arguments: int(arguments.command(arguments)), interrupted
+        lambda: parser().parse_args(argv), lambda arguments: int(arguments.command(arguments)), interrupted
     )
 
 
@@ -176,7 +176,8 @@ def _make_directory(path: Path) -> None:
         raise ConfigError(f"--output_dir {path} cannot be made: {error.strerror}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of every command."""
     parser = Parser(prog="python -m precision.evaluate", description="PLLaVA's benchmarks.")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND", dest="verb")
     for name, benchmark in BENCHMARKS.items():

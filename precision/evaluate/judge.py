@@ -1,8 +1,8 @@
 """The judge: a language model behind an OpenAI-compatible endpoint that grades answers. Many cases are asked at once.
 
 The `openai` client sends the requests and keeps the connections; timeouts and the kinds of errors are its own. Attempts
-and pauses are ours, because the client's own retries differ in three ways. They take a reply without a verdict for a
-success, they ignore a Retry-After above 60 seconds, and their pauses do not end when the run ends.
+and pauses are ours, because the client's own retries differ in three ways. A reply without a verdict is a success for
+them. They ignore a Retry-After above 60 seconds. Their pauses do not end when the run ends.
 
 A failure is never a verdict. A case that fails for good is a row with an "error", and the next run asks again. The
 client follows no redirects and uses no proxy, so the key goes to one place only.

@@ -1,4 +1,4 @@
-"""The benchmarks: what they count, what they write, how they end. No time is judged."""
+"""The benchmarks: computed work, written files, exit status. No test depends on a measured time."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ from tests.support import ROOT, raw_config, table_rows, write_checkpoint
 SMALL = PllavaConfig.from_json(raw_config())
 
 
-# What is counted
+# Computed work
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_int8_weights_by_hand() -> None:
 
 
 def counted_flops(model: Pllava, run: Any) -> int:
-    """FLOPs by torch's own counter."""
+    """The FLOPs that torch's counter finds in a run."""
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         run(model)
@@ -507,7 +507,7 @@ def table_of(text: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def small_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config.json that a made-up tokenizer fits."""
+    """A config.json whose vocabulary is large enough for the generated tokenizer."""
     path = tmp_path_factory.mktemp("shape") / "config.json"
     path.write_text(json.dumps({**raw_config(vocab_size=3000), "image_token_index": 2999}))
     return path

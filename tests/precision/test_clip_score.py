@@ -1,4 +1,4 @@
-"""CLIP scores against cosines computed by hand, and against open_clip used by hand where it is installed."""
+"""CLIP scores equal cosines computed by hand, and those of open_clip called directly, where it is installed."""
 
 import json
 import os
@@ -22,15 +22,15 @@ from precision.clip_score import MediaFolder, choose_device, main, read_judge_we
 from precision.run_reference import main as reference_main
 from tests.support import ROOT, write_video
 
-KEPT: list[torch.library.Library] = []  # operators live as long as their library
+KEPT: list[torch.library.Library] = []  # a library's operators exist as long as the library
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "grey": (1.0, 1.0, 1.0)}
 
 
 def open_clip() -> Any:
-    """The package, or a skip.
+    """The open_clip package. The test is skipped where it cannot be imported.
 
-    PyPI's torchvision is built for CUDA. Beside a torch without CUDA its own operators do not load, and its import asks
-    for two of them; no transform of images uses any, so that their names are enough.
+    PyPI's torchvision is built for CUDA. Beside a torch without CUDA its operators do not load, and its import needs
+    two of them by name. No transform of images calls them, so empty definitions are enough.
     """
     try:
         import open_clip
@@ -49,7 +49,7 @@ def open_clip() -> Any:
 
 
 class ColourJudge:
-    """A text's features are the colour it names, an image's are its mean colour."""
+    """A judge. Features of a text are the colour that it names; features of an image are its mean colour."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -268,7 +268,7 @@ TINY = {
 
 @pytest.fixture
 def tiny_judge(tmp_path: Path) -> tuple[Path, Path]:
-    """A model's description and its random weights, as open_clip's training writes them."""
+    """Files of a small model: its description, and random weights in the form that open_clip's training writes."""
     package = open_clip()
     config = write(tmp_path / "tiny-judge.json", TINY)
     package.add_model_config(config)

@@ -1,4 +1,4 @@
-"""How the commands of `precision` end when their output has no taker."""
+"""How a command of precision/ ends when nobody reads its output."""
 
 import subprocess
 import sys

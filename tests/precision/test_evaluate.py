@@ -1,4 +1,4 @@
-"""The benchmarks on miniature data in every layout: prompts, frames, scores and files; kills; what is broken."""
+"""The benchmarks on miniature data in every layout: prompts, frames, scores, files, kills, and broken data."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.multimodal.video import Clip
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from precision.evaluate import clips, mvbench, recaption
-from precision.evaluate.__main__ import _parser, main
+from precision.evaluate.__main__ import main, parser
 from precision.evaluate.clips import ClipReader, media_of, read_frame_folder
 from precision.evaluate.mvbench import MVBench
 from precision.evaluate.predict import grouped
@@ -52,7 +52,7 @@ def clip(path: Path, **options: Any) -> Path:
 
 
 def frame_folder(folder: Path, count: int) -> Path:
-    """Frame k is all of the grey 10 * k."""
+    """A folder of frames. All pixels of frame k are 10 * k."""
     folder.mkdir(parents=True)
     for k in range(1, count + 1):
         Image.new("RGB", (64, 64), (10 * k,) * 3).save(folder / f"{k:05d}.jpg", quality=95)
@@ -76,7 +76,7 @@ def options(checkpoint: Path) -> tuple[str, ...]:
 
 
 def without(options: tuple[str, ...], *names: str) -> list[str]:
-    """The options but those that a test gives itself."""
+    """The options without those that a test gives itself."""
     pairs = zip(options[::2], options[1::2], strict=True)
     return [word for pair in pairs if pair[0] not in names for word in pair]
 
@@ -92,7 +92,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def log_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """Rows of answers.jsonl by the question's task and number; headers are left out."""
+    """Rows of answers.jsonl by task and number of the question, without header lines."""
     rows = map(json.loads, (directory / "answers.jsonl").read_text().splitlines())
     return {row["id"].rsplit("/", 1)[0]: row for row in rows if "id" in row}
 
@@ -102,7 +102,7 @@ def log_of(directory: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def mvbench_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Times, frame folders, a GIF, the same question twice, and every way for an entry to be broken."""
+    """A data folder with times, frame folders, a GIF, a question twice, and entries broken in every way."""
     data = tmp_path_factory.mktemp("MVBench")
     charades, tvqa = (
         data / "video" / mvbench.SUB_TASKS[stem].videos for stem in ("action_sequence", "episodic_reasoning")
@@ -527,13 +527,13 @@ def test_parts_of_the_data_are_the_originals() -> None:
 def test_the_commands_of_the_page_are_commands() -> None:
     page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python -m precision\.evaluate (.*)$", page, re.MULTILINE)
-    verbs = {_parser().parse_args(shlex.split(command)).verb for command in commands}
+    verbs = {parser().parse_args(shlex.split(command)).verb for command in commands}
     assert verbs == {"mvbench", "videoqa", "vcgbench", "recaption", "judge", "compare"}
 
 
 @pytest.mark.parametrize("verb", ["mvbench", "videoqa", "vcgbench", "recaption"])
 def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -> None:
-    """Every file that the message about an empty folder names stands in the tree of --help."""
+    """The layout in --help shows every file that the message about an empty folder names."""
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""The judge against a stand-in endpoint that is slow, limited, broken or talks nonsense: no failure becomes a score."""
+"""The judge with a local endpoint that is slow, limited, broken or talks nonsense: no failure becomes a score."""
 
 import json
 import sys
@@ -25,13 +25,13 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 def says(text: str, **more: Any) -> Reply:
-    """What an OpenAI-compatible endpoint answers."""
+    """The reply of an OpenAI-compatible endpoint."""
     message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     return 200, {}, json.dumps({"model": "judge-0125", "choices": [message], **more}).encode()
 
 
 class Endpoint:
-    """A server whose `answer(number of the call, body)` is its behaviour; it keeps what it was asked."""
+    """A local server. `answer(number of the call, body)` gives its replies, and `calls` keeps the requests."""
 
     def __init__(self) -> None:
         self.answer: Callable[[int, dict[str, Any]], Reply | None] = lambda *_: says("{'pred': 'yes', 'score': 4}")

@@ -1,4 +1,4 @@
-"""Parity: its numbers against transformers and against hand-made cases; a wrong operator is found where it is."""
+"""Parity: numbers equal those of transformers and of cases by hand, and a wrong operator is found in its layer."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from atb_pllava.config import PllavaConfig
 from atb_pllava.ops.reference import TorchBackend
 from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLORS, plot_errors
-from precision.parity import _by_name, _here, load_side, main, parse_side
+from precision.parity import find_recorded_media, load_side, main, parse_side, rows_by_file_name
 from precision.recording import KEPT_EVERY, Recording, record
 from tests.support import random_model, raw_config, table_rows, write_checkpoint
 
@@ -98,14 +98,14 @@ def test_a_recording_of_an_answer_and_its_repetition_are_equal(llm: LLM, clip: s
 
 class Capturing(TorchBackend):
     def capture(self, step: Any) -> Any:
-        raise AssertionError("a recorded step passes by as one")
+        raise AssertionError("a captured step has no layers to record")
 
 
-def test_no_step_is_recorded_as_a_whole(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_captured_as_a_graph(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atb_pllava.loader.model_loader.get_backend", lambda *_: Capturing())
     with load_side(parse_side("dtype=float32,backend=cpu", str(weights))) as model:
         assert len(record(model, None, "what?", 0, [5, 6, 7]).positions) >= 3
-    with pytest.raises(AssertionError, match="passes by as one"):
+    with pytest.raises(AssertionError, match="has no layers to record"):
         LLM(weights, dtype="float32").chat(None, "what?")
 
 
@@ -503,18 +503,25 @@ def test_a_plot_without_matplotlib_is_refused_first(
 
 def test_a_recorded_medium_is_found_in_a_moved_tree(tmp_path: Path) -> None:
     places = [f"{tmp_path}/{name}" for name in ("a/1.mp4", "a/b/1.mp4", "b/1.mp4", "c.mp4")]
-    assert _here("old/a/1.mp4", places, only=False) == places[0]
-    assert _here("old/a/b/1.mp4", places, only=False) == places[1]
-    assert _here(places[2], places, only=False) == places[2]  # not the longer path that ends alike
-    assert _here("old/c.mp4", places, only=False) == places[3]
-    assert _here("old/d.mp4", places[:1], only=True) == places[0]
-    assert _here("old/d.mp4", [], only=False) == "old/d.mp4" and _here(None, places, only=False) is None
+    assert find_recorded_media("old/a/1.mp4", places, only=False) == places[0]
+    assert find_recorded_media("old/a/b/1.mp4", places, only=False) == places[1]
+    assert find_recorded_media(places[2], places, only=False) == places[2]  # not the longer path that ends alike
+    assert find_recorded_media("old/c.mp4", places, only=False) == places[3]
+    assert find_recorded_media("old/d.mp4", places[:1], only=True) == places[0]
+    assert (
+        find_recorded_media("old/d.mp4", [], only=False) == "old/d.mp4"
+        and find_recorded_media(None, places, only=False) is None
+    )
     with pytest.raises(VideoError, match=r"old/d\.mp4: --media has no file of this name"):
-        _here("old/d.mp4", places, only=False)
+        find_recorded_media("old/d.mp4", places, only=False)
 
 
 def test_rows_of_two_trees_are_matched_below_their_common_folder() -> None:
     rows = {("x/a/1.mp4", "q"): 1, ("x/b/1.mp4", "q"): 2, (None, "q"): 3}
     moved = {(f"/mnt/y/{folder}/1.mp4", "q"): number for number, folder in ((1, "a"), (2, "b"))} | {(None, "q"): 3}
-    assert _by_name(rows) == _by_name(moved) == {("a/1.mp4", "q"): 1, ("b/1.mp4", "q"): 2, (None, "q"): 3}
-    assert _by_name({("x/a/1.mp4", "q"): 1, ("x/b/2.mp4", "q"): 2}) == {("1.mp4", "q"): 1, ("2.mp4", "q"): 2}
+    assert (
+        rows_by_file_name(rows)
+        == rows_by_file_name(moved)
+        == {("a/1.mp4", "q"): 1, ("b/1.mp4", "q"): 2, (None, "q"): 3}
+    )
+    assert rows_by_file_name({("x/a/1.mp4", "q"): 1, ("x/b/2.mp4", "q"): 2}) == {("1.mp4", "q"): 1, ("2.mp4", "q"): 2}

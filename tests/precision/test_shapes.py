@@ -1,4 +1,4 @@
-"""The shapes benchmark: held out, in MVBench's layout, the same bytes each time, whole or absent."""
+"""The shapes benchmark: seeds not in training, MVBench's layout, the same bytes each time, whole or absent."""
 
 import json
 import re
