@@ -5,8 +5,8 @@
         --media CLIPS --prompt "Describe the video." --plot errors.png
 
 The first form compares two files of `run --output_json`. The second form runs the sides one after the other in this
-process. The left side answers greedily. Each right side is given the left side's tokens one by one. Its logits and hidden
-states are compared with the left side's at every step. The tables are on stdout. The plot shows the error of each
+process. The left side answers greedily. Each right side is given the left side's tokens one by one. The logits and
+hidden states of both sides are compared at every step. The tables are on stdout. The plot shows the error of each
 layer: a wrong operator is the layer at which the error jumps.
 
 `--record DIR` keeps the left side's recordings. `--left recording=DIR` takes them instead of a model, so that devices
