@@ -1,8 +1,8 @@
 """The judge: a language model behind an OpenAI-compatible endpoint that grades answers. Many cases are asked at once.
 
-The `openai` client sends the requests and keeps the connections; timeouts and the kinds of errors are its own. Attempts
-and pauses are ours, because the client's own retries differ in three ways. A reply without a verdict is a success for
-them. They ignore a Retry-After above 60 seconds. Their pauses do not end when the run ends.
+The `openai` client sends the requests. Connections, timeouts and the kinds of errors are its own. Attempts and pauses
+are ours, because the client's own retries differ in three ways. A reply without a verdict is a success for them. They
+ignore a Retry-After above 60 seconds. Their pauses do not end when the run ends.
 
 A failure is never a verdict. A case that fails for good is a row with an "error", and the next run asks again. The
 client follows no redirects and uses no proxy, so the key goes to one place only.
@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_log import Key, ResultLog, Row
@@ -180,7 +180,8 @@ def _client(url: str, key: str | None, timeout: float) -> Any:
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     return openai.OpenAI(
         api_key=key or "none",  # the client insists on one
-        base_url=parts._replace(path=path, fragment="").geturl(),
+        base_url=parts._replace(path=path, query="", fragment="").geturl(),
+        default_query=dict(parse_qsl(parts.query)),
         timeout=timeout,
         max_retries=0,
         http_client=openai.DefaultHttpxClient(trust_env=False, follow_redirects=False),

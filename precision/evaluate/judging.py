@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ def judge_results(
     """Let the judge grade all results. Writes the graded files and judge.json. Returns their part of the summary.
 
     Every verdict is kept in judgements.jsonl as it comes. A later call asks only for verdicts that are missing there.
+    The judge's connections are closed at the end.
     """
     asked = [benchmark.cases(result) for result in results]
     cases = {case_name(case): case for of_result in asked for case in of_result.values()}
-    with ResultLog(directory / "judgements.jsonl") as log:
+    with closing(judge), ResultLog(directory / "judgements.jsonl") as log:
         log.begin(judge.settings(), shared=True)  # each judge has its own verdicts
         verdicts = judge_all(cases, judge, log, at_once, quiet)
     by_result = [{key: verdicts[case_name(case)] for key, case in of_result.items()} for of_result in asked]

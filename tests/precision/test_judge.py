@@ -148,6 +148,29 @@ def test_nothing_of_the_environment_is_sent(
     assert "authorization" not in call["headers"] and "openai-organization" not in call["headers"]
 
 
+@pytest.mark.parametrize("ending", ["", "/", "/chat/completions"])
+def test_the_address_may_have_a_query_and_the_whole_path(endpoint: Endpoint, tmp_path: Path, ending: str) -> None:
+    run(Judge(f"{endpoint.url}{ending}?api-version=1", "judge"), cases(1), tmp_path)
+    assert endpoint.calls[0]["path"] == "/v1/chat/completions?api-version=1"
+
+
+def test_an_interrupt_ends_the_calls_in_flight(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    endpoint.answer = lambda number, _: says("{'pred': 'yes', 'score': 4}") if number == 0 or gate.wait(60) else None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "add", interrupted)
+    results = [{"pred": f"p{i}", "gt": "g", "task_type": "MSVD_QA", "question": "q"} for i in range(9)]
+    with pytest.raises(KeyboardInterrupt):
+        judge_results(tmp_path, results, VideoQA(), judge(endpoint), 4)
+    gate.set()
+    assert (tmp_path / "judgements.jsonl").read_text().count('"id"') == 1
+
+
 def test_without_the_client_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ConfigError, match="pip install -r precision/requirements.txt"):
