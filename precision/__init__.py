@@ -1,6 +1,5 @@
-"""Does it still answer like the original? Harnesses and comparisons, each a command.
+"""Accuracy tests: commands that compare answers with the original's, with another device's, or with right answers.
 
-What they share is in the package: `atb_pllava.batch.run_metadata` (what a run was made with: `write_manifest`,
-`settings_of`), `atb_pllava.batch.result_log` (`answer_all` over an `ResultLog` that survives a kill) and
-`atb_pllava.files`.
+The commands stand on the package. `atb_pllava.batch.result_log` keeps answers across kills, and
+`atb_pllava.batch.run_metadata` writes the manifest of a run. `command_line.py` has all they use of `atb_pllava.cli`.
 """

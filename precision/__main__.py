@@ -1,9 +1,9 @@
-"""`python -m precision --help`: which commands there are. Each is started by its own name."""
+"""`python -m precision --help` lists the commands of this folder. Each command is started by its own name."""
 
 import sys
 
 COMMANDS = {
-    "python -m precision.parity": "two ways of running one model: tokens, logits, every layer",
+    "python -m precision.parity": "compare two ways of running one model: tokens, logits, every layer",
     "python -m precision.evaluate": "PLLaVA's benchmarks: MVBench, VideoQA, VCGBench, recaptioning",
     "python -m precision.shapes": "write the benchmark of coloured shapes, for precision.evaluate",
     "python precision/run_reference.py": "the reference side's answers: float32 on a CPU or a GPU",
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Print the list; the exit status, 2 for anything but --help."""
+    """Print the list. Returns the exit status: 2 for anything but --help."""
     given = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
     if given:
         print(f"error: {given[0]!r} is no command of precision; see `python -m precision --help`", file=sys.stderr)

@@ -1,15 +1,15 @@
-"""How well do answers describe their images and videos? open_clip as the judge, as MindIE's precision tests have it.
+"""CLIP score: how well answers describe their images and videos, judged by open_clip as in MindIE's precision tests.
 
     python precision/clip_score.py --model_weights_path open_clip_pytorch_model.bin \\
         --image_info predict_result.json gpu_coco_predict.json --dataset_path CLIPS
 
-A score is the cosine of the judge's text and image features; a video's is the mean over its sampled frames. The mean
-over all items is printed for each file, and for two files the mean of their difference item by item. Items whose file
-is missing or unreadable are named and counted, and take no part in the mean; the exit status is 2 then.
+A score is the cosine of the judge's text and image features. The score of a video is the mean over its sampled frames.
+The mean over all items is printed for each file, and for two files the mean of the differences item by item. Items
+whose file is missing or unreadable are named, counted and left out of the mean. The exit status is 2 then.
 
-With --output_json FILE every score is kept in FILE.scores.jsonl as soon as it is there: after a kill the same command
-goes on, and failed items are tried again. The log stays: a later run scores what is new, has another text, or is about
-a file of another size or time.
+With --output_json FILE every score is appended to FILE.scores.jsonl at once. After a kill the same command goes on, and
+failed items are tried again. The log stays, so a later run scores only items that are new, have another text, or whose
+file has another size or time.
 """
 
 import argparse
@@ -44,21 +44,21 @@ from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_key import Key, key_of
 from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.batch.run_metadata import surroundings
-from atb_pllava.cli import Parser, run_command
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.ops.registry import get_backend
+from precision.command_line import Parser, run_command
 
-# Published judges are pickles; PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
+# Published judges are pickles. PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 
 
 class Judge(Protocol):
-    """Features whose cosine is the score."""
+    """A model with text and image features. Their cosine is the score."""
 
     def text(self, text: str) -> tuple[Tensor, bool]:
-        """Features [1, width] of a text, and whether its end was cut off."""
+        """Features [1, width] of a text, and whether the text was too long and its end was cut off."""
         ...
 
     def images(self, frames: np.ndarray) -> Tensor:
@@ -70,9 +70,10 @@ class OpenClip:
     """A model of open_clip with weights from a file. Nothing is downloaded."""
 
     def __init__(self, model_name: str, weights: str, device: torch.device) -> None:
-        self.device, self._package = device, _import_open_clip()
+        self.device = device
+        self._package = _import_open_clip()
         name = self._register(model_name)
-        logging.disable(logging.WARNING)  # it would warn that weights are missing, which come below
+        logging.disable(logging.WARNING)  # open_clip warns about missing weights, which are loaded below
         try:
             self.model, _, self.preprocess = self._package.create_model_and_transforms(name)
         finally:
@@ -93,17 +94,21 @@ class OpenClip:
     @torch.no_grad()
     def images(self, frames: np.ndarray) -> Tensor:
         pixels = torch.stack([self.preprocess(Image.fromarray(frame)) for frame in frames])
-        return self.model.encode_image(pixels.to(self.device)).float().cpu()
+        features: Tensor = self.model.encode_image(pixels.to(self.device))
+        return features.float().cpu()
 
     def _register(self, model_name: str) -> str:
-        """The name of a built-in model, or of one described by a JSON file, that needs nothing from a hub."""
+        """The name under which open_clip has a built-in model or the model that a JSON file describes.
+
+        Raises ConfigError for a name that is unknown or needs a download.
+        """
         if model_name.endswith(".json"):
-            with tempfile.TemporaryDirectory() as folder:  # a copy, because open_clip takes no byte order mark
+            with tempfile.TemporaryDirectory() as folder:  # a copy, because open_clip refuses a byte order mark
                 copy = Path(folder) / Path(model_name).name
                 write_json(copy, read_json(model_name))
                 self._package.add_model_config(copy)
             model_name = Path(model_name).stem
-        built_in = not set("/:") & set(model_name)  # other names are addresses on a hub
+        built_in = not set("/:") & set(model_name)  # names with / or : are addresses on a hub
         config = self._package.get_model_config(model_name) if built_in else None
         if config is None:
             raise ConfigError(
@@ -118,8 +123,8 @@ class OpenClip:
 def read_judge_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a pickle such as open_clip_pytorch_model.bin.
 
-    The pickle is read by PyTorch's loader for tensors alone, which executes nothing (`weights_only`).
-    Raises WeightError.
+    A pickle is read by PyTorch's loader for tensors alone (`weights_only`), which executes nothing. Raises WeightError
+    for a file that cannot be read.
     """
     if not os.path.isfile(path):
         raise WeightError(f"--model_weights_path {path} is no file; download the judge's weights, see the README")
@@ -129,8 +134,10 @@ def read_judge_weights(path: str) -> dict[str, Tensor]:
 
             return load_file(path)
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_TORCH:
-            raise WeightError(f"{path} is a pickle, which torch {torch.__version__} does not read safely: use 2.6 or a "
-                              ".safetensors file")  # fmt: skip
+            raise WeightError(
+                f"{path} is a pickle, which torch {torch.__version__} does not read safely: use 2.6 or a "
+                ".safetensors file"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -141,13 +148,13 @@ def read_judge_weights(path: str) -> dict[str, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the process exit status."""
+    """Run the command. Returns the process exit status."""
     interrupted = "interrupted; with --output_json the same command goes on from here"
     return run_command(lambda: _parser().parse_args(argv), clip_score, interrupted)
 
 
 def clip_score(arguments: argparse.Namespace) -> int:
-    """Score every file of answers, print the means, write what was asked for; the exit status."""
+    """Score every file of answers, print the means, write --output_json. Returns the exit status."""
     if arguments.num_frames < 1:
         raise ConfigError(f"--num_frames is {arguments.num_frames}; it must be at least 1")
     if arguments.output_json is not None:
@@ -178,17 +185,18 @@ def clip_score(arguments: argparse.Namespace) -> int:
 
 
 def made_with(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The judge and the frames it sees."""
+    """The judge's model and weights, and the frames that it sees."""
     weights = arguments.model_weights_path
     judged_by = {"model_name": arguments.model_name, "weights": weights, "sha256": _digest(weights)}
     return {"judge": judged_by, "num_frames": arguments.num_frames, "frame_sampler": arguments.frame_sampler}
 
 
 def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """All that decides the score of a medium's name and a text; scores of other settings do not count."""
+    """All settings that decide a score. Scores that the log has for other settings are not used."""
     name = arguments.model_name
     description = _digest(name) if name.endswith(".json") else None
-    judge = {key: value for key, value in made["judge"].items() if key != "weights"}  # the digest decides, not the path
+    # The weights' digest is compared, not their path.
+    judge = {key: value for key, value in made["judge"].items() if key != "weights"}
     dataset = os.path.abspath(arguments.dataset_path)
     return {
         **made,
@@ -200,7 +208,7 @@ def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: 
 
 
 def read_answers(file: str) -> dict[str, str]:
-    """{media: text}. Raises ConfigError for a file that holds something else, or nothing."""
+    """The answers {media: text}. Raises ConfigError for a file of another form, or an empty one."""
     answers = read_json(file)
     good = isinstance(answers, dict) and all(isinstance(text, str) for text in answers.values())
     if not good or not answers:
@@ -216,7 +224,7 @@ def score_file(
     arguments: argparse.Namespace,
     log: ResultLog | None,
 ) -> dict[str, Any]:
-    """Every item's score or error, and their mean (None when there is no score); what `log` has is not scored again."""
+    """Every item's score or error, and the mean (None without scores). Scores that `log` has are taken from there."""
     paths = {name: media.look_up(name) for name in answers}
     keys = {name: _key(name, text, paths[name]) for name, text in answers.items()}
     if log is not None:
@@ -247,7 +255,7 @@ def score_file(
 
 
 def _key(name: str, text: str, path: str | None) -> Key:
-    """The key of the score of a text about a medium, with the size and time of its file."""
+    """The log's key of a score: medium and text, with the size and time of the medium's file."""
     of_both = json.dumps([name, text])
     return Key(of_both) if path is None else key_of(of_both, path)
 
@@ -255,7 +263,7 @@ def _key(name: str, text: str, path: str | None) -> Key:
 def score_item(
     judge: Judge, name: str, text: str, media: "MediaFolder", arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """The file of a medium and its score, or why it has none."""
+    """The file of a medium and its score, or the error."""
     try:
         path = media.find(name)
         clip = read_media(path, arguments.num_frames, frame_sampler=arguments.frame_sampler)
@@ -266,14 +274,14 @@ def score_item(
 
 
 def score(judge: Judge, text: str, frames: np.ndarray) -> dict[str, Any]:
-    """Mean over the frames of the cosine of text and frame."""
+    """The mean over the frames of the cosine of text and frame features."""
     words, cut_off = judge.text(text)
     scores = torch.nn.functional.cosine_similarity(judge.images(frames), words)
     return {"score": float(scores.mean()), "frames": len(frames), "cut_off": cut_off}
 
 
 class MediaFolder:
-    """Where the media of the answers are. `predict_result.json` names paths, other files names alone."""
+    """Finds media by path or name below a folder. `predict_result.json` has paths, other files have names only."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -292,16 +300,16 @@ class MediaFolder:
         return found
 
     def look_up(self, name: str) -> str | None:
-        """`find`, but None where it raises."""
+        """The result of `find`, or None when the medium is not found."""
         try:
             return self.find(name)
         except VideoError:
             return None
 
     def find(self, name: str) -> str:
-        """The file below the folder that has this path, or else this name and most of the folders before it.
+        """The file with this path below the folder, else the file of this name whose parent folders match best.
 
-        Raises VideoError when there is none, or several that fit alike.
+        Raises VideoError when there is no such file, or when several match equally well.
         """
         if not os.path.isabs(name) and (self.path / name).is_file():
             return str(self.path / name)
@@ -315,13 +323,13 @@ class MediaFolder:
 
 
 def _common_end(name: str, path: Path) -> int:
-    """How many parts at their ends two paths have in common."""
+    """How many components two paths have in common, counted from the end."""
     equal = [a == b for a, b in zip(reversed(Path(name).parts), reversed(path.parts), strict=False)]
     return equal.index(False) if False in equal else len(equal)
 
 
 def report(result: Mapping[str, Any]) -> list[str]:
-    """One file's scores in words."""
+    """Lines with the scores of one file, for people."""
     lines = [f"{item['score']:.4f}  {item['media']}" for item in result["items"] if "score" in item]
     mean = "no score" if result["mean"] is None else f"mean score {result['mean']:.4f}"
     cut = f"; the judge read only the beginning of {result['cut_off']} long texts" if result["cut_off"] else ""
@@ -329,14 +337,15 @@ def report(result: Mapping[str, Any]) -> list[str]:
 
 
 def paired(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """For two files: the mean difference of the scores of what both describe, with its 95 % interval."""
+    """For two files: the mean difference of the scores of their common media, with its 95 % interval. Else None."""
     if len(results) != 2:
         return None
     first, second = ({item["file"]: item["score"] for item in result["items"] if "score" in item} for result in results)
     differences = np.array([second[file] - first[file] for file in first.keys() & second.keys()])
     if len(differences) < 2:
         return None
-    mean, width = float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / sqrt(len(differences))
+    mean = float(differences.mean())
+    width = 1.96 * float(differences.std(ddof=1)) / sqrt(len(differences))
     text = (
         f"{results[1]['file']} minus {results[0]['file']}: {mean:+.4f} "
         f"(95 % interval {mean - width:+.4f} to {mean + width:+.4f}, {len(differences)} items)"
@@ -345,9 +354,10 @@ def paired(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """cpu, cuda, npu, one of several by its number (cuda:1), or `auto`; a number alone is an NPU, as the host has it.
+    """The device called auto, cpu, cuda or npu, with a number where there are several: cuda:1.
 
-    Raises BackendError for a device that is not here.
+    A number alone is an NPU, as in MindIE's scripts. Raises ConfigError for another name, and BackendError for a device
+    that this machine lacks.
     """
     kind, _, number = (f"npu:{name}" if name.isdigit() else name).partition(":")
     backends = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "npu": "ascend"}
@@ -371,10 +381,10 @@ def _import_open_clip() -> Any:
     try:
         import open_clip
     except Exception as error:  # a torchvision that does not belong to this torch fails in its own ways
-        raise ConfigError(
-            f"open_clip cannot be imported ({error}): pip install 'atb_pllava[precision]', with the torchvision that "
-            f"belongs to torch {torch.__version__}"
-        ) from None
+        remedy = (
+            f"pip install -r precision/requirements.txt, and the torchvision that belongs to torch {torch.__version__}"
+        )
+        raise ConfigError(f"open_clip cannot be imported ({error}): {remedy}") from None
     return open_clip
 
 

@@ -1,6 +1,6 @@
 """LLaMA's real vocabulary as tokenizer.json, from the public npm package llama-tokenizer-js (MIT).
 
-The package holds the 32,000 pieces, the 61,249 merges and 12 texts with their ids. No file of Meta's is needed.
+The package has the 32,000 pieces, the 61,249 merges and 12 texts with their ids. No file of Meta's is needed.
 """
 
 import base64
@@ -21,11 +21,11 @@ PACKAGE = "llama-tokenizer-js"
 VERSION = "1.2.2"
 PIECES = 32000
 MERGES = 61249
-# The published tokenizer.json (`legacy`), and what transformers 5 saves of a directory with `legacy: false`.
+# Two forms of tokenizer.json: the published one, and the one that transformers 5 saves with `legacy: false`.
 FORMS = ("legacy", "first")
 SPECIAL = {0: "<unk>", 1: "<s>", 2: "</s>", 32000: "<image>", 32001: "<pad>"}
 CHATML = {32002: "<|im_start|>", 32003: "<|im_end|>"}
-_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # how pieces write a blank
+_BLANK = "\N{LOWER ONE EIGHTH BLOCK}"  # stands for a blank in pieces
 _BYTES = range(3, 259)
 _RUN = """
 import { readFileSync } from "node:fs";
@@ -37,7 +37,7 @@ console.log(JSON.stringify(texts.map((text) => encoder.encode(text, false, true)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Pieces in the order of their ids, merges in the order of their rank, and (text, ids) pairs that must hold."""
+    """Pieces by id, merges by rank, and `vectors`: texts with their known ids."""
 
     pieces: Sequence[str]
     merges: Sequence[tuple[str, str]]
@@ -46,15 +46,16 @@ class Vocabulary:
     script: str  # the package's encoder
 
     def definition(self, form: str, *, chatml: bool = False) -> dict[str, Any]:
-        """tokenizer.json in one of FORMS, with the special tokens of PLLaVA, and for `chatml` those of 34B."""
+        """tokenizer.json in one of FORMS, with PLLaVA's special tokens. `chatml` adds those of the 34B model."""
         added = {**SPECIAL, **(CHATML if chatml else {})}
         vocab = {piece: number for number, piece in enumerate(self.pieces)}
         return tokenizer_json(form, added, vocab, [f"{left} {right}" for left, right in self.merges])
 
     def reduced(self, form: str, texts: Iterable[str]) -> dict[str, Any]:
-        """tokenizer.json with only the pieces that the texts can need: the same ids for them, and a small file.
+        """A small tokenizer.json with only the pieces that the texts can need. The texts have the same ids as before.
 
-        A merge can take part only where its product is written in the text, with a blank in front of any stretch.
+        A merge can apply only when its product occurs in a text. Every stretch between special tokens is searched with
+        and without a blank in front.
         """
         spelled = re.compile("|".join(map(re.escape, (SPECIAL | CHATML).values())))
         stretches = [stretch for text in texts for stretch in (text, *spelled.split(text))]
@@ -62,7 +63,7 @@ class Vocabulary:
         merges = [pair for pair in self.merges if "".join(pair) in written]
         needed = {*written, *(part for pair in merges for part in (*pair, "".join(pair)))}
         vocab = {piece: i for i, piece in enumerate(self.pieces) if piece in needed or i in SPECIAL or i in _BYTES}
-        # The places of the others are empty, so these ids must be written.
+        # Ids of left-out pieces are not used, so the ids of the special tokens must be given.
         added = SPECIAL | CHATML
         vocab |= {text: number for number, text in added.items()}
         return tokenizer_json(form, added, vocab, [f"{left} {right}" for left, right in merges])
@@ -109,7 +110,7 @@ def tokenizer_json(form: str, added: dict[int, str], vocab: dict[str, int], merg
 
 
 def read_package(file: Path) -> Vocabulary:
-    """The vocabulary in the package's .tgz. Raises ConfigError for any other file."""
+    """The vocabulary in the package's .tgz file. Raises ConfigError for any other file."""
     source = f"{PACKAGE} {VERSION}"
     try:
         with tarfile.open(file, "r:gz") as archive:
@@ -130,7 +131,7 @@ def read_package(file: Path) -> Vocabulary:
 
 
 def download_package(directory: Path) -> Path:
-    """Let npm fetch the package into a directory; its .tgz."""
+    """Fetch the package with npm into a directory. Returns the .tgz file. Raises ConfigError when npm fails."""
     command = ["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", str(directory)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -143,20 +144,23 @@ def download_package(directory: Path) -> Path:
 
 
 def open_vocabulary(package: str | None, directory: Path) -> Vocabulary:
-    """The vocabulary of a given .tgz, or of one that npm fetches into a directory."""
+    """The vocabulary of the given .tgz file, or of one that npm fetches into a directory."""
     return read_package(Path(package) if package is not None else download_package(directory))
 
 
 def encoder_of(vocabulary: Vocabulary, directory: Path) -> Callable[[Sequence[str]], list[list[int]]]:
-    """The package's own encoder, run by node: texts to ids without <s>, each text with a blank in front."""
+    """The package's own encoder, run by node. It maps texts to ids without <s>, with a blank in front of each text."""
     (directory / "encoder.mjs").write_text(vocabulary.script, encoding="utf-8")
     (directory / "run.mjs").write_text(_RUN, encoding="utf-8")
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         done = subprocess.run(
-            ["node", str(directory / "run.mjs")], input=json.dumps(list(texts)), check=True, capture_output=True,
+            ["node", str(directory / "run.mjs")],
+            input=json.dumps(list(texts)),
+            check=True,
+            capture_output=True,
             text=True,
-        )  # fmt: skip
+        )
         return list(json.loads(done.stdout))
 
     return encode

@@ -1,9 +1,9 @@
-"""Files made by the real msModelSlim load, and every weight is within half a step of the float checkpoint.
+"""Check files that the real msModelSlim makes: they load, and every weight is within half a quantisation step.
 
     python -m precision.msmodelslim_round_trip FLOAT_DIR
 
-Needs an environment of its own with `pip install msmodelslim transformers` beside our packages; a tiny checkpoint is
-enough. Exit status 1 when a weight is further off.
+The check needs an environment of its own with `pip install msmodelslim transformers` beside our packages. A tiny
+checkpoint is enough. The exit status is 1 when a weight is further off.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the packages need not be installed
 
@@ -19,7 +20,6 @@ from atb_pllava.doctor.required_packages import require_packages
 if __name__ == "__main__":
     require_packages()
 
-from atb_pllava.cli import Parser, run_command
 from atb_pllava.convert.converter import convert_checkpoint
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
@@ -28,21 +28,28 @@ from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.mindie.host_files import host_files
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import Int8Weight
+from precision.command_line import Parser, run_command
 
-SCHEMES = {"symmetric": {}, "asymmetric": {"symmetric": False}, "groups of 64": {"group_size": 64}}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "symmetric": {},
+    "asymmetric": {"symmetric": False},
+    "groups of 64": {"group_size": 64},
+}
 
 
 def load(directory: str | Path) -> Pllava:
+    """The model of a checkpoint, in float32 on the CPU."""
     options = ModelOptions(str(directory), dtype="float32", backend="cpu")
     return fill_model(*plan_model(options, TensorParallel()))
 
 
 def worst_step(quantised: Pllava, exact: Pllava) -> float:
-    """The largest distance of any weight from its float original, in steps."""
+    """The largest difference of any weight from its float original, in quantisation steps."""
     worst = 0.0
     for ours, theirs in zip(quantised.language.layers, exact.language.layers, strict=True):
         for name in ("qkv", "out", "gate_up", "down"):
-            (weight,), (original,) = getattr(ours, name).weights, getattr(theirs, name).weights
+            (weight,) = getattr(ours, name).weights
+            (original,) = getattr(theirs, name).weights
             assert isinstance(weight, Int8Weight)
             step = weight.scale.repeat_interleave(weight.shape[1] // weight.scale.shape[1], 1)
             worst = max(worst, float(((weight.dequantise() - original).abs() / step).max()))
@@ -50,6 +57,7 @@ def worst_step(quantised: Pllava, exact: Pllava) -> float:
 
 
 def round_trip(arguments: argparse.Namespace) -> int:
+    """Convert with every scheme, load, and compare. Returns the exit status."""
     source = arguments.checkpoint
     exact = load(source)
     status = 0

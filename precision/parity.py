@@ -1,19 +1,19 @@
-"""Does another way of running a model answer as the first one does?
+"""Compare two ways of running a model: tokens, logits, and the hidden states of every layer.
 
     python -m precision.parity A.json B.json
     python -m precision.parity --model_path DIR --left dtype=float32 --right dtype=bfloat16 --right world_size=2 \\
         --media CLIPS --prompt "Describe the video." --plot errors.png
 
-The first form compares two files of `run --output_json`. The second runs the sides one after the other in this process:
-the left one answers greedily; each right one is given the left one's tokens one by one, and its logits and hidden
-states are compared with the left one's at every step. The table is on stdout; a plot shows the error of each layer, and
-a wrong operator is the layer at which it jumps. `--record DIR` keeps the left side's states, and `--left recording=DIR`
-takes them instead of a model: so a GPU and an NPU that are not in one machine can be compared.
+The first form compares two files of `run --output_json`. The second form runs the sides one after the other in this
+process. The left side answers greedily. Each right side is given the left side's tokens one by one. The logits and
+hidden states of both sides are compared at every step. The tables are on stdout. The plot shows the error of each
+layer: a wrong operator is the layer at which the error jumps.
 
-A recording is made in one go, of a few requests: each takes some 100 MB. Its index.json comes last; without it, as an
-interruption leaves it, no `--left recording=DIR` takes the directory, and `--record` wants a new one.
+`--record DIR` keeps the left side's recordings. `--left recording=DIR` takes them instead of a model, so that devices
+of two machines can be compared. Each request takes about 100 MB. A recording that was interrupted has no index.json: it
+cannot be used, and `--record` wants a new directory.
 
-Exit status: 0 within the thresholds, 1 over one of them, 2 for errors of the user's, failed requests among them.
+Exit status: 0 within the thresholds, 1 over one of them, 2 for errors of the user's and for failed requests.
 """
 
 import argparse
@@ -41,15 +41,14 @@ from atb_pllava import LLM, ConfigError, PllavaError, VideoError
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.row_file import read_rows
 from atb_pllava.batch.run_metadata import manifest_of
-from atb_pllava.cli import Parser, run_command
-from atb_pllava.cli.media_option import add_media
-from atb_pllava.cli.question import question
+from atb_pllava.bench.machine import machine_name
+from atb_pllava.bench.plot import check_plotting
+from atb_pllava.bench.tables import markdown
 from atb_pllava.errors import counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.media import list_media
-from atb_pllava.ops.interface import Backend
 from atb_pllava.ops.pooling import pool_by_matrices
-from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
+from precision.command_line import DEFAULT_PROMPT, Parser, add_media, question, run_command
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
 from precision.recording import Recording, record
@@ -61,18 +60,32 @@ def _flag(text: str) -> bool:
     return text == "true"
 
 
-# What may stand in a side, and its type. `weights` is LLM's model_path; `recording` and `pooling` are ours.
+# The keys of a side, and their types. All are options of LLM (`weights` is its model_path), except `pooling` and
+# `recording`.
 KEYS: dict[str, Callable[[str], Any]] = {
-    "weights": str, "weight_dir": str, "lora_alpha": float, "ignore_adapter_config": _flag, "backend": str,
-    "dtype": str, "world_size": int,
-    "num_frames": int, "pooling_shape": str, "frame_sampler": str, "resize": str, "conversation": str,
-    "block_size": int, "vision_batch": int, "kv_cache_dtype": str, "pooling": str, "recording": str,
-}  # fmt: skip
+    "weights": str,
+    "weight_dir": str,
+    "lora_alpha": float,
+    "ignore_adapter_config": _flag,
+    "backend": str,
+    "dtype": str,
+    "world_size": int,
+    "num_frames": int,
+    "pooling_shape": str,
+    "frame_sampler": str,
+    "resize": str,
+    "conversation": str,
+    "block_size": int,
+    "vision_batch": int,
+    "kv_cache_dtype": str,
+    "pooling": str,
+    "recording": str,
+}
 POOLINGS = ("means", "matrices")
-# What is cached or recorded as a whole would not pass by layer by layer.
-WATCHED = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}
-COLUMNS = ("same token preferred", "max / mean logit error", "KL")
-DEFAULT_LEFT, DEFAULT_TOKENS = "dtype=float32", 32
+# The hooks see no layer of a cached video, of a cached prefix, or of a step that runs as a captured graph.
+WATCHED: dict[str, Any] = {"video_cache_bytes": 0, "prefix_cache": False, "decode_graphs": False}
+DEFAULT_LEFT = "dtype=float32"
+DEFAULT_TOKENS = 32
 THRESHOLDS = {
     "min_top1": (0.98, "least share of tokens at which both sides prefer the same"),
     "max_kl": (0.02, "largest mean KL(left || right), nats a token"),
@@ -82,24 +95,26 @@ THRESHOLDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the process exit status."""
+    """Run the command. Returns the process exit status."""
     return run_command(lambda: _parser().parse_args(argv), parity)
 
 
 def parity(arguments: argparse.Namespace) -> int:
-    """Compare, print the table, write what was asked for; the exit status."""
+    """Compare the sides, print the tables, write the files. Returns the exit status."""
     for option in ("output_json", "plot"):
         if getattr(arguments, option) is not None:
             check_writable(getattr(arguments, option), f"--{option}", [*arguments.files, *(arguments.media or ())])
     _check_form(arguments)
+    if arguments.plot is not None:
+        check_plotting("--plot")
     arguments.left = arguments.left or DEFAULT_LEFT
     arguments.max_tokens = DEFAULT_TOKENS if arguments.max_tokens is None else arguments.max_tokens
     sides = [compare_files(*arguments.files)] if arguments.files else list(compare_sides(arguments))
     if not sides:  # --record alone
         return 0
-    print("\n".join(table(sides)))
+    print(tables(sides))
     if arguments.plot is not None:
-        plot_errors(Path(arguments.plot), {side["side"]: side["total"].stages for side in sides})
+        _plot(Path(arguments.plot), sides, arguments)
     over = [text for side in sides for text in over_thresholds(side, arguments)]
     for text in over:
         print(text, file=sys.stderr)
@@ -113,16 +128,19 @@ def parity(arguments: argparse.Namespace) -> int:
 
 
 def compare_files(left: str, right: str) -> dict[str, Any]:
-    """A side's entry of two files of `run --output_json`, which hold the same questions in any order."""
-    ours, theirs = _rows_of(left), _rows_of(right)
+    """Compare two files of `run --output_json`, which have the same questions in any order."""
+    ours = _rows_of(left)
+    theirs = _rows_of(right)
     if ours.keys() != theirs.keys():  # from another machine: the same files in another folder
-        ours, theirs = _by_name(ours), _by_name(theirs)
+        ours = rows_by_file_name(ours)
+        theirs = rows_by_file_name(theirs)
     alone = [(left, *key) for key in ours.keys() - theirs.keys()] + [
         (right, *key) for key in theirs.keys() - ours.keys()
     ]
     if alone:
         raise ConfigError(f"{counted(len(alone), 'question')} in one of the files only: {min(map(str, alone))}")
-    agreements, errors = [], []
+    agreements: list[Agreement] = []
+    errors: list[str] = []
     for key, row in ours.items():
         try:
             for file, answer in ((left, row), (right, theirs[key])):
@@ -145,7 +163,7 @@ def _rows_of(file: str) -> dict[tuple[str | None, str], dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """An answer or an error as `run` writes it."""
+    """Whether a row is an answer or an error as `run` writes it."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or "media" not in row:
         return False
     if not isinstance(row["media"], str | None):
@@ -159,8 +177,8 @@ def _is_row(row: Any) -> bool:
     return lists and bool(row["token_ids"]) and numbers
 
 
-def _by_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
-    """The rows by file name instead of path; where two files have one name, by the path below their common folder."""
+def rows_by_file_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | None, str], Any]:
+    """The rows by file name. Where two files have one name, all are named by their paths below the common folder."""
     named = {(media and Path(media).name, prompt): row for (media, prompt), row in rows.items()}
     if len(named) == len(rows):
         return named
@@ -173,7 +191,7 @@ def _by_name(rows: Mapping[tuple[str | None, str], Any]) -> dict[tuple[str | Non
 
 
 def compare_sides(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Run the left side once and every right side behind it; an entry for each right side."""
+    """Run the left side once, then every right side. Yields the comparison of each right side."""
     left = parse_side(arguments.left, arguments.model_path)
     rights = [parse_side(text, arguments.model_path) for text in arguments.right]
     if any("recording" in side for side in rights):
@@ -185,7 +203,7 @@ def compare_sides(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def recorded_errors(folder: Path) -> list[str]:
-    """The errors of the requests that failed when a recording was made. Raises ConfigError when it is none."""
+    """The errors of the requests that failed during --record. Raises ConfigError for a folder without a recording."""
     if not (folder / "index.json").exists():
         raise ConfigError(
             f"{folder / 'index.json'} is not there: {folder} is no recording, or --record was interrupted; make it anew"
@@ -199,7 +217,7 @@ def recorded_errors(folder: Path) -> list[str]:
 
 
 def run_left(options: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Record the left side's answers into numbered files; the errors of those that failed."""
+    """Record the left side's answers into numbered files. Returns the errors of the requests that failed."""
     media = [None] if arguments.media is None else list_media(*arguments.media)
     jobs = [(item, prompt) for item in media for prompt in arguments.prompt or [DEFAULT_PROMPT]]
     errors: list[str] = []
@@ -220,7 +238,7 @@ def run_left(options: dict[str, Any], arguments: argparse.Namespace, folder: Pat
 def run_right(
     text: str, options: dict[str, Any], folder: Path, media: Sequence[str], left_errors: Sequence[str]
 ) -> dict[str, Any]:
-    """Force the recorded answers upon a side; its entry."""
+    """Give a right side the recorded tokens and compare it with the recordings."""
     files = sorted(folder.glob("[!.]*.safetensors"))
     places = list_media(*media)
     only = len(media) == 1 and not Path(media[0]).is_dir()
@@ -229,9 +247,10 @@ def run_right(
     progress = Progress(text, len(files))
     with load_side(options) as llm:
         for file in files:
-            left, before = Recording.load(file), len(errors)
+            left = Recording.load(file)
+            before = len(errors)
             try:
-                right = record(llm, _here(left.media, places, only), left.prompt, 0, left.token_ids)
+                right = record(llm, find_recorded_media(left.media, places, only), left.prompt, 0, left.token_ids)
                 agreements.append(compare_recordings(left, right))
             except PllavaError as error:
                 errors.append(f"{left.media or 'text'}: {error}")
@@ -242,7 +261,7 @@ def run_right(
 
 
 def parse_side(text: str, model_path: str | None) -> dict[str, Any]:
-    """`KEY=VALUE,...` with KEYS. Raises ConfigError naming what is wrong and what is allowed."""
+    """The options of a side `KEY=VALUE,...`. Raises ConfigError for an unknown key or a wrong value."""
     options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
@@ -273,62 +292,93 @@ def parse_side(text: str, model_path: str | None) -> dict[str, Any]:
 
 @contextmanager
 def load_side(options: Mapping[str, Any]) -> Iterator[LLM]:
-    """The model of a side, for one request at a time."""
+    """The model of a side, loaded for one request at a time."""
     keys = {key: value for key, value in options.items() if key not in ("weights", "pooling")}
     with LLM(options["weights"], max_batch_size=1, **WATCHED, **keys) as llm:
         if options.get("pooling") == "matrices":
-            llm.model.ops = PoolingByMatrices(llm.model.ops)
+            # One backend object serves all parts of the model, so this replaces the operator in the whole model.
+            llm.model.ops.pool_video = pool_by_matrices_only  # type: ignore[method-assign]
         yield llm
 
 
-class PoolingByMatrices:
-    """A backend that pools with the two matrices also where a shape divides and means of views would do."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        return pool_by_matrices(grid, shape).flatten(0, 2)
+def pool_by_matrices_only(grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Pool by two matrices also where `shape` divides the grid and a backend would take means of views."""
+    return pool_by_matrices(grid, shape).flatten(0, 2)
 
 
 # Results
 
 
-def table(sides: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each request of each side, then a line for each side, as Markdown."""
-    lines = _header("side", "media", "prompt", "first difference", *COLUMNS)
-    for side in sides:
-        for a in side["requests"]:
-            first = "-" if a.first_difference is None else f"token {a.first_difference + 1} of {a.tokens}"
-            lines.append(_line(side["side"], a.media or "-", a.prompt[:40], first, *_numbers(a)))
-    lines += ["", *_header("side", "answers unchanged", *COLUMNS, "error rises most at")]
-    for side in sides:
-        total: Total = side["total"]
-        failed = f", {total.failed} failed" if total.failed else ""
-        rise = "{}: {:.2g} to {:.2g}".format(*total.jump) if total.jump else "-"
-        lines.append(_line(side["side"], f"{total.same} of {total.requests}{failed}", *_numbers(total), rise))
-    return lines
+_REQUEST_COLUMNS = {
+    "media": "media",
+    "prompt": "prompt",
+    "first": "differs at",
+    "top1": "top-1 agreement",
+    "errors": "max, mean error",
+    "kl": "KL",
+}
+_TOTAL_COLUMNS = {
+    "side": "side",
+    "unchanged": "answers unchanged",
+    "top1": "top-1 agreement",
+    "errors": "max, mean error",
+    "kl": "KL",
+}
 
 
-def _header(*words: str) -> list[str]:
-    return [_line(*words), _line(*["---"] * len(words))]
+def tables(sides: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a table of requests for each side, then a table of all sides, then where each side's error jumps."""
+    parts = [f"{side['side']}\n\n{markdown(_request_rows(side), _REQUEST_COLUMNS)}" for side in sides]
+    parts.append(markdown([_total_row(side) for side in sides], _TOTAL_COLUMNS))
+    jumps = [(side["side"], side["total"].jump) for side in sides]
+    lines = ["{}: error rises most at {}: {:.2g} to {:.2g}".format(name, *jump) for name, jump in jumps if jump]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
 
 
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+def _request_rows(side: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "media": _tail(a.media or "-", 20),
+            "prompt": a.prompt if len(a.prompt) <= 12 else f"{a.prompt[:11]}\u2026",
+            "first": "-" if a.first_difference is None else f"{a.first_difference + 1} of {a.tokens}",
+            **_numbers(a),
+        }
+        for a in side["requests"]
+    ]
 
 
-def _numbers(of: Agreement | Total) -> tuple[str, ...]:
-    """What stands under COLUMNS."""
-    errors = f"{_number(of.max_error)} / {_number(of.mean_error)}"
-    return f"{100 * of.top1:.2f} % of {of.tokens}", errors, _number(of.kl)
+def _total_row(side: Mapping[str, Any]) -> dict[str, str]:
+    total: Total = side["total"]
+    failed = f", {total.failed} failed" if total.failed else ""
+    unchanged = f"{total.same} of {total.requests}{failed}"
+    return {"side": _tail(side["side"], 26), "unchanged": unchanged, **_numbers(total)}
+
+
+def _numbers(of: Agreement | Total) -> dict[str, str]:
+    return {
+        "top1": f"{100 * of.top1:.2f} % of {of.tokens}",
+        "errors": f"{_number(of.max_error)} / {_number(of.mean_error)}",
+        "kl": _number(of.kl),
+    }
+
+
+def _tail(text: str, width: int) -> str:
+    """The end of a text, which tells paths and sides apart, in at most `width` characters."""
+    return text if len(text) <= width else f"\u2026{text[1 - width :]}"
+
+
+def _plot(path: Path, sides: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:
+    """Draw the error of each layer. The title names the model, the left side and the machine."""
+    panels = {
+        "vision tower and projector": {side["side"]: side["total"].vision for side in sides},
+        "decoder": {side["side"]: side["total"].decoder for side in sides},
+    }
+    model = "" if arguments.model_path is None else f"{Path(arguments.model_path).resolve().name}: "
+    plot_errors(path, panels, f"{model}error against {arguments.left}\n{machine_name()}")
 
 
 def over_thresholds(side: Mapping[str, Any], limits: Any) -> list[str]:
-    """What a side exceeds, in words; what was not measured exceeds nothing, what is not finite everything."""
+    """The side's errors and exceeded thresholds, in words. A number that is not finite exceeds every threshold."""
     total: Total = side["total"]
     texts = [f"{side['side']}: {error}" for error in side["errors"]]
     if total.tokens and not total.top1 >= limits.min_top1:
@@ -340,8 +390,13 @@ def over_thresholds(side: Mapping[str, Any], limits: Any) -> list[str]:
 
 
 def _side(name: str, agreements: Sequence[Agreement], errors: Sequence[str]) -> dict[str, Any]:
-    return {"side": name, "total": Total.of(agreements, len(errors)), "requests": list(agreements),
-            "errors": list(errors)}  # fmt: skip
+    """The comparison of one side: its name, the total, the requests, and the errors of requests that failed."""
+    return {
+        "side": name,
+        "total": Total.of(agreements, len(errors)),
+        "requests": list(agreements),
+        "errors": list(errors),
+    }
 
 
 def _number(value: float | None) -> str:
@@ -349,7 +404,7 @@ def _number(value: float | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON of dataclasses and numbers; it has no word for what is not finite, null stands there."""
+    """A value as plain JSON. Numbers that are not finite become null, because JSON has none."""
     if isinstance(value, Agreement | Total):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
@@ -359,10 +414,10 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _here(recorded: str | None, places: Sequence[str], only: bool) -> str | None:
-    """Where the recorded medium is on this machine: among the files of --media the one whose path ends most like it.
+def find_recorded_media(recorded: str | None, places: Sequence[str], only: bool) -> str | None:
+    """The file of --media that is the recorded medium: the one with most path components in common, from the end.
 
-    With `only` there is one file, which it is whatever its name. Raises VideoError when no file has its name.
+    With `only`, --media is one file, which is taken whatever its name. Raises VideoError when no file has the name.
     """
     if recorded is None or not places or recorded in places:
         return recorded
@@ -373,14 +428,14 @@ def _here(recorded: str | None, places: Sequence[str], only: bool) -> str | None
 
 
 def _same_end(left: str, right: str) -> int:
-    """How many components of two paths are the same, from the end."""
+    """How many components two paths have in common, counted from the end."""
     pairs = zip(reversed(Path(left).parts), reversed(Path(right).parts), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @contextmanager
 def _directory(kept: str | None, recording: str | None) -> Iterator[Path]:
-    """The directory of a recording, a new one that is kept, or one that goes away afterwards."""
+    """The directory of a given recording, a new one for --record, or a temporary one."""
     if recording is not None:
         yield Path(recording)
     elif kept is None:
@@ -398,7 +453,7 @@ def _directory(kept: str | None, recording: str | None) -> Iterator[Path]:
 
 
 def _check_form(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for options that do not go together."""
+    """Raise ConfigError for options that do not go together."""
     names = ("left", "right", "record", "media", "model_path", "prompt", "max_tokens", "plot")
     sides = [f"--{name}" for name in names if getattr(arguments, name) not in (None, [])]
     if arguments.files and (len(arguments.files) != 2 or sides):
@@ -419,7 +474,8 @@ def _check_form(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m precision.parity", description="Compare ways of running a model: tokens, logits, every layer."
+        prog="python -m precision.parity",
+        description="Compare two ways of running a model: tokens, logits, every layer.",
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="two files of `run --output_json`")
     parser.add_argument("--model_path", metavar="DIR", help="checkpoint of sides that do not name their weights")

@@ -1,9 +1,10 @@
-"""The reference side of the precision tests: every medium answered by the plain float32 path of a CPU or a GPU.
+"""The reference side of the precision tests: answers in plain float32 on a CPU or a GPU.
 
     python precision/run_reference.py --model_path WEIGHTS --image_path CLIPS
 
-writes gpu_coco_predict.json, {media path: text}, for precision/clip_score.py. It is `python -m atb_pllava predict` with
-dtype float32, one request at a time and no caches; the NPU's side is `run_pa.sh --precision`.
+writes gpu_coco_predict.json, {media path: text}, for precision/clip_score.py. The command is
+`python -m atb_pllava predict` in float32, with one request at a time and without caches. `run_pa.sh --precision` makes
+the NPU's side.
 """
 
 import argparse
@@ -20,26 +21,25 @@ if __name__ == "__main__":
 
 import torch
 
-from atb_pllava.cli import Parser, run_command
-from atb_pllava.cli.predict import add_options, predict
 from atb_pllava.errors import ConfigError
+from precision.command_line import Parser, add_predict_options, predict, run_command
 
 DEFAULT_OUTPUT = "gpu_coco_predict.json"
 PLAIN = {"dtype": "float32", "max_batch_size": 1, "video_cache_bytes": 0, "prefix_cache": False}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the process exit status."""
+    """Run the command. Returns the process exit status."""
     parser = Parser(
         prog="python precision/run_reference.py", description="Reference answers, in float32 on a CPU or a GPU."
     )
-    add_options(parser)
+    add_predict_options(parser)
     parser.set_defaults(output_json=DEFAULT_OUTPUT, **PLAIN)
     return run_command(lambda: parser.parse_args(argv), run_reference)
 
 
 def run_reference(arguments: argparse.Namespace) -> int:
-    """`predict`, unless options ask for something that is no reference."""
+    """Run `predict`. Raises ConfigError for options that a reference must not have."""
     if arguments.backend not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--backend is {arguments.backend!r}; the reference runs on cpu or cuda")
     if arguments.backend == "auto":

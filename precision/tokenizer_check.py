@@ -1,22 +1,23 @@
-"""Does text become the original's ids, and ids the original's text? Checked with LLaMA's real vocabulary.
+"""Check that prompts have the original's ids and that ids have the original's text, with LLaMA's real vocabulary.
 
     python precision/tokenizer_check.py
     python precision/tokenizer_check.py --package llama-tokenizer-js-1.2.2.tgz --python REFERENCE/bin/python
 
-The vocabulary comes from the npm package llama-tokenizer-js; npm fetches it unless --package names its .tgz. Two forms
-of tokenizer.json are made of it: the published one, and the one that transformers 5 saves. The prompts are all
-templates with questions of all kinds, each in every place where a user's text can stand.
+The vocabulary comes from the npm package llama-tokenizer-js. npm fetches it unless --package names its .tgz file. It is
+written in two forms of tokenizer.json: the published one, and the one that transformers 5 saves. The prompts are all
+templates with questions of all kinds, in every place where a user's text can stand.
 
-Plain prompts must have the ids that the untouched file gives the whole text. Where a user's text spells special tokens,
-the oracle is the same file with other names for its special tokens. The package's 12 texts must have their known ids,
-and its own encoder, where node is installed, the same ids as the published form. With --python, the transformers of
-another environment must agree too. 4.37.1 is the original's and reads the published form only; 4.46.3 reads both:
+Prompts without special tokens in the user's text must have the ids that the tokenizers package gives the whole text.
+For user text that spells special tokens the oracle is the same file with other names for its special tokens. The
+package's 12 texts must have their known ids. The package's own encoder, where node is installed, must give the ids of
+the published form. With --python, transformers of another environment must agree too. Version 4.37.1 is the original's
+and reads the published form only; 4.46.3 reads both:
 
     pip install transformers==4.37.1 tokenizers==0.15.2 "numpy<2" "protobuf<5" sentencepiece
 
-Answers are cut at every token, hold broken bytes and meet stop strings; the oracle is their UTF-8. At last the small
-vocabulary of the tests must give the full one's ids for the texts in tests/data/llama_tokenizer. --write_test_data
-makes both anew.
+Answers are cut at every token, hold broken bytes and meet stop strings. Their oracle is the UTF-8 of their bytes. The
+small vocabulary of the tests must give the ids of the full one for the texts in tests/data/llama_tokenizer.
+--write_test_data writes both again.
 
 Exit status: 0 no difference, 1 differences, 2 errors of the user's.
 """
@@ -43,17 +44,17 @@ if __name__ == "__main__":
 
 import tokenizers
 
-from atb_pllava.cli import Parser, run_command
 from atb_pllava.errors import ConfigError
 from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, Turn, choose_conversation, render, render_turns
 from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
 from atb_pllava.prompt.tokenizer import Piece, Tokenizer
+from precision.command_line import Parser, run_command
 from precision.llama_vocabulary import CHATML, FORMS, SPECIAL, Vocabulary, encoder_of, open_vocabulary
 
 IMAGE_ID = 32000
 TEST_DATA = Path(__file__).resolve().parents[1] / "tests" / "data" / "llama_tokenizer"
-MOST_NAMED = 5  # differences of a check that are printed
-AT_ONCE = 20000  # texts a reference gets in one go
+MOST_NAMED = 5  # printed differences of a check
+AT_ONCE = 20000  # texts in one call of the reference
 
 TEXTS = [
     "", " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", "What is it?", " What is it?", "What is it? ",
@@ -82,12 +83,12 @@ ALPHABET = "abcdefgh ETAOIN  .,:?!\n\t0123é中文狗ра한🙂🦙▁<>/|\u030
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the process exit status."""
+    """Run the command. Returns the process exit status."""
     return run_command(lambda: _parser().parse_args(argv), tokenizer_check)
 
 
 def tokenizer_check(arguments: argparse.Namespace) -> int:
-    """Make all comparisons and print their counts; the exit status."""
+    """Make all comparisons and print their counts. Returns the exit status."""
     if arguments.random < 0:
         raise ConfigError(f"--random is {arguments.random}; it must be a number of questions, 0 or more")
     with tempfile.TemporaryDirectory() as directory:
@@ -113,13 +114,13 @@ def tokenizer_check(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Counts:
-    """Comparisons so far, and how many differed."""
+    """The number of comparisons so far, and of those that differed."""
 
     comparisons: int = 0
     differences: int = 0
 
     def add(self, what: str, rows: Iterable[tuple[str, Any, Any]]) -> None:
-        """Count (subject, ours, right) rows; print the sum, and the first few that differ on stderr."""
+        """Count rows (subject, ours, right) and print the counts. The first rows that differ are printed on stderr."""
         total = wrong = 0
         for subject, ours, right in rows:
             total += 1
@@ -135,7 +136,7 @@ class Counts:
 
 @dataclass
 class Files:
-    """A form's tokenizer.json: for ChatML templates another one than for the others, which lack its tokens."""
+    """Tokenizers of one tokenizer.json: ours, the tokenizers package, and the package with renamed special tokens."""
 
     definition: dict[str, Any]
     ours: Tokenizer = field(init=False)
@@ -152,12 +153,12 @@ class Files:
         self._ids = {self.renamed.token_to_id(self.other_names[token["content"]]): token["id"] for token in added}
 
     def renamed_definition(self) -> dict[str, Any]:
-        """The same file in which the special tokens' spelling is text; their ids move behind the vocabulary."""
+        """The file with other names for its special tokens, so that the old names are ordinary text."""
         added = [{**t, "content": self.other_names[t["content"]]} for t in self.definition["added_tokens"]]
         return {**self.definition, "added_tokens": added}
 
     def with_other_names(self, pieces: Sequence[Piece]) -> str:
-        """The whole prompt, in which the template's special tokens alone have the other names."""
+        """The prompt as one text. The template's special tokens have their other names; user text is unchanged."""
         text = ""
         for piece in pieces:
             template = piece.text
@@ -167,7 +168,7 @@ class Files:
         return text
 
     def right_ids(self, ids: Sequence[int]) -> list[int]:
-        """Ids of the renamed file as the file's own."""
+        """Ids of the renamed file as ids of the original file."""
         return [self._ids.get(number, number) for number in ids]
 
 
@@ -175,7 +176,7 @@ class Files:
 
 
 def questions(wanted: int) -> tuple[list[str], list[str]]:
-    """Texts of a user without special tokens, `wanted` random ones and long ones among them, and texts with them."""
+    """User texts without special tokens (`wanted` of them random), and user texts with special tokens."""
     chance = random.Random(11)
     blanks = [" " * n + "x" + " " * n for n in range(1, 51)] + ["\n" * n + "x" for n in (2, 3, 8, 40)]
     mixed = ["".join(chance.choices(ALPHABET, k=chance.randrange(1, 60))) for _ in range(wanted)]
@@ -189,7 +190,7 @@ def questions(wanted: int) -> tuple[list[str], list[str]]:
 
 
 def prompts(conversation: Conversation, text: str, name: str) -> Iterator[list[Piece]]:
-    """A user's text in every place where it can stand."""
+    """Prompts with a user's text in every place where it can stand."""
     chatml = is_chatml(conversation)
     past = [("Who is there?", "A dog.")]
     yield render(conversation, text)
@@ -210,7 +211,7 @@ def is_chatml(conversation: Conversation) -> bool:
 
 
 def all_prompts(texts: Sequence[str], *, chatml: bool) -> list[list[Piece]]:
-    """Every text in every place of every template of a kind."""
+    """All prompts of all texts, in the templates with or without ChatML."""
     kind = {name: c for name, c in CONVERSATIONS.items() if is_chatml(c) == chatml}
     return [pieces for name, c in kind.items() for text in texts for pieces in prompts(c, text, name)]
 
@@ -223,17 +224,21 @@ def joined(pieces: Sequence[Piece]) -> str:
 
 
 def check_vectors(counts: Counts, vocabulary: Vocabulary, form: str) -> None:
-    """The package's texts. The other form puts no blank in front of a text that begins with one."""
+    """Check the package's texts. Texts that begin with a blank have other ids in the second form and are left out."""
     ours = Tokenizer(vocabulary.definition(form), IMAGE_ID, "tokenizer.json")
     known = [(text, ids) for text, ids in vocabulary.vectors if form == "legacy" or not text.startswith(" ")]
     counts.add("the package's texts", ((text, ours.encode(text), ids) for text, ids in known))
 
 
 def check_prompts(
-    counts: Counts, vocabulary: Vocabulary, form: str, plain: Sequence[str], special: Sequence[str],
+    counts: Counts,
+    vocabulary: Vocabulary,
+    form: str,
+    plain: Sequence[str],
+    special: Sequence[str],
     reference: "Reference | None",
-) -> None:  # fmt: skip
-    """All prompts of both kinds of template against the whole file, the renamed file and the reference."""
+) -> None:
+    """Check all prompts against the tokenizers package, the renamed file and the reference."""
     for chatml in (False, True):
         files = Files(vocabulary.definition(form, chatml=chatml))
         kind = "ChatML" if chatml else "Vicuna"
@@ -261,7 +266,7 @@ def check_prompts(
 
 
 def check_encoder(counts: Counts, vocabulary: Vocabulary, texts: Sequence[str], work: Path) -> None:
-    """The package's own encoder, to which special tokens are letters, on the stretches between special tokens."""
+    """Check against the package's encoder, which knows no special tokens: it gets the stretches between them."""
     if shutil.which("node") is None:
         print("  the package's encoder: left out, node is not installed")
         return
@@ -277,7 +282,7 @@ def check_encoder(counts: Counts, vocabulary: Vocabulary, texts: Sequence[str], 
 
 
 def _cut(text: str, names: dict[str, str]) -> list[str | int]:
-    """A prompt as stretches of text and the ids of the named tokens between them."""
+    """A prompt as stretches of text, with the ids of the named tokens between them."""
     parts: list[str | int] = [text]
     ids = {**{content: i for i, content in (SPECIAL | CHATML).items()}}
     for content, name in names.items():
@@ -298,7 +303,7 @@ def _cut(text: str, names: dict[str, str]) -> list[str | int]:
 def check_answers(
     counts: Counts, vocabulary: Vocabulary, form: str, texts: Sequence[str], reference: "Reference | None"
 ) -> None:
-    """Text of ids: whole, cut at every token, with broken bytes, with stop strings."""
+    """Check the text of ids: cut at every token, with broken bytes, with stop strings."""
     files = Files(vocabulary.definition(form))
     chance = random.Random(7)
     answers = [ids for ids in (files.whole.encode(text[:400]).ids[1:] for text in texts) if ids]
@@ -333,7 +338,7 @@ def stream(files: Files, ids: Sequence[int]) -> str:
 
 
 def utf8(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
-    """The bytes of an answer, without the blank that every text begins with."""
+    """The UTF-8 bytes of an answer, without the blank at its start."""
     data = b""
     for token in ids:
         piece = vocabulary.pieces[token]
@@ -342,12 +347,12 @@ def utf8(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
 
 
 def cut_text(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
-    """An answer that may end inside a character: one U+FFFD then."""
+    """The text of an answer. One U+FFFD stands for a character that is cut at the end."""
     return utf8(vocabulary, ids).decode(errors="replace").strip()
 
 
 def _broken(chance: random.Random, answers: Sequence[list[int]]) -> list[int]:
-    """Pieces of answers with bytes between: short runs of any, long runs of wrong ones. A word ends the answer."""
+    """Pieces of answers with byte tokens between: short runs of any bytes, or long runs of invalid ones."""
     ids: list[int] = []
     for _ in range(chance.randrange(1, 5)):
         text = chance.choice(answers)
@@ -361,7 +366,7 @@ def _broken(chance: random.Random, answers: Sequence[list[int]]) -> list[int]:
 def _stops(
     vocabulary: Vocabulary, files: Files, answers: Sequence[list[int]], chance: random.Random
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Stop strings out of the answers: the text in front of the first, and the token at which it is complete."""
+    """Rows for stop strings from the answers: the text before the first one, and the token that completes it."""
     for ids in answers:
         text = utf8(vocabulary, ids).decode()
         for _ in range(3):
@@ -394,7 +399,7 @@ def _right_stop(vocabulary: Vocabulary, ids: Sequence[int], stop: tuple[str, ...
 
 
 class Reference:
-    """transformers of another Python, which is started for each set of texts or ids."""
+    """transformers in another Python, which is started for each call."""
 
     SCRIPT = """
 import json, sys, tokenizers, transformers
@@ -416,12 +421,19 @@ else:
     out = [transformers.__version__, tokenizers.__version__]
 json.dump(out, open(sys.argv[2], "w", encoding="utf-8"))
 """
-    # What the published directory has beside tokenizer.json.
+    # tokenizer_config.json of the published directory.
     CONFIG = {
-        "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "model_max_length": 4096,
-    }  # fmt: skip
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+    }
 
     def __init__(self, python: str, work: Path) -> None:
         self._python = python
@@ -432,7 +444,7 @@ json.dump(out, open(sys.argv[2], "w", encoding="utf-8"))
         return "transformers {} with tokenizers {}".format(*self._versions)
 
     def reads(self, files: Files) -> bool:
-        """Whether this version reads the form; says so if not."""
+        """Whether this version reads the file. Prints a line if not."""
         try:
             self.encode(files.definition, [], raw=True)
         except ConfigError:
@@ -441,11 +453,11 @@ json.dump(out, open(sys.argv[2], "w", encoding="utf-8"))
         return True
 
     def encode(self, definition: dict[str, Any], texts: Sequence[str], *, raw: bool = False) -> list[list[int]]:
-        """Ids by AutoTokenizer, or with `raw` by the file alone."""
+        """The ids of texts by AutoTokenizer, or with `raw` by the tokenizers package."""
         return self._of(definition, "texts", texts, raw=raw)
 
     def decode(self, definition: dict[str, Any], answers: Sequence[list[int]]) -> list[str]:
-        """Texts of answers without special tokens."""
+        """The texts of answers, without special tokens."""
         return self._of(definition, "answers", answers)
 
     def _of(self, definition: dict[str, Any], what: str, items: Sequence[Any], **options: Any) -> list[Any]:
@@ -477,7 +489,7 @@ json.dump(out, open(sys.argv[2], "w", encoding="utf-8"))
 
 @dataclass(frozen=True)
 class Chat:
-    """A prompt of the tests: keys of its row in chats.json."""
+    """A prompt of the tests. The fields are keys of its row in chats.json."""
 
     conversation: str
     question: str
@@ -515,7 +527,7 @@ ANSWERS = [
 
 
 def check_test_data(counts: Counts, vocabulary: Vocabulary) -> None:
-    """What the tests read: the small file's ids and the written ones are the full file's."""
+    """Check the tests' data: the small file and the written ids agree with the full file."""
     rows = json.loads((TEST_DATA / "chats.json").read_text(encoding="utf-8"))
     for form in FORMS:
         small = Tokenizer(json.loads((TEST_DATA / f"{form}.json").read_text(encoding="utf-8")), IMAGE_ID, form)
@@ -534,7 +546,7 @@ def check_test_data(counts: Counts, vocabulary: Vocabulary) -> None:
 
 
 def write_test_data(vocabulary: Vocabulary, reference: "Reference | None") -> None:
-    """Make the tests' data anew. Its ids are the reference's, where it reads a form, else the renamed file's."""
+    """Write the tests' data. Ids come from the reference, or from the renamed file when there is no reference."""
     texts = [text for text, _ in vocabulary.vectors] + ANSWERS + [joined(chat.pieces()) for chat in CHATS]
     rows: list[dict[str, Any]] = [{"chat": _row(chat)} for chat in CHATS]
     TEST_DATA.mkdir(parents=True, exist_ok=True)

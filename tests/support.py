@@ -179,3 +179,10 @@ def begun_log(path: Path, settings: dict[str, Any] | None = None, **options: Any
 def log_rows(path: Path) -> list[Row]:
     """The rows in a result log's file, without headers."""
     return [row for row in map(json.loads, path.read_text().splitlines()) if "log" not in row]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of all rows of the Markdown tables in a text, without the lines under the headings."""
+    lines = [line.strip() for line in text.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if not set("".join(row)) <= set("-:")]

@@ -52,6 +52,7 @@ LAZY = {
     "matplotlib": {"bench"},
     "msgspec": {"executor"},
     "msmodelslim": {"convert"},
+    "openai": set(),
     "peft": set(),
     "ray": set(),
     "tabulate": {"bench"},
@@ -109,7 +110,17 @@ def test_nothing_in_the_package_imports_its_tools(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PRECISION, ids=lambda p: str(p.relative_to(ROOT)))
 def test_precision_stands_on_the_package(path: Path) -> None:
-    assert not {name.split(".")[0] for name in _imports(path)} & {"tests"}
+    """precision/ imports no tests, and takes what it needs of the command line from one file."""
+    names = _imports(path)
+    assert not {name.split(".")[0] for name in names} & {"tests"}
+    assert path.name == "command_line.py" or not any(name.startswith("atb_pllava.cli") for name in names)
+
+
+def test_optional_packages_of_precision_have_one_place() -> None:
+    folders = {"openai": {"evaluate"}, "open_clip": {"clip_score.py"}, "matplotlib": {"error_plot.py"}}
+    for package, expected in folders.items():
+        users = [path for path in PRECISION if any(name.split(".")[0] == package for name in _imports(path))]
+        assert {path.relative_to(ROOT / "precision").parts[0] for path in users} <= expected
 
 
 def test_optional_packages_have_one_place() -> None:

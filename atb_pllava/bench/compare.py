@@ -1,4 +1,4 @@
-"""Ours against transformers, stage by stage, in one process, one round of each after the other."""
+"""This package against transformers, stage by stage, in one process and in turns."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,9 @@ from torch import Tensor
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import Probe, probes
 from atb_pllava.bench.roofline import Machine
-from atb_pllava.bench.stage_runner import Stages, random_pixels
+from atb_pllava.bench.stage_runner import StageRunner, random_pixels
 from atb_pllava.bench.sweep import costs_of
+from atb_pllava.bench.tables import markdown
 from atb_pllava.bench.timing import Work, interleaved, ratio
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
 from atb_pllava.llm import LLM
@@ -20,7 +21,29 @@ from atb_pllava.model.costs import Cost
 Row = dict[str, Any]
 
 STAGES = ("vision", "prefill", "decode")
-_START = 5  # of the video in the prompt
+_START = 5  # position of the video in the prompt
+_TIMES = {
+    "stage": "stage",
+    "atb_pllava_ms": "ours ms",
+    "roofline_fraction": "roofline",
+    "transformers_ms": "transformers ms",
+    "transformers_attention": "attention",
+    "speedup": "speedup",
+    "max_relative_error": "max error",
+}
+_BESIDE = {
+    "stage": "stage",
+    "read_GB_per_s": "read GB/s",
+    "peak_GFLOP_per_s": "peak GFLOP/s",
+    "llama_cpp_ms": "llama.cpp ms",
+    "speedup_over_llama_cpp": "speedup",
+}
+
+
+def compare_tables(rows: Sequence[Row]) -> str:
+    """The rows as two Markdown tables: times, then the machine's peaks in the same rounds and llama.cpp's times."""
+    beside = {key: heading for key, heading in _BESIDE.items() if any(key in row for row in rows)}
+    return f"{markdown(rows, _TIMES)}\n\n{markdown(rows, beside)}"
 
 
 def compare(
@@ -32,33 +55,35 @@ def compare(
     llama_cpp: LlamaCppPeer | None,
     say: Callable[[str], None],
 ) -> Iterator[Row]:
-    """A row for each stage that is wanted (of STAGES).
+    """A row for each wanted stage (of STAGES): median times, speedup, and how far the results are apart.
 
-    Medians in ms, how many times as long transformers takes, how far apart the results are. Its settings
-    are those that were found fastest: attention by SDPA or eager, whichever is faster here, static cache. llama.cpp
-    takes part in prefill and in decoding at batch 1; its weights are its own. The machine's limits are measured in
-    every round, because neighbours move them.
+    transformers runs with a static cache and with the faster of SDPA and eager attention. llama.cpp has its own
+    weights, and takes part in prefill and in decoding at batch size 1. The peaks of the machine are measured in every
+    round, because other load on a shared machine moves them.
     """
     say("building the transformers model with the same weights")
     peer = TransformersPeer(llm.config, llm.model.dtype, llm.model.int8)
-    stages, pixels, costs = Stages(llm), random_pixels(llm), costs_of(llm)
-    limits = probes(llm.model.ops, llm.model.dtype)
+    stages = StageRunner(llm)
+    pixels = random_pixels(llm)
+    costs = costs_of(llm)
+    peaks = probes(llm.model.ops, llm.model.dtype)
     length = llm.config.num_video_tokens
     prompt = [1000 + i % 1000 for i in range(length + text_tokens)]
     tokens = len(prompt)
 
     if "vision" in wanted:
-        say(f"vision tower, {len(pixels)} frames")
-        stage = _Stage("vision, projector, pooling", costs.vision(len(pixels)), limits, rounds)
-        yield stage.row(lambda: stages.encode(pixels), _with(peer, lambda: peer.encode(pixels)))
+        say(f"vision tower, projector and pooling, {len(pixels)} frames")
+        stage = _Stage(f"vision, {len(pixels)} frames", costs.vision(len(pixels)), peaks, rounds)
+        yield stage.row(lambda: stages.encode(pixels), _with_attention(peer, lambda: peer.encode(pixels)))
 
     if "prefill" in wanted:
         say(f"prefill of {tokens} tokens")
         embeddings = peer.embed(prompt, stages.encode(pixels), _START)
-        stage = _Stage(f"prefill, {tokens} tokens", costs.prefill([tokens]), limits, rounds)
-        third = None if llama_cpp is None else lambda: llama_cpp.prefill(prompt)
+        stage = _Stage(f"prefill, {tokens} tokens", costs.prefill([tokens]), peaks, rounds)
         yield stage.row(
-            lambda: stages.prefill(prompt, _START, length), _with(peer, lambda: peer.prefill(embeddings)), third
+            lambda: stages.prefill(prompt, _START, length),
+            _with_attention(peer, lambda: peer.prefill(embeddings)),
+            None if llama_cpp is None else lambda: llama_cpp.prefill(prompt),
         )
 
     if "decode" not in wanted:
@@ -67,13 +92,13 @@ def compare(
     if llama_cpp is not None:
         llama_cpp.prefill(prompt)
     for batch in batches:
-        say(f"decode, batch {batch}")
+        say(f"decode step, batch size {batch}, {tokens} tokens of context")
         cache = peer.context(batch, tokens)
-        cost = costs.decode([tokens + 1] * batch)
-        stage = _Stage(f"decode, batch {batch}, context {tokens}", cost, limits, 5 * rounds)
-        third = llama_cpp.decode if llama_cpp is not None and batch == 1 else None
+        stage = _Stage(f"decode, batch {batch}", costs.decode([tokens + 1] * batch), peaks, 5 * rounds)
         yield stage.row(
-            _bind(stages.decode, batch, tokens), _with(peer, _bind(peer.decode, cache, batch, tokens)), third
+            _bind(stages.decode, batch, tokens),
+            _with_attention(peer, _bind(peer.decode, cache, batch, tokens)),
+            llama_cpp.decode if llama_cpp is not None and batch == 1 else None,
         )
 
 
@@ -81,8 +106,8 @@ def _bind(call: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
     return lambda: call(*arguments)
 
 
-def _with(peer: TransformersPeer, work: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """The work with each way of attention."""
+def _with_attention(peer: TransformersPeer, work: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The work with each of transformers' two kinds of attention."""
 
     def under(name: str) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -96,40 +121,48 @@ def _with(peer: TransformersPeer, work: Callable[[], Tensor]) -> dict[str, Calla
 
 @dataclass(frozen=True)
 class _Stage:
-    """What is compared, its bytes and FLOPs, and the works that show what of them the machine does in a second."""
+    """A stage, its bytes and FLOPs, and the probes that measure the machine's peaks beside it."""
 
     name: str
     cost: Cost
-    limits: tuple[Probe, Probe]
+    peaks: tuple[Probe, Probe]  # reading, multiplying
     rounds: int
 
     def row(
-        self, ours: Callable[[], Tensor], theirs: Mapping[str, Callable[[], Tensor]], third: Work | None = None
+        self,
+        ours: Callable[[], Tensor],
+        theirs: Mapping[str, Callable[[], Tensor]],
+        llama_cpp: Work | None = None,
     ) -> Row:
-        works: list[Work] = [*(probe.work for probe in self.limits), ours, *theirs.values()]
-        reading, multiplying, own, *others = interleaved(works if third is None else [*works, third], self.rounds)
+        """Time our work, transformers' variants and llama.cpp's work in turns."""
+        read, multiply = self.peaks
+        works: list[Work] = [read.work, multiply.work, ours, *theirs.values()]
+        if llama_cpp is not None:
+            works.append(llama_cpp)
+        reading, multiplying, own, *others = interleaved(works, self.rounds)
         best = min(range(len(theirs)), key=lambda i: median(others[i]))
-        read, multiply = self.limits
+        attention = list(theirs)[best]
         pairs = zip(reading, multiplying, strict=True)
         machines = [Machine("this", read.amount / a, multiply.amount / b) for a, b in pairs]
         bounds = [machine.seconds(self.cost) for machine in machines]
-        row = {
+        row: Row = {
             "stage": self.name,
-            "ours_ms": median(own) * 1e3,
-            "of_limit": f"{100 * ratio(own, bounds):.0f} %",
+            "atb_pllava_ms": median(own) * 1e3,
+            "roofline_fraction": f"{100 * ratio(own, bounds):.0f} %",
             "read_GB_per_s": median(machine.bandwidth for machine in machines) / 1e9,
             "peak_GFLOP_per_s": median(machine.flops for machine in machines) / 1e9,
             "transformers_ms": median(others[best]) * 1e3,
-            "its_attention": list(theirs)[best],
-            "times_as_fast": ratio(own, others[best]),
-            "largest_difference": f"{100 * _difference(ours(), theirs[list(theirs)[best]]()):.2g} %",
+            "transformers_attention": attention,
+            "speedup": ratio(own, others[best]),
+            "max_relative_error": f"{100 * _relative_error(ours(), theirs[attention]()):.2g} %",
         }
-        if third is None:
+        if llama_cpp is None:
             return row
-        return {**row, "llama_cpp_ms": median(others[-1]) * 1e3, "times_as_llama_cpp": ratio(own, others[-1])}
+        return {**row, "llama_cpp_ms": median(others[-1]) * 1e3, "speedup_over_llama_cpp": ratio(own, others[-1])}
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest, as a part of the largest value."""
-    found, expected = ours.float().flatten(), theirs.float().flatten()
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference, divided by the largest absolute value of `theirs`."""
+    found = ours.float().flatten()
+    expected = theirs.float().flatten()
     return float((found - expected).abs().max() / expected.abs().max())

@@ -1,13 +1,13 @@
-"""The tables that MindIE's model scripts write, with the columns their readers know, from our own measurement.
+"""The CSV tables of MindIE's model scripts, with MindIE's column names and our measurements.
 
-Their benchmark.csv has one data row, that of the last batch, which the LLaVA script then reads back, old or not. Here a
-row is written for every batch that was measured, and nothing is read back.
+MindIE's benchmark.csv has one row, of the last batch. Its LLaVA script reads that row back even when an earlier run
+wrote it. Here every measured batch has a row, and nothing is read back.
 """
 
 from statistics import mean
 from typing import Any
 
-from atb_pllava.bench.run import Round
+from atb_pllava.bench.run import BatchRun
 
 Row = dict[str, Any]
 
@@ -15,17 +15,18 @@ BENCHMARK_COLUMNS = (
     "batch_size", "input_seq_len", "output_seq_len", "e2e_time(ms)", "prefill_time(ms)", "decoder_token_time(ms)",
     "prefill_count", "prefill_token_times", "decode_token_times", "prefill_average_time(ms)",
 )  # fmt: skip
-# As MindIE's LLaVA script means them; its own header misspells the fifth and has blanks in the sixth.
+# MindIE's LLaVA script means these columns. Its own header misspells the fifth and has blanks in the sixth.
 LLAVA_COLUMNS = (
     "batch", "input_len", "output_len", "embedding_len", "first_token_time(ms)", "non_first_token_time(ms)",
     "ResponseTime(ms)", "E2E Throughput Average(Tokens/s)",
 )  # fmt: skip
 
 
-def benchmark_row(measured: Round) -> Row:
-    """Decoder times alone, without vision tower and media; steps with prompt tokens in them count as prefill.
+def benchmark_row(measured: BatchRun) -> Row:
+    """A row of benchmark.csv: times of the decoder, without vision tower and media reading.
 
-    output_seq_len is what was generated; decoder_token_time the mean step that only decoded (empty without any).
+    Steps with prompt tokens count as prefill. output_seq_len is the number of generated tokens. decoder_token_time is
+    the mean time of a step that only decoded (empty when there was none).
     """
     metrics = [output.metrics for output in measured.outputs]
     prefills = [step.total - step.encode for step in measured.steps if step.prefilled]
@@ -44,8 +45,8 @@ def benchmark_row(measured: Round) -> Row:
     }
 
 
-def llava_row(measured: Round) -> Row:
-    """What a user waits for: the first token includes reading the video and the vision tower; tokens are counted."""
+def llava_row(measured: BatchRun) -> Row:
+    """A row of the LLaVA table. The first token's time includes reading the video and the vision tower."""
     metrics = [output.metrics for output in measured.outputs]
     tokens = sum(m.output_tokens for m in metrics)
     return {

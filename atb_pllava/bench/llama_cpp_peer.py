@@ -1,7 +1,7 @@
-"""llama.cpp on a GGUF file of the same shape, through llama-cpp-python: optional, and imported here only.
+"""llama.cpp on a GGUF file of the same shape, through llama-cpp-python. The package is optional.
 
-It knows no PLLaVA: it is compared on prompts of the same length, at batch 1, with attention and cache as it is fastest
-on CPUs (no flash attention, float16 keys and values).
+llama.cpp has no PLLaVA, so it is compared on text prompts of the same length at batch size 1. Attention and cache are
+those that were fastest on CPUs: no flash attention, float16 keys and values.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from atb_pllava.errors import ConfigError
 
 
 class LlamaCppPeer:
-    """Raises ConfigError without the package, and for a file that is no model of these sizes."""
+    """A loaded GGUF file. Raises ConfigError without the package, and for a file with other sizes."""
 
     def __init__(self, path: str, config: TextConfig, context: int, threads: int) -> None:
         try:
@@ -29,20 +29,22 @@ class LlamaCppPeer:
 
     def _check(self, path: str, config: TextConfig) -> None:
         wanted = {
-            "block_count": config.num_hidden_layers, "embedding_length": config.hidden_size,
-            "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
+            "block_count": config.num_hidden_layers,
+            "embedding_length": config.hidden_size,
+            "feed_forward_length": config.intermediate_size,
+            "attention.head_count": config.num_attention_heads,
             "attention.head_count_kv": config.num_key_value_heads,
-        }  # fmt: skip
+        }
         found = {name: self._llama.metadata.get(f"llama.{name}") for name in wanted}
         if found != {name: str(number) for name, number in wanted.items()}:
             raise ConfigError(f"--gguf {path} has sizes {found}, the shape has {wanted}: make it of the same shape")
 
     def prefill(self, token_ids: Sequence[int]) -> None:
-        """A prompt from the start."""
+        """Compute a whole prompt."""
         self._llama.reset()
         self._llama.eval(list(token_ids))
 
     def decode(self) -> None:
-        """One token behind the prompt, which is as long afterwards."""
+        """Compute one token after the prompt. The context is as long as before afterwards."""
         self._llama.eval([1])
         self._llama.n_tokens -= 1  # the next call overwrites it

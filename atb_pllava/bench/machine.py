@@ -1,9 +1,11 @@
-"""The limits of this machine, measured: bytes/s that can be read, FLOP/s of multiply-adds.
+"""The peaks of this machine, measured: read bandwidth in bytes/s, and FLOP/s of multiply-adds for each dtype.
 
-Each is the fastest of several ways: the compiled kernels' bare loops where they are there, and what torch has.
+Each peak is the fastest of several ways to read or multiply: the bare loops of the compiled CPU kernels, where there
+are any, and torch's operators.
 """
 
 import mmap
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +16,19 @@ from torch import Tensor
 
 from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.timing import Work, median_seconds
+from atb_pllava.errors import counted
 from atb_pllava.ops.interface import Backend
 
-_BUFFER = 512 * 2**20  # far beyond any cache
-_SIDE = 2048
+_BUFFER = 512 * 2**20  # bytes, far more than any CPU cache holds
+_SIDE = 2048  # rows and columns of the matrices
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Medians; `flops` by dtype, without those that torch has no product for on this device."""
+class MachinePeaks:
+    """Peak read bandwidth in bytes/s and peak FLOP/s by dtype, both medians over the rounds.
+
+    `flops` lacks the dtypes that torch cannot multiply on this device. `threads` is 1 for an accelerator.
+    """
 
     device: str
     threads: int
@@ -31,19 +37,19 @@ class Limits:
     measured_on: str
 
     def as_machine(self, dtype: torch.dtype = torch.bfloat16) -> Machine:
-        """For predictions with activations of `dtype`, which int8 weights are multiplied in too."""
+        """The roofline for activations of `dtype`. W8A16 products also run in `dtype`."""
         peak = self.flops.get(str(dtype).removeprefix("torch."), self.flops["float32"])
         return Machine(self.device, self.bandwidth, peak)
 
     def rows(self) -> list[dict[str, object]]:
-        """A line each, in units people read."""
+        """A row for each peak, in GB/s and GFLOP/s."""
         lines = {"read bandwidth": f"{self.bandwidth / 1e9:.1f} GB/s"}
         lines.update({f"{name} multiply-adds": f"{peak / 1e9:.0f} GFLOP/s" for name, peak in self.flops.items()})
-        return [{"limit": name, "measured": text, "threads": self.threads} for name, text in lines.items()]
+        return [{"peak": name, "measured": text, "threads": self.threads} for name, text in lines.items()]
 
 
-def measure(backend: Backend, rounds: int = 5, threads: int | None = None) -> Limits:
-    """All limits, with the threads torch is set to unless others are named; a few seconds."""
+def measure(backend: Backend, rounds: int = 5, threads: int | None = None) -> MachinePeaks:
+    """Measure all peaks in a few seconds, with `threads` CPU threads (None: torch's own setting)."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -52,31 +58,31 @@ def measure(backend: Backend, rounds: int = 5, threads: int | None = None) -> Li
         torch.set_num_threads(before)
 
 
-def _measure(backend: Backend, rounds: int) -> Limits:
+def _measure(backend: Backend, rounds: int) -> MachinePeaks:
     is_cpu = backend.on_host
     name = _cpu_name() if is_cpu else torch.cuda.get_device_name(backend.device)
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
     ways = {kind: list(_multiplying(kind, backend)) for kind in kinds}
     flops = {kind: _fastest(some, rounds, backend)[1] for kind, some in ways.items() if some}
     threads = torch.get_num_threads() if is_cpu else 1
-    return Limits(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat())
+    return MachinePeaks(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat())
 
 
 def read_bandwidth(backend: Backend, rounds: int = 7) -> float:
-    """Bytes/s of the fastest way there is to look at every byte of half a GiB once."""
+    """Bytes/s of the fastest way to read half a GiB once."""
     return _fastest(_reading(backend), rounds, backend)[1]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A short piece of work at a limit of the machine, and the bytes or FLOPs it gets done."""
+    """A short piece of work that runs at a peak of the machine, and its bytes or FLOPs."""
 
     work: Work
     amount: float
 
 
 def probes(backend: Backend, dtype: torch.dtype) -> tuple[Probe, Probe]:
-    """The fastest way to read and to multiply numbers of `dtype`, to be timed in turns with other work."""
+    """The fastest way to read and to multiply numbers of `dtype`. The caller times them in turns with other work."""
     kind = str(dtype).removeprefix("torch.")
     ways = _reading(backend), list(_multiplying(kind, backend))
     read, multiply = (_fastest(some, 3, backend)[0] for some in ways)
@@ -84,7 +90,7 @@ def probes(backend: Backend, dtype: torch.dtype) -> tuple[Probe, Probe]:
 
 
 def _fastest(ways: Sequence[Probe], rounds: int, backend: Backend) -> tuple[Probe, float]:
-    """The best of them, and its bytes or FLOPs in a second."""
+    """The fastest of the probes, and its bytes/s or FLOP/s."""
     rates = [way.amount / median_seconds(way.work, rounds, backend) for way in ways]
     best = max(range(len(ways)), key=rates.__getitem__)
     return ways[best], rates[best]
@@ -92,7 +98,8 @@ def _fastest(ways: Sequence[Probe], rounds: int, backend: Backend) -> tuple[Prob
 
 def _reading(backend: Backend) -> list[Probe]:
     buffer = _buffer(backend)
-    longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
+    longs = buffer.view(torch.int64)
+    floats = buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
     if backend.library is not None:
         ways.append(lambda: backend.read(buffer))  # type: ignore[attr-defined]
@@ -102,8 +109,7 @@ def _reading(backend: Backend) -> list[Probe]:
 def _buffer(backend: Backend) -> Tensor:
     if not backend.on_host:
         return torch.ones(_BUFFER, dtype=torch.uint8, device=backend.device)
-    # Private, because large pages of shared memory are switched off on most systems: without them the page tables are
-    # the limit, not the memory.
+    # Without large pages the page tables limit the bandwidth. Most systems allow large pages for private memory only.
     pages = mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -111,7 +117,7 @@ def _buffer(backend: Backend) -> Tensor:
 
 
 def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
-    """Ways to multiply and add numbers of a kind; nothing where there is none."""
+    """Probes that multiply and add numbers of a dtype. None where the device cannot."""
     side = _SIDE if backend.on_host else 4 * _SIDE
     for product in _products(kind, backend, side):
         yield Probe(product, 2 * side**3)
@@ -121,7 +127,7 @@ def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
 
 
 def _products(kind: str, backend: Backend, side: int) -> Iterator[Callable[[], Tensor]]:
-    """Ways to multiply, those that this torch has for this device."""
+    """Matrix products of `side` x `side` numbers that this torch offers on this device."""
     device = backend.device
     if kind == "int8":
         whole, other = (torch.randint(-100, 100, (side, side), dtype=torch.int8, device=device) for _ in range(2))
@@ -143,6 +149,12 @@ def _works(call: Callable[[], object]) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def machine_name() -> str:
+    """The CPU model with its cores, and the first GPU if torch sees one."""
+    cpu = f"{_cpu_name()}, {counted(os.cpu_count() or 1, 'core')}"
+    return f"{torch.cuda.get_device_name(0)} ({cpu})" if torch.cuda.is_available() else cpu
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""Benchmarks of single claims on a loaded model: second questions, Python's share of a step, loading."""
+"""Benchmarks of one claim each: TTFT with cached video and prefix, engine overhead of a step, loading time."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from atb_pllava.bench.memory import peak_bytes, reset_peak
-from atb_pllava.bench.run import run_round
+from atb_pllava.bench.run import run_batch
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import percentile
 from atb_pllava.engine.sampling_params import SamplingParams
@@ -18,12 +18,12 @@ from atb_pllava.ops.reference import TorchBackend
 Row = dict[str, Any]
 
 
-def second_question(
-    llm: LLM, make_request: Callable[[int], Mapping[str, Any]], rounds: int, new_tokens: int = 4
-) -> Row:
-    """TTFT of a first and of another question about the same video, a new video each round (the first warms up)."""
+def cached_ttft(llm: LLM, make_request: Callable[[int], Mapping[str, Any]], rounds: int, new_tokens: int = 4) -> Row:
+    """TTFT of a first and of a second question about a video. Each round has a new video; the first round warms up."""
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    first, second, cached = [], [], 0
+    first: list[float] = []
+    second: list[float] = []
+    cached = 0
     for number in range(rounds + 1):
         request = make_request(number)
         another = {**request, "question": "And " + request["question"]}
@@ -35,18 +35,19 @@ def second_question(
     return {
         "first_ttft_ms": median(first) * 1e3,
         "second_ttft_ms": median(second) * 1e3,
-        "second_of_first": f"{100 * median(b / a for a, b in zip(first, second, strict=True)):.2f} %",
+        "second_to_first": f"{100 * median(b / a for a, b in zip(first, second, strict=True)):.2f} %",
         "prompt_tokens": answers[1].metrics.prompt_tokens,
-        "of_them_cached": cached,
+        "cached_tokens": cached,
     }
 
 
-class ModelTime:
-    """Seconds inside the model's forward, call by call; what a step takes beyond that is ours."""
+class ForwardTimer:
+    """Seconds of each call of the model's forward. The rest of a step is the engine's overhead."""
 
     def __init__(self, llm: LLM) -> None:
         self.seconds: list[float] = []
-        self._ops, self._began = llm.model.ops, 0.0
+        self._ops = llm.model.ops
+        self._began = 0.0
         self._hooks = [
             llm.model.register_forward_pre_hook(self._enter),
             llm.model.register_forward_hook(self._leave),
@@ -60,37 +61,39 @@ class ModelTime:
         self.seconds.append(time.perf_counter() - self._began)
 
     def remove(self) -> None:
+        """Stop timing."""
         for hook in self._hooks:
             hook.remove()
 
 
-def python_share(llm: LLM, request: Mapping[str, Any], batch: int, new_tokens: int) -> Row:
-    """What scheduling, building the step, sampling and detokenising take of a decode step of the whole batch."""
+def engine_overhead(llm: LLM, request: Mapping[str, Any], batch: int, new_tokens: int) -> Row:
+    """The part of a decode step that is not the model: scheduling, model input, sampling, detokenizing."""
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    watch = ModelTime(llm)
+    watch = ForwardTimer(llm)
     try:
-        measured = run_round(llm, [request] * batch, params)
+        measured = run_batch(llm, [request] * batch, params)
     finally:
         watch.remove()
     forwards = [step for step in measured.steps if step.forward > 0]
     assert len(forwards) == len(watch.seconds), "a step runs the model once"
     pairs = [(s.total, inside) for s, inside in zip(forwards, watch.seconds, strict=True) if s.decoding == batch]
-    totals, rest = [total for total, _ in pairs], [total - inside for total, inside in pairs]
+    totals = [total for total, _ in pairs]
+    overheads = [total - inside for total, inside in pairs]
     return {
-        "batch": batch,
+        "batch_size": batch,
         "prompt_tokens": measured.outputs[0].metrics.prompt_tokens,
         "steps": len(pairs),
         "step_p50_ms": percentile(totals, 50) * 1e3,
-        "outside_the_model_p50_ms": percentile(rest, 50) * 1e3,
-        "share": f"{100 * median(r / t for t, r in zip(totals, rest, strict=True)):.2f} %",
+        "engine_overhead_p50_ms": percentile(overheads, 50) * 1e3,
+        "overhead_fraction": f"{100 * median(o / t for t, o in zip(totals, overheads, strict=True)):.2f} %",
     }
 
 
-def loading(directory: str, load: Callable[[], LLM]) -> Row:
-    """Seconds to load a checkpoint whose files are in the page cache, and this process's memory meanwhile."""
+def loading_time(directory: str, load: Callable[[], LLM]) -> Row:
+    """Seconds to load a checkpoint whose files are in the page cache, and the process's peak memory meanwhile."""
     files = sorted(Path(directory).glob("[!.]*.safetensors"))
     size = sum(os.path.getsize(file) for file in files)
-    _read(files)  # from the disk, if they were not in memory
+    _read(files)  # brings the files into the page cache
     began = time.perf_counter()
     _read(files)
     reading = time.perf_counter() - began
@@ -108,7 +111,7 @@ def loading(directory: str, load: Callable[[], LLM]) -> Row:
         "load_GB_per_s": size / seconds / 1e9,
         "weights_GB": held / 1e9,
         "peak_memory_GB": peak_bytes(cpu) / 1e9,
-        "before_loading_GB": before / 1e9,
+        "memory_before_GB": before / 1e9,
     }
 
 

@@ -1,6 +1,6 @@
-"""How fast a model can be on a machine at best: the larger of bytes over bandwidth and FLOPs over peak, plus the link.
+"""The roofline: the least time that a model's bytes, FLOPs and messages take on a machine. Nothing is measured here.
 
-Nothing is measured here. A machine is a line of numbers, from its vendor or from `machine.measure`.
+A machine is a line of numbers, from its vendor or from `machine.measure`.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from atb_pllava.model.costs import Cost, Costs
 
 @dataclass(frozen=True)
 class Machine:
-    """One device: bytes/s of its memory, FLOP/s of 16-bit matrix products, bytes of memory.
+    """One device: memory bandwidth in bytes/s, FLOP/s of 16-bit matrix products, bytes of memory.
 
-    `link` is bytes/s it can send to the others, all together; `hop` the seconds until one of them has a first byte.
+    `link` is the bytes/s that the device can send to all others together. `hop` is the latency of one message in
+    seconds.
     """
 
     name: str
@@ -23,17 +24,17 @@ class Machine:
     hop: float = 0.0
 
     def seconds(self, cost: Cost) -> float:
-        """The roofline: memory and arithmetic overlap perfectly, the ranks' messages overlap with neither.
+        """Seconds for some work when memory and arithmetic overlap perfectly and messages overlap with neither.
 
-        Every rank reaches every other directly, so a collective waits for two hops: scatter and gather.
+        Ranks are connected directly with each other, so a collective takes two hops: scatter and gather.
         """
         waiting = cost.sent / self.link + cost.messages * 2 * self.hop
         return max(cost.bytes / self.bandwidth, cost.flops / self.flops) + waiting
 
 
-# Vendors' figures, none measured here. 910B: 64 GB HBM (Atlas 800I A2), 280 to 376 TFLOP/s by grade, HCCS 392 GB/s in
+# Vendors' figures, not measured here. 910B: 64 GB HBM (Atlas 800I A2), 280 to 376 TFLOP/s by grade, HCCS 392 GB/s in
 # both directions. 310P: one of the two chips of a 300I Duo (408 GB/s, 140 TFLOP/s, 96 GB a card), PCIe 4.0 x16 between
-# them. H200: NVLink 900 GB/s in both directions. Hops are the order of magnitude of such links.
+# them. H200: NVLink 900 GB/s in both directions. Hops are guesses of the order of magnitude.
 MACHINES = (
     Machine("910B", 1.6e12, 313e12, 64e9, 196e9, 5e-6),
     Machine("310P", 204e9, 70e12, 48e9, 32e9, 15e-6),
@@ -43,7 +44,7 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """Lower bounds for a batch of equal requests, in seconds, and the bytes a rank must hold."""
+    """Lower bounds in seconds for a batch of equal requests, and the bytes that a rank holds."""
 
     vision: float
     prefill: float
@@ -53,17 +54,17 @@ class Prediction:
 
     @property
     def tokens_per_second(self) -> float:
-        """While all are decoding."""
+        """Output tokens per second of the whole batch while it decodes."""
         return self.batch / self.step
 
     @property
     def ttft(self) -> float:
-        """Of a request alone on the machine, from pixels."""
+        """Time to first token of a request that runs alone, from pixels."""
         return self.vision + self.prefill
 
 
 def predict(costs: Costs, machine: Machine, batch: int, prompt: int, further: int = 0) -> Prediction:
-    """Bounds for `batch` videos with prompts of `prompt` tokens, the step when `further` tokens have been generated."""
+    """Bounds for `batch` requests of `prompt` tokens. The decode step is the one after `further` generated tokens."""
     contexts = [prompt + further] * batch
     return Prediction(
         vision=machine.seconds(costs.vision(costs.config.num_frames)),
@@ -75,6 +76,6 @@ def predict(costs: Costs, machine: Machine, batch: int, prompt: int, further: in
 
 
 def largest_batch(costs: Costs, machine: Machine, tokens: int) -> int:
-    """Sequences of `tokens` tokens whose KV cache fits beside the weights in nine tenths of the device's memory."""
+    """How many sequences of `tokens` tokens fit, with the weights, into nine tenths of the device's memory."""
     room = 0.9 * machine.memory - costs.weight_bytes
     return max(0, int(room // (tokens * costs.kv_bytes_per_token)))

@@ -1,4 +1,4 @@
-"""One round of a benchmark: a batch of requests that arrive together, and what every step of it took."""
+"""One run of a benchmark: a batch of requests that arrive together, and the time of every engine step."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,29 @@ from atb_pllava.multimodal.processor import ProcessedVideo
 
 
 @dataclass(frozen=True)
-class Round:
-    """The answers, every step in order, seconds from the arrival to the last answer, and this process's peak memory."""
+class BatchRun:
+    """The outputs and times of a batch."""
 
     outputs: list[RequestOutput]
-    steps: list[StepStats]
-    seconds: float
-    peak_bytes: int
+    steps: list[StepStats]  # in order
+    seconds: float  # from the arrival to the last output
+    peak_bytes: int  # of this process or of its accelerator
 
     @property
     def decode_steps(self) -> list[float]:
-        """Seconds of each step in which the whole batch decoded and nothing else happened."""
+        """Seconds of each step in which all requests decoded and no prompt was computed."""
         return [step.total for step in self.steps if step.decoding == len(self.outputs)]
 
     @property
     def prefill_seconds(self) -> float:
-        """Of all steps with prompt tokens in them, the vision tower's time aside."""
+        """Seconds of all steps with prompt tokens, without the time of the vision tower."""
         return sum(step.total - step.encode for step in self.steps if step.prefilled)
 
 
-def run_round(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingParams) -> Round:
-    """Put a batch through the engine. Raises what the first bad request raises.
+def run_batch(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingParams) -> BatchRun:
+    """Run a batch of requests through the engine. Raises the error of the first bad request.
 
-    All arrive at the same moment; their media are read before the first step.
+    All requests have the same arrival time. Their media are read before the first step.
     """
     backend = llm.model.ops
     reset_peak(backend)
@@ -54,18 +54,18 @@ def run_round(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingP
         for request in ready:
             llm.engine.abort(request)
     seconds = time.perf_counter() - began
-    return Round([request.output() for request in ready], steps, seconds, peak_bytes(backend))
+    return BatchRun([request.output() for request in ready], steps, seconds, peak_bytes(backend))
 
 
 def _prepared(llm: LLM, request: Mapping[str, Any], params: SamplingParams, number: int, arrival: float) -> Request:
     prepared = llm.prepare(request, params)
     prepared.arrival_time = arrival
-    prepared.videos = [_own(video, number) for video in prepared.videos]
+    prepared.videos = [_distinct(video, number) for video in prepared.videos]
     return prepared
 
 
-def _own(video: ProcessedVideo, number: int) -> ProcessedVideo:
-    """The same video for one request alone: a pixel differs, or the engine would encode it once for all of them."""
+def _distinct(video: ProcessedVideo, number: int) -> ProcessedVideo:
+    """The video with one pixel changed: the engine encodes equal videos once, and every request must encode its own."""
     frames = video.frames.copy()
     frames[0, 0, 0] = (number % 256, number // 256, 1)
     return replace(video, frames=frames)

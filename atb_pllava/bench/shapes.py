@@ -1,4 +1,4 @@
-"""Real sizes without a checkpoint: config.json and a made-up tokenizer.json in a directory of a few MB."""
+"""Model shapes without weights: a directory with config.json and a generated tokenizer.json of a few MB."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.model.published_sizes import PUBLISHED, sizes_json
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
-# The published models, and a decoder of 0.95 billion parameters for machines that hold no 7B.
+# The published models, and a decoder of 0.95 billion parameters for machines with too little memory for 7B.
 SHAPES = {"1b": sizes_json(2048, 5632, 16, 16, 16, 32064), **PUBLISHED}
 
 
 def shape_json(name: str) -> dict[str, Any]:
-    """The config.json of a shape: one of SHAPES, or a path to such a file. Raises ConfigError for anything else."""
+    """The config.json of a shape: one of SHAPES, or the path of a config.json. Raises ConfigError for anything else."""
     if name in SHAPES:
         return SHAPES[name]
     if not os.path.isfile(name):
@@ -26,11 +26,12 @@ def shape_json(name: str) -> dict[str, Any]:
 
 
 def shape_config(name: str) -> PllavaConfig:
+    """The model configuration of a shape."""
     return config_from_json(shape_json(name))
 
 
 def write_shape(directory: Path, name: str) -> Path:
-    """A directory that loads with load_format "random"."""
+    """Write the files of a shape into a directory, which then loads with random weights."""
     raw = shape_json(name)
     config = config_from_json(raw)
     (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -40,7 +41,7 @@ def write_shape(directory: Path, name: str) -> Path:
 
 
 def _tokenizer(words: int, image_id: int) -> dict[str, Any]:
-    """One token a word, LLaMA's bytes among them, so that detokenising has its usual work to do."""
+    """tokenizer.json with one token a word. It has LLaMA's byte tokens, so that detokenizing has its usual work."""
     if not 260 <= image_id < words:
         raise ConfigError(f"a made-up tokenizer needs 260 tokens and {IMAGE_TOKEN} behind them; it is {image_id}")
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
@@ -60,5 +61,5 @@ def _tokenizer(words: int, image_id: int) -> dict[str, Any]:
 
 
 def made_up_words(count: int) -> str:
-    """Text of exactly `count` tokens of that tokenizer."""
+    """Text of exactly `count` tokens of the generated tokenizer."""
     return " ".join(f"word{1000 + i}" for i in range(count))

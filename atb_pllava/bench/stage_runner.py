@@ -1,4 +1,4 @@
-"""The model's stages one by one, without the engine: vision tower, prefill, a decode step over a made-up context."""
+"""The model's stages one by one, without the engine: vision encoding, prefill, a decode step over a dummy context."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,20 @@ from atb_pllava.executor.model_input import EmbedSlice, ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.llm import LLM
 
-_VIDEO = 2**40  # a number no request's video has
+_VIDEO = 2**40  # a video id that no request has
 
 
-class Stages:
-    """Uses the KV cache as it likes: nothing else may run on this model meanwhile."""
+class StageRunner:
+    """Runs stages of a loaded model. It overwrites the KV cache, so nothing else may run on the model meanwhile."""
 
     def __init__(self, llm: LLM) -> None:
-        self.executor, self.config = llm.engine.executor, llm.engine.config
+        self.executor = llm.engine.executor
+        self.config = llm.engine.config
         self.encoder_chunk = llm.engine.encoder_chunk
         self.model = llm.model
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [T, 3, size, size] to video tokens, a few frames at a time as the engine does."""
+        """Pixels [T, 3, size, size] to video embeddings [t * h * w, hidden], in the engine's batches of frames."""
         self.executor.free_video(_VIDEO)
         for start in range(0, len(pixels), self.encoder_chunk):
             chunk = pixels[start : start + self.encoder_chunk]
@@ -31,30 +32,43 @@ class Stages:
         return self.executor.runner.video_embeds(_VIDEO)
 
     def prefill(self, token_ids: Sequence[int], start: int, length: int) -> Tensor:
-        """A whole prompt in one step, its `length` video tokens (of `encode`) at `start`: logits [1, vocabulary]."""
+        """Logits [1, vocabulary] of a whole prompt in one step. The embeddings of `encode` replace `length` tokens."""
         count = len(token_ids)
         step = ModelInput(
-            decoding=0, token_ids=list(token_ids), positions=list(range(count)), slot_mapping=list(range(count)),
-            query_lens=[count], context_lens=[count], block_tables=[list(range(self._blocks(count)))],
-            logits_indices=[count - 1], embed_slices=[EmbedSlice(_VIDEO, 0, length, start)] if length else [],
-        )  # fmt: skip
+            decoding=0,
+            token_ids=list(token_ids),
+            positions=list(range(count)),
+            slot_mapping=list(range(count)),
+            query_lens=[count],
+            context_lens=[count],
+            block_tables=[list(range(self._blocks(count)))],
+            logits_indices=[count - 1],
+            embed_slices=[EmbedSlice(_VIDEO, 0, length, start)] if length else [],
+        )
         return self.executor.call(ModelRunner.forward, step)
 
     def fill_cache(self, value: float) -> None:
-        """Give every cached key and value one value: memory nobody wrote to is not memory that is read."""
+        """Set every cached key and value. The kernel maps pages that were never written to one page of zeros."""
         for layer in self.executor.runner.cache:
             for tensor in layer:
                 tensor.fill_(value if tensor.is_floating_point() else 1)
 
     def decode(self, batch: int, tokens: int) -> Tensor:
-        """One token each behind `tokens` cached ones: logits [B, vocabulary]."""
-        blocks, size = self._blocks(tokens + 1), self.config.block_size
+        """Logits [B, vocabulary] of one decode step with `tokens` cached tokens a sequence."""
+        blocks = self._blocks(tokens + 1)
+        size = self.config.block_size
         tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]
         step = ModelInput(
-            decoding=batch, token_ids=[1] * batch, positions=[tokens] * batch,
-            slot_mapping=[table[tokens // size] * size + tokens % size for table in tables], query_lens=[1] * batch,
-            context_lens=[tokens + 1] * batch, block_tables=tables, logits_indices=list(range(batch)), embed_slices=[],
-        )  # fmt: skip
+            decoding=batch,
+            token_ids=[1] * batch,
+            positions=[tokens] * batch,
+            slot_mapping=[table[tokens // size] * size + tokens % size for table in tables],
+            query_lens=[1] * batch,
+            context_lens=[tokens + 1] * batch,
+            block_tables=tables,
+            logits_indices=list(range(batch)),
+            embed_slices=[],
+        )
         return self.executor.call(ModelRunner.forward, step)
 
     def _blocks(self, tokens: int) -> int:
@@ -62,6 +76,6 @@ class Stages:
 
 
 def random_pixels(llm: LLM) -> Tensor:
-    """Normalised noise [T, 3, size, size] of the model's number of frames."""
+    """Random pixels [T, 3, size, size] with the model's number of frames."""
     side = llm.config.vision.image_size
     return torch.randn(llm.config.num_frames, 3, side, side, generator=torch.Generator().manual_seed(0))

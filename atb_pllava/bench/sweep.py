@@ -1,4 +1,4 @@
-"""Batch sizes one after the other with one loaded model: a row of numbers for each."""
+"""Throughput and latency over batch size, with one loaded model: a row of numbers for each batch size."""
 
 import logging
 import time
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from atb_pllava.bench.machine import Limits
-from atb_pllava.bench.run import Round, run_round
+from atb_pllava.bench.machine import MachinePeaks
+from atb_pllava.bench.run import BatchRun, run_batch
+from atb_pllava.bench.tables import markdown
 from atb_pllava.bench.timing import percentile
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import blocks_for
@@ -21,41 +22,75 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# Units are in the names. Bytes and FLOPs are what the model's definition moves (see costs), not what counters saw.
+# The names end in units. Bytes and FLOPs are computed from the model's sizes (see model/costs.py), not measured.
 COLUMNS = (
-    "batch", "frames", "visual_tokens", "prompt_tokens", "output_tokens",
+    "batch_size", "num_frames", "video_tokens", "prompt_tokens", "output_tokens",
     "video_decode_ms", "vision_encode_ms", "prefill_ms", "ttft_ms", "tpot_p50_ms", "tpot_p90_ms", "tpot_p99_ms",
     "decode_tokens_per_s", "e2e_tokens_per_s", "peak_memory_rank0_MB", "kv_blocks_used", "weight_dtype", "world_size",
     "vision_GFLOP", "vision_GFLOP_per_s", "vision_fraction_of_peak",
     "prefill_GFLOP", "prefill_GFLOP_per_s", "prefill_fraction_of_peak",
-    "decode_step_MB", "decode_step_GFLOP", "decode_GB_per_s", "decode_fraction_of_limit", "decode_step_sent_MB",
+    "decode_step_MB", "decode_step_GFLOP", "decode_GB_per_s", "decode_fraction_of_roofline", "decode_step_sent_MB",
     "read_bandwidth_GB_per_s", "peak_GFLOP_per_s", "status",
 )  # fmt: skip
+
+# The two printed tables, with their headings.
+_SPEED = {
+    "batch_size": "batch",
+    "prompt_tokens": "prompt",
+    "vision_encode_ms": "vision ms",
+    "prefill_ms": "prefill ms",
+    "ttft_ms": "TTFT ms",
+    "tpot_p50_ms": "TPOT ms",
+    "tpot_p99_ms": "p99 ms",
+    "decode_tokens_per_s": "decode tok/s",
+    "e2e_tokens_per_s": "e2e tok/s",
+}
+_ROOFLINE = {
+    "batch_size": "batch",
+    "vision_fraction_of_peak": "vision / peak",
+    "prefill_fraction_of_peak": "prefill / peak",
+    "decode_fraction_of_roofline": "decode / roofline",
+    "kv_blocks_used": "KV blocks",
+    "peak_memory_rank0_MB": "peak memory MB",
+}
 
 MakeRequest = Callable[[int], Mapping[str, Any]]
 
 
-def sweep(
-    llm: LLM, make_request: MakeRequest, batches: Sequence[int], new_tokens: int, limits: Callable[[], Limits]
-) -> Iterator[tuple[Row, Round | None]]:
-    """A row for each batch size, and the round it is about; a batch that does not fit is the last row, without round.
+def sweep_tables(rows: Sequence[Row]) -> str:
+    """The rows as two Markdown tables, then a line for each batch that did not run or has no decode step."""
+    shown = [row for row in rows if row["ttft_ms"] != ""]
+    tables = [f"{markdown(shown, _SPEED)}\n\n{markdown(shown, _ROOFLINE)}"] if shown else []
+    problems = [f"batch size {row['batch_size']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    return "\n\n".join([*tables, *(["\n".join(problems)] if problems else [])])
 
-    Each batch runs twice, the first time to warm up. `make_request` gives request number i, `limits` measures the
-    machine: beside every batch, because on a shared one they drift. Raises RequestError when the engine refuses a
-    request for another reason than memory.
+
+def sweep(
+    llm: LLM,
+    make_request: MakeRequest,
+    batches: Sequence[int],
+    new_tokens: int,
+    measure_peaks: Callable[[], MachinePeaks],
+) -> Iterator[tuple[Row, BatchRun | None]]:
+    """Run each batch size twice, the first time to warm up. Yields a row and the second run.
+
+    A batch that does not fit into memory gives the last row, without a run. `make_request` makes request number i.
+    `measure_peaks` runs after every batch, because other load on a shared machine moves the peaks. Raises RequestError
+    when the engine refuses a request for another reason than memory.
     """
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     prompt = llm.prepare(make_request(0), params).prompt_length
-    began, done = time.perf_counter(), 0
+    began = time.perf_counter()
+    done = 0
     for batch in batches:
         problem = _no_room(llm, batch, prompt + new_tokens - 1)
         if problem is None:
             left = _eta(began, done, batch, batches)
-            logger.info("batch %d of %s: warm-up, then measured%s", batch, [*batches], left)
+            logger.info("batch size %d of %s: warm-up, then measured%s", batch, [*batches], left)
             requests = [make_request(number) for number in range(batch)]
             try:
-                run_round(llm, requests, params)
-                measured = run_round(llm, requests, params)
+                run_batch(llm, requests, params)
+                measured = run_batch(llm, requests, params)
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -63,15 +98,20 @@ def sweep(
         if problem is not None:
             yield {**_empty_row(llm, batch, prompt, new_tokens), "status": problem}, None
             return
-        yield _row(llm, measured, limits()), measured
+        row = _row(llm, measured, measure_peaks())
+        logger.info(
+            "batch size %d: TTFT %.4g ms, %.4g tokens/s end to end", batch, row["ttft_ms"], row["e2e_tokens_per_s"]
+        )
+        yield row, measured
         done += batch
 
 
 def _no_room(llm: LLM, batch: int, tokens: int) -> str | None:
-    """Why a batch of sequences that grow to `tokens` cannot run as a whole; None when it can."""
-    needed, total = batch * _blocks(llm, tokens), llm.engine.block_manager.total
+    """Why the KV cache cannot hold `batch` sequences of `tokens` tokens at once; None when it can."""
+    needed = batch * _blocks(llm, tokens)
+    total = llm.engine.block_manager.total
     if batch == 1 or needed <= total:
-        return None  # what does not fit alone is refused by the engine, which says what to do
+        return None  # the engine refuses a single request that does not fit, with a remedy
     return f"does not fit: {needed} KV blocks are needed, {total} are there"
 
 
@@ -85,7 +125,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _eta(began: float, done: int, batch: int, batches: Sequence[int]) -> str:
-    """Time to go, as if a batch took as long as its requests one by one; it is less."""
+    """An upper bound of the time left: a batch takes less time than its requests one by one."""
     if not done:
         return ""
     left = sum(size for size in batches if size >= batch)
@@ -94,20 +134,24 @@ def _eta(began: float, done: int, batch: int, batches: Sequence[int]) -> str:
 
 def _empty_row(llm: LLM, batch: int, prompt: int, new_tokens: int) -> Row:
     row: Row = dict.fromkeys(COLUMNS, "")
-    row.update(
-        batch=batch, frames=llm.config.num_frames, prompt_tokens=prompt, output_tokens=new_tokens,
-        weight_dtype=weight_dtype(llm), world_size=llm.model.parallel.size,
-    )  # fmt: skip
+    row["batch_size"] = batch
+    row["num_frames"] = llm.config.num_frames
+    row["prompt_tokens"] = prompt
+    row["output_tokens"] = new_tokens
+    row["weight_dtype"] = weight_dtype(llm)
+    row["world_size"] = llm.model.parallel.size
     return row
 
 
-def _row(llm: LLM, measured: Round, limits: Limits) -> Row:
-    batch, outputs = len(measured.outputs), [output.metrics for output in measured.outputs]
+def _row(llm: LLM, measured: BatchRun, peaks: MachinePeaks) -> Row:
+    """The row of a measured batch. Without a step in which the whole batch decoded, the status says so."""
+    outputs = [output.metrics for output in measured.outputs]
+    batch = len(outputs)
     first = outputs[0]
     row = _empty_row(llm, batch, first.prompt_tokens, first.output_tokens)
     tokens = sum(metrics.output_tokens for metrics in outputs)
     row.update(
-        visual_tokens=first.video_tokens,
+        video_tokens=first.video_tokens,
         video_decode_ms=_ms(mean(metrics.video_decode for metrics in outputs)),
         vision_encode_ms=_ms(mean(metrics.vision_encode for metrics in outputs)),
         prefill_ms=_ms(measured.prefill_seconds / batch),
@@ -115,28 +159,30 @@ def _row(llm: LLM, measured: Round, limits: Limits) -> Row:
         e2e_tokens_per_s=_three(tokens / measured.seconds),
         peak_memory_rank0_MB=round(measured.peak_bytes / 1e6),
         kv_blocks_used=sum(_blocks(llm, metrics.prompt_tokens + metrics.output_tokens - 1) for metrics in outputs),
-        read_bandwidth_GB_per_s=_three(limits.bandwidth / 1e9),
+        read_bandwidth_GB_per_s=_three(peaks.bandwidth / 1e9),
         status="ok",
     )
-    row.update(_compute_rates(llm, measured, limits))
+    row.update(_compute_rates(llm, measured, peaks))
     steps = measured.decode_steps
     if not steps:
         return {**row, "status": "no step had the whole batch decoding: more new tokens are needed"}
     row.update({f"tpot_p{percent}_ms": _ms(percentile(steps, percent)) for percent in (50, 90, 99)})
     row["decode_tokens_per_s"] = _three(batch * len(steps) / sum(steps))
-    row.update(_decode_rates(llm, measured, limits))
+    row.update(_decode_rates(llm, measured, peaks))
     return row
 
 
-def _compute_rates(llm: LLM, measured: Round, limits: Limits) -> Row:
-    """FLOPs of vision tower and prefill for one request, and how fast they went."""
-    batch, prompt = len(measured.outputs), measured.outputs[0].metrics.prompt_tokens
-    peak = limits.flops.get(str(llm.model.dtype).removeprefix("torch."))
+def _compute_rates(llm: LLM, measured: BatchRun, peaks: MachinePeaks) -> Row:
+    """FLOPs of the vision tower and of the prefill of one request, and their FLOP/s."""
+    batch = len(measured.outputs)
+    prompt = measured.outputs[0].metrics.prompt_tokens
+    peak = peaks.flops.get(str(llm.model.dtype).removeprefix("torch."))
     row: Row = {"peak_GFLOP_per_s": _three(peak / 1e9) if peak else ""}
     vision = sum(output.metrics.vision_encode for output in measured.outputs) / batch
-    seen = batch_cost(llm, lambda costs: costs.vision(llm.config.num_frames)).flops
-    read = batch_cost(llm, lambda costs: costs.prefill([prompt])).flops
-    for name, flops, seconds in (("vision", seen, vision), ("prefill", read, measured.prefill_seconds / batch)):
+    vision_flops = batch_cost(llm, lambda costs: costs.vision(llm.config.num_frames)).flops
+    prefill_flops = batch_cost(llm, lambda costs: costs.prefill([prompt])).flops
+    stages = (("vision", vision_flops, vision), ("prefill", prefill_flops, measured.prefill_seconds / batch))
+    for name, flops, seconds in stages:
         if seconds:
             row[f"{name}_GFLOP"] = _three(flops / 1e9)
             row[f"{name}_GFLOP_per_s"] = _three(flops / seconds / 1e9)
@@ -144,27 +190,28 @@ def _compute_rates(llm: LLM, measured: Round, limits: Limits) -> Row:
     return row
 
 
-def _decode_rates(llm: LLM, measured: Round, limits: Limits) -> Row:
-    """Bytes and FLOPs of the decode step in the middle of the measured ones, beside the median step."""
-    seconds, outputs = percentile(measured.decode_steps, 50), measured.outputs
+def _decode_rates(llm: LLM, measured: BatchRun, peaks: MachinePeaks) -> Row:
+    """Bytes and FLOPs of the middle decode step, and their rates at the time of the median step."""
+    seconds = percentile(measured.decode_steps, 50)
+    outputs = measured.outputs
     further = outputs[0].metrics.output_tokens - len(measured.decode_steps) / 2
     contexts = [output.metrics.prompt_tokens + round(further) for output in outputs]
     cost = batch_cost(llm, lambda costs: costs.decode(contexts))
-    peak = limits.flops.get(str(llm.model.dtype).removeprefix("torch."), float("inf"))
-    bound = max(cost.bytes / limits.bandwidth, cost.flops / peak)
+    peak = peaks.flops.get(str(llm.model.dtype).removeprefix("torch."), float("inf"))
+    bound = max(cost.bytes / peaks.bandwidth, cost.flops / peak)
     return {
         "decode_step_MB": _three(cost.bytes / 1e6),
         "decode_step_GFLOP": _three(cost.flops / 1e9),
         "decode_GB_per_s": _three(cost.bytes / seconds / 1e9),
-        "decode_fraction_of_limit": _three(bound / seconds),
+        "decode_fraction_of_roofline": _three(bound / seconds),
         "decode_step_sent_MB": _three(cost.sent / 1e6),
     }
 
 
 def batch_cost(llm: LLM, part: Callable[[Costs], Cost]) -> Cost:
-    """What this machine does for a part of the work: on a CPU that of all ranks, which share it, else the largest's.
+    """The cost of a part of the work on this machine: of all ranks on a CPU, which they share, else of rank 0.
 
-    `sent` is that of rank 0.
+    `sent` and `messages` are those of rank 0.
     """
     model = llm.model
     ranks = range(model.ops.ranks_sharing_memory(model.parallel.size))
@@ -173,7 +220,7 @@ def batch_cost(llm: LLM, part: Callable[[Costs], Cost]) -> Cost:
 
 
 def costs_of(llm: LLM, parallel: TensorParallel | None = None) -> Costs:
-    """The costs of a loaded model on one rank, this one unless said otherwise."""
+    """The costs of a loaded model on one rank (default: this process's rank)."""
     model = llm.model
     element = torch.empty(0, dtype=model.dtype).element_size()
     reduced = torch.empty(0, dtype=model.ops.all_reduce_dtype(model.dtype)).element_size()
@@ -182,6 +229,7 @@ def costs_of(llm: LLM, parallel: TensorParallel | None = None) -> Costs:
 
 
 def weight_dtype(llm: LLM) -> str:
+    """The weights' dtype, such as "bfloat16", or "int8 (bfloat16)" for W8A16."""
     dtype = str(llm.model.dtype).removeprefix("torch.")
     return f"int8 ({dtype})" if llm.model.int8.names else dtype
 
@@ -191,5 +239,5 @@ def _ms(seconds: float) -> float:
 
 
 def _three(value: float) -> float:
-    """Three digits behind the point: more is noise, fewer lose a tiny model's steps."""
+    """Rounded to three decimals: more would be noise, fewer would lose the short steps of a tiny model."""
     return round(value, 3)

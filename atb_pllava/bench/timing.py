@@ -1,4 +1,4 @@
-"""Seconds that a piece of work takes: repeated, side by side with what it is compared with, medians."""
+"""Timing of pieces of work, in turns with each other, with medians over rounds."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +12,10 @@ Work = Callable[[], object]
 
 
 def interleaved(works: Sequence[Work], rounds: int, backend: Backend = CPU) -> list[list[float]]:
-    """Seconds of each work in each round, one after the other within a round, after a first round to warm up.
+    """Seconds of each work in each round. A first round warms up and is not counted.
 
-    Neighbours on a shared machine slow all of a round's works alike, so compare them round by round.
+    A round runs all works one after the other. Other load on a shared machine slows the works of a round alike, so
+    compare them round by round.
     """
     seconds: list[list[float]] = [[] for _ in works]
     for number in range(rounds + 1):
@@ -32,11 +33,11 @@ def median_seconds(work: Work, rounds: int = 5, backend: Backend = CPU) -> float
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How many times as long theirs takes: the median over the rounds."""
+    """Median over the rounds of `theirs` / `ours`: how many times as fast we are."""
     return median(other / own for own, other in zip(ours, theirs, strict=True))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """By the nearest rank: with one value it is that value."""
+    """Percentile by the nearest rank: always one of the values."""
     ordered = sorted(values)
     return ordered[max(0, -(-int(percent * len(ordered)) // 100) - 1)]

@@ -1,6 +1,6 @@
-"""The same model in Hugging Face transformers, with the same random weights: what we are compared with.
+"""The same model in Hugging Face transformers, with the same random weights, for comparison.
 
-PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling.
+It is PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.ops.int8 import Int8Weight, QuantConfig
 
-FILL = 0.01  # of every cached key and value where a context is made up
+FILL = 0.01  # every key and value of a dummy context
 
 
 class TransformersPeer:
-    """`int8` names the layers whose weights are our dequantised ones. Raises ConfigError without transformers."""
+    """The transformers model; weights of layers in `int8` are dequantised. Raises ConfigError without transformers."""
 
     def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: QuantConfig) -> None:
         try:
@@ -29,8 +29,10 @@ class TransformersPeer:
             raise ConfigError("the comparison needs transformers: pip install transformers") from None
         self.version: str = transformers.__version__
         self._static_cache = transformers.StaticCache
-        self.config, self.dtype = config, dtype
-        vision, text = config.vision, config.text
+        self.config = config
+        self.dtype = dtype
+        vision = config.vision
+        text = config.text
         with torch.device("meta"):
             self.tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**vars(vision)))
             self.llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**vars(text)))
@@ -45,8 +47,9 @@ class TransformersPeer:
         _fill(dict(self._destinations()), int8, dtype)
 
     def _compute_buffers(self) -> None:
-        """Tables that are computed, not loaded; `to_empty` left them without values."""
-        text, rotary = self.config.text, self.llama.model.rotary_emb
+        """Compute the buffers that no checkpoint holds. `to_empty` left them uninitialised."""
+        text = self.config.text
+        rotary = self.llama.model.rotary_emb
         exponents = torch.arange(0, text.head_dim, 2).float() / text.head_dim
         rotary.inv_freq = rotary.original_inv_freq = 1.0 / text.rope_theta**exponents
         for name, buffer in self.tower.named_buffers():
@@ -54,7 +57,7 @@ class TransformersPeer:
             buffer.copy_(torch.arange(buffer.shape[-1])[None])
 
     def _destinations(self) -> Iterator[tuple[str, ShardSpec]]:
-        """Parameters by their names in a plain LLaVA checkpoint."""
+        """All parameters, by their names in a plain LLaVA checkpoint."""
         for name, parameter in self.tower.named_parameters():
             yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", ShardSpec.whole(parameter)
         for name, parameter in self.llama.named_parameters():
@@ -64,28 +67,29 @@ class TransformersPeer:
                 yield f"multi_modal_projector.{layer}.{name}", ShardSpec.whole(parameter)
 
     def use_attention(self, name: str) -> None:
-        """ "sdpa" or "eager" from now on."""
+        """Use "sdpa" or "eager" attention from now on."""
         self.tower.set_attn_implementation(name)
         self.llama.set_attn_implementation(name)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [T, 3, size, size] to video tokens [t * h * w, hidden]."""
-        side, (t, h, w) = self.config.vision.grid, self.config.pooling_shape
+        """Pixels [T, 3, size, size] to video embeddings [t * h * w, hidden]."""
+        side = self.config.vision.grid
+        t, h, w = self.config.pooling_shape
         hidden = self.tower(pixels.to(self.dtype), output_hidden_states=True).hidden_states
         grid = self.projector(hidden[self.config.vision_feature_layer][:, 1:]).unflatten(1, (side, side))
         pooled = F.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), (t, h, w))  # [hidden, t, h, w]
         return pooled.flatten(1).T
 
     def embed(self, token_ids: list[int], video: Tensor, start: int) -> Tensor:
-        """Embeddings [1, L, hidden] of a prompt in which the video tokens begin at `start`."""
+        """Embeddings [1, L, hidden] of a prompt with the video embeddings at position `start`."""
         x: Tensor = self.llama.get_input_embeddings()(torch.tensor([token_ids]))
         x[0, start : start + len(video)] = video
         return x
 
     @torch.no_grad()
     def prefill(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [1, L, hidden] to the logits of the last row, [vocabulary] float32, over a cache of their own."""
+        """Embeddings [1, L, hidden] to the last row's logits [vocabulary] in float32, with a new cache."""
         cache = self._static_cache(config=self.llama.config, max_cache_len=embeddings.shape[1] + 1)
         out = self.llama(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[0, -1].float()
@@ -93,7 +97,7 @@ class TransformersPeer:
 
     @torch.no_grad()
     def context(self, batch: int, tokens: int) -> Any:
-        """A static cache of sequences that have `tokens` made-up tokens each."""
+        """A static cache of `batch` sequences with `tokens` dummy tokens each."""
         cache = self._static_cache(config=self.llama.config, max_cache_len=tokens + 1)
         self.llama(torch.ones(batch, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
         for layer in cache.layers:
@@ -103,22 +107,26 @@ class TransformersPeer:
 
     @torch.no_grad()
     def decode(self, cache: Any, batch: int, tokens: int) -> Tensor:
-        """One token each behind `tokens` cached ones, logits [B, vocabulary]; the cache is as long afterwards."""
+        """Logits [B, vocabulary] of one decode step. The cache has `tokens` tokens a sequence before and after it."""
         for layer in cache.layers:
-            if hasattr(layer, "cumulative_length"):  # versions that keep count; the others take it from the position
+            if hasattr(layer, "cumulative_length"):  # versions without it take the length from the position
                 layer.cumulative_length.fill_(tokens)
         position = torch.tensor([tokens])
         ids = torch.ones(batch, 1, dtype=torch.int64)
         out = self.llama(
-            ids, past_key_values=cache, use_cache=True, cache_position=position,
-            position_ids=position.expand(batch, 1))  # fmt: skip
+            ids,
+            past_key_values=cache,
+            use_cache=True,
+            cache_position=position,
+            position_ids=position.expand(batch, 1),
+        )
         logits: Tensor = out.logits[:, -1]
         return logits
 
 
 @torch.no_grad()
 def _fill(destinations: dict[str, ShardSpec], int8: QuantConfig, dtype: torch.dtype) -> None:
-    """Our random weights under the same names; int8 ones as the float they mean."""
+    """Load the same random weights as `LLM` does, under the same names. int8 weights are dequantised."""
     weights = DummyWeights(sum(part.tensor.nbytes for part in destinations.values()))
     for _ in weights.load({name: part for name, part in destinations.items() if name not in int8.names}):
         pass

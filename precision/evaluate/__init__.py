@@ -4,6 +4,6 @@
     python -m precision.evaluate judge RESULTS --judge_url URL --judge_model NAME
     python -m precision.evaluate compare RESULTS RESULTS ...
 
-The layouts of the data, the prompts, which frames are taken and the forms of the results are those of PLLaVA's
-tasks/eval; where it would crash or count silently, this package says so instead.
+Data layouts, prompts, frame sampling and result files are those of PLLaVA's tasks/eval. Where that code crashes or
+miscounts without a word, this package reports the problem.
 """

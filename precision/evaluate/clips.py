@@ -1,4 +1,4 @@
-"""The frames of a question's video: files between two times, and folders of numbered JPEGs."""
+"""The frames of a question's video: of a file between two times, or of a folder of numbered JPEGs."""
 
 import re
 from collections.abc import Sequence
@@ -22,36 +22,43 @@ _FRAME_NAME = re.compile(r"([0-9]{5})\.jpg")
 
 
 class ClipReader:
-    """Reads clips in a thread beside the model: the one that is asked for, and the next one in the order of questions.
+    """Reads clips in a thread beside the model: the wanted clip, and the next one in the order of the questions.
 
-    A clip is read once for all questions that follow each other about it.
+    Questions about one clip that follow each other share one reading.
     """
 
     def __init__(self, reader: VideoProcessor, questions: Sequence[Question]) -> None:
         order = list(dict.fromkeys(question.clip for question in questions if question.problem is None))
-        self._reader, self._following = reader, dict(zip(order, order[1:], strict=False))
+        self._reader = reader
+        self._following = dict(zip(order, order[1:], strict=False))
         self._thread = ThreadPoolExecutor(1, "read clips")
         self._reading: dict[ClipName, Future[Clip]] = {}
 
     def clip(self, question: Question) -> Clip:
-        """The sampled frames of a question's video. Raises VideoError, again for each question about a broken one."""
+        """The sampled frames of a question's video. Raises VideoError for each question about a broken video."""
         wanted = [question.clip, *filter(None, [self._following.get(question.clip)])]
         self._reading = {name: self._reading.get(name) or self._thread.submit(self._read, *name) for name in wanted}
         return self._reading[question.clip].result()
 
     def close(self) -> None:
-        """Read nothing more."""
+        """Stop reading."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, video: str, start: float | None, end: float | None) -> Clip:
-        reader, read = self._reader, read_frame_folder if Path(video).is_dir() else read_media
+        reader = self._reader
+        read = read_frame_folder if Path(video).is_dir() else read_media
         return read(
-            video, reader.num_frames, frame_sampler=reader.frame_sampler, start_seconds=start, end_seconds=end,
-            limits=reader.limits)  # fmt: skip
+            video,
+            reader.num_frames,
+            frame_sampler=reader.frame_sampler,
+            start_seconds=start,
+            end_seconds=end,
+            limits=reader.limits,
+        )
 
 
 def media_of(clip: Clip) -> dict[str, Any]:
-    """A clip as the media of a request: its distinct frames, and where each of them stands."""
+    """A clip as fields of a request: its distinct frames, and for each sampled frame its index among them."""
     numbers = list(dict.fromkeys(clip.frame_indices))
     rows = [clip.frame_indices.index(number) for number in numbers]
     return {"frames": clip.frames[rows], "frame_indices": [numbers.index(number) for number in clip.frame_indices]}
@@ -66,9 +73,10 @@ def read_frame_folder(
     end_seconds: float | None = None,
     limits: MediaLimits,
 ) -> Clip:
-    """Frames of a folder with 00001.jpg, 00002.jpg, ... taken at 3 a second. Raises VideoError.
+    """Sampled frames of a folder with 00001.jpg, 00002.jpg, ... at 3 frames a second.
 
-    The numbers are those of the files: with bounds, round(3 * seconds), at least 1 and at most the last file's.
+    Frame numbers are those of the files. Bounds in seconds become round(3 * seconds), at least 1 and at most the last
+    file's number. Raises VideoError for a folder without frames, with a missing frame, or with frames of two sizes.
     """
     names = [match for match in map(_FRAME_NAME.fullmatch, _listing(folder)) if match]
     if not names:
@@ -96,6 +104,6 @@ def _numbers(count: int, wanted: int, frame_sampler: str, start: float | None, e
             count, wanted, frame_sampler, fps=FOLDER_FPS, start_seconds=start, end_seconds=end
         )
         return [index + 1 for index in indices]
-    # Frame 0 does not exist: a start of at least a third of a second begins at frame 1.
+    # There is no file 0. A start of a third of a second is frame 1.
     first = max(start or 0.0, 1 / FOLDER_FPS)
     return sample_frame_indices(count + 1, wanted, "eval", fps=FOLDER_FPS, start_seconds=first, end_seconds=end)

@@ -1,23 +1,23 @@
-"""Several results of MVBench, or of a set in its layout, beside each other: accuracy and agreement with the first.
+"""Accuracy of several MVBench results, and their agreement with the first one.
 
-Reads all_results.json of this package and of the original, so that a device can be held against a published run.
+Reads all_results.json of this package and of the original, so that a device can be compared with a published run.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atb_pllava.bench.tables import markdown
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json
+from precision.confidence import percent, wilson_interval
 from precision.evaluate.mvbench import chosen, is_right
-from precision.evaluate.questions import percent
-from precision.videobench.scoring import wilson_interval
 
 Results = list[dict[str, Any]]
 
 
 def read_results(path: Path) -> Results:
-    """`result_list` of a directory's all_results.json, or of such a file. Raises ConfigError for anything else."""
+    """`result_list` of a directory's all_results.json, or of the file itself. Raises ConfigError for another form."""
     file = path / "all_results.json" if path.is_dir() else path
     results = read_json(file)
     rows = results.get("result_list") if isinstance(results, dict) else None
@@ -32,7 +32,7 @@ def _is_result(row: Any) -> bool:
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row for each of the results. Raises ConfigError unless all answer the same questions in the same order."""
+    """A row for each path. Raises ConfigError unless all results answer the same questions in the same order."""
     every = [read_results(path) for path in paths]
     for path, rows in zip(paths, every, strict=True):
         if [_asked(row) for row in rows] != [_asked(row) for row in every[0]]:
@@ -40,16 +40,20 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [_row(str(path), rows, every[0]) for path, rows in zip(paths, every, strict=True)]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown."""
-    lines = ["| results | right | 95 % interval | same option as the first | no option |", "|---|---|---|---|---|"]
-    for row in rows:
-        low, high = row["interval_percent"]
-        lines.append(
-            f"| {Path(row['results']).name} | {row['right_percent']:.1f} % | {low:.1f} to {high:.1f} % | "
-            f"{row['same_percent']:.1f} % ({row['same']} of {row['questions']}) | {row['unparseable']} |"
-        )
-    return lines
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    return markdown(
+        [
+            {
+                "results": Path(row["results"]).name,
+                "right": f"{row['right_percent']:.1f} %",
+                "95 % interval": "{:.1f} to {:.1f} %".format(*row["interval_percent"]),
+                "same option as the first": f"{row['same_percent']:.1f} % ({row['same']} of {row['questions']})",
+                "no option": row["unparseable"],
+            }
+            for row in rows
+        ]
+    )
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -72,5 +76,5 @@ def _row(name: str, rows: Results, first: Results) -> dict[str, Any]:
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """The option an answer names, or else its text."""
+    """The option that an answer names, or its text when it names none."""
     return chosen(row["pred"], row["question"]) or row["pred"]

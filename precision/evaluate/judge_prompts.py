@@ -1,7 +1,7 @@
-"""What the judge is asked. The words are ours; what is compared and the form of the reply are the published ones.
+"""The judge's prompts. The words are ours; the criteria and the form of the reply are the published ones.
 
-A verdict is {"pred": "yes" or "no", "score": 0 to 5} for short answers and {"score": 0 to 5} for each respect of
-VCGBench. Scores from other words, or another judge, are not comparable with published ones.
+A verdict is {"pred": "yes" or "no", "score": 0 to 5} for short answers and {"score": 0 to 5} for each aspect of
+VCGBench. Scores from other prompts or from another judge are not comparable with published scores.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to compare, and whether the verdict has a yes or no besides its score."""
+    """The criteria, and whether the verdict has a yes or no besides its score."""
 
     criteria: str
     has_pred: bool = False
@@ -29,7 +29,7 @@ class Prompt:
 
     @property
     def contract(self) -> str:
-        """The form of the reply, at the end of the user's message."""
+        """The wanted form of the reply. It stands at the end of the user's message."""
         form = '{"pred": "yes", "score": 4}' if self.has_pred else '{"score": 4}'
         pred = "whether the answer is right as 'pred', 'yes' or 'no', and " if self.has_pred else ""
         return (
@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to judge: a prompt, and the texts it is about by their headings."""
+    """One case to judge: a prompt, and the texts that it is about, by their headings."""
 
     prompt: Prompt
     fields: Mapping[str, str]
@@ -54,10 +54,11 @@ class Case:
         ]
 
     def verdict(self, reply: str) -> dict[str, Any] | None:
-        """The verdict in a reply, which may stand in a sentence or a code block; None when there is none."""
+        """The verdict in a reply, also inside a sentence or a code block. None when the reply has none."""
         for found in re.findall(r"\{[^{}]*\}", reply):
             said = _dictionary(found)
-            score, pred = said.get("score"), str(said.get("pred")).lower()
+            score = said.get("score")
+            pred = str(said.get("pred")).lower()
             if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
                 continue
             if not self.prompt.has_pred:
@@ -68,7 +69,7 @@ class Case:
 
 
 def _dictionary(text: str) -> dict[str, Any]:
-    """Python's or JSON's spelling of a dictionary; empty for anything else."""
+    """A dictionary written in Python or JSON. Empty for other text."""
     for read in (ast.literal_eval, json.loads):
         try:
             value = read(text)

@@ -1,26 +1,27 @@
-"""MVBench: multiple choice in 20 sub-tasks, and in any further ones whose files lie beside theirs.
+"""MVBench: multiple choice in 20 sub-tasks. Further sub-tasks are JSON files of the same form beside MVBench's own.
 
-DIR/json/<sub-task>.json is a list of {"video", "question", "candidates", "answer"}, some with "start" and "end" in
-seconds; the videos are under DIR/video. Prompt, letter matching and result files follow PLLaVA's tasks/eval/mvbench.
+DIR/json/<sub-task>.json is a list of {"video", "question", "candidates", "answer"}. Some entries have "start" and "end"
+in seconds. The videos are under DIR/video. Prompt, letter matching and result files follow PLLaVA's tasks/eval/mvbench.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.files import write_json
-from precision.evaluate.questions import Question, percent, read_questions, seconds, select, text
+from precision.confidence import percent
+from precision.evaluate.benchmark import Benchmark, Result, Summary
+from precision.evaluate.questions import Question, read_questions, seconds, select, text
 
-ANSWER_PREFIX = "Best option:("
 _AFTER_QUESTION = " \nOnly give the best option."
 _LETTERS_OF_AN_ANSWER = frozenset("abcdefg")
 
 
 class SubTask(NamedTuple):
-    """A file of questions. `bound`: its entries have times; None: those of its entries that have times."""
+    """One file of questions. `bound`: whether its entries have start and end (None: each entry decides)."""
 
     name: str
     videos: str  # under DIR/video
@@ -61,116 +62,135 @@ LAYOUT = "\n".join(
 )
 
 
-def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
-    """All questions of DIR, MVBench's own sub-tasks first. Raises ConfigError when there is nothing to read."""
-    found: dict[str, Path] = {}
-    for path in _in_order((data / "json").glob("[!.]*.json")):
-        name = sub_task(path.stem).name
-        if name in found:
-            raise ConfigError(f"{found[name].name} and {path.name} are both {name!r}: rename one of them")
-        found[name] = path
-    questions: list[Question] = []
-    for name in select(list(found), tasks, data, ["json/*.json", "for example json/action_sequence.json"]):
-        path = found[name]
+class MVBench(Benchmark):
+    """MVBench, and sets in its layout such as precision.shapes writes."""
 
-        def make(number: int, entry: Mapping[str, Any], stem: str = path.stem) -> list[Question]:
-            return [_question(data, sub_task(stem), number, entry)]
+    name = "mvbench"
+    help = "multiple choice: MVBench, and sets in its layout such as precision.shapes writes"
+    layout = LAYOUT
+    conversation = "eval_mvbench"
+    conversation_chatml = "eval_mvbench_llavanext"
+    answer_prefix = "Best option:("
 
-        questions += read_questions(path, name, make, ratio)
-    return questions
+    def read(self, data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
+        """All questions of the folder, MVBench's own sub-tasks first. `ratio` counts in each sub-task."""
+        found: dict[str, Path] = {}
+        for path in _in_order((data / "json").glob("[!.]*.json")):
+            name = sub_task(path.stem).name
+            if name in found:
+                raise ConfigError(f"{found[name].name} and {path.name} are both {name!r}: rename one of them")
+            found[name] = path
+        questions: list[Question] = []
+        for name in select(list(found), tasks, data, ["json/*.json", "for example json/action_sequence.json"]):
+            path = found[name]
 
+            def make(number: int, entry: Mapping[str, Any], stem: str = path.stem) -> list[Question]:
+                return [_question(data, sub_task(stem), number, entry)]
 
-def missing_sub_tasks(data: Path) -> list[str]:
-    """MVBench's sub-tasks that DIR lacks; none when DIR is another set altogether."""
-    stems = {path.stem for path in (data / "json").glob("[!.]*.json")}
-    return [known.name for stem, known in SUB_TASKS.items() if stem not in stems] if stems & set(SUB_TASKS) else []
+            questions += read_questions(path, name, make, ratio)
+        return questions
+
+    def missing_tasks(self, data: Path) -> list[str]:
+        """MVBench's sub-tasks that the folder lacks. Empty when the folder holds another set altogether."""
+        stems = {path.stem for path in (data / "json").glob("[!.]*.json")}
+        if not stems & set(SUB_TASKS):
+            return []
+        return [known.name for stem, known in SUB_TASKS.items() if stem not in stems]
+
+    def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
+        """`result_list` of all_results.json. Predictions begin with the parenthesis that ends the answer prefix."""
+        results: list[Result] = []
+        for question in questions:
+            row = rows[question.name]
+            result = {
+                "pred": "" if "error" in row else f"({row['pred']}",
+                "gt": question.truth,
+                "task_type": question.task,
+                "video_path": question.video,
+                "question": question.text.removesuffix(_AFTER_QUESTION),
+            }
+            if "error" in row:
+                result["error"] = row["error"]
+            results.append(result)
+        return results
+
+    def score(self, directory: Path, results: Sequence[Result]) -> Summary:
+        """Write all_results.json and upload_leaderboard.json in the original's form."""
+        counts = accuracy_counts(results)
+        right, asked = (sum(count[i] for count in counts.values()) for i in (0, 1))
+        accuracy = {name: percent(*count) for name, count in counts.items()} | {"Avg": percent(right, asked)}
+        write_json(directory / "all_results.json", {"acc_dict": counts, "result_list": results})
+        write_json(directory / "upload_leaderboard.json", accuracy)
+        answered = [result for result in results if "error" not in result]
+        return {
+            "accuracy": accuracy,
+            "accuracy_of_answered": percent(right, len(answered)) if answered else None,
+            "right": right,
+            "unparseable": sum(not chosen(result["pred"], result["question"]) for result in answered),
+        }
+
+    def report(self, summary: Summary) -> list[str]:
+        """Accuracy of each sub-task and of all questions, then how many answers name no option."""
+        table = [f"{name:26} {value:6.2f} %" for name, value in summary["accuracy"].items()]
+        unparseable = counted(summary["unparseable"], "answer")
+        return [*table, f"{unparseable} without an option, counted as wrong as in the original"]
 
 
 def sub_task(stem: str) -> SubTask:
-    """MVBench's own sub-task of this file name; any other one is named after its file, with videos under DIR/video."""
+    """The sub-task of a file name without ending.
+
+    A file that is not MVBench's gives the task its name, and its videos are named relative to DIR/video.
+    """
     return SUB_TASKS.get(stem) or SubTask(stem.replace("_", " ").title(), "", None)
 
 
-def results(questions: Sequence[Question], rows: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """`result_list` of all_results.json; a question without an answer has the prediction "" and an "error"."""
-    out = []
-    for question in questions:
-        row = rows[question.name]
-        pred = "" if "error" in row else f"({row['pred']}"
-        result = {"pred": pred, "gt": question.truth, "task_type": question.task}
-        result |= {"video_path": question.video, "question": question.text.removesuffix(_AFTER_QUESTION)}
-        out.append(result | ({"error": row["error"]} if "error" in row else {}))
-    return out
-
-
 def is_right(pred: str, truth: str) -> bool:
-    """The original's `check_ans`: the first words, in lower case, up to a blank, are compared as options.
+    """Whether a prediction counts as right: the original's `check_ans`.
 
-    What is said must have a letter from a to g; without its dots it must be part of the right option `(x)`, or hold it.
+    Only the first word of each side counts, in lower case. The prediction's word must have a letter from a to g.
+    Without its dots it must be part of the right option "(x)", or the right option must be part of it.
     """
-    said, option = pred.lower().split(" ")[0], truth.lower().split(" ")[0]
+    said = pred.lower().split(" ")[0]
+    option = truth.lower().split(" ")[0]
     if _LETTERS_OF_AN_ANSWER.isdisjoint(said):
         return False
     return said.replace(".", "") in option or option in said
 
 
 def chosen(pred: str, question: str) -> str:
-    """Letters of the options of `question` that `pred` would be right for; none: the answer names no option."""
+    """The letters of the question's options for which `pred` would be right. Empty when `pred` names no option."""
     letters = re.findall(r"^\(([A-Z])\) ", question, re.MULTILINE)
     return "".join(letter for letter in letters if is_right(pred, f"({letter})"))
 
 
-def score(result_list: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """`acc_dict` of all_results.json: [right, asked] of each sub-task. No answer is not right."""
+def accuracy_counts(results: Sequence[Result]) -> dict[str, list[int]]:
+    """`acc_dict` of all_results.json: [right, asked] of each sub-task. A question without an answer is not right."""
     counts: dict[str, list[int]] = {}
-    for result in result_list:
+    for result in results:
         count = counts.setdefault(result["task_type"], [0, 0])
         count[0] += "error" not in result and is_right(result["pred"], result["gt"])
         count[1] += 1
     return counts
 
 
-def write_results(directory: Path, result_list: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write all_results.json and upload_leaderboard.json in the original's form; the summary of the run."""
-    counts = score(result_list)
-    right, asked = (sum(count[i] for count in counts.values()) for i in (0, 1))
-    accuracy = {name: percent(*count) for name, count in counts.items()} | {"Avg": percent(right, asked)}
-    write_json(directory / "all_results.json", {"acc_dict": counts, "result_list": result_list})
-    write_json(directory / "upload_leaderboard.json", accuracy)
-    answered = [result for result in result_list if "error" not in result]
-    unparseable = sum(not chosen(result["pred"], result["question"]) for result in answered)
-    return {
-        "accuracy": accuracy,
-        "accuracy_of_answered": percent(right, len(answered)) if answered else None,
-        "right": right,
-        "unparseable": unparseable,
-    }
-
-
-def lines(summary: Mapping[str, Any]) -> list[str]:
-    """The summary for people."""
-    table = [f"{name:26} {value:6.2f} %" for name, value in summary["accuracy"].items()]
-    return [
-        *table,
-        f"{counted(summary['unparseable'], 'answer')} without an option, counted as wrong as in the original",
-    ]
-
-
-def _in_order(paths: Any) -> list[Path]:
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """Files of MVBench's own sub-tasks in its order, then the others by name."""
     known = list(SUB_TASKS)
     return sorted(paths, key=lambda path: (known.index(path.stem) if path.stem in known else len(known), path.stem))
 
 
 def _question(data: Path, task: SubTask, number: int, entry: Mapping[str, Any]) -> Question:
-    asked, answer, candidates = text(entry, "question"), entry.get("answer"), entry.get("candidates")
+    """The question of an entry. Raises RequestError for an entry of another form."""
+    asked = text(entry, "question")
+    answer = entry.get("answer")
+    candidates = entry.get("candidates")
     if not isinstance(candidates, list) or not candidates:
         raise RequestError(f"'candidates' is {candidates!r}; it must be a list of texts")
     if answer not in candidates:
         raise RequestError(f"its answer {answer!r} is not among its candidates")
     options = [f"({chr(ord('A') + i)}) {candidate}" for i, candidate in enumerate(candidates)]
-    place = max(
-        i for i, candidate in enumerate(candidates) if candidate == answer
-    )  # the original's loop keeps the last
+    # The original's loop keeps the last candidate that equals the answer.
+    place = max(i for i, candidate in enumerate(candidates) if candidate == answer)
     bound = "start" in entry and "end" in entry if task.bound is None else task.bound
     return Question(
         task.name,

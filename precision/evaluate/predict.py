@@ -1,4 +1,4 @@
-"""Asking a model all questions of a benchmark, those about one video one after the other."""
+"""Ask a model all questions of a benchmark. Questions about one video follow each other."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,10 +21,10 @@ def predict(
     what: str,
     quiet: bool = False,
 ) -> dict[str, Row]:
-    """Rows by the questions' names: {"pred": text after the answer's prefix, ...}, or {"error": why there is none}.
+    """Rows by the questions' names: {"pred": text after the answer prefix, ...}, or {"error": text}.
 
-    What the log has is not asked again, unless the video has changed. `prefix` is text that the answers start with
-    (None: the conversation's own).
+    A question that the log has an answer for is asked again only when its video has changed. `prefix` is the answer
+    prefix (None: the conversation's own). `what` names the benchmark in the progress lines.
     """
     files = [(question.name, question.video) for question in questions]
     keys = {key.id: key for key in keys_of(files, len(files), quiet)}
@@ -60,7 +60,7 @@ def predict(
 
 
 def grouped(questions: Sequence[Question]) -> list[Question]:
-    """The questions, those about one clip together, clips in the order of their first question."""
+    """The questions sorted by clip. Clips are in the order of their first question."""
     place: dict[ClipName, int] = {}
     for question in questions:
         place.setdefault(question.clip, len(place))
@@ -68,6 +68,6 @@ def grouped(questions: Sequence[Question]) -> list[Question]:
 
 
 def continuation(llm: LLM, answer: RequestOutput) -> str:
-    """The generated text with its leading blanks, which MVBench's rule sees; `answer.text` is without."""
+    """The generated text with its leading blanks, which MVBench's letter matching sees. `answer.text` has none."""
     before = llm.tokenizer.decode(answer.prompt_token_ids)
     return llm.tokenizer.decode([*answer.prompt_token_ids, *answer.token_ids])[len(before) :].rstrip()

@@ -1,4 +1,4 @@
-"""Questions of a benchmark as they stand in its JSON files, each about one video."""
+"""Questions of a benchmark, read from its JSON files. Each question is about one video."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from atb_pllava.errors import ConfigError, RequestError
 from atb_pllava.files import read_json
 
-SHUFFLE_SEED = 42  # of the original's test_ratio
+SHUFFLE_SEED = 42  # the original's seed for test_ratio
 ClipName = tuple[str, float | None, float | None]
 
 
@@ -21,8 +21,9 @@ ClipName = tuple[str, float | None, float | None]
 class Question:
     """One question for the model.
 
-    `number` is its place in its file; `video` a file or a folder of numbered frames, `start` and `end` the seconds
-    that count; `problem` says why it cannot be asked. `rest` is what the results repeat.
+    `number` is the index of its entry in the file. `video` is a file or a folder of numbered frames, of which only the
+    seconds from `start` to `end` are seen. `problem` says why the question cannot be asked. `rest` are further fields
+    of the entry that are copied into the results.
     """
 
     task: str
@@ -32,18 +33,18 @@ class Question:
     video: str = ""
     start: float | None = None
     end: float | None = None
-    part: str = ""  # of an entry that makes several questions
+    part: str = ""  # tells the questions of one entry apart
     problem: str | None = None
     rest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def clip(self) -> ClipName:
-        """What of which video is asked about: questions with the same one see the same frames."""
+        """The video and its bounds. Questions with equal clips see the same frames."""
         return self.video, self.start, self.end
 
     @property
     def name(self) -> str:
-        """Unique in a benchmark, and another one when the question is: answers are kept under it."""
+        """A name that is unique in a benchmark and changes when the question changes. Answers are kept under it."""
         asked = json.dumps([self.text, self.truth, *self.clip])
         return f"{self.task}/{self.number}{self.part}/{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
@@ -51,7 +52,7 @@ class Question:
 def read_questions(
     path: Path, task: str, make: Callable[[int, Mapping[str, Any]], Sequence[Question]], ratio: float | None = None
 ) -> list[Question]:
-    """The questions that `make(number, entry)` sees in a JSON list; a malformed entry is a question with a problem."""
+    """The questions that `make(number, entry)` makes of a JSON list. A malformed entry is a question with a problem."""
     entries = read_list(path)
     questions: list[Question] = []
     for number in picked(len(entries), ratio):
@@ -65,7 +66,7 @@ def read_questions(
 
 
 def read_list(path: Path) -> list[Any]:
-    """A JSON file that holds a list. Raises ConfigError naming the file when it is none."""
+    """The list in a JSON file. Raises ConfigError for a file that holds no list."""
     entries = read_json(path)
     if not isinstance(entries, list):
         raise ConfigError(f"{path} holds a {type(entries).__name__}; it must be a list")
@@ -73,7 +74,7 @@ def read_list(path: Path) -> list[Any]:
 
 
 def text(entry: Mapping[str, Any], key: str, may_be_empty: bool = False) -> str:
-    """A field that must be text; a name may be a number. Raises RequestError."""
+    """A field that must be text; a whole number counts as text. Raises RequestError for another type."""
     value = entry.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -83,7 +84,7 @@ def text(entry: Mapping[str, Any], key: str, may_be_empty: bool = False) -> str:
 
 
 def seconds(entry: Mapping[str, Any], key: str) -> float:
-    """A field that must be a time. Raises RequestError."""
+    """A field that must be a number of seconds. Raises RequestError for another type."""
     value = entry.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise RequestError(f"{key!r} is {value!r}; it must be a number of seconds")
@@ -91,7 +92,7 @@ def seconds(entry: Mapping[str, Any], key: str) -> float:
 
 
 def find_video(folders: Iterable[Path], name: str, endings: Sequence[str]) -> str:
-    """The first file `folder/name.ending` there is; without one, a path that says where it was looked for."""
+    """The first file `folder/name.ending` that exists. Without one, a path that lists the endings that were tried."""
     folders = list(folders)
     for folder in folders:
         for ending in endings:
@@ -102,9 +103,10 @@ def find_video(folders: Iterable[Path], name: str, endings: Sequence[str]) -> st
 
 
 def picked(count: int, ratio: float | None) -> list[int]:
-    """The places of a subset, in order: a share up to 1, a number of entries above; None is all.
+    """The indices of a subset of `count` entries, in ascending order. None takes all.
 
-    The same ones as the original's `test_ratio`: the first of a shuffle with numpy's RandomState(42).
+    A `ratio` up to 1 is a share; above 1 it is a number of entries. The subset is that of the original's `test_ratio`:
+    the first entries of a shuffle with numpy's RandomState(42).
     """
     if ratio is None:
         return list(range(count))
@@ -114,9 +116,10 @@ def picked(count: int, ratio: float | None) -> list[int]:
 
 
 def select(known: Sequence[str], wanted: Sequence[str] | None, data: Path, files: Sequence[str]) -> list[str]:
-    """The tasks wanted (None: all of `known`).
+    """The wanted ones of the known tasks, in the order of `known` (`wanted` None: all).
 
-    Raises ConfigError for one that is not there, and when none is: `files`, relative to `data`, is where they would be.
+    Raises ConfigError for a wanted task that is unknown. Raises ConfigError also when `known` is empty; the message
+    names `files`, which the benchmark looks for below `data`.
     """
     if not known:
         if not data.is_dir():
@@ -129,8 +132,3 @@ def select(known: Sequence[str], wanted: Sequence[str] | None, data: Path, files
     if unknown:
         raise ConfigError(f"--task {unknown[0]!r} is not in {data}; it has {', '.join(known)}")
     return [name for name in known if wanted is None or name in wanted]
-
-
-def percent(part: float, whole: float) -> float:
-    """`part` of `whole` in percent, to two decimals."""
-    return round(100 * part / whole, 2)

@@ -1,6 +1,6 @@
-"""Captions for a folder of videos, in the layout PLLaVA's documentation gives for Inter4K; nothing is scored.
+"""Recaptioning: captions for a folder of videos, in the layout PLLaVA's documentation gives for Inter4K. No scores.
 
-DIR/<set>/annotations.json is a list of {"video_name"}; the videos are in DIR/<set>/60fps/UHD, or DIR/<set>/videos.
+DIR/<set>/annotations.json is a list of {"video_name"}. The videos are in DIR/<set>/60fps/UHD or DIR/<set>/videos.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.batch.result_log import Row
+from atb_pllava.files import write_json
+from precision.evaluate.benchmark import Benchmark, Result, Summary
 from precision.evaluate.questions import Question, find_video, read_questions, select, text
 
 ENDINGS = ("mp4", "mkv", "webm")
@@ -29,11 +31,43 @@ REQUEST = (
 )
 
 
-def read(data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
-    """A request for each annotated video. `ratio` counts in each set. Raises ConfigError."""
-    known = sorted(path.parent.name for path in data.glob("[!.]*/annotations.json"))
-    files = ["SET/annotations.json", "for example Inter4K/annotations.json"]
-    return [q for name in select(known, tasks, data, files) for q in _read_set(data / name, ratio)]
+class Recaption(Benchmark):
+    """Captions of Inter4K and of other folders in its layout."""
+
+    name = "recaption"
+    help = "captions, not scored: Inter4K"
+    layout = LAYOUT
+    conversation = "eval_recaption"
+    conversation_chatml = "eval_recaption_llavanext"
+    max_tokens = 400
+
+    def read(self, data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
+        """A request for each annotated video. `ratio` counts in each set."""
+        known = sorted(path.parent.name for path in data.glob("[!.]*/annotations.json"))
+        files = ["SET/annotations.json", "for example Inter4K/annotations.json"]
+        return [q for name in select(known, tasks, data, files) for q in _read_set(data / name, ratio)]
+
+    def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
+        """The rows of inference_results.json, with the annotation's further texts and numbers."""
+        results: list[Result] = []
+        for question in questions:
+            row = rows[question.name]
+            result = {
+                "pred": str(row.get("pred", "")).strip(),
+                "task_type": question.task,
+                "video_path": question.video,
+                "query": question.text,
+            }
+            result |= {key: value for key, value in question.rest.items() if key not in (*result, "error")}
+            if "error" in row:
+                result["error"] = row["error"]
+            results.append(result)
+        return results
+
+    def score(self, directory: Path, results: Sequence[Result]) -> Summary:
+        """Write inference_results.json."""
+        write_json(directory / "inference_results.json", results)
+        return {}
 
 
 def _read_set(folder: Path, ratio: float | None) -> list[Question]:
@@ -44,15 +78,3 @@ def _read_set(folder: Path, ratio: float | None) -> list[Question]:
         return [Question(folder.name, number, REQUEST, video=video, rest=kept)]
 
     return read_questions(folder / "annotations.json", folder.name, make, ratio)
-
-
-def results(questions: Sequence[Question], rows: Mapping[str, Row]) -> list[dict[str, Any]]:
-    """The rows of inference_results.json; a video without a caption has the prediction "" and an "error"."""
-    out = []
-    for question in questions:
-        row = rows[question.name]
-        result = {"pred": str(row.get("pred", "")).strip(), "task_type": question.task}
-        result |= {"video_path": question.video, "query": question.text}
-        result |= {key: value for key, value in question.rest.items() if key not in (*result, "error")}
-        out.append(result | ({"error": row["error"]} if "error" in row else {}))
-    return out

@@ -1,9 +1,7 @@
 """One benchmark from its data to its results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from atb_pllava import LLM, SamplingParams
@@ -12,36 +10,23 @@ from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.batch.settings import check_settings, settings_digest
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json, write_json
-from precision.evaluate import mvbench, recaption, vcgbench, videoqa
+from precision.evaluate.benchmark import Benchmark, JudgedBenchmark, Result, Summary
 from precision.evaluate.judge import Judge
 from precision.evaluate.judging import judge_results
+from precision.evaluate.mvbench import MVBench
 from precision.evaluate.predict import predict
 from precision.evaluate.questions import Question
+from precision.evaluate.recaption import Recaption
+from precision.evaluate.vcgbench import VCGBench
+from precision.evaluate.videoqa import VideoQA
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """How a benchmark is asked: conversations of the Vicuna and the ChatML (34B) models, and the longest answer."""
-
-    module: ModuleType
-    conversation: str
-    conversation_chatml: str
-    max_tokens: int
-    prefix: str | None = None
-    judged: bool = False
-
-
-BENCHMARKS = {
-    "mvbench": Benchmark(mvbench, "eval_mvbench", "eval_mvbench_llavanext", 100, mvbench.ANSWER_PREFIX),
-    "videoqa": Benchmark(videoqa, "eval_videoqabench", "eval_videoqa_llavanext", 100, judged=True),
-    "vcgbench": Benchmark(vcgbench, "eval_vcgbench", "eval_vcg_llavanext", 100, judged=True),
-    "recaption": Benchmark(recaption, "eval_recaption", "eval_recaption_llavanext", 400),
-}
+_ALL: tuple[Benchmark, ...] = (MVBench(), VideoQA(), VCGBench(), Recaption())
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 
 
 def predictions(
     llm: LLM,
-    name: str,
+    benchmark: Benchmark,
     questions: Sequence[Question],
     params: SamplingParams,
     log: ResultLog,
@@ -49,49 +34,46 @@ def predictions(
     overwrite: bool = False,
     quiet: bool = False,
     **more: Any,
-) -> list[dict[str, Any]]:
-    """Answers to all questions in the original's form, in the order of the data; `more` goes to the manifest.
+) -> list[Result]:
+    """The results of all questions, in the order of the data. `more` goes into the manifest.
 
-    What `log` has from an earlier run with the same model and settings is not asked again, unless `overwrite` is
-    given. Raises ConfigError when `directory` has results of other settings.
+    Answers that `log` has from a run with the same model and settings are kept, unless `overwrite` is given. Raises
+    ConfigError when `directory` has results of other settings.
     """
-    benchmark = BENCHMARKS[name]
-    settings = {**settings_of(llm, params), "prefix": benchmark.prefix}
+    settings = {**settings_of(llm, params), "prefix": benchmark.answer_prefix}
     if not overwrite:
         check_same(directory, log, settings)
     log.begin(settings, overwrite=overwrite)
-    rows = predict(llm, questions, params, log, benchmark.prefix, name, quiet)
-    result_list: list[dict[str, Any]] = benchmark.module.results(questions, rows)
-    write_manifest(directory, llm, params, benchmark=name, settings=settings_digest(settings), **more)
-    return result_list
+    rows = predict(llm, questions, params, log, benchmark.answer_prefix, benchmark.name, quiet)
+    results = benchmark.results(questions, rows)
+    write_manifest(directory, llm, params, benchmark=benchmark.name, settings=settings_digest(settings), **more)
+    return results
 
 
 def finish(
-    name: str,
-    result_list: Sequence[dict[str, Any]],
+    benchmark: Benchmark,
+    results: Sequence[Result],
     directory: Path,
     judge: Judge | None,
     at_once: int = 1,
     quiet: bool = False,
-) -> dict[str, Any]:
-    """Score what can be scored, with the judge where there is one, write the results, and return the summary."""
-    module = BENCHMARKS[name].module
-    errors = sum("error" in result for result in result_list)
-    summary: dict[str, Any] = {"benchmark": name, "questions": len(result_list), "without_answer": errors}
-    if name == "mvbench":
-        summary |= mvbench.write_results(directory, result_list)
-    else:
-        write_json(directory / "inference_results.json", result_list)
+) -> Summary:
+    """Score the results, grade them when a judge is given, write all files. Returns the content of summary.json."""
+    errors = sum("error" in result for result in results)
+    summary: Summary = {"benchmark": benchmark.name, "questions": len(results), "without_answer": errors}
+    summary |= benchmark.score(directory, results)
     if judge is not None:
-        summary |= judge_results(directory, result_list, module, judge, at_once, quiet)  # type: ignore[arg-type]
+        assert isinstance(benchmark, JudgedBenchmark), f"{benchmark.name} has no judge"
+        summary |= judge_results(directory, results, benchmark, judge, at_once, quiet)
     write_json(directory / "summary.json", summary)
     return summary
 
 
 def check_same(directory: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
-    """Raise ConfigError when a directory has answers or results of other settings; `only`: these are not all of them.
+    """Raise ConfigError when a directory has answers or results of other settings.
 
-    A directory has the results of one model and one way to ask it.
+    A directory holds the results of one model with one set of settings. With `only`, `settings` has some of them and
+    only these are compared.
     """
     log.check(settings, only)
     path = directory / "manifest.json"

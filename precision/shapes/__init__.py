@@ -1,8 +1,8 @@
-"""Clips of moving shapes with multiple-choice questions, in MVBench's layout: a benchmark that needs no download.
+"""A benchmark without a download: clips of moving shapes with multiple-choice questions, in MVBench's layout.
 
     python -m precision.shapes --output DIR
     python -m precision.evaluate mvbench --data DIR --model_path examples/tiny_pllava --output_dir RESULTS
 
-The clips and their questions are those of `examples/render_shapes.py` and `examples/shape_questions.py`, from seeds
-that `examples/train_tiny_pllava.py` never draws.
+`examples/render_shapes.py` renders the clips and `examples/shape_questions.py` asks the questions. The seeds are none
+that `examples/train_tiny_pllava.py` draws.
 """

@@ -1,6 +1,7 @@
-"""The shapes benchmark as files: `json/<sub-task>.json`, `video/shapes/<seed>.mp4`, and `shapes.json` about the set.
+"""The files of the shapes benchmark: `json/<sub-task>.json`, `video/shapes/<seed>.mp4`, and `shapes.json`.
 
-The same clips and seed give the same bytes on one version of PyAV.
+`shapes.json` has the number of clips, the first seed and the number of questions. The same clips and seed give the same
+bytes on one version of PyAV.
 """
 
 import json
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))  # script
 from render_shapes import Clip, make_clip, render, write_video  # noqa: E402
 from shape_questions import Question, questions  # noqa: E402
 
-# Sub-tasks by the kinds of questions in them; no name is one of MVBench's own.
+# The kinds of questions in each sub-task. No sub-task has the name of one of MVBench's.
 SUB_TASKS = {
     "shapes_attribute": ("colour", "shape", "count"),
     "shapes_direction": ("direction",),
@@ -30,18 +31,17 @@ SUB_TASKS = {
     "shapes_statement": ("yes_no",),
 }
 FIRST_SEED = 950_000
-# With x264's look-ahead the bytes of clips whose height is no multiple of 16 change from run to run, though only one
-# thread encodes them; without it they do not.
+# With x264's look-ahead, clips whose height is no multiple of 16 have other bytes in each run, even with one thread.
 NO_LOOK_AHEAD = "bframes=0:mbtree=0:rc-lookahead=0:scenecut=0:weightp=0"
-# Training draws from 500000 on (clips that go through H.264), 800000 (checks) and 2000000 (drawn anew each step).
+# Training draws seeds from 500000 (clips that go through H.264), from 800000 (checks) and from 2000000 (each step).
 HELD_OUT = range(900_000, 2_000_000)
 
 
 def write_shapes(output: Path, clips: int = 200, seed: int = FIRST_SEED) -> dict[str, int]:
-    """Write the set of `clips` clips from `seed` on; the number of questions of each sub-task.
+    """Write a set of `clips` clips from `seed` on. Returns the number of questions of each sub-task.
 
-    A clip has at most one question in each sub-task. The directory is whole or absent; ConfigError when it exists with
-    something in it, cannot be written, or when a seed is not held out.
+    A clip has at most one question in each sub-task. The directory is whole or absent. Raises ConfigError when the
+    directory has files in it or cannot be written, and for seeds that are not held out.
     """
     if clips < 1 or seed not in HELD_OUT or seed + clips > HELD_OUT.stop:
         raise ConfigError(
@@ -66,7 +66,7 @@ def write_shapes(output: Path, clips: int = 200, seed: int = FIRST_SEED) -> dict
 
 
 def _chosen(clip: Clip) -> Iterator[tuple[str, Question]]:
-    """A question of each sub-task that the clip has questions for."""
+    """One question for each sub-task that the clip has questions for."""
     rng = np.random.default_rng([clip.seed, 5])
     every = questions(clip)
     for name, kinds in SUB_TASKS.items():
@@ -76,7 +76,7 @@ def _chosen(clip: Clip) -> Iterator[tuple[str, Question]]:
 
 
 def _entry(video: str, question: Question) -> dict[str, Any]:
-    """MVBench's form."""
+    """An entry in MVBench's form."""
     options = list(question.options)
     return {"video": video, "question": question.question, "candidates": options, "answer": options[question.correct]}
 
@@ -87,7 +87,7 @@ def _write(path: Path, value: object) -> None:
 
 @contextmanager
 def _new_directory(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its place in the end, and is removed when anything goes wrong."""
+    """A directory beside `output` that is renamed to `output` at the end, or removed on any error."""
     output = Path(os.path.realpath(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ConfigError(f"{output} exists; name a new or empty directory")

@@ -1,13 +1,14 @@
-"""Ask a model the questions of Video-Bench's sets: the Python side of run_pa_videobench.sh and its GPU twin.
+"""Ask a model the questions of Video-Bench's sets. run_pa_videobench.sh and run_pa_videobench_gpu.sh call this file.
 
     python precision/videobench/answer_questions.py --model_path examples/tiny_pllava --dataset_name sampling_data \\
         --Eval_QA_root egs/Video-Bench --Eval_Video_root egs/VideoBench --chat_conversation_output_folder Chat_results
 
-writes <set>_eval.json for each set: {id: {"video_id", "question", "output_sequence": [text], "time", "dataset"}}, time
-in seconds. A question that fails keeps its row, with an "error" and an empty text. Every answer is in
-<set>_eval.log.jsonl as soon as it is there: after a kill the same command goes on, and failed questions are asked
-again, as are those whose video has changed. <set>_eval.json.manifest.json says what the answers were made with; results
-of other settings are not overwritten unless --overwrite is given.
+writes <set>_eval.json for each set: {id: {"video_id", "question", "output_sequence": [text], "time", "dataset"}}. The
+time is in seconds. The row of a question that failed has an "error" and an empty text.
+
+Every answer is appended to <set>_eval.log.jsonl at once. After a kill the same command goes on. Questions that failed
+or whose video has changed are asked again. <set>_eval.json.manifest.json has the model and settings of the answers.
+Results of other settings are replaced only with --overwrite.
 """
 
 import argparse
@@ -31,23 +32,26 @@ from atb_pllava.batch.result_key import keys_of
 from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.batch.settings import check_settings, settings_digest
-from atb_pllava.cli import Parser, run_command
-from atb_pllava.cli.engine_args import (
-    add_engine_options,
-    add_model_options,
-    add_prompt_options,
-    add_sampling_options,
-    from_cli_args,
-    sampling_params,
-)
-from atb_pllava.cli.loading import join_torchrun, load_model
-from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.engine.outputs import RequestOutput
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.files import write_json
 from atb_pllava.llm import LLM
 from atb_pllava.prompt.tokenizer import Tokenizer
+from precision.command_line import (
+    Parser,
+    add_engine_options,
+    add_model_options,
+    add_overwrite_option,
+    add_prompt_options,
+    add_sampling_options,
+    from_cli_args,
+    join_torchrun,
+    load_model,
+    planned_settings,
+    run_command,
+    sampling_params,
+)
 from precision.videobench.dataset import Question, find_sets, questions_file, read_json, read_questions
 from precision.videobench.prompts import FORMATS, LETTER_ONLY, question_text
 
@@ -55,7 +59,7 @@ REMEDY = "name another --chat_conversation_output_folder, or start over with --o
 
 
 def answer_sets(arguments: argparse.Namespace) -> int:
-    """Ask the questions of every set named; the exit status, 2 when some failed."""
+    """Ask the questions of every named set. Returns the exit status: 2 when some questions failed."""
     workers = join_torchrun(arguments)
     if isinstance(workers, int):
         return workers
@@ -85,7 +89,7 @@ def answer_sets(arguments: argparse.Namespace) -> int:
 
 
 def usual_conversation(arguments: argparse.Namespace) -> str | None:
-    """The conversation of the prompt format that fits the checkpoint's vocabulary."""
+    """The prompt format's conversation for this checkpoint: another one when its tokenizer has ChatML tokens."""
     chosen = FORMATS[arguments.prompt_format]
     index = from_cli_args(arguments).model.config().image_token_index
     is_chatml = Tokenizer.from_dir(arguments.model_path, index).is_chatml
@@ -93,9 +97,14 @@ def usual_conversation(arguments: argparse.Namespace) -> str | None:
 
 
 def answer_set(
-    llm: LLM, name: str, questions: list[Question], params: SamplingParams, log: ResultLog,
-    arguments: argparse.Namespace) -> int:  # fmt: skip
-    """Ask one set's questions and write its three files; how many questions failed."""
+    llm: LLM,
+    name: str,
+    questions: list[Question],
+    params: SamplingParams,
+    log: ResultLog,
+    arguments: argparse.Namespace,
+) -> int:
+    """Ask the questions of one set and write its three files. Returns how many questions failed."""
     target = _target(arguments.chat_conversation_output_folder, name)
     prefix = FORMATS[arguments.prompt_format].answer_prefix
     asked = {question.name: question for question in questions}
@@ -115,8 +124,15 @@ def answer_set(
     keys = keys_of(files, len(files), arguments.quiet)
     answer_all(llm, keys, request_of, params, log, _kept, name, arguments.quiet)
     rows = {key.id: log.row(key) or {} for key in keys}
-    write_manifest(target, llm, params, set=name, questions=len(rows), settings=settings_digest(settings),
-                   **_choices(arguments, name))  # fmt: skip
+    write_manifest(
+        target,
+        llm,
+        params,
+        set=name,
+        questions=len(rows),
+        settings=settings_digest(settings),
+        **_choices(arguments, name),
+    )
     write_json(target, {key: _result(asked[key], texts[key], row) for key, row in rows.items()})
     failed = sum("error" in row for row in rows.values())
     print(f"{name}: {len(rows) - failed} answered, {failed} failed: {target}", flush=True)
@@ -124,7 +140,10 @@ def answer_set(
 
 
 def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
-    """Raise ConfigError when `target` or its log holds results of other settings; `only`: these are not all of them."""
+    """Raise ConfigError when `target` or its log has results of other settings.
+
+    With `only`, `settings` has some of them and only these are compared.
+    """
     log.check(settings, only)
     manifest = target.with_name(f"{target.name}.manifest.json")
     if log.is_new and target.exists():
@@ -136,7 +155,7 @@ def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any],
 
 
 def _choices(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """What decides a set's answers besides the model and its settings."""
+    """The choices that decide a set's answers besides the model and its settings."""
     return {
         "prompt_format": arguments.prompt_format,
         "answer_request": arguments.answer_request,
@@ -157,7 +176,7 @@ def _kept(_: str, answer: RequestOutput) -> Row:
 
 
 def _result(question: Question, text: str, row: Row) -> dict[str, Any]:
-    """A question's row in the form of Video-Bench's tools."""
+    """The result row of a question, in the form of Video-Bench's tools."""
     answered = {"video_id": question.item.get("video_id"), "question": text}
     if "error" in row:
         return {**answered, "output_sequence": [""], "dataset": question.dataset, "error": row["error"]}
@@ -165,7 +184,7 @@ def _result(question: Question, text: str, row: Row) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of MindIE's scripts, and those of `python -m atb_pllava run` for the model."""
+    """The command's options: those of MindIE's scripts, and the model options of `python -m atb_pllava run`."""
     parser = Parser(
         prog="python precision/videobench/answer_questions.py", description="Answer the questions of Video-Bench."
     )
@@ -176,14 +195,23 @@ def parser() -> argparse.ArgumentParser:
         "--dataset_name", action="append", metavar="SET", help="sampling_data or a set; repeatable (default: every set)"
     )
     group.add_argument(
-        "--chat_conversation_output_folder", type=Path, default=Path("Chat_results"), metavar="DIR",
-        help="where <set>_eval.json goes (default Chat_results)")  # fmt: skip
+        "--chat_conversation_output_folder",
+        type=Path,
+        default=Path("Chat_results"),
+        metavar="DIR",
+        help="where <set>_eval.json goes (default Chat_results)",
+    )
     group.add_argument(
-        "--prompt_format", choices=tuple(FORMATS), default="mvbench",
-        help="mvbench (default): as PLLaVA's own evaluation; videobench: as Video-Bench's tools")  # fmt: skip
+        "--prompt_format",
+        choices=tuple(FORMATS),
+        default="mvbench",
+        help="mvbench (default): as PLLaVA's own evaluation; videobench: as Video-Bench's tools",
+    )
     group.add_argument(
-        "--answer_request", metavar="TEXT",
-        help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})")  # fmt: skip
+        "--answer_request",
+        metavar="TEXT",
+        help=f"last words of a question in the videobench format (default {LETTER_ONLY!r})",
+    )
     add_overwrite_option(group, "the output folder")
     group.add_argument("--quiet", action="store_true", help="only results, warnings and errors")
     add_model_options(parser)

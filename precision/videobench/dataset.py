@@ -1,11 +1,11 @@
-"""Video-Bench's files: the questions of its sets, the right answers, and where a question's video lies.
+"""Video-Bench's files: the questions of its sets, the right answers, and the paths of the videos.
 
     QA_ROOT/Eval_QA/<set>_QA_new.json   {id: {"vid_path": "Eval_video/<set>/x.mp4", "video_id", "question", "choices"}}
     VIDEO_ROOT/Eval_video/<set>/x.mp4
     ANSWER.json                         {set: {id: {"answer": "A"}}}
 
-An id names a question only within its set: 17,036 questions of the 13 sets share 14,391 ids. A sample of several sets
-is one more set, `sampling_data`, whose questions say under "dataset" which set they are from.
+Ids are unique within a set only: 17,036 questions of the 13 sets share 14,391 ids. A sample of several sets is a set of
+its own, `sampling_data`. Its questions have the name of their set under "dataset".
 """
 
 import os
@@ -17,30 +17,35 @@ from typing import Any
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_object
 
-SETS = (
-    ("Ucfcrime", "Youcook2", "TVQA", "MSVD", "MSRVTT", "Driving-decision-making", "NBA", "SQA3D", "Driving-exam")
-    + ("MV", "MOT", "ActivityNet", "TGIF")
-)  # fmt: skip
+SETS = ("Ucfcrime", "Youcook2", "TVQA", "MSVD", "MSRVTT", "Driving-decision-making", "NBA", "SQA3D", "Driving-exam") + (
+    "MV",
+    "MOT",
+    "ActivityNet",
+    "TGIF",
+)
 SAMPLE = "sampling_data"
 SAMPLE_QUESTIONS = "sampling_datasets_QA_new.json"
 LETTERS = "ABCDEF"
 _ENDING = "_QA_new.json"
 
 
-@dataclass(frozen=True, eq=False)  # two questions are never the same one, whatever they say
+@dataclass(frozen=True, eq=False)  # questions with equal text are different questions
 class Question:
-    """One question: `name` is its id in the file it was read from, `dataset` the set it belongs to."""
+    """One question. `name` is its id in the file, `dataset` the set it belongs to."""
 
     name: str
     dataset: str
     text: str
-    choices: dict[str, str]  # by letter, in the order of the letters
+    choices: dict[str, str]  # text by letter, A first
     vid_path: str  # relative to the video root
-    item: dict[str, Any]  # as it stands in the file
+    item: dict[str, Any]  # the entry of the file
 
 
 def find_sets(qa_root: Path) -> list[str]:
-    """The sets that have a file of questions, Video-Bench's own in its order first; a sample is not among them."""
+    """The sets that have a file of questions: first Video-Bench's own in its order, then others. A sample is left out.
+
+    Raises ConfigError when there is none.
+    """
     folder = qa_root / "Eval_QA"
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder; --Eval_QA_root is the folder that holds Eval_QA")
@@ -52,12 +57,12 @@ def find_sets(qa_root: Path) -> list[str]:
 
 
 def questions_file(qa_root: Path, name: str) -> Path:
-    """Where the questions of a set, or of the sample, are written."""
+    """The file with the questions of a set or of the sample."""
     return qa_root / "Eval_QA" / (SAMPLE_QUESTIONS if name == SAMPLE else f"{name}{_ENDING}")
 
 
 def read_questions(qa_root: Path, name: str) -> list[Question]:
-    """The questions of one set, in the order of its file. Raises ConfigError naming the file and the question."""
+    """The questions of a set, in the file's order. Raises ConfigError for a missing set or a malformed question."""
     path = questions_file(qa_root, name)
     if not os.path.lexists(path):
         there = [*find_sets(qa_root), *([SAMPLE] if os.path.lexists(questions_file(qa_root, SAMPLE)) else [])]
@@ -81,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def some_of(items: Iterable[str], most: int = 5) -> str:
-    """The first few of many, and how many more there are."""
+    """The first `most` items as text, and how many more there are."""
     every = list(items)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return "; ".join(every[:most]) + more
@@ -96,7 +101,7 @@ def _question(path: Path, name: str, key: str, item: object) -> Question:
         if not isinstance(text, str) or not text:
             raise ConfigError(f"{where} has {field} {text!r}; it must be a text")
     choices = item.get("choices")
-    # A set's file has a choice that is no text here and there; it is shown as it is written.
+    # Some choices in the published files are numbers. They are shown as text.
     if not isinstance(choices, dict) or not choices or sorted(choices) != list(LETTERS[: len(choices)]):
         raise ConfigError(f"{where} has choices {choices!r}; they must be texts under A, B, ... up to F")
     return Question(

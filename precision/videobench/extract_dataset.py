@@ -1,14 +1,15 @@
-"""Draw a sample of Video-Bench, with its videos and right answers; the options are those of MindIE's script.
+"""Draw a sample of Video-Bench, with its videos and right answers. The options are those of MindIE's script.
 
     python precision/videobench/extract_dataset.py --Eval_QA_root egs/Video-Bench --Eval_Video_root egs/VideoBench \\
         --sampling_output_folder egs/VideoBench/Eval_video --json_output_path egs/Video-Bench/Eval_QA \\
         --correct_answer_file egs/Video-Bench/ANSWER.json --nums 1000
 
-writes SAMPLING_OUTPUT_FOLDER/sampling_data/<videos>, and in JSON_OUTPUT_PATH sampling_datasets_QA_new.json (the
-questions, each with the set it is from) and sampling_answer.json (their right answers, in ANSWER.json's form). The same
-seed draws the same questions. A question whose id several sets use is called <set>_<id> in both files, and a video
-whose file name several drawn videos have <set>_<name>: nothing is lost or overwritten. The folder of videos appears
-when all of them are in it, and then the two files.
+writes the videos to SAMPLING_OUTPUT_FOLDER/sampling_data and two files to JSON_OUTPUT_PATH:
+sampling_datasets_QA_new.json has the questions with the names of their sets, and sampling_answer.json has the right
+answers in ANSWER.json's form. The same seed draws the same questions.
+
+A question whose id several sets use is renamed to <set>_<id>. A video whose file name several drawn videos have is
+renamed to <set>_<name>. The folder of videos appears when it is complete, and the two files after it.
 """
 
 import argparse
@@ -30,9 +31,9 @@ if __name__ == "__main__":
     require_packages()
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.cli import Parser, run_command
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import write_json
+from precision.command_line import Parser, run_command
 from precision.videobench.dataset import (
     SAMPLE,
     SAMPLE_QUESTIONS,
@@ -50,7 +51,7 @@ Answers = Mapping[str, Mapping[str, str]]
 
 
 def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
-    """`count` of the questions, chosen by the seed, in their old order. Raises ConfigError when there are less."""
+    """`count` random questions in their old order. Raises ConfigError when there are fewer."""
     if not 1 <= count <= len(questions):
         raise ConfigError(
             f"--nums is {count}; the sets have {counted(len(questions), 'question')}: give 1 to {len(questions)}"
@@ -59,13 +60,13 @@ def draw(questions: Sequence[Question], count: int, seed: int) -> list[Question]
 
 
 def sample_names(questions: Sequence[Question]) -> dict[Question, str]:
-    """A name for each question that no other has: its id, or <set>_<id> when several sets use the id."""
+    """A unique name for each question: its id, or <set>_<id> when several sets use the id."""
     uses = Counter(question.name for question in questions)
     return _distinct({q: q.name if uses[q.name] == 1 else f"{q.dataset}_{q.name}" for q in questions})
 
 
 def video_names(questions: Sequence[Question]) -> dict[str, str]:
-    """A file name in the sample for each vid_path: its own, or <set>_<name> when several paths end in it."""
+    """A unique file name for each vid_path: its own name, or <set>_<name> when several paths end in that name."""
     owners = {question.vid_path: question.dataset for question in questions}
     uses = Counter(os.path.basename(path) for path in owners)
     names = {path: os.path.basename(path) for path in owners}
@@ -73,7 +74,7 @@ def video_names(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def find_gaps(questions: Sequence[Question], video_root: Path, answers: Answers) -> dict[Question, str]:
-    """What keeps questions out of a sample: a video or a right answer that is not there."""
+    """The questions that have no video or no right answer, and what they lack."""
     gaps = {}
     for question in questions:
         video = video_root / question.vid_path
@@ -85,7 +86,7 @@ def find_gaps(questions: Sequence[Question], video_root: Path, answers: Answers)
 
 
 def extract(arguments: argparse.Namespace) -> int:
-    """Draw and write the sample; the exit status."""
+    """Draw and write the sample. Returns the exit status."""
     answers = read_answers(arguments.correct_answer_file)
     names = find_sets(arguments.Eval_QA_root)
     absent = [name for name in SETS if name not in names]
@@ -116,8 +117,9 @@ def extract(arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace, drawn: Mapping[Question, str], answers: Answers) -> None:
-    """The videos, then the two files, each of them whole or not at all."""
-    folder, texts = arguments.sampling_output_folder, arguments.json_output_path
+    """Write the folder of videos, then the two files, each whole or not at all."""
+    folder = arguments.sampling_output_folder
+    texts = arguments.json_output_path
     target = folder / SAMPLE
     written = [path for path in (target, texts / SAMPLE_QUESTIONS, texts / SAMPLE_ANSWERS) if path.exists()]
     if written and not arguments.overwrite:
@@ -132,8 +134,11 @@ def _write(arguments: argparse.Namespace, drawn: Mapping[Question, str], answers
     try:
         folder.mkdir(parents=True, exist_ok=True)
         texts.mkdir(parents=True, exist_ok=True)
-        _place_videos({arguments.Eval_Video_root / path: name for path, name in video_name.items()}, target,
-                      _link if arguments.link else shutil.copy2)  # fmt: skip
+        _place_videos(
+            {arguments.Eval_Video_root / path: name for path, name in video_name.items()},
+            target,
+            _link if arguments.link else shutil.copy2,
+        )
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} could not be written: {error.strerror}") from None
     write_json(texts / SAMPLE_QUESTIONS, items)
@@ -141,7 +146,7 @@ def _write(arguments: argparse.Namespace, drawn: Mapping[Question, str], answers
 
 
 def _place_videos(videos: Mapping[Path, str], target: Path, place: Callable[[Path, Path], object]) -> None:
-    """Fill a folder beside `target`, then put it in the place of `target`."""
+    """Fill a folder beside `target`, then rename it to `target`. An earlier `target` is replaced."""
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (aside / "new").mkdir()
@@ -153,7 +158,7 @@ def _place_videos(videos: Mapping[Path, str], target: Path, place: Callable[[Pat
             target.rename(aside / "old")
         (aside / "new").rename(target)
     finally:
-        if (aside / "old").exists() and not target.exists():  # it ended between the two renames
+        if (aside / "old").exists() and not target.exists():  # an error came between the two renames
             (aside / "old").rename(target)
         shutil.rmtree(aside)
 
@@ -171,7 +176,7 @@ def _distinct(names: dict[T, str]) -> dict[T, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options, with the names and defaults of MindIE's script."""
+    """The command's options, with the names and defaults of MindIE's script."""
     parser = Parser(prog="python precision/videobench/extract_dataset.py", description="Draw a sample of Video-Bench.")
     egs = Path("egs")
     for name, default, text in (

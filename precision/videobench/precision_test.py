@@ -1,11 +1,12 @@
-"""Compare both sides' answers to Video-Bench questions with the right ones, and with each other.
+"""Compare two sides' answers to Video-Bench questions with the right answers and with each other.
 
     python precision/videobench/precision_test.py --eval_npu_path NPU/sampling_data_eval.json \\
         --eval_gpu_path GPU/sampling_data_eval.json --sampling_answer_path egs/Video-Bench/Eval_QA/sampling_answer.json
 
-prints both accuracies as MindIE's llava_video_precision_test.py does, then a table of the sets. Every question that a
-side was asked counts: a reply that names no option, an error, or no reply at all is not right, and each is counted.
-With --legacy the accuracies are that script's own, which drops such questions and knows no option F.
+prints both accuracies as MindIE's llava_video_precision_test.py does, then a table of the sets. Every question that one
+of the sides was asked counts. A reply without an option, an error and a missing reply are not right, and each kind is
+counted. With --legacy the accuracies are computed as in MindIE's script, which drops such questions and knows no
+option F.
 """
 
 import argparse
@@ -24,11 +25,13 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from atb_pllava.cli import Parser, run_command
+from atb_pllava.bench.tables import markdown
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, write_json
+from precision.command_line import Parser, run_command
+from precision.confidence import paired_difference, wilson_interval
 from precision.videobench.dataset import read_answers, read_json, some_of
-from precision.videobench.scoring import accuracy_as_original, paired_difference, read_letter, wilson_interval
+from precision.videobench.scoring import accuracy_as_original, read_letter
 
 Key = tuple[str, str]  # set and id
 Answers = Mapping[str, Mapping[str, str]]
@@ -36,14 +39,14 @@ Answers = Mapping[str, Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Reply:
-    """What one side said to one question."""
+    """The reply of one side to one question."""
 
     text: str
     failed: bool
 
     @property
     def letter(self) -> str | None:
-        """The option it names, if it names one."""
+        """The option that the reply names, or None."""
         return None if self.failed else read_letter(self.text)
 
 
@@ -51,7 +54,7 @@ Sides = Mapping[str, Mapping[Key, Reply]]
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """A <set>_eval.json as it stands. Raises ConfigError for a file of another form."""
+    """The rows of a <set>_eval.json. Raises ConfigError for a file of another form."""
     rows = read_json(path)
     for name, row in rows.items():
         said = row.get("output_sequence") if isinstance(row, dict) else None
@@ -73,7 +76,7 @@ def read_replies(path: Path, answers: Answers) -> dict[Key, Reply]:
 
 
 def _set_of(name: str, path: Path, answers: Answers) -> str:
-    """The set of a question whose row does not say it: the file's, or the only one that has the id."""
+    """The set of a question whose row has no dataset: the file's set, or the only set that has the id."""
     of_file = path.name.removesuffix("_eval.json")
     having = [dataset for dataset, items in answers.items() if name in items]
     if of_file in answers or len(having) == 1:
@@ -85,8 +88,9 @@ def _set_of(name: str, path: Path, answers: Answers) -> str:
 
 
 def right_letters(answers: Answers, asked: set[Key]) -> tuple[dict[Key, str], list[str]]:
-    """The right option of each question asked, and what is wrong with the questions that have none."""
-    letters, strange = {}, []
+    """The right option of each asked question, and messages about the questions that have none."""
+    letters = {}
+    strange = []
     for dataset, name in sorted(asked):
         text = answers.get(dataset, {}).get(name)
         letter = None if text is None else read_letter(text)
@@ -98,7 +102,7 @@ def right_letters(answers: Answers, asked: set[Key]) -> tuple[dict[Key, str], li
 
 
 def score(keys: Sequence[Key], right: Mapping[Key, str], sides: Sides) -> dict[str, Any]:
-    """Counts and shares for these questions."""
+    """Counts and shares of both sides for some questions."""
     letters = {side: [replies[k].letter if k in replies else None for k in keys] for side, replies in sides.items()}
     row: dict[str, Any] = {"questions": len(keys)}
     for side, replies in sides.items():
@@ -117,7 +121,7 @@ def score(keys: Sequence[Key], right: Mapping[Key, str], sides: Sides) -> dict[s
 
 
 def compare(answers: Answers, sides: Sides, seed: int) -> dict[str, Any]:
-    """Everything that is printed and written. `sides` is {"gpu": ..., "npu": ...}."""
+    """The whole comparison, as it is printed and written. `sides` is {"gpu": ..., "npu": ...}."""
     asked = set(sides["gpu"]) | set(sides["npu"])
     right, strange = right_letters(answers, asked)
     keys = [(dataset, name) for dataset, items in answers.items() for name in items if (dataset, name) in right]
@@ -147,18 +151,28 @@ def _difference(key: Key, right: str, sides: Sides) -> dict[str, Any]:
     return {"dataset": key[0], "id": key[1], "right": right, **said}
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """The sets and all of them together, in Markdown."""
-    lines = [
-        "| set | questions | gpu | npu | same option | unreadable gpu / npu | failed | not asked |",
-        "|---|---|---|---|---|---|---|---|",
+def tables(report: Mapping[str, Any]) -> str:
+    """Two Markdown tables of the sets, with a last row for all: accuracies, then counts gpu / npu of other replies."""
+    sets = [*report["sets"].items(), ("all", report["all"])]
+    accuracies = [
+        {
+            "set": name,
+            "asked": row["questions"],
+            "gpu": _share(row["gpu"]),
+            "npu": _share(row["npu"]),
+            "same option": f"{100 * row['agreement']:.1f} %",
+        }
+        for name, row in sets
     ]
-    for name, row in [*report["sets"].items(), ("all", report["all"])]:
-        gpu, npu = row["gpu"], row["npu"]
-        counts = " | ".join(f"{gpu[count]} / {npu[count]}" for count in ("unreadable", "failed", "not_asked"))
-        shares = f"{_share(gpu)} | {_share(npu)} | {100 * row['agreement']:.1f} %"
-        lines.append(f"| {name} | {row['questions']} | {shares} | {counts} |")
-    return "\n".join(lines)
+    headings = {"unreadable": "no option", "failed": "failed", "not_asked": "not asked"}
+    others = [
+        {
+            "set": name,
+            **{title: f"{row['gpu'][count]} / {row['npu'][count]}" for count, title in headings.items()},
+        }
+        for name, row in sets
+    ]
+    return f"{markdown(accuracies)}\n\n{markdown(others)}"
 
 
 def _share(side: Mapping[str, Any]) -> str:
@@ -167,7 +181,7 @@ def _share(side: Mapping[str, Any]) -> str:
 
 
 def paired_line(paired: Mapping[str, Any]) -> str:
-    """The difference of the sides in words."""
+    """One line with the difference of the sides, for people."""
     return (
         f"npu - gpu: {100 * paired['difference']:+.2f} points (95 % {100 * paired['low']:+.2f} to "
         f"{100 * paired['high']:+.2f}); right on the npu alone {paired['only_first']}, on the gpu alone "
@@ -176,7 +190,7 @@ def paired_line(paired: Mapping[str, Any]) -> str:
 
 
 def test(arguments: argparse.Namespace) -> int:
-    """Print the comparison, and write it where --output_json says; the exit status."""
+    """Print the comparison, and write it to --output_json. Returns the exit status."""
     if arguments.output_json is not None:
         check_writable(str(arguments.output_json), "--output_json")
     answers = read_answers(arguments.sampling_answer_path)
@@ -187,12 +201,12 @@ def test(arguments: argparse.Namespace) -> int:
 
 
 def full_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, Any]:
-    """Print and return our comparison."""
+    """Print and return the full comparison."""
     sides = {"gpu": arguments.eval_gpu_path, "npu": arguments.eval_npu_path}
     report = compare(answers, {side: read_replies(path, answers) for side, path in sides.items()}, arguments.seed or 0)
     for side in sides:
         print(f"{side} {report['all'][side]['accuracy']:.4f}")
-    print(f"\n{table(report)}\n\n{paired_line(report['npu_minus_gpu'])}")
+    print(f"\n{tables(report)}\n\n{paired_line(report['npu_minus_gpu'])}")
     strange = report["without_right_answer"]
     if strange:
         print(f"{counted(len(strange), 'question')} not counted: {some_of(strange)}")
@@ -202,10 +216,10 @@ def full_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, An
 
 
 def legacy_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, Any]:
-    """Print and return the original's two numbers."""
+    """Print and return the two accuracies of MindIE's script."""
     if arguments.seed is not None:
         raise ConfigError("--seed is of no use with --legacy, which has no intervals")
-    # The original takes the first item of output_sequence, whether that is a list or a text.
+    # MindIE's script takes the first item of output_sequence, also when that is a text.
     npu, gpu = (
         {name: row["output_sequence"][0] if row["output_sequence"] else "" for name, row in read_results(path).items()}
         for path in (arguments.eval_npu_path, arguments.eval_gpu_path)
@@ -218,7 +232,7 @@ def legacy_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, 
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of MindIE's script, and ours."""
+    """The command's options: those of MindIE's script, --legacy, --seed and --output_json."""
     parser = Parser(
         prog="python precision/videobench/precision_test.py", description="Accuracy and agreement on Video-Bench."
     )

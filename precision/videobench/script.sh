@@ -1,4 +1,4 @@
-# What the two scripts of this folder share; sourced by them, with `root` and `usage` defined.
+# Functions of the two scripts of this folder. The scripts source this file and define `root` and `usage` before.
 
 refuse() {
     echo "error: $1; see \`bash $0 --help\`" >&2
@@ -16,7 +16,7 @@ named() {
     return 1
 }
 
-# Sets `positional` and, what follows --, `extra`.
+# Sets `positional`, and `extra` to the words after --.
 read_arguments() {
     positional=() extra=()
     while [ $# -gt 0 ]; do
@@ -30,7 +30,7 @@ read_arguments() {
     done
 }
 
-# Replaces the script by answer_questions.py with these options, and `extra`.
+# Replaces the script's process by answer_questions.py with the given options and `extra`.
 answer_questions() {
     # shellcheck source=../../atb_pllava/cli/find_python.sh
     . "$root/atb_pllava/cli/find_python.sh"

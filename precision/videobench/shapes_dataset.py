@@ -1,9 +1,9 @@
-"""A miniature Video-Bench of rendered clips, in the real layout, for the tiny trained model.
+"""Write a miniature Video-Bench of rendered clips, in the real layout, for the tiny trained model.
 
     python precision/videobench/shapes_dataset.py --out egs --clips 12
 
 writes egs/Video-Bench/Eval_QA/<set>_QA_new.json, egs/Video-Bench/ANSWER.json and egs/VideoBench/Eval_video/<set>/.
-As in Video-Bench, ids and names of videos repeat across sets. The clips' seeds are not among those of the training.
+As in Video-Bench, ids and names of videos repeat across sets. Training draws none of the clips' seeds.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from render_shapes import Clip, make_clip, render, write_video
 from shape_questions import Question, questions
 
 from atb_pllava.batch.progress import Progress
-from atb_pllava.cli import Parser, run_command
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import write_json
+from precision.command_line import Parser, run_command
 
 SETS = {
     "Appearance": ("colour", "shape", "colour_change"),
@@ -41,7 +41,7 @@ FIRST_SEED = 960000  # far from the seeds of examples/train_tiny_pllava.py
 
 
 def clips_with(tasks: tuple[str, ...], first: int, step: int) -> Iterator[tuple[Clip, list[Question]]]:
-    """Clips of every `step`-th seed from `first` that have questions of these kinds, with them."""
+    """Clips with questions of these kinds, and the questions. Seeds are `first`, `first + step`, and so on."""
     for seed in count(first, step):
         asked = [question for question in questions(make_clip(seed)) if question.task in tasks]
         if asked:
@@ -51,7 +51,7 @@ def clips_with(tasks: tuple[str, ...], first: int, step: int) -> Iterator[tuple[
 def write_set(
     out: Path, name: str, clips: list[tuple[Clip, list[Question]]], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """A set's videos and questions; its right answers {id: {"answer": letter}}."""
+    """Write the videos and questions of a set. Returns the right answers {id: {"answer": letter}}."""
     videos = out / "VideoBench" / "Eval_video" / name
     videos.mkdir(parents=True, exist_ok=True)
     items: dict[str, dict[str, Any]] = {}
@@ -70,14 +70,17 @@ def write_set(
 
 
 def write_dataset(out: Path, clips: int, seed: int = FIRST_SEED) -> int:
-    """All sets with `clips` clips each; the number of questions. Raises ConfigError for a folder that is in use."""
+    """Write all sets with `clips` clips each. Returns the number of questions.
+
+    Raises ConfigError for a folder that holds a Video-Bench already.
+    """
     if clips < 1:
         raise ConfigError(f"--clips is {clips}; it must be at least 1")
     if (out / "Video-Bench").exists() or (out / "VideoBench").exists():
         raise ConfigError(f"{out} holds a Video-Bench already; name a new folder")
     try:
         return _write_sets(out, clips, seed)
-    except BaseException:  # an interrupt too: what is half written would be in the way of the next run
+    except BaseException:  # KeyboardInterrupt too: half a dataset would stop the next run
         for name in ("Video-Bench", "VideoBench"):
             shutil.rmtree(out / name, ignore_errors=True)
         raise
@@ -96,7 +99,7 @@ def _write_sets(out: Path, clips: int, seed: int) -> int:
 
 
 def make(arguments: argparse.Namespace) -> int:
-    """Write the dataset; the exit status."""
+    """Write the dataset. Returns the exit status."""
     try:
         questions = write_dataset(arguments.out, arguments.clips, arguments.seed)
     except OSError as error:
@@ -106,7 +109,7 @@ def make(arguments: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The command's options."""
     parser = Parser(
         prog="python precision/videobench/shapes_dataset.py", description="A miniature Video-Bench of rendered clips."
     )

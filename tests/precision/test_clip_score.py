@@ -1,4 +1,4 @@
-"""CLIP scores against cosines computed by hand, and against open_clip used by hand where it is installed."""
+"""CLIP scores equal cosines computed by hand, and those of open_clip called directly, where it is installed."""
 
 import json
 import os
@@ -22,15 +22,15 @@ from precision.clip_score import MediaFolder, choose_device, main, read_judge_we
 from precision.run_reference import main as reference_main
 from tests.support import ROOT, write_video
 
-KEPT: list[torch.library.Library] = []  # operators live as long as their library
+KEPT: list[torch.library.Library] = []  # a library's operators exist as long as the library
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "grey": (1.0, 1.0, 1.0)}
 
 
 def open_clip() -> Any:
-    """The package, or a skip.
+    """The open_clip package. The test is skipped where it cannot be imported.
 
-    PyPI's torchvision is built for CUDA. Beside a torch without CUDA its own operators do not load, and its import asks
-    for two of them; no transform of images uses any, so that their names are enough.
+    PyPI's torchvision is built for CUDA. Beside a torch without CUDA its operators do not load, and its import needs
+    two of them by name. No transform of images calls them, so empty definitions are enough.
     """
     try:
         import open_clip
@@ -49,7 +49,7 @@ def open_clip() -> Any:
 
 
 class ColourJudge:
-    """A text's features are the colour it names, an image's are its mean colour."""
+    """A judge. Features of a text are the colour that it names; features of an image are its mean colour."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -92,9 +92,16 @@ def write(path: Path, answers: object) -> Path:
 
 def test_scores_are_cosines_and_failures_are_named(monkeypatch, capsys, folder: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "OpenClip", ColourJudge)
-    answers = write(tmp_path / "predict_result.json", {
-        f"{folder}/red.png": "red", "/elsewhere/clips/b/same.png": "grey and quite a lot more words",
-        "other/same.png": "grey", "broken.mp4": "red", "gone.png": "red"})  # fmt: skip
+    answers = write(
+        tmp_path / "predict_result.json",
+        {
+            f"{folder}/red.png": "red",
+            "/elsewhere/clips/b/same.png": "grey and quite a lot more words",
+            "other/same.png": "grey",
+            "broken.mp4": "red",
+            "gone.png": "red",
+        },
+    )
     status, out, err = score(capsys, folder, answers, output_json=tmp_path / "out.json")
     red = 200 / sqrt(200**2 + 30**2 + 30**2)
     assert status == 2
@@ -147,9 +154,12 @@ def test_a_killed_run_goes_on(monkeypatch, capsys, folder: Path, tmp_path: Path)
 
     monkeypatch.setattr(module, "OpenClip", Interrupted)
     (folder / "broken.mp4").unlink()
-    files = [write(tmp_path / "npu.json", {"red.png": "red", "gone.png": "red"}),
-             write(tmp_path / "gpu.json", {"red.png": "red", "a/same.png": "grey", "b/same.png": "green"})]  # fmt: skip
-    log, out = tmp_path / "out.json.scores.jsonl", tmp_path / "out.json"
+    files = [
+        write(tmp_path / "npu.json", {"red.png": "red", "gone.png": "red"}),
+        write(tmp_path / "gpu.json", {"red.png": "red", "a/same.png": "grey", "b/same.png": "green"}),
+    ]
+    log = tmp_path / "out.json.scores.jsonl"
+    out = tmp_path / "out.json"
     status, _, err = score(capsys, folder, *files, output_json=out)
     assert status == 130 and "goes on from here" in err and log.exists() and not out.exists()
     assert seen == ["red", "grey"]  # the medium that is in both files is scored once
@@ -195,14 +205,17 @@ def test_a_file_of_something_else_is_refused(capsys, folder: Path, tmp_path: Pat
 
 def test_user_errors(capsys, monkeypatch, folder: Path, tmp_path: Path) -> None:
     answers = write(tmp_path / "x.json", {"red.png": "red"})
-    for more, message in (({"device": "tpu"}, "--device is 'tpu'"), ({"dataset_path": "/nowhere"}, "/nowhere"),
-                          ({"num_frames": 0}, "--num_frames is 0"),
-                          ({"output_json": "/nowhere/x"}, "'/nowhere/x' cannot be written")):  # fmt: skip
+    for more, message in (
+        ({"device": "tpu"}, "--device is 'tpu'"),
+        ({"dataset_path": "/nowhere"}, "/nowhere"),
+        ({"num_frames": 0}, "--num_frames is 0"),
+        ({"output_json": "/nowhere/x"}, "'/nowhere/x' cannot be written"),
+    ):
         status, _, err = score(capsys, folder, answers, **more)
         assert status == 2 and message in err
     monkeypatch.setitem(sys.modules, "open_clip", None)
     status, _, err = score(capsys, folder, answers)
-    assert status == 2 and "pip install 'atb_pllava[precision]'" in err
+    assert status == 2 and "pip install -r precision/requirements.txt" in err
 
 
 def test_devices() -> None:
@@ -255,7 +268,7 @@ TINY = {
 
 @pytest.fixture
 def tiny_judge(tmp_path: Path) -> tuple[Path, Path]:
-    """A model's description and its random weights, as open_clip's training writes them."""
+    """Files of a small model: its description, and random weights in the form that open_clip's training writes."""
     package = open_clip()
     config = write(tmp_path / "tiny-judge.json", TINY)
     package.add_model_config(config)
@@ -268,15 +281,32 @@ def test_scores_are_those_of_open_clip_by_hand(capsys, folder: Path, tmp_path: P
     config, weights = tiny_judge
     clip = write_video(folder / "clip.mp4", frames=10)
     texts = {"red.png": "a red square", "clip.mp4": "noise that moves to the right and never ends in any way at all"}
-    status = main(["--model_weights_path", str(weights), "--image_info", str(write(tmp_path / "x.json", texts)),
-                   "--dataset_path", str(folder), "--model_name", str(config), "--device", "cpu", "--num_frames", "3",
-                   "--output_json", str(tmp_path / "out.json")])  # fmt: skip
+    status = main(
+        [
+            "--model_weights_path",
+            str(weights),
+            "--image_info",
+            str(write(tmp_path / "x.json", texts)),
+            "--dataset_path",
+            str(folder),
+            "--model_name",
+            str(config),
+            "--device",
+            "cpu",
+            "--num_frames",
+            "3",
+            "--output_json",
+            str(tmp_path / "out.json"),
+        ]
+    )
     assert status == 0 and "the beginning of 1 long texts" in capsys.readouterr().out
     items = json.loads((tmp_path / "out.json").read_text())["results"][0]["items"]
     model, _, preprocess = open_clip().create_model_and_transforms("tiny-judge", pretrained=str(weights))
     tokenizer = open_clip().get_tokenizer("tiny-judge")
-    pictures = {"red.png": [Image.open(folder / "red.png")],
-                "clip.mp4": [Image.fromarray(f) for f in module.read_media(str(clip), 3).frames]}  # fmt: skip
+    pictures = {
+        "red.png": [Image.open(folder / "red.png")],
+        "clip.mp4": [Image.fromarray(f) for f in module.read_media(str(clip), 3).frames],
+    }
     with torch.no_grad():
         for item in items:
             words = model.eval().encode_text(tokenizer([texts[item["media"]]]))
@@ -290,10 +320,26 @@ def test_scores_are_those_of_open_clip_by_hand(capsys, folder: Path, tmp_path: P
 def test_a_judge_that_does_not_fit_is_refused(capsys, folder: Path, tmp_path: Path, tiny_judge) -> None:
     _, weights = tiny_judge
     answers = write(tmp_path / "x.json", {"red.png": "red"})
-    for name, message in (("ViT-B-32", "does not fit --model_name ViT-B-32"), ("ViT-Z-99", "'ViT-Z-99'"),
-                          ("hf-hub:a/b", "'hf-hub:a/b'"), ("ViT-B-16-SigLIP", "nothing is downloaded")):  # fmt: skip
-        status = main(["--model_weights_path", str(weights), "--image_info", str(answers), "--dataset_path",
-                       str(folder), "--model_name", name, "--device", "cpu"])  # fmt: skip
+    for name, message in (
+        ("ViT-B-32", "does not fit --model_name ViT-B-32"),
+        ("ViT-Z-99", "'ViT-Z-99'"),
+        ("hf-hub:a/b", "'hf-hub:a/b'"),
+        ("ViT-B-16-SigLIP", "nothing is downloaded"),
+    ):
+        status = main(
+            [
+                "--model_weights_path",
+                str(weights),
+                "--image_info",
+                str(answers),
+                "--dataset_path",
+                str(folder),
+                "--model_name",
+                name,
+                "--device",
+                "cpu",
+            ]
+        )
         assert status == 2 and message in capsys.readouterr().err
 
 
@@ -302,22 +348,45 @@ def test_a_judge_that_does_not_fit_is_refused(capsys, folder: Path, tmp_path: Pa
 
 def test_the_reference_is_float32_and_alone(capsys, checkpoint: Path, media: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "precision" / "run_reference.py", "--model_path", checkpoint, "--image_path", media,
-         "--max_output_length", "4", "--prompt", "what?"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300)  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "precision" / "run_reference.py",
+            "--model_path",
+            checkpoint,
+            "--image_path",
+            media,
+            "--max_output_length",
+            "4",
+            "--prompt",
+            "what?",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     answers = json.loads((tmp_path / "gpu_coco_predict.json").read_text())
     llm = LLM(checkpoint, dtype="float32", backend="cpu")
-    assert answers == {f"{media}/{name}": llm.chat(media / name, "what?", SamplingParams(max_tokens=4)).text
-                       for name in ("clip10.mp4", "clip2.mp4", "red.png")}  # fmt: skip
+    assert answers == {
+        f"{media}/{name}": llm.chat(media / name, "what?", SamplingParams(max_tokens=4)).text
+        for name in ("clip10.mp4", "clip2.mp4", "red.png")
+    }
     assert json.loads((tmp_path / "gpu_coco_predict.json.manifest.json").read_text())["dtype"] == "float32"
-    for option, message in ((["--dtype", "bfloat16"], "the reference is float32"),
-                            (["--backend", "ascend"], "runs on cpu or cuda")):  # fmt: skip
+    for option, message in (
+        (["--dtype", "bfloat16"], "the reference is float32"),
+        (["--backend", "ascend"], "runs on cpu or cuda"),
+    ):
         assert reference_main(["--model_path", str(checkpoint), "--media", str(media), *option]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, ROOT / "precision" / "clip_score.py", "--help"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, ROOT / "precision" / "clip_score.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "--dataset_path" in done.stdout

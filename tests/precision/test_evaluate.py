@@ -1,4 +1,4 @@
-"""The benchmarks on miniature data in every layout: prompts, frames, scores and files; kills; what is broken."""
+"""The benchmarks on miniature data in every layout: prompts, frames, scores, files, kills, and broken data."""
 
 import json
 import os
@@ -24,13 +24,16 @@ from atb_pllava.multimodal.clip import Clip
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.prompt.chat_template import CONVERSATIONS
-from precision.evaluate import clips, mvbench, recaption, vcgbench, videoqa
-from precision.evaluate.__main__ import _parser, main
+from precision.evaluate import clips, mvbench, recaption
+from precision.evaluate.__main__ import main, parser
 from precision.evaluate.clips import ClipReader, media_of, read_frame_folder
+from precision.evaluate.mvbench import MVBench
 from precision.evaluate.predict import grouped
 from precision.evaluate.questions import Question, picked
 from precision.evaluate.run import BENCHMARKS
-from tests.support import ROOT, write_video
+from precision.evaluate.vcgbench import VCGBench
+from precision.evaluate.videoqa import VideoQA
+from tests.support import ROOT, table_rows, write_video
 
 
 def write(path: Path, value: Any) -> Path:
@@ -49,7 +52,7 @@ def clip(path: Path, **options: Any) -> Path:
 
 
 def frame_folder(folder: Path, count: int) -> Path:
-    """Frame k is all of the grey 10 * k."""
+    """A folder of frames. All pixels of frame k are 10 * k."""
     folder.mkdir(parents=True)
     for k in range(1, count + 1):
         Image.new("RGB", (64, 64), (10 * k,) * 3).save(folder / f"{k:05d}.jpg", quality=95)
@@ -73,7 +76,7 @@ def options(checkpoint: Path) -> tuple[str, ...]:
 
 
 def without(options: tuple[str, ...], *names: str) -> list[str]:
-    """The options but those that a test gives itself."""
+    """The options without those that a test gives itself."""
     pairs = zip(options[::2], options[1::2], strict=True)
     return [word for pair in pairs if pair[0] not in names for word in pair]
 
@@ -89,7 +92,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def log_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """Rows of answers.jsonl by the question's task and number; headers are left out."""
+    """Rows of answers.jsonl by task and number of the question, without header lines."""
     rows = map(json.loads, (directory / "answers.jsonl").read_text().splitlines())
     return {row["id"].rsplit("/", 1)[0]: row for row in rows if "id" in row}
 
@@ -99,7 +102,7 @@ def log_of(directory: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def mvbench_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Times, frame folders, a GIF, the same question twice, and every way for an entry to be broken."""
+    """A data folder with times, frame folders, a GIF, a question twice, and entries broken in every way."""
     data = tmp_path_factory.mktemp("MVBench")
     charades, tvqa = (
         data / "video" / mvbench.SUB_TASKS[stem].videos for stem in ("action_sequence", "episodic_reasoning")
@@ -110,10 +113,21 @@ def mvbench_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tvqa / "empty").mkdir()
     gif(data / "video" / "own.gif", 3)
     twice = entry("A.mp4", start=0.5, end=1.0)
-    write(data / "json" / "action_sequence.json", [
-        twice, twice, entry("A.mp4", start=0, end=99.5), entry("broken.mp4", start=0, end=1),
-        entry("missing.mp4", start=0, end=1), entry("A.mp4", start=5.0, end=6.0), entry("A.mp4"),
-        entry("A.mp4", start=0, end=1, answer="a cow"), {"video": "A.mp4"}, "no object"])  # fmt: skip
+    write(
+        data / "json" / "action_sequence.json",
+        [
+            twice,
+            twice,
+            entry("A.mp4", start=0, end=99.5),
+            entry("broken.mp4", start=0, end=1),
+            entry("missing.mp4", start=0, end=1),
+            entry("A.mp4", start=5.0, end=6.0),
+            entry("A.mp4"),
+            entry("A.mp4", start=0, end=1, answer="a cow"),
+            {"video": "A.mp4"},
+            "no object",
+        ],
+    )
     shows = [entry("show_01", start=0.0, end=2.0), entry("show_01", start=1, end=100), entry("empty", start=0, end=1)]
     write(data / "json" / "episodic_reasoning.json", shows)
     write(data / "json" / "my_own_task.json", [entry("own.gif"), entry("star/Charades_v1_480/A.mp4")])
@@ -125,11 +139,20 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert status == 2  # some have no answer
     assert "18 of MVBench's 20 sub-tasks are not there: Action Prediction, " in err
     assert "mvbench 15/15, 8 failed: 4 media, 4 request, " in err
-    for broken in ("broken.mp4", "missing.mp4", "start_seconds 5.0", "'start' is None", "'a cow' is not among",
-                   "'question' is None", "it is a str, not an object", "empty: holds no frames"):  # fmt: skip
+    for broken in (
+        "broken.mp4",
+        "missing.mp4",
+        "start_seconds 5.0",
+        "'start' is None",
+        "'a cow' is not among",
+        "'question' is None",
+        "it is a str, not an object",
+        "empty: holds no frames",
+    ):
         assert broken in err, broken
     assert "8 questions without an answer, counted as wrong" in err
-    results, log = read(tmp_path / "out" / "all_results.json"), log_of(tmp_path / "out")
+    results = read(tmp_path / "out" / "all_results.json")
+    log = log_of(tmp_path / "out")
     assert [row["task_type"] for row in results["result_list"]] == (
         ["Action Sequence"] * 10 + ["Episodic Reasoning"] * 3 + ["My Own Task"] * 2
     )
@@ -146,7 +169,10 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert log["My Own Task/0"]["frame_indices"] == [0, 1, 2, 0]  # the set {0, 1, 2} of a GIF, tiled
     right = {task: count[0] for task, count in results["acc_dict"].items()}
     assert {task: count[1] for task, count in results["acc_dict"].items()} == {
-        "Action Sequence": 10, "Episodic Reasoning": 3, "My Own Task": 2}  # fmt: skip
+        "Action Sequence": 10,
+        "Episodic Reasoning": 3,
+        "My Own Task": 2,
+    }
     board = read(tmp_path / "out" / "upload_leaderboard.json")
     assert board["Avg"] == round(100 * sum(right.values()) / 15, 2) and list(board)[-1] == "Avg"
     manifest = read(tmp_path / "out" / "manifest.json")
@@ -209,7 +235,8 @@ def test_a_changed_video_is_asked_about_again(capsys, options, tmp_path: Path) -
 
 
 def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_path: Path) -> None:
-    data, out = tmp_path / "data", tmp_path / "out"
+    data = tmp_path / "data"
+    out = tmp_path / "out"
     clip(data / "video" / "a.mp4")
     write(data / "json" / "mine.json", [entry("a.mp4")])
     arguments = ("mvbench", *options, "--data", data, "--output_dir", out)
@@ -272,13 +299,13 @@ def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
         {"pred": pred, "gt": "(A) one", "task_type": "T", "video_path": "v", "question": question} for pred in preds
     ]
     rows[-1]["error"] = "missing"
-    summary = mvbench.write_results(tmp_path, rows)
+    summary = MVBench().score(tmp_path, rows)
     assert summary["accuracy"] == {"T": 20.0, "Avg": 20.0} and summary["accuracy_of_answered"] == 25.0
     assert summary["unparseable"] == 2 and summary["right"] == 1
     assert read(tmp_path / "all_results.json")["acc_dict"] == {"T": [1, 5]}
-    assert "2 answers without an option, counted as wrong as in the original" in mvbench.lines(summary)
+    assert "2 answers without an option, counted as wrong as in the original" in MVBench().report(summary)
     ninths = [{**rows[0], "pred": "(A) one"}] * 8 + [rows[1]]  # 88.888... %
-    summary = mvbench.write_results(tmp_path, ninths)
+    summary = MVBench().score(tmp_path, ninths)
     assert summary["accuracy"] == {"T": 88.89, "Avg": 88.89} == read(tmp_path / "upload_leaderboard.json")
     assert summary["accuracy_of_answered"] == 88.89
 
@@ -287,18 +314,20 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     for stem in ("my_task", "My_task"):
         write(tmp_path / "json" / f"{stem}.json", [entry("a.mp4")])
     with pytest.raises(ConfigError, match="My_task.json and my_task.json are both 'My Task'"):
-        mvbench.read(tmp_path)
+        MVBench().read(tmp_path)
 
 
 def test_compare(capsys, tmp_path: Path) -> None:
     question = "Question: q\nOptions:\n(A) one\n(B) two"
     for name, preds in (("first", "ABBA"), ("second", "ABAx")):
-        rows = [{"pred": f"({pred}) z", "gt": "(A) one", "task_type": "T", "question": f"{question}{i}"}
-                for i, pred in enumerate(preds)]  # fmt: skip
+        rows = [
+            {"pred": f"({pred}) z", "gt": "(A) one", "task_type": "T", "question": f"{question}{i}"}
+            for i, pred in enumerate(preds)
+        ]
         write(tmp_path / name / "all_results.json", {"acc_dict": {}, "result_list": rows})
     target = tmp_path / "table.json"
     status, out, _ = run(capsys, "compare", tmp_path / "first", tmp_path / "second", "--output_json", target)
-    assert status == 0 and "| second | 50.0 % | 15.0 to 85.0 % | 50.0 % (2 of 4) | 1 |" in out
+    assert status == 0 and ["second", "50.0 %", "15.0 to 85.0 %", "50.0 % (2 of 4)", "1"] in table_rows(out)
     assert [row["right"] for row in read(target)] == [2, 2]
     write(tmp_path / "first" / "all_results.json", {"result_list": rows[:3]})
     status, _, err = run(capsys, "compare", tmp_path / "second", tmp_path / "first")
@@ -317,12 +346,18 @@ def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) ->
         clip(data / "video" / f"{i}.mp4", seed=i)
     write(data / "json" / "mine.json", [entry(f"{i % 4}.mp4", question=f"What {i}?") for i in range(24)])
     arguments = ["mvbench", *options, "--data", str(data), "--max_batch_size", "2", "--output_dir"]
-    killed, log = [*arguments, str(tmp_path / "killed")], tmp_path / "killed" / "answers.jsonl"
+    killed = [*arguments, str(tmp_path / "killed")]
+    log = tmp_path / "killed" / "answers.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     for stop, least, status in ((signal.SIGKILL, 3, -signal.SIGKILL), (signal.SIGINT, 9, 130)):
         process = subprocess.Popen(
-            [sys.executable, "tests/slowly.py", "0.02", "precision.evaluate", *killed], cwd=ROOT, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+            [sys.executable, "tests/slowly.py", "0.02", "precision.evaluate", *killed],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while not (log.exists() and log.read_bytes().count(b'"id"') >= least) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(stop)
@@ -345,8 +380,10 @@ def test_a_kill_loses_only_what_is_in_flight(capsys, options, tmp_path: Path) ->
 
 
 def test_questions_about_one_clip_come_together() -> None:
-    questions = [Question("T", i, video=video, start=start) for i, (video, start) in
-                 enumerate([("a", None), ("b", None), ("a", 1.0), ("a", None), ("b", None)])]  # fmt: skip
+    questions = [
+        Question("T", i, video=video, start=start)
+        for i, (video, start) in enumerate([("a", None), ("b", None), ("a", 1.0), ("a", None), ("b", None)])
+    ]
     assert grouped(questions) == [questions[i] for i in (0, 3, 1, 4, 2)]
 
 
@@ -438,7 +475,7 @@ def test_videoqa_files_that_do_not_go_together(tmp_path: Path) -> None:
     write(tmp_path / "TGIF_QA" / "test_q.json", [{}, {}])
     write(tmp_path / "TGIF_QA" / "test_a.json", [{}])
     with pytest.raises(ConfigError, match="has 2 entries and test_a.json 1"):
-        videoqa.read(tmp_path)
+        VideoQA().read(tmp_path)
 
 
 def test_vcgbench(capsys, options, tmp_path: Path) -> None:
@@ -460,7 +497,7 @@ def test_vcgbench(capsys, options, tmp_path: Path) -> None:
     assert rows[2]["pred"] == log["consistency_qa/0a"]["pred"].strip()
     assert rows[2]["pred1"] == log["consistency_qa/0b"]["pred"].strip()
     # The original's shuffle of 3 entries and its first 2: numpy's RandomState(42) leaves [0, 1, 2].
-    assert [q.number for q in vcgbench.read(tmp_path / "data", ratio=2)] == [0, 1]
+    assert [q.number for q in VCGBench().read(tmp_path / "data", ratio=2)] == [0, 1]
 
 
 def test_recaption(capsys, options, tmp_path: Path) -> None:
@@ -487,20 +524,20 @@ def test_parts_of_the_data_are_the_originals() -> None:
 # The command line
 
 
-def test_the_readmes_commands_are_commands() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^python -m precision\.evaluate (.*)$", readme, re.MULTILINE)
-    verbs = {_parser().parse_args(shlex.split(command)).verb for command in commands}
+def test_the_commands_of_the_page_are_commands() -> None:
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m precision\.evaluate (.*)$", page, re.MULTILINE)
+    verbs = {parser().parse_args(shlex.split(command)).verb for command in commands}
     assert verbs == {"mvbench", "videoqa", "vcgbench", "recaption", "judge", "compare"}
 
 
 @pytest.mark.parametrize("verb", ["mvbench", "videoqa", "vcgbench", "recaption"])
 def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -> None:
-    """Every file that the message about an empty folder names stands in the tree of --help."""
+    """The layout in --help shows every file that the message about an empty folder names."""
     status, out, _ = run(capsys, verb, "--help")
     assert status == 0
     with pytest.raises(ConfigError) as caught:
-        BENCHMARKS[verb].module.read(tmp_path)
+        BENCHMARKS[verb].read(tmp_path)
     files = re.search(r"looked there for (.*); --help", str(caught.value)).group(1)
     for file in files.replace("for example ", "").split(", "):
         for part in file.split("/"):

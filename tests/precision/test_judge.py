@@ -1,6 +1,7 @@
-"""The judge against a stand-in endpoint that is slow, limited, broken or talks nonsense: no failure becomes a score."""
+"""The judge with a local endpoint that is slow, limited, broken or talks nonsense: no failure becomes a score."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,37 +13,40 @@ import pytest
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.errors import BackendError, ConfigError
-from precision.evaluate import vcgbench, videoqa
 from precision.evaluate.__main__ import main
 from precision.evaluate.judge import Judge, case_name, judge_all
 from precision.evaluate.judge_prompts import ANSWER, DETAIL, Case
 from precision.evaluate.judging import judge_results
+from precision.evaluate.vcgbench import VCGBench
+from precision.evaluate.videoqa import VideoQA
 from tests.support import write_video
 
 Reply = tuple[int, dict[str, str], bytes]
 
 
 def says(text: str, **more: Any) -> Reply:
-    """What an OpenAI-compatible endpoint answers."""
+    """The reply of an OpenAI-compatible endpoint."""
     message = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
     return 200, {}, json.dumps({"model": "judge-0125", "choices": [message], **more}).encode()
 
 
 class Endpoint:
-    """A server whose `answer(number of the call, body)` is its behaviour; it keeps what it was asked."""
+    """A local server. `answer(number of the call, body)` gives its replies, and `calls` keeps the requests."""
 
     def __init__(self) -> None:
         self.answer: Callable[[int, dict[str, Any]], Reply | None] = lambda *_: says("{'pred': 'yes', 'score': 4}")
         self.calls: list[dict[str, Any]] = []
         self.running = self.most_at_once = 0
-        lock, endpoint = threading.Lock(), self
+        lock = threading.Lock()
+        endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     number = len(endpoint.calls)
-                    endpoint.calls.append({"path": self.path, "headers": dict(self.headers), **body})
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    endpoint.calls.append({"path": self.path, "headers": headers, **body})
                     endpoint.running += 1
                     endpoint.most_at_once = max(endpoint.most_at_once, endpoint.running)
                 reply = endpoint.answer(number, body)
@@ -111,8 +115,9 @@ def run(judging: Judge, some: dict[str, Case], folder: Path, at_once: int = 4) -
 )
 def test_verdicts_by_hand(reply: str, verdict: dict[str, Any] | None) -> None:
     assert Case(ANSWER, {}).verdict(reply) == verdict
-    assert Case(DETAIL, {}).verdict(reply) == (verdict and {"score": verdict["score"]} if verdict else
-                                               {"score": 4} if "maybe" in reply else None)  # fmt: skip
+    assert Case(DETAIL, {}).verdict(reply) == (
+        verdict and {"score": verdict["score"]} if verdict else {"score": 4} if "maybe" in reply else None
+    )
 
 
 def test_what_is_sent(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -122,13 +127,54 @@ def test_what_is_sent(endpoint: Endpoint, tmp_path: Path) -> None:
     (row,) = run(judge(endpoint, key="secret", temperature=0.0), some, tmp_path).values()
     assert (row["pred"], row["score"], row["version"], row["attempts"]) == ("no", 1, "judge-0125 fp_1", 1)
     (call,) = endpoint.calls
-    assert call["path"] == "/v1/chat/completions" and call["headers"]["Authorization"] == "Bearer secret"
+    assert call["path"] == "/v1/chat/completions" and call["headers"]["authorization"] == "Bearer secret"
     assert call["model"] == "judge" and call["temperature"] == 0.0
     system, user = call["messages"]
     assert system["role"] == "system" and user["role"] == "user" and "question" in system["content"]
     assert user["content"].startswith("Question: Who {runs}?\nCorrect answer: a dog\nPredicted answer: a cat\n\n")
     assert "'yes' or 'no'" in user["content"] and "0 (worst) to 5 (best)" in user["content"]
     assert b"secret" not in (tmp_path / "judgements.jsonl").read_bytes()
+
+
+def test_nothing_of_the_environment_is_sent(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "somebody-elses")
+    monkeypatch.setenv("OPENAI_ORG_ID", "organization")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    run(judge(endpoint), cases(1), tmp_path)
+    (call,) = endpoint.calls
+    assert "authorization" not in call["headers"] and "openai-organization" not in call["headers"]
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/chat/completions"])
+def test_the_address_may_have_a_query_and_the_whole_path(endpoint: Endpoint, tmp_path: Path, ending: str) -> None:
+    run(Judge(f"{endpoint.url}{ending}?api-version=1", "judge"), cases(1), tmp_path)
+    assert endpoint.calls[0]["path"] == "/v1/chat/completions?api-version=1"
+
+
+def test_an_interrupt_ends_the_calls_in_flight(
+    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    endpoint.answer = lambda number, _: says("{'pred': 'yes', 'score': 4}") if number == 0 or gate.wait(60) else None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "add", interrupted)
+    results = [{"pred": f"p{i}", "gt": "g", "task_type": "MSVD_QA", "question": "q"} for i in range(9)]
+    with pytest.raises(KeyboardInterrupt):
+        judge_results(tmp_path, results, VideoQA(), judge(endpoint), 4)
+    gate.set()
+    assert (tmp_path / "judgements.jsonl").read_text().count('"id"') == 1
+
+
+def test_without_the_client_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match="pip install -r precision/requirements.txt"):
+        Judge("http://localhost/v1", "judge")
 
 
 def test_calls_run_together_up_to_the_limit(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -195,7 +241,8 @@ def test_failures_are_rows_and_are_asked_again(endpoint: Endpoint, tmp_path: Pat
     rows = list(run(judge(endpoint), some, tmp_path).values())
     assert ["error" in row for row in rows] == [False, False, True, False, True, False]
     assert "holds no verdict: 'no idea' (attempt 3)" in rows[2]["error"] and len(endpoint.calls) == 4 + 2 * 3
-    endpoint.answer, endpoint.calls = lambda *_: says("{'pred': 'yes', 'score': 5}"), []
+    endpoint.answer = lambda *_: says("{'pred': 'yes', 'score': 5}")
+    endpoint.calls = []
     rows = list(run(judge(endpoint), some, tmp_path).values())
     assert [row["score"] for row in rows] == [1, 1, 5, 1, 5, 1] and len(endpoint.calls) == 2
     # A log of an older version has no header: its verdicts, which were paid for, still count.
@@ -291,9 +338,15 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
         return says(next(reply for pred, reply in replies.items() if f"Predicted answer: {pred}\n" in asked(body)))
 
     endpoint.answer = answer
-    results = [row(0, "MSVD_QA"), row(1, "MSVD_QA"), row(2, "MSVD_QA"), row(3, "TGIF_QA"), row(0, "TGIF_QA"),
-               {**row(9, "TGIF_QA"), "pred": "", "error": "no such video"}]  # fmt: skip
-    summary = judge_results(tmp_path, results, videoqa, judge(endpoint, attempts=1), 2)
+    results = [
+        row(0, "MSVD_QA"),
+        row(1, "MSVD_QA"),
+        row(2, "MSVD_QA"),
+        row(3, "TGIF_QA"),
+        row(0, "TGIF_QA"),
+        {**row(9, "TGIF_QA"), "pred": "", "error": "no such video"},
+    ]
+    summary = judge_results(tmp_path, results, VideoQA(), judge(endpoint, attempts=1), 2)
     everything = json.loads((tmp_path / "all_results.json").read_text())
     # p2 counts nowhere; the missing video is wrong with score 0; p0 stands twice.
     assert everything["acc_dict"] == {
@@ -304,8 +357,11 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
     assert [r["correct"] for r in rows] == [True, False, None, True, True, False]
     assert rows[2]["score"] is None and "no verdict" in rows[2]["judge_error"] and rows[5]["error"] == "no such video"
     assert json.loads((tmp_path / "upload_leaderboard.json").read_text()) == {
-        "MSVD_QA": {"acc": 50.0, "score": 3.5}, "TGIF_QA": {"acc": 66.67, "score": 3.0},
-        "Avg_Acc": 60.0, "Avg_Score": 3.2}  # fmt: skip
+        "MSVD_QA": {"acc": 50.0, "score": 3.5},
+        "TGIF_QA": {"acc": 66.67, "score": 3.0},
+        "Avg_Acc": 60.0,
+        "Avg_Score": 3.2,
+    }
     assert summary["judge"] == {"model": "judge", "versions": {"judge-0125": 3}, "cases": 5, "failed": 1}
     record = json.loads((tmp_path / "judge.json").read_text())
     assert record["url"] == endpoint.url and "'pred'" in record["prompts"][0]["contract"] and len(endpoint.calls) == 4
@@ -319,11 +375,14 @@ def test_vcgbench_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
 
     endpoint.answer = answer
     base = {"gt": "g", "video_path": "v", "question": "q"}
-    results = [{**base, "pred": "p", "task_type": "generic_qa"}, {**base, "pred": "p", "task_type": "temporal_qa"},
-               {**base, "pred": "p", "pred1": "r", "question1": "q1", "task_type": "consistency_qa"},
-               {**base, "pred": "", "task_type": "generic_qa"},
-               {**base, "pred": "p", "pred1": "", "question1": "q1", "task_type": "consistency_qa"}]  # fmt: skip
-    judge_results(tmp_path, results, vcgbench, Judge(endpoint.url, "org/judge"), 2)
+    results = [
+        {**base, "pred": "p", "task_type": "generic_qa"},
+        {**base, "pred": "p", "task_type": "temporal_qa"},
+        {**base, "pred": "p", "pred1": "r", "question1": "q1", "task_type": "consistency_qa"},
+        {**base, "pred": "", "task_type": "generic_qa"},
+        {**base, "pred": "p", "pred1": "", "question1": "q1", "task_type": "consistency_qa"},
+    ]
+    judge_results(tmp_path, results, VCGBench(), Judge(endpoint.url, "org/judge"), 2)
     everything = json.loads((tmp_path / "final_results-org_judge.json").read_text())
     assert everything["acc_dict"] == {
         "context": {"correct": 1, "total": 2, "score": 4},
@@ -360,16 +419,30 @@ def test_the_command_from_videos_to_scores(
         "--judge_attempts",
         "1",
     ]
-    command = ["videoqa", "--model_path", str(checkpoint), "--dtype", "float32", "--backend", "cpu", "--data",
-               str(tmp_path / "data"), "--max_output_length", "2", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    command = [
+        "videoqa",
+        "--model_path",
+        str(checkpoint),
+        "--dtype",
+        "float32",
+        "--backend",
+        "cpu",
+        "--data",
+        str(tmp_path / "data"),
+        "--max_output_length",
+        "2",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert main([*command, *judging]) == 2
     captured = capsys.readouterr()
     assert "the judge failed on 1 of 3 cases, not counted" in captured.err and "MSRVTT_QA" in captured.out
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["MSRVTT_QA"] == {"acc": 100.0, "score": 4.0}
-    assert {call["headers"]["Authorization"] for call in endpoint.calls} == {"Bearer secret"}
+    assert {call["headers"]["authorization"] for call in endpoint.calls} == {"Bearer secret"}
     # The failed case again, without the model; then the whole command, which has nothing left to do.
-    endpoint.answer, endpoint.calls = lambda *_: says("{'pred': 'no', 'score': 0}"), []
+    endpoint.answer = lambda *_: says("{'pred': 'no', 'score': 0}")
+    endpoint.calls = []
     assert main(["judge", str(tmp_path / "out"), *judging]) == 0 and len(endpoint.calls) == 1
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["Avg_Acc"] == 66.67

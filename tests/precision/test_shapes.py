@@ -1,4 +1,4 @@
-"""The shapes benchmark: held out, in MVBench's layout, the same bytes each time, whole or absent."""
+"""The shapes benchmark: seeds not in training, MVBench's layout, the same bytes each time, whole or absent."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.errors import ConfigError
-from precision.evaluate import mvbench
 from precision.evaluate.__main__ import main
+from precision.evaluate.mvbench import SUB_TASKS, MVBench
 from precision.shapes import dataset
 from precision.shapes.dataset import FIRST_SEED, HELD_OUT, make_clip, write_shapes
 from tests.support import ROOT
@@ -30,7 +30,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_bytes_from_another_process(shapes: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "precision.shapes", "--output", tmp_path / "again", "--clips", "12"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert "clips 12/12" in done.stderr and "12 clips, " in done.stdout
     assert contents(tmp_path / "again") == contents(shapes)
@@ -52,10 +56,10 @@ def test_every_answer_is_true_of_its_clip(shapes: Path) -> None:
 
 
 def test_mvbench_reads_it_as_its_own_sub_tasks(shapes: Path) -> None:
-    questions = mvbench.read(shapes)
+    questions = MVBench().read(shapes)
     assert {question.task for question in questions} == {stem.replace("_", " ").title() for stem in dataset.SUB_TASKS}
     assert all(question.problem is None and Path(question.video).is_file() for question in questions)
-    assert mvbench.missing_sub_tasks(shapes) == [] and not set(dataset.SUB_TASKS) & set(mvbench.SUB_TASKS)
+    assert MVBench().missing_tasks(shapes) == [] and not set(dataset.SUB_TASKS) & set(SUB_TASKS)
 
 
 def test_the_trained_model_knows_the_answers(shapes: Path, tmp_path: Path) -> None:

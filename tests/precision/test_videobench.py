@@ -1,4 +1,4 @@
-"""Video-Bench on rendered clips: samples lose nothing, answers survive a kill, scores are those worked out by hand."""
+"""Video-Bench on rendered clips: samples lose nothing, answers survive a kill, scores equal those by hand."""
 
 import json
 import os
@@ -17,18 +17,13 @@ import pytest
 
 from atb_pllava import LLM, ConfigError, SamplingParams
 from atb_pllava.batch.result_log import ResultLog
+from precision.confidence import paired_difference, wilson_interval
 from precision.videobench import answer_questions, extract_dataset, precision_test
 from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
-from precision.videobench.scoring import (
-    accuracy_as_original,
-    paired_difference,
-    read_letter,
-    read_letter_as_original,
-    wilson_interval,
-)
+from precision.videobench.scoring import accuracy_as_original, read_letter, read_letter_as_original
 from precision.videobench.shapes_dataset import write_dataset
-from tests.support import ROOT
+from tests.support import ROOT, table_rows
 
 TINY = ROOT / "examples" / "tiny_pllava"
 FOLDER = ROOT / "precision" / "videobench"
@@ -36,7 +31,7 @@ FOLDER = ROOT / "precision" / "videobench"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature Video-Bench with five sets of two clips; for reading only."""
+    """A miniature Video-Bench with five sets of two clips. Tests only read it."""
     egs = tmp_path_factory.mktemp("videobench") / "egs"
     write_dataset(egs, clips=2)
     return egs
@@ -44,23 +39,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def egs(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of the miniature that a test may change."""
     shutil.copytree(made, tmp_path / "egs")
     return tmp_path / "egs"
 
 
 def sample(egs: Path, *options: object) -> int:
-    """Run extract_dataset.py's function on a folder in the document's layout."""
+    """Run extract_dataset.py on a folder in the documented layout. Returns the exit status."""
     arguments = [
-        "--Eval_QA_root", egs / "Video-Bench", "--Eval_Video_root", egs / "VideoBench",
-        "--sampling_output_folder", egs / "VideoBench" / "Eval_video",
-        "--json_output_path", egs / "Video-Bench" / "Eval_QA",
-        "--correct_answer_file", egs / "Video-Bench" / "ANSWER.json", *options]  # fmt: skip
+        "--Eval_QA_root",
+        egs / "Video-Bench",
+        "--Eval_Video_root",
+        egs / "VideoBench",
+        "--sampling_output_folder",
+        egs / "VideoBench" / "Eval_video",
+        "--json_output_path",
+        egs / "Video-Bench" / "Eval_QA",
+        "--correct_answer_file",
+        egs / "Video-Bench" / "ANSWER.json",
+        *options,
+    ]
     return extract_dataset.extract(extract_dataset.parser().parse_args(list(map(str, arguments))))
 
 
 def sampled(egs: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Questions and right answers of the sample."""
+    """The questions and the right answers of the sample."""
     folder = egs / "Video-Bench" / "Eval_QA"
     questions = json.loads((folder / "sampling_datasets_QA_new.json").read_text())
     return questions, json.loads((folder / "sampling_answer.json").read_text())
@@ -68,13 +71,30 @@ def sampled(egs: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def command(egs: Path, out: Path, *options: object) -> list[str]:
     """The command line of answer_questions.py for the sets of `egs`."""
-    return list(map(str, [
-        "--model_path", TINY, "--dtype", "float32", "--backend", "cpu", "--Eval_QA_root", egs / "Video-Bench",
-        "--Eval_Video_root", egs / "VideoBench", "--chat_conversation_output_folder", out, *options]))  # fmt: skip
+    return list(
+        map(
+            str,
+            [
+                "--model_path",
+                TINY,
+                "--dtype",
+                "float32",
+                "--backend",
+                "cpu",
+                "--Eval_QA_root",
+                egs / "Video-Bench",
+                "--Eval_Video_root",
+                egs / "VideoBench",
+                "--chat_conversation_output_folder",
+                out,
+                *options,
+            ],
+        )
+    )
 
 
 def answer(egs: Path, out: Path, *options: object) -> int:
-    """Run answer_questions.py's function."""
+    """Run answer_questions.py. Returns the exit status."""
     return answer_questions.answer_sets(answer_questions.parser().parse_args(command(egs, out, *options)))
 
 
@@ -88,7 +108,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def answered(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of two sets."""
+    """A folder with the results of two sets."""
     out = tmp_path_factory.mktemp("answered")
     assert answer(made, out, "--dataset_name", "Movement", "--dataset_name", "Appearance") == 0
     return out
@@ -217,7 +237,8 @@ def test_an_earlier_sample_is_kept(egs: Path) -> None:
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x.mp4"), KeyboardInterrupt()])
 def test_a_copy_that_ends_early_leaves_the_old_sample(egs: Path, monkeypatch, error: BaseException) -> None:
     assert sample(egs, "--nums", 4) == 0
-    before, questions = files(egs), sampled(egs)
+    before = files(egs)
+    questions = sampled(egs)
     copies: list[object] = []
 
     def copy(source: Path, target: Path) -> None:
@@ -233,7 +254,8 @@ def test_a_copy_that_ends_early_leaves_the_old_sample(egs: Path, monkeypatch, er
 
 def test_an_end_between_the_renames_leaves_the_old_sample(egs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample(egs, "--nums", 4) == 0
-    before, rename = files(egs), Path.rename
+    before = files(egs)
+    rename = Path.rename
 
     def interrupt(source: Path, target: Path) -> Path:
         if source.name == "new":
@@ -274,7 +296,8 @@ def test_answers_are_the_models_and_right(made: Path, answered: Path) -> None:
     llm = LLM(TINY, dtype="float32", backend="cpu")
     hits = []
     for name in ("Movement", "Appearance"):
-        rows, questions = results(answered, name), read_questions(made / "Video-Bench", name)
+        rows = results(answered, name)
+        questions = read_questions(made / "Video-Bench", name)
         assert list(rows) == [question.name for question in questions]
         prompts = [choice_prompt(Question("", q.text, "", tuple(q.choices.values()), 0)) for q in questions]
         videos = [str(made / "VideoBench" / question.vid_path) for question in questions]
@@ -341,8 +364,16 @@ def test_a_run_that_was_ended_goes_on(made: Path, answered: Path, tmp_path: Path
     options = ("--dataset_name", "Movement", "--max_batch_size", 1)
     log = tmp_path / "Movement_eval.log.jsonl"
     run = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "slowly.py"), "0.05", str(FOLDER / "answer_questions.py"),
-         *command(made, tmp_path, *options)], stderr=subprocess.PIPE, text=True)  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "tests" / "slowly.py"),
+            "0.05",
+            str(FOLDER / "answer_questions.py"),
+            *command(made, tmp_path, *options),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not (log.exists() and log.read_bytes().count(b"\n") >= 3):  # a header and two answers
         assert run.poll() is None and not time.sleep(0.002)
     run.send_signal(kind)
@@ -437,10 +468,15 @@ def test_paired_difference() -> None:
 def write_side(path: Path, rows: Mapping[str, tuple[str, Any]], failed: Sequence[str] = ()) -> Path:
     """A <set>_eval.json with {id: (reply, dataset)}."""
     values = {
-        name: {"video_id": 1, "question": "?", "output_sequence": [reply], **({"dataset": dataset} if dataset else {}),
-               **({"error": "no video"} if name in failed else {})}
+        name: {
+            "video_id": 1,
+            "question": "?",
+            "output_sequence": [reply],
+            **({"dataset": dataset} if dataset else {}),
+            **({"error": "no video"} if name in failed else {}),
+        }
         for name, (reply, dataset) in rows.items()
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(values))
     return path
 
@@ -454,19 +490,22 @@ def test_a_comparison_worked_out_by_hand(tmp_path: Path, capsys: pytest.CaptureF
     right = {"MV": {"MV_0": "A", "7": "B", "8": "C"}, "MOT": {"MOT_0": "F", "9": "E"}, "NBA": {"1": "A"}}
     answers = tmp_path / "sampling_answer.json"
     answers.write_text(json.dumps({s: {k: {"answer": a} for k, a in q.items()} for s, q in right.items()}))
-    mv, mot = "MV", "MOT"
+    mv = "MV"
+    mot = "MOT"
     gpu = write_side(
         tmp_path / "gpu.json", {"MV_0": ("A", mv), "7": ("B. x", mv), "8": ("hm", mv), "MOT_0": ("F", mot)}
     )
     npu = write_side(
         tmp_path / "npu.json",
         {"MV_0": ("A", mv), "7": ("C", mv), "8": ("C", mv), "MOT_0": ("(F) 63", mot), "9": ("", mot), "zz": ("A", mv)},
-        failed=["9"])  # fmt: skip
+        failed=["9"],
+    )
     assert compare(npu, gpu, answers, "--output_json", tmp_path / "report.json") == 0
     out = capsys.readouterr().out.splitlines()
     assert out[:2] == ["gpu 0.6000", "npu 0.6000"]  # of five questions; zz has no right answer
     report = json.loads((tmp_path / "report.json").read_text())
-    every, sets = report["all"], report["sets"]
+    every = report["all"]
+    sets = report["sets"]
     assert (every["questions"], every["gpu"]["right"], every["npu"]["right"]) == (5, 3, 3)
     assert every["agreement"] == 2 / 5  # MV_0 and MOT_0
     counts = ("unreadable", "failed", "not_asked")
@@ -491,7 +530,8 @@ def test_results_without_a_dataset(tmp_path: Path) -> None:
 
 
 def test_comparisons_that_cannot_be_made(tmp_path: Path, made: Path) -> None:
-    answers, empty = made / "Video-Bench" / "ANSWER.json", tmp_path / "e.json"
+    answers = made / "Video-Bench" / "ANSWER.json"
+    empty = tmp_path / "e.json"
     side = write_side(tmp_path / "Count_eval.json", {"0": ("none", None)})
     empty.write_text("{}")
     with pytest.raises(ConfigError, match="divides by zero"):
@@ -509,18 +549,24 @@ def test_comparisons_that_cannot_be_made(tmp_path: Path, made: Path) -> None:
 # The commands
 
 
-def test_the_commands_of_the_readme(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_commands_of_the_page(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
     (block,) = [code for code in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "extract_dataset.py" in code]
     small = block.replace("--clips 40", "--clips 2").replace("--nums 400", "--nums 12")
     assert small.count("--clips 2") == small.count("--nums 12") == 1
     script = small.replace("precision/videobench/", f"{FOLDER}/").replace("examples/", f"{ROOT}/examples/")
     done = subprocess.run(
-        ["bash", "-euc", script.replace("python ", f"{sys.executable} ")], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable}, timeout=300)  # fmt: skip
+        ["bash", "-euc", script.replace("python ", f"{sys.executable} ")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"^gpu [01]\.\d{4}$\n^npu [01]\.\d{4}$", done.stdout, re.MULTILINE)
-    assert "| all | 12 |" in done.stdout
+    assert ["all", "12"] in [row[:2] for row in table_rows(done.stdout)]
+    assert max(len(line) for line in done.stdout.splitlines() if line.startswith("|")) <= 100
 
 
 def test_a_users_error_is_one_message(tmp_path: Path) -> None:
@@ -533,7 +579,8 @@ def test_a_users_error_is_one_message(tmp_path: Path) -> None:
             "/no.json",
         ),
     ):
-        done = subprocess.run([arguments[0], str(FOLDER / arguments[1]), *arguments[2:]], cwd=tmp_path,
-                              capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [arguments[0], str(FOLDER / arguments[1]), *arguments[2:]], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from atb_pllava.cli.bench import cache, compare, limits, load, overhead, scaling, sweep, video
+from atb_pllava.cli.bench import cache, compare, load, overhead, peaks, scaling, sweep, video
 from atb_pllava.cli.parser import Parser
 
 Run = Callable[[argparse.Namespace], int]
@@ -11,7 +11,7 @@ Run = Callable[[argparse.Namespace], int]
 # Each kind has a module with its `add_options` and its `run`.
 KINDS = {
     "sweep": ("throughput and latency over batch size (what `bench` alone does)", sweep),
-    "limits": ("what this machine can read and multiply in a second", limits),
+    "peaks": ("peak read bandwidth and FLOP/s of this machine", peaks),
     "compare": ("stage by stage against Hugging Face transformers", compare),
     "cache": ("first token of a second question about a video", cache),
     "overhead": ("what of a decode step is not the model", overhead),

@@ -2,7 +2,7 @@
 
 import argparse
 
-from atb_pllava.bench.microbench import second_question
+from atb_pllava.bench.microbench import cached_ttft
 from atb_pllava.cli.bench.model import add_model_and_input, check_input, open_model, request_maker
 from atb_pllava.cli.bench.output import add_json, add_rounds, check_json, check_rounds, print_rows
 
@@ -23,5 +23,5 @@ def run(arguments: argparse.Namespace) -> int:
     ) as llm:
         if isinstance(llm, int):
             return llm
-        print_rows(arguments, [second_question(llm, request_maker(arguments, llm), arguments.rounds)])
+        print_rows(arguments, [cached_ttft(llm, request_maker(arguments, llm), arguments.rounds)])
     return 0

@@ -1,8 +1,9 @@
 """`bench compare`: stage by stage against Hugging Face transformers, and llama.cpp if wanted, with the same weights."""
 
 import argparse
+from functools import partial
 
-from atb_pllava.bench.compare import STAGES, compare
+from atb_pllava.bench.compare import STAGES, compare, compare_tables
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import measure
 from atb_pllava.bench.shapes import shape_config
@@ -14,7 +15,7 @@ from atb_pllava.cli.bench.output import (
     ascending_numbers,
     check_json,
     check_rounds,
-    print_rows,
+    save_json,
     say,
 )
 from atb_pllava.errors import ConfigError, check_whole_number
@@ -51,14 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments, backend="cpu", max_batch_size=max(batches), max_input_length=length, max_output_length=1
     ) as llm:
         assert not isinstance(llm, int)
-        say(arguments, "measuring the limits of this machine")
-        limits = measure(llm.model.ops)
+        say(arguments, "measuring the peaks of this machine")
+        peaks = measure(llm.model.ops)
         third = None
         if arguments.gguf is not None:
-            third = LlamaCppPeer(arguments.gguf, config.text, length + 8, limits.threads)
-        rows = compare(
-            llm, stages, arguments.text_tokens, batches, arguments.rounds, third, lambda text: say(arguments, text)
-        )
-        print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}\n")
-        print_rows(arguments, list(rows))
+            third = LlamaCppPeer(arguments.gguf, config.text, length + 8, peaks.threads)
+        progress = partial(say, arguments)
+        rows = list(compare(llm, stages, arguments.text_tokens, batches, arguments.rounds, third, progress))
+        print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
+        save_json(arguments, rows)
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from atb_pllava.bench.microbench import loading
+from atb_pllava.bench.microbench import loading_time
 from atb_pllava.cli.bench.output import add_json, check_json, print_rows
 from atb_pllava.cli.engine_args import add_model_options
 from atb_pllava.cli.loading import load_model
@@ -30,5 +30,5 @@ def run(arguments: argparse.Namespace) -> int:
     check_json(arguments)
     if arguments.world_size not in (None, 1):
         raise ConfigError("bench load measures one process: leave --world_size out")
-    print_rows(arguments, [loading(arguments.model_path, lambda: load_model(arguments, **_SMALLEST))])
+    print_rows(arguments, [loading_time(arguments.model_path, lambda: load_model(arguments, **_SMALLEST))])
     return 0

@@ -32,7 +32,7 @@ def check_json(arguments: argparse.Namespace, *inputs: str) -> None:
 
 def print_rows(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows as a Markdown table, and write them to --json."""
-    print(markdown(rows, list(dict.fromkeys(name for row in rows for name in row))))
+    print(markdown(rows))
     save_json(arguments, rows)
 
 

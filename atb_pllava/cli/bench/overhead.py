@@ -2,7 +2,7 @@
 
 import argparse
 
-from atb_pllava.bench.microbench import python_share
+from atb_pllava.bench.microbench import engine_overhead
 from atb_pllava.bench.shapes import made_up_words
 from atb_pllava.cli.bench.model import add_bench_model, check_input, open_model
 from atb_pllava.cli.bench.output import add_json, check_json, print_rows
@@ -37,5 +37,5 @@ def run(arguments: argparse.Namespace) -> int:
     with open_model(arguments, max_batch_size=batch, max_input_length=length, max_output_length=new_tokens) as llm:
         if isinstance(llm, int):
             return llm
-        print_rows(arguments, [python_share(llm, {"question": question}, batch, new_tokens)])
+        print_rows(arguments, [engine_overhead(llm, {"question": question}, batch, new_tokens)])
     return 0

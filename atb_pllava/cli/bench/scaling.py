@@ -6,10 +6,11 @@ from typing import Any
 
 from atb_pllava.bench.machine import measure
 from atb_pllava.bench.roofline import MACHINES, Machine
-from atb_pllava.bench.scaling import compare_with_sweep, scaling_rows
+from atb_pllava.bench.scaling import CHECK_COLUMNS, SCALING_COLUMNS, compare_with_sweep, scaling_rows
 from atb_pllava.bench.shapes import SHAPES
-from atb_pllava.cli.bench.limits import backend_with_kernels
-from atb_pllava.cli.bench.output import add_json, ascending_numbers, check_json, print_rows
+from atb_pllava.bench.tables import markdown
+from atb_pllava.cli.bench.output import add_json, ascending_numbers, check_json, save_json
+from atb_pllava.cli.bench.peaks import backend_with_kernels
 from atb_pllava.errors import ConfigError, check_whole_number
 
 _PROMPT_TOKENS = 2364  # video, conversation and a usual question
@@ -53,11 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
         if surplus:
             raise ConfigError(f"--check is about the sweep of a table: leave --{surplus[0]} out")
         rows = _against_bounds(arguments.check)
+        print(markdown(rows, CHECK_COLUMNS))
     else:
         sizes = ascending_numbers("--world_size", arguments.world_size)
         machines = [_machine(name) for name in arguments.device.split(",")]
         rows = scaling_rows(arguments.shape.split(","), machines, sizes, arguments.prompt_tokens)
-    print_rows(arguments, rows)
+        print(markdown(rows, SCALING_COLUMNS))
+    save_json(arguments, rows)
     return 0
 
 
@@ -87,6 +90,6 @@ def _read_sweep(path: str) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"--check {path!r} cannot be read: {error}") from None
-    if not rows or not {"decode_step_MB", "status"} <= rows[0].keys():
+    if not rows or not {"batch_size", "decode_step_MB", "status"} <= rows[0].keys():
         raise ConfigError(f"--check {path!r} is not the table of a sweep (`bench sweep --csv`)")
     return rows

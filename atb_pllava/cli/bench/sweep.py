@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS, benchmark_row, llava_row
-from atb_pllava.bench.machine import measure
-from atb_pllava.bench.plot import plot_sweep
-from atb_pllava.bench.sweep import COLUMNS, sweep, weight_dtype
-from atb_pllava.bench.tables import csv_text, markdown
+from atb_pllava.bench.machine import machine_name, measure
+from atb_pllava.bench.plot import check_plotting, plot_sweep
+from atb_pllava.bench.run import BatchRun
+from atb_pllava.bench.sweep import COLUMNS, sweep, sweep_tables, weight_dtype
+from atb_pllava.bench.tables import csv_text
 from atb_pllava.cli.bench.model import add_model_and_input, check_input, open_model, request_maker
 from atb_pllava.cli.bench.output import ascending_numbers
 from atb_pllava.cli.environment import host_benchmark
@@ -24,22 +25,6 @@ from atb_pllava.llm import LLM
 logger = logging.getLogger(__name__)
 
 DEFAULT_CSV = "pllava_performance.csv"
-_SHOWN = (
-    "batch",
-    "prompt_tokens",
-    "vision_encode_ms",
-    "prefill_ms",
-    "ttft_ms",
-    "tpot_p50_ms",
-    "tpot_p99_ms",
-    "decode_tokens_per_s",
-    "e2e_tokens_per_s",
-    "vision_fraction_of_peak",
-    "prefill_fraction_of_peak",
-    "decode_fraction_of_limit",
-    "peak_memory_rank0_MB",
-    "status",
-)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +48,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, write after every batch, print a Markdown table."""
+    """Measure every batch size, write the files after each, and print the tables at the end."""
     check_input(arguments)
     batches = _batches(arguments)
     benchmark_csv = host_benchmark()
     for option, path in (("--csv", arguments.csv), ("--host_csv", arguments.host_csv), ("--plot", arguments.plot)):
         if path is not None:
             check_writable(path, option, arguments.media or ())
+    if arguments.plot is not None:
+        check_plotting("--plot")
     if benchmark_csv is not None:
         _make_folder(benchmark_csv, arguments.media or ())
     threads = torch.get_num_threads()  # of all ranks together; each takes its share when the model is loaded
@@ -83,25 +70,28 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure(
     llm: LLM, arguments: argparse.Namespace, batches: list[int], benchmark_csv: str | None, threads: int
 ) -> None:
-    """Every file is written anew after each batch, so an interruption leaves the rows there are."""
-    name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
+    """Measure all batch sizes. Every file is written anew after each batch, so an interrupted sweep leaves its rows."""
     rows: list[dict[str, Any]] = []
-    rounds = []
+    runs: list[BatchRun] = []
+    name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
+    title = f"PLLaVA {name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens\n{machine_name()}"
     make_request = request_maker(arguments, llm)
-    for row, measured in sweep(
-        llm, make_request, batches, arguments.max_output_length, lambda: measure(llm.model.ops, 3, threads)
-    ):
-        rows.append(row)
-        rounds += [measured] if measured is not None else []
-        write_text(arguments.csv, csv_text(rows, COLUMNS))
-        if benchmark_csv is not None:
-            write_text(benchmark_csv, csv_text([benchmark_row(r) for r in rounds], BENCHMARK_COLUMNS))
-        if arguments.host_csv is not None:
-            write_text(arguments.host_csv, csv_text([llava_row(r) for r in rounds], LLAVA_COLUMNS))
-        if arguments.plot is not None:
-            plot_sweep(arguments.plot, rows, f"{name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens")
-        table = markdown([row], _SHOWN).splitlines()
-        print("\n".join(table if len(rows) == 1 else table[2:]), flush=True)
+    try:
+        for row, run in sweep(
+            llm, make_request, batches, arguments.max_output_length, lambda: measure(llm.model.ops, 3, threads)
+        ):
+            rows.append(row)
+            runs += [run] if run is not None else []
+            write_text(arguments.csv, csv_text(rows, COLUMNS))
+            if benchmark_csv is not None:
+                write_text(benchmark_csv, csv_text([benchmark_row(run) for run in runs], BENCHMARK_COLUMNS))
+            if arguments.host_csv is not None:
+                write_text(arguments.host_csv, csv_text([llava_row(run) for run in runs], LLAVA_COLUMNS))
+            if arguments.plot is not None:
+                plot_sweep(arguments.plot, rows, title)
+    finally:
+        if rows:
+            print(sweep_tables(rows), flush=True)
     if not arguments.quiet:
         print(f"wrote {arguments.csv}", file=sys.stderr)
 

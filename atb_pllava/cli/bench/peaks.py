@@ -1,4 +1,4 @@
-"""`bench limits`: what this machine can read and multiply in a second."""
+"""`bench peaks`: peak read bandwidth and FLOP/s of this machine."""
 
 import argparse
 from dataclasses import asdict
@@ -19,13 +19,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the machine's limits as a table."""
+    """Print the machine's peaks as a table."""
     check_json(arguments)
     if arguments.threads is not None:
         check_whole_number("--threads", arguments.threads, 1, 4096)
-    limits = measure(backend_with_kernels(arguments.backend), threads=arguments.threads)
-    print(f"{limits.device}, {limits.measured_on}\n\n{markdown(limits.rows())}")
-    save_json(arguments, asdict(limits))
+    peaks = measure(backend_with_kernels(arguments.backend), threads=arguments.threads)
+    print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}")
+    save_json(arguments, asdict(peaks))
     return 0
 
 
