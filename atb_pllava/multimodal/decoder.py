@@ -4,7 +4,7 @@
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import av
@@ -53,7 +53,7 @@ def whole_range(seek: SeekIndex) -> PacketRange:
     return PacketRange(None, max(seek.positions), None)
 
 
-def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Iterator[av.VideoFrame]:
+def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Generator[Any, None, None]:
     """The decoded frames of the ranges that have a pts, wanted or not, as the decoder gives them out.
 
     Raises ClockError when the pts of two frames in a row of one range decrease.
