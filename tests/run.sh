@@ -21,7 +21,7 @@ usage: bash tests/run.sh [PYTEST_ARGUMENT...]
 
 Checks style (ruff) and types (mypy), runs the tests, and, without arguments, those of the Ascend backend on torch_npu.
 What is missing of requirements_pllava.txt and tests/requirements.txt is installed into .venv first; ATB_PLLAVA_PYTHON
-names another Python that has it. Arguments go to pytest, for example: bash tests/run.sh tests/multimodal/test_video.py -k rotated
+names another Python that has it. Arguments go to pytest, for example: bash tests/run.sh tests/multimodal/test_video.py -k rotation
 EOF
     exit 0
     ;;
