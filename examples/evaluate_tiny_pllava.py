@@ -3,9 +3,9 @@
     python examples/evaluate_tiny_pllava.py --count 200 --seed 900000
 
 The command renders the clips of these seeds, which are not used in training, and encodes them as H.264. It reports
-three accuracies in percent: multiple-choice questions by kind (MVBench prompt), facts in captions, and questions about
-direction with the 16 frames in order and shuffled. A model that looks at the order of frames must fail when they are
-shuffled. Every answer is compared with the clip's specification.
+the percentage of correct multiple-choice answers by kind (MVBench prompt), of correct facts in captions, and of correct
+answers about direction. Questions about direction are asked with the 16 frames in order and shuffled. A model that
+looks at the order of frames must fail when they are shuffled. Every answer is compared with the clip's specification.
 """
 
 import json

@@ -186,7 +186,7 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(s.hidden, s.hidden, bias=False)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [batch, heads, length, size]; queries and keys are rotated."""
+        """Rotated queries, rotated keys, and values, each [batch, heads, length, size]."""
         q = _heads(self.q_proj(x), self.heads)
         k = _heads(self.k_proj(x), self.heads)
         v = _heads(self.v_proj(x), self.heads)

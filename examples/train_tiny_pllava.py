@@ -262,7 +262,7 @@ class Trainer:
         return loss, float((told == target.shape.flatten())[some].float().mean())
 
     def rows(self, specs: list, kind: str, focus: bool) -> Rows:
-        """Packed questions for a batch, whose prompts are all of one `kind`; see clip_texts."""
+        """Packed questions for a batch. All prompts are of the `kind` that clip_texts takes."""
         texts = [clip_texts(self.writer, clip, self.rng, kind, self.options.room, focus) for clip in specs]
         head = self.writer.encode(head_text(kind))
         return pack(head[: head.index(self.image)], self.sizes.video_tokens, texts)

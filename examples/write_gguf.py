@@ -3,8 +3,8 @@
     pip install gguf llama-cpp-python
     python examples/write_gguf.py 1b q8_0 1b-q8_0.gguf
 
-The file holds the LLaMA decoder only, because llama.cpp does not know PLLaVA's vision tower. The random values make no
-difference to speed; sizes and types do.
+The file holds the LLaMA decoder only, because llama.cpp does not know PLLaVA's vision tower. Speed depends on sizes and
+types, not on the values.
 """
 
 import sys
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def write(path: str, text: TextConfig, kind: str, name: str) -> None:
-    """Writes the file. `kind` is the type of the matrices; norms are float32."""
+    """Writes the file. `kind` is the type of the matrices. Norms are float32."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")

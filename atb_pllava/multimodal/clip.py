@@ -17,7 +17,7 @@ class Clip:
     """The frames taken from one video or image."""
 
     frames: np.ndarray  # uint8 [T, H, W, 3], RGB, upright
-    frame_indices: list[int]  # T frame numbers in presentation order; repeats where the clip is short
+    frame_indices: list[int]  # T frame numbers as selected, which repeat where the video is short
     total_frames: int  # frames in the file
     fps: float  # average; 0.0 for a still image
     source: str  # for messages

@@ -4,16 +4,16 @@
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import av
 
 from atb_pllava.multimodal.packet_index import Keyframe, SeekIndex
-from atb_pllava.multimodal.packet_times import REORDERED
+from atb_pllava.multimodal.packet_times import MAX_REORDERED
 from atb_pllava.multimodal.video_stream import VideoFile, VideoStream, open_stream
 
-SMALLEST_SEEK = 8  # packets; fewer packets are decoded through, for a seek throws away the decoder's pipeline
+SMALLEST_SEEK = 8  # packets; a seek over fewer packets would cost more than decoding them
 
 
 class ClockError(Exception):
@@ -53,7 +53,7 @@ def whole_range(seek: SeekIndex) -> PacketRange:
     return PacketRange(None, max(seek.positions), None)
 
 
-def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Iterator[av.VideoFrame]:
+def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Generator[Any, None, None]:
     """The decoded frames of the ranges that have a pts, wanted or not, as the decoder gives them out.
 
     Raises ClockError when the pts of two frames in a row of one range decrease.
@@ -71,7 +71,7 @@ def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRang
 
 
 def _keyframe_before(seek: SeekIndex, pts: int, position: int) -> Keyframe:
-    """The last keyframe that is neither shown nor stored behind the frame; the first one when there is none."""
+    """The last keyframe that is neither shown nor stored behind the frame, else the first keyframe."""
     number = bisect_right(seek.keyframes, pts, key=lambda key: key.pts) - 1
     while number > 0 and seek.keyframes[number].position > position:
         number -= 1
@@ -81,11 +81,11 @@ def _keyframe_before(seek: SeekIndex, pts: int, position: int) -> Keyframe:
 def _last_to_decode(seek: SeekIndex, position: int) -> int:
     """Position of the last packet that a frame needs: its own packet, or a later one where the clock soon jumps.
 
-    Near a jump only the decoder knows the order. It has shown the frame at the latest REORDERED packets further on.
+    Near a jump only the decoder knows the order. It has shown the frame at the latest MAX_REORDERED packets further on.
     """
     soon = bisect_right(seek.jumps, position)
-    jumps_soon = soon < len(seek.jumps) and seek.jumps[soon] <= position + REORDERED
-    return position + REORDERED if jumps_soon else position
+    jumps_soon = soon < len(seek.jumps) and seek.jumps[soon] <= position + MAX_REORDERED
+    return position + MAX_REORDERED if jumps_soon else position
 
 
 def _decode_range(stream: VideoStream, seek: SeekIndex, packet_range: PacketRange) -> Iterator[av.VideoFrame]:

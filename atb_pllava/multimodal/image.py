@@ -54,7 +54,7 @@ def repeat_image(image: Image.Image, name: str, selection: FrameSelection, limit
 
 @contextmanager
 def open_image(file: BinaryIO, name: str, limits: MediaLimits) -> Iterator[Image.Image]:
-    """Opens an image or animation with Pillow; pixels are decoded later, inside the `with` block.
+    """Opens an image or animation with Pillow. Pixels are decoded later, inside the `with` block.
 
     Raises VideoError for a size over the limits, and for everything that Pillow cannot read inside the block.
     """

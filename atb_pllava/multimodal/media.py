@@ -55,8 +55,8 @@ def list_media(*paths: str | os.PathLike[str]) -> list[str]:
     A folder's media are listed in natural order (2 before 10) of their paths. Names that begin with a dot are left out.
     Every folder is entered once. A link to a folder is followed unless that folder is entered under its own name or
     holds the named folder.
-    Files that cannot be read are listed, too, so that their reader says why: links to nothing, pipes and sockets with
-    a medium's ending, links to nothing without an ending, subfolders that cannot be listed.
+    Files that cannot be read are listed, too, so that an error says why. These are broken links, pipes and sockets with
+    a medium's ending, broken links without an ending, and subfolders that cannot be listed.
     Raises VideoError for a path that does not exist, and for a folder without media.
     """
     return list(dict.fromkeys(file for path in paths for file in _media_at(os.fspath(path))))
@@ -105,7 +105,7 @@ class _FolderWalk:
                 self._add(entry)
 
     def _enter(self, folder: str) -> list[os.DirEntry[str]]:
-        """The folder's entries by name; none when the folder was entered before."""
+        """The folder's entries by name. A folder that was entered before has none."""
         identity = _identity(folder)
         if identity in self._entered:
             return []

@@ -16,8 +16,8 @@ def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | N
 
     One key covers all media of a request, because the size of the first resize depends on all of them.
     A path stands for its file's device, inode, size and times. Bytes and frames stand for their SHA-256.
-    The key is None when a file cannot be identified: a folder, a missing file, or a file that changed in the last 0.1
-    seconds, whose times might not show a further change.
+    The key is None for a folder, for a missing file, and for a file that changed in the last 0.1 seconds. The times of
+    such a file might not show a further change.
     """
     identities = [_identity(item) for item in media]
     if None in identities:

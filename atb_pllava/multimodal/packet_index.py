@@ -31,7 +31,7 @@ class SeekIndex:
     pts: list[int]  # of each frame
     positions: list[int]  # number of each frame's packet in file order
     keyframes: list[Keyframe]  # sorted by pts
-    jumps: list[int]  # positions of packets where the clock jumps; frames near them may be shown in another order
+    jumps: list[int]  # positions of packets where the clock jumps; see packet_times.find_jumps
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _scan_packets(video: VideoFile) -> _Scan:
             packet = Packet(num_packets, raw.pts, raw.dts, raw.duration or 0, bool(raw.is_keyframe))
             num_packets += 1
             check_length(0.0, num_packets, video.name, video.limits)
-            if packet.is_key:
+            if packet.is_keyframe:
                 keyframes.append(packet)
             if _is_shown(raw, stream.codec_name):
                 shown.append(packet)

@@ -4,7 +4,7 @@ A muxer wrote the times. The clock restarts where files were joined and leaps wh
 times may be wrong. The bitstream alone decides in which order a decoder shows frames. `presentation_order` therefore
 returns None when the times may contradict the bitstream.
 The functions are plain arithmetic. `packet_index.py` reads the packets and calls them. Times are in the stream's time
-base; pts is the presentation time and dts the decoding time.
+base. `pts` is the presentation time and `dts` the decoding time.
 """
 
 from bisect import bisect_left
@@ -15,7 +15,7 @@ from statistics import median
 from typing import NamedTuple
 
 LONGEST_STEP = 10  # seconds; a longer one is a leap of the clock: ffmpeg's default for -dts_delta_threshold
-REORDERED = 16  # frames a decoder holds back at most: the picture buffer's size in H.264 and HEVC
+MAX_REORDERED = 16  # frames a decoder holds back at most: the picture buffer's size in H.264 and HEVC
 
 
 class Packet(NamedTuple):
@@ -25,7 +25,7 @@ class Packet(NamedTuple):
     pts: int | None  # None: the file does not say
     dts: int | None  # None: the file does not say
     duration: int  # 0: unknown
-    is_key: bool
+    is_keyframe: bool
 
 
 class Length(NamedTuple):
@@ -35,26 +35,26 @@ class Length(NamedTuple):
     rate: float  # frames a second; 0.0: unknown
 
 
-def presentation_order(packets: Sequence[Packet], first_key: Packet, has_b_frames: bool) -> list[Packet] | None:
+def presentation_order(packets: Sequence[Packet], first_keyframe: Packet, has_b_frames: bool) -> list[Packet] | None:
     """The packets in the order of their pts, or None when the decoder may show the frames in another order.
 
     Packets stored or shown before the file's first keyframe are left out, because their frames refer to frames that
-    were cut off. The order is None when times are missing or repeat, when dts decrease, and when no decoder with this
-    stream's delay can show the frames in the order of their pts.
+    were cut off. The order is None when times are missing or repeat, and when dts decrease. The order is also None when
+    no decoder with this stream's delay can show the frames in the order of their pts.
     """
     times = {packet.pts for packet in packets}
-    if first_key.pts is None or None in times or len(times) < len(packets):
+    if first_keyframe.pts is None or None in times or len(times) < len(packets):
         return None
     decoding_times = [packet.dts for packet in packets if packet.dts is not None]
     if any(after < before for before, after in pairwise(decoding_times)):
         return None
-    frames = [packet for packet in packets if packet.position >= first_key.position]
+    frames = [packet for packet in packets if packet.position >= first_keyframe.position]
     ordered = sorted(frames, key=_pts)
-    if not _keys_follow(frames) or not _can_be_shown(frames, ordered, has_b_frames):
+    if not _keyframes_follow(frames) or not _can_be_shown(frames, ordered, has_b_frames):
         return None
-    if any(_pts(frame) < first_key.pts and frame.dts is not None and _pts(frame) < frame.dts for frame in frames):
+    if any(_pts(frame) < first_keyframe.pts and frame.dts is not None and _pts(frame) < frame.dts for frame in frames):
         return None  # a frame whose pts is before its own dts: that pts is wrong
-    return [packet for packet in ordered if _pts(packet) >= first_key.pts]
+    return [packet for packet in ordered if _pts(packet) >= first_keyframe.pts]
 
 
 def find_jumps(packets: Sequence[Packet]) -> list[int]:
@@ -65,7 +65,7 @@ def find_jumps(packets: Sequence[Packet]) -> list[int]:
     decoded = [packet for packet in packets if packet.dts is not None]
     steps = [_dts(after) - _dts(before) for before, after in pairwise(decoded)]
     usual = median(steps) if steps else 0
-    return [p.position for p, step in zip(decoded[1:], steps, strict=True) if step > 2 * usual and not p.is_key]
+    return [p.position for p, step in zip(decoded[1:], steps, strict=True) if step > 2 * usual and not p.is_keyframe]
 
 
 def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
@@ -92,11 +92,11 @@ def measure_length(packets: Sequence[Packet], unit: Fraction) -> Length:
     return Length(float((ticks + filled) * unit), float(frames / (ticks * unit)) if ticks else 0.0)
 
 
-def _keys_follow(frames: Sequence[Packet]) -> bool:
+def _keyframes_follow(frames: Sequence[Packet]) -> bool:
     """Whether every keyframe is shown after all frames stored before the keyframe, as the standards demand."""
     latest = None
     for frame in frames:
-        if frame.is_key and latest is not None and _pts(frame) <= latest:
+        if frame.is_keyframe and latest is not None and _pts(frame) <= latest:
             return False
         latest = _pts(frame) if latest is None else max(latest, _pts(frame))
     return True
@@ -112,17 +112,17 @@ def _can_be_shown(frames: Sequence[Packet], ordered: Sequence[Packet], has_b_fra
 
 
 def _decoding_delay(frames: Sequence[Packet], ordered: Sequence[Packet]) -> int:
-    """How many frames are usually decoded and not yet shown. REORDERED when no packet has a dts.
+    """How many frames are usually decoded and not yet shown. MAX_REORDERED when no packet has a dts.
 
     The lower quartile is taken, because a wrong pts far ahead raises the number for all frames behind it.
     """
     times = [_pts(frame) for frame in ordered]
     waiting = sorted(i - bisect_left(times, frame.dts) for i, frame in enumerate(frames) if frame.dts is not None)
-    return waiting[len(waiting) // 4] if waiting else REORDERED
+    return waiting[len(waiting) // 4] if waiting else MAX_REORDERED
 
 
 def _is_any_far_ahead(frames: Sequence[Packet]) -> bool:
-    """Whether a frame's pts lies behind the dts of the packet 2 * REORDERED packets further on.
+    """Whether a frame's pts lies behind the dts of the packet 2 * MAX_REORDERED packets further on.
 
     No encoder delays a frame so much, so such a pts is wrong. The clock is extrapolated behind the last packet.
     """
@@ -130,8 +130,8 @@ def _is_any_far_ahead(frames: Sequence[Packet]) -> bool:
     clock = [_dts(frame) for frame in decoded]
     steps = [after - before for before, after in pairwise(clock)]
     usual = median(steps) if steps else 0
-    clock += [clock[-1] + round(usual * k) for k in range(1, 2 * REORDERED + 1)] if clock else []
-    return any(_pts(frame) > clock[i + 2 * REORDERED] for i, frame in enumerate(decoded))
+    clock += [clock[-1] + round(usual * k) for k in range(1, 2 * MAX_REORDERED + 1)] if clock else []
+    return any(_pts(frame) > clock[i + 2 * MAX_REORDERED] for i, frame in enumerate(decoded))
 
 
 def _pts(packet: Packet) -> int:

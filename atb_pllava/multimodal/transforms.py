@@ -12,7 +12,7 @@ from PIL import Image
 from atb_pllava.errors import VideoError
 
 RESIZE_MODES = ("clip", "res672", "squash")
-LONGEST_EDGE = 640  # of the first resize; a constant of the original's processor, not an option
+LONGEST_EDGE = 640  # of the first resize, a constant of the original's processor
 
 
 def resize_frames(
@@ -44,8 +44,8 @@ def resize_frames(
 def normalize(frames: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised pixels, uint8 [T, S, S, 3] to contiguous float32 [T, 3, S, S]: (x / 255 - mean) / std by channel.
 
-    The operations have the order and dtypes of transformers' CLIPImageProcessor: x * (1 / 255) is computed in float64
-    and rounded to float32, the rest is float32. A byte has 256 values, so each channel is a look-up in one table.
+    Order and dtypes are those of transformers' CLIPImageProcessor. x * (1 / 255) is computed in float64 and rounded to
+    float32, and the rest is float32. A byte has 256 values, so each channel is a look-up in one table.
     """
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     tables = (scaled[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)  # [256, 3]

@@ -7,13 +7,14 @@ of frames, the whole file is decoded and its frames are counted. `media.py` read
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, BinaryIO
 
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.clip import Clip, ClipBuffer
-from atb_pllava.multimodal.decoder import ClockError, decode_ranges, plan_ranges, whole_range
+from atb_pllava.multimodal.decoder import ClockError, PacketRange, decode_ranges, plan_ranges, whole_range
 from atb_pllava.multimodal.frame_sampling import FrameSelection
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media_file import open_media
@@ -73,9 +74,9 @@ def _read_by_seeking(video: VideoFile, index: PacketIndex, seek: SeekIndex, sele
     if index.is_truncated and max(buffer.indices) >= readable:
         first_lost = min(k for k in buffer.indices if k >= readable)
         raise _unreadable(video, first_lost, index.total, readable)
-    _store_by_times(decode_ranges(video, seek, plan_ranges(seek, buffer.missing)), seek, buffer)
+    _decode_missing(video, seek, plan_ranges(seek, buffer.missing), buffer)
     if buffer.missing:
-        latest = _store_by_times(decode_ranges(video, seek, [whole_range(seek)]), seek, buffer)
+        latest = _decode_missing(video, seek, [whole_range(seek)], buffer)
         _replace_missing_tail(index, seek, latest, buffer)
     if not buffer.missing:
         return _make_clip(video, index, buffer)
@@ -116,16 +117,17 @@ def _new_buffer(video: VideoFile, index: PacketIndex, selection: FrameSelection)
     return ClipBuffer(indices, video.name, video.limits)
 
 
-def _store_by_times(frames: Iterable[Any], seek: SeekIndex, buffer: ClipBuffer) -> Any | None:
-    """Stores the missing frames among decoded `frames`. Returns the frame with the latest pts, None without frames."""
+def _decode_missing(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange], buffer: ClipBuffer) -> Any | None:
+    """Stores the missing frames that the ranges hold. Returns the decoded frame with the latest pts, if any."""
     index_at = {seek.pts[k]: k for k in buffer.missing if k < len(seek.pts)}
     latest: Any = None
-    for frame in frames:
-        index = index_at.get(frame.pts)
-        if index in buffer.missing:
-            buffer.store(index, frame)
-        if latest is None or frame.pts >= latest.pts:
-            latest = frame
+    with closing(decode_ranges(video, seek, ranges)) as frames:
+        for frame in frames:
+            index = index_at.get(frame.pts)
+            if index in buffer.missing:
+                buffer.store(index, frame)
+            if latest is None or frame.pts >= latest.pts:
+                latest = frame
     return latest
 
 

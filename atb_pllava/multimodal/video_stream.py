@@ -23,7 +23,7 @@ except TypeError:  # PyAV 12
     av.logging.set_level(av.logging.PANIC)
 
 DEMUXERS = ("mov", "matroska", "avi", "asf", "gif", "mpegts", "mpeg", "flv", "ogg")
-COVER_CODECS = frozenset(["png", "bmp", "webp", "tiff"])  # of covers; no film that is accepted is in them
+COVER_CODECS = frozenset(["png", "bmp", "webp", "tiff"])  # of covers; films in these codecs are not accepted
 PICTURE_BRANDS = frozenset(["heic", "heix", "mif1", "avif"])  # of ISO base media files: streams are parts of a picture
 DECODERS = frozenset(
     ["av1", "libdav1d", "libaom-av1", "h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "vp3", "vp6", "vp6f"]

@@ -1,7 +1,7 @@
 """IncrementalDetokenizer: generated token ids to text as they come, with stop strings.
 
-The class does not use `tokenizers.decoders.DecodeStream`: that class needs tokenizers 0.21, raises an exception at some
-invalid byte sequences, cannot flush a character that the end cuts, and takes quadratic time for invalid bytes.
+`tokenizers.decoders.DecodeStream` is not used, because it needs tokenizers 0.21, raises an exception at some invalid
+bytes, takes quadratic time for others, and cannot flush a character that the end cuts.
 """
 
 import codecs
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# One invalid byte turns every byte of its run into U+FFFD, so the text of a run is certain only at the end of the run.
+# One invalid byte turns every byte of its run into U+FFFD, so the text of a run is certain only at the run's end.
 # A run without an invalid byte among so many first bytes is released early: whole answers in scripts outside the
 # vocabulary must still stream.
 _LONGEST_HELD_RUN = 12
@@ -20,8 +20,8 @@ class IncrementalDetokenizer:
     """Appends the text of each generated id to `text`, which is the answer without blanks at either end.
 
     `text` only grows, and it never holds half a character. Special tokens have no text.
-    Text is held back while the next ids may still change it: the beginning of a stop string, blanks that may turn out
-    to be trailing, and a run of byte tokens. A stop string inside a run is found at once.
+    Text is held back while the next ids may still change it. Such text is the beginning of a stop string, blanks that
+    may be trailing, and a run of byte tokens. A stop string inside a run is found at once.
     `stopped` is True once a stop string was found. `text` then ends before the stop string, and further ids are
     ignored.
     """
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._last: list[int] = []  # the last id; the decoder keeps a word's leading blank only behind another token
+        self._last: list[int] = []  # the last id, because a word's leading blank is decoded only behind another token
         self._run = _ByteRun()
         self._pending = ""  # decoded and certain, but held back
 

@@ -1,6 +1,6 @@
 """Where tokenizer_config.json contradicts tokenizer.json, as warnings for the user.
 
-The original reads both files and follows tokenizer_config.json where they differ; this package follows tokenizer.json.
+The original reads both files and follows tokenizer_config.json where they differ. This package follows tokenizer.json.
 The files agree when transformers 4 saved them together. They may differ when somebody edited one of them.
 """
 

@@ -323,9 +323,7 @@ def test_recording_that_begins_between_keys(tmp_path):
     with av.open(str(tmp_path / "a.ts")) as container:
         packets = [p for p in container.demux(video=0) if p.size]
     cut = packets[5].pos // 188 * 188
-    clip = read_video(
-        content[: 188 * 2] + content[cut:], 4
-    )
+    clip = read_video(content[: 188 * 2] + content[cut:], 4)
     assert clip.total_frames == 40 and numbers(clip) == [20 + k for k in clip.frame_indices]
 
 
