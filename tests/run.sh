@@ -15,7 +15,7 @@ Runs five stages, and stops at the first that fails:
   ascend     the Ascend backend on the real torch_npu, without an NPU
 A package that is missing is installed into .venv first. ATB_PLLAVA_PYTHON names another Python that has them all.
 Packages and ascend use environments of their own, and no stage runs longer than its limit.
-Example: bash tests/run.sh tests/multimodal -k rotation
+Example: bash tests/run.sh tests/multimodal/test_video.py -k rotation
 EOF
     exit 0
     ;;

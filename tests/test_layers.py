@@ -34,8 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"config", "distributed", "engine", "errors", "executor", "files", "llm", "loader", "model", "multimodal"}
     | {"ops", "prompt"},
     # The host has an engine of its own. Of the doctor, mindie uses the form of a check and Ascend's folders.
-    "mindie": {"bench.host_csv", "config", "distributed", "doctor.ascend_folders", "doctor.check", "doctor.npu_smi"}
-    | {"doctor.setting", "errors", "files", "loader", "model", "multimodal", "ops", "prompt"},
+    "mindie": {"config", "distributed", "doctor.ascend_folders", "doctor.check", "doctor.npu_smi", "doctor.setting"}
+    | {"errors", "files", "loader", "model", "multimodal", "ops", "prompt"},
     "cli": {"batch", "bench", "config", "convert", "distributed", "doctor", "engine", "errors", "executor", "files"}
     | {"llm", "loader", "mindie", "model", "multimodal", "ops", "prompt"},
     "__init__": {"doctor.required_packages", "engine.outputs", "engine.sampling_params", "errors", "llm"}

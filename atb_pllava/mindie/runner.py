@@ -67,7 +67,6 @@ except ImportError as missing:
     print(f"error: MindIE's modules cannot be imported ({missing}); source its set_env.sh, see doctor", file=sys.stderr)
     sys.exit(2)
 
-from atb_pllava.bench.host_csv import LLAVA_COLUMNS
 from atb_pllava.errors import ConfigError, PllavaError, RequestError, counted
 from atb_pllava.files import write_json, write_text
 from atb_pllava.loader.checkpoint_config import read_config
@@ -76,7 +75,19 @@ from atb_pllava.prompt.chat_template import choose_conversation, render
 from atb_pllava.prompt.tokenizer import IMAGE_TOKEN, Tokenizer
 
 BLOCK_SIZE = 128
-PERFORMANCE_COLUMNS = (*LLAVA_COLUMNS, "media_and_vision_time(ms)")
+# The columns of `bench.host_csv.LLAVA_COLUMNS` and one more. That module is not imported: it imports the native engine,
+# whose packages MindIE's image may lack.
+PERFORMANCE_COLUMNS = (
+    "batch",
+    "input_len",
+    "output_len",
+    "embedding_len",
+    "first_token_time(ms)",
+    "non_first_token_time(ms)",
+    "ResponseTime(ms)",
+    "E2E Throughput Average(Tokens/s)",
+    "media_and_vision_time(ms)",
+)
 
 
 @dataclass

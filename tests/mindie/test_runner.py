@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from atb_pllava.bench.host_csv import LLAVA_COLUMNS
 from atb_pllava.convert.options import ConvertOptions
+from atb_pllava.doctor.required_packages import PLUGIN_REQUIRED, REQUIRED
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
 from atb_pllava.mindie.install import PLUGIN
@@ -62,8 +64,12 @@ def folder(media: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(host: Path, work: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """The runner as `mindie run` starts it, in a directory of its own."""
+    """The runner as `mindie run` starts it, in a directory of its own, without the packages of the native engine."""
     work.mkdir(mode=0o755, exist_ok=True)
+    absent = work.with_name("absent")
+    absent.mkdir(exist_ok=True)
+    for name in set(REQUIRED) - set(PLUGIN_REQUIRED):
+        (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name}')")
     defaults = {
         "prompt": [QUESTION],
         "conversation": None,
@@ -74,7 +80,8 @@ def run(host: Path, work: Path, **options: object) -> subprocess.CompletedProces
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
-        command, variables = runner_command(host, {**defaults, **options}, 1, os.environ)
+        given = {**os.environ, "PYTHONPATH": str(absent)}
+        command, variables = runner_command(host, {**defaults, **options}, 1, given)
         return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
 
 
@@ -104,6 +111,7 @@ def test_the_table_has_a_row_for_each_batch_size(host, model, media, tmp_path) -
     assert done.returncode == 0, done.stderr
     with open(work / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == (*LLAVA_COLUMNS, "media_and_vision_time(ms)")
     assert [row["batch"] for row in rows] == ["1", "4"] and all(row["output_len"] == "12" for row in rows)
     for row in rows:
         first = float(row["first_token_time(ms)"])
