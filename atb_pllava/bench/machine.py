@@ -15,6 +15,7 @@ from torch import Tensor
 from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.timing import Work, median_seconds
 from atb_pllava.ops.cpu.backend import NativeBackend
+from atb_pllava.ops.cpu.probe import multiply_add, read_memory
 from atb_pllava.ops.interface import Backend
 
 _BUFFER = 512 * 2**20  # far beyond any cache
@@ -97,7 +98,7 @@ def _reading(backend: Backend) -> list[Probe]:
     longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
     if isinstance(backend, NativeBackend):
-        ways.append(lambda: backend.read(buffer))
+        ways.append(lambda: read_memory(backend.library, buffer))
     return [Probe(way, _BUFFER) for way in ways]
 
 
@@ -119,7 +120,7 @@ def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
         yield Probe(product, 2 * side**3)
     if isinstance(backend, NativeBackend) and kind in ("float32", "bfloat16"):
         dtype: torch.dtype = getattr(torch, kind)
-        yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))
+        yield Probe(lambda: multiply_add(backend.library, dtype), multiply_add(backend.library, dtype))
 
 
 def _products(kind: str, device: torch.device, side: int) -> Iterator[Callable[[], Tensor]]:

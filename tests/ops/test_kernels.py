@@ -36,7 +36,7 @@ INT8_SHARES = [
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}  # of the largest value expected
 
 
-@pytest.fixture(scope="module", params=[level for level in LEVELS if build.cpu_words().issuperset(build.LEVELS[level])])
+@pytest.fixture(scope="module", params=[level for level in LEVELS if build.cpu_features().issuperset(build.LEVELS[level])])
 def fast(request: pytest.FixtureRequest) -> NativeBackend:
     """The backend compiled for one kind of CPU that this one can stand for."""
     return NativeBackend(compile_kernels(request.param))

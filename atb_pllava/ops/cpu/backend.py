@@ -17,8 +17,8 @@ from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import LayerCache, PackedWeight, SequenceBatch, Weight
 from atb_pllava.ops.reference import TorchBackend
 
-_PANEL = 32  # rows of a weight that lie side by side; PANEL in kernels.cpp
-_LARGEST_HEAD = 256  # STEP in kernels.cpp
+_PANEL = 32  # rows of a weight that lie side by side; PANEL in csrc/panel.h
+_LARGEST_HEAD = 256  # STEP in csrc/panel.h
 _LARGE_PAGE = 2**21
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _pointer, _whole, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -36,8 +36,6 @@ _SIGNATURES = {
     "atb_quick_gelu": [_pointer, _pointer, _whole, _whole, _int],
     "atb_large_pages": [_pointer, _whole],
     "atb_keep_freed_memory": [],
-    "atb_read": [_pointer, _whole, _pointer, _int],
-    "atb_multiply": [_whole, _whole, _whole, _pointer, _pointer, _int],
 }
 
 
@@ -59,7 +57,7 @@ class _Cache(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Panels(PackedWeight):
-    """A weight as kernels.cpp reads it; `tensors` hold the memory that `matrix` points to."""
+    """A weight as the kernels read it; `tensors` hold the memory that `matrix` points to."""
 
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
@@ -214,22 +212,10 @@ class NativeBackend(TorchBackend):
             *query.stride()[:3], _KINDS[query.dtype])  # fmt: skip
         return out
 
-    def read(self, data: Tensor) -> None:
-        """Look at every byte of some whole MiB once, and do nothing else: the limit of the memory."""
-        pieces = data.nbytes // 2**20
-        out = torch.empty(pieces, 16, dtype=torch.int32)
-        self._call("atb_read", data.data_ptr(), pieces, out.data_ptr())
-
-    def multiply(self, dtype: torch.dtype, rounds: int = 200_000) -> float:
-        """Multiply-adds of `dtype` on registers alone, the limit of the cores: how many FLOPs were done."""
-        tasks = 16 * torch.get_num_threads()
-        out, counts = torch.ones(tasks, 16), torch.zeros(2, dtype=torch.int64)
-        self._call("atb_multiply", tasks, rounds, _KINDS[dtype], out.data_ptr(), counts.data_ptr())
-        flops, lanes = counts.tolist()
-        # Twelve sums start at 0 to 11 and grow by 1 with each multiply-add. Less: a compiler left some out.
-        expected = sum(range(12)) + flops // (2 * lanes) * rounds
-        assert out.flatten()[: tasks * lanes].eq(expected).all(), (out[0, 0].item(), expected)
-        return float(tasks * rounds * flops)
+    @property
+    def library(self) -> ctypes.CDLL:
+        """The compiled kernels, for `ops.cpu.probe`."""
+        return self._library
 
     def _call(self, name: str, *arguments: object) -> None:
         """Raises OutOfMemoryError; what the function has written until then does not count."""
