@@ -33,8 +33,8 @@ from atb_pllava.ops.cuda.backend import CudaBackend
 from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import CapturingBackend, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
+from tests.ops.kernel_support import INT8_SHARDS
 from tests.ops.test_ascend import decode
-from tests.ops.test_kernels import INT8_SHARES
 from tests.ops.test_ops import dense_attention, paged
 from tests.support import ROOT, raw_config
 
@@ -190,7 +190,7 @@ def test_no_mask_is_made() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARES)
+@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARDS)
 def test_products_of_8_bits(
     fast: CudaBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
 ) -> None:

@@ -235,7 +235,7 @@ def _run(command: Sequence[str], failure: str) -> "subprocess.CompletedProcess[s
         raise BuildError(f"{command[0]} {failure}: {error}") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        shown = next((line for line in lines if "error" in line), lines[-1])
+        shown = next((line for line in lines if "error:" in line), lines[-1])
         raise CompilerError(f"{command[0]} {failure} with status {done.returncode}: {shown}")
     return done
 
