@@ -17,6 +17,7 @@ from torch import Tensor
 from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.timing import Work, median_seconds
 from atb_pllava.errors import counted
+from atb_pllava.ops.cpu.probe import multiply_add, read_memory
 from atb_pllava.ops.interface import Backend
 
 _BUFFER = 512 * 2**20  # bytes, far more than any CPU cache holds
@@ -101,8 +102,9 @@ def _reading(backend: Backend) -> list[Probe]:
     longs = buffer.view(torch.int64)
     floats = buffer.view(torch.float32)
     ways: list[Work] = [lambda: longs.max(), lambda: floats.sum()]
-    if backend.library is not None:
-        ways.append(lambda: backend.read(buffer))  # type: ignore[attr-defined]
+    library = backend.library
+    if library is not None:
+        ways.append(lambda: read_memory(library, buffer))
     return [Probe(way, _BUFFER) for way in ways]
 
 
@@ -121,9 +123,10 @@ def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
     side = _SIDE if backend.on_host else 4 * _SIDE
     for product in _products(kind, backend, side):
         yield Probe(product, 2 * side**3)
-    if backend.library is not None and kind in ("float32", "bfloat16"):
+    library = backend.library
+    if library is not None and kind in ("float32", "bfloat16"):
         dtype: torch.dtype = getattr(torch, kind)
-        yield Probe(lambda: backend.multiply(dtype), backend.multiply(dtype))  # type: ignore[attr-defined]
+        yield Probe(lambda: multiply_add(library, dtype), multiply_add(library, dtype))
 
 
 def _products(kind: str, backend: Backend, side: int) -> Iterator[Callable[[], Tensor]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atb_pllava.ops.cpu.build import cpu_words
+from atb_pllava.ops.cpu.build import cpu_features
 from atb_pllava.ops.forward_batch import AttentionMetadata
 from atb_pllava.ops.int8 import HIGHEST, Int8Weight
 from atb_pllava.ops.interface import (
@@ -211,4 +211,4 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
 
 def has_native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; without that, float32 is faster."""
-    return not cpu_words().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    return not cpu_features().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

@@ -34,8 +34,8 @@ from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import CapturedGraph, Feature
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
+from tests.ops.kernel_support import INT8_SHARDS
 from tests.ops.test_ascend import decode
-from tests.ops.test_kernels import INT8_SHARES
 from tests.ops.test_ops import dense_attention, paged
 from tests.support import ROOT, decode_metadata, prefill_metadata, raw_config
 
@@ -200,7 +200,7 @@ def test_no_mask_is_made() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARES)
+@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARDS)
 def test_products_of_8_bits(
     fast: CudaBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
 ) -> None:

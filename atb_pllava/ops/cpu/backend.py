@@ -37,8 +37,6 @@ _SIGNATURES = {
     "atb_quick_gelu": [_pointer, _pointer, _whole, _whole, _int],
     "atb_large_pages": [_pointer, _whole],
     "atb_keep_freed_memory": [],
-    "atb_read": [_pointer, _whole, _pointer, _int],
-    "atb_multiply": [_whole, _whole, _whole, _pointer, _pointer, _int],
 }
 
 
@@ -79,7 +77,7 @@ class _Cache(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Panels(PackedWeight):
-    """A weight as csrc reads it, of float type `dtype`. `tensors` hold the memory that `matrix` points to."""
+    """A weight as the kernels read it, of float type `dtype`. `tensors` hold the memory that `matrix` points to."""
 
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
@@ -303,26 +301,9 @@ class NativeBackend(TorchBackend):
         )
         return out
 
-    def read(self, data: Tensor) -> None:
-        """Look at every byte of some whole MiB once, and do nothing else: the limit of the memory."""
-        pieces = data.nbytes // 2**20
-        out = torch.empty(pieces, 16, dtype=torch.int32)
-        self._call("atb_read", data.data_ptr(), pieces, out.data_ptr())
-
-    def multiply(self, dtype: torch.dtype, rounds: int = 200_000) -> float:
-        """Multiply-adds of `dtype` on registers alone, the limit of the cores: how many FLOPs were done."""
-        tasks = 16 * torch.get_num_threads()
-        out, counts = torch.ones(tasks, 16), torch.zeros(2, dtype=torch.int64)
-        self._call("atb_multiply", tasks, rounds, _KINDS[dtype], out.data_ptr(), counts.data_ptr())
-        flops, lanes = counts.tolist()
-        # Twelve sums start at 0 to 11 and grow by 1 with each multiply-add. Less: a compiler left some out.
-        expected = sum(range(12)) + flops // (2 * lanes) * rounds
-        assert out.flatten()[: tasks * lanes].eq(expected).all(), (out[0, 0].item(), expected)
-        return float(tasks * rounds * flops)
-
     @property
     def library(self) -> ctypes.CDLL:
-        """The compiled kernels, for benchmarks."""
+        """The compiled kernels, for `ops.cpu.probe`."""
         return self._library
 
     def _call(self, name: str, *arguments: object) -> None:

@@ -1,7 +1,8 @@
-"""From kernels.cpp to a loaded library: compiled once for this machine, kept in a directory only its owner can write.
+"""Compile the CPU kernels once on each machine, keep the library, and load it.
 
-The name of a library says what it was made of (source, compiler, flags), so nothing stale is ever loaded. Called by
-`ops.native`; knows nothing of what is in the library.
+Libraries are kept in a directory that only its owner can read and write. The name of a library is a hash of its
+sources, its compiler and its flags, so a library of other sources is never loaded. This module does not know which
+functions the library has.
 """
 
 import ctypes
@@ -22,10 +23,12 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
+SOURCES = Path(__file__).with_name("csrc")
+TRANSLATION_UNIT = SOURCES / "api.cpp"  # includes all other sources
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-O2", "-ftree-vectorize", "-std=c++17", "-fPIC", "-shared", "-pthread")
-# From the best to what every CPU has; each with the words of /proc/cpuinfo it needs.
+# Instruction sets from the best to the one that every CPU has, each with the CPU features that it needs. The features
+# have the names of /proc/cpuinfo. Without underscores they are the names of the compiler's -m options.
 LEVELS = {
     "avx512bf16": ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"),
     "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -42,15 +45,15 @@ extern "C" std::int64_t trial(std::int64_t n) { return std::vector<std::int64_t>
 
 
 class BuildError(Exception):
-    """Why there is no library; the caller decides whether that is an error."""
+    """There is no library; the message is the reason. Whether that ends the program is up to the caller."""
 
 
 class CompilerError(BuildError):
-    """The compiler ended with an error."""
+    """The compiler exited with an error."""
 
 
 def default_directory() -> Path:
-    """In the home directory; OSError for a user without one."""
+    """The directory in the user's home where libraries are kept. Raises OSError for a user without a home."""
     try:
         return Path.home() / ".cache" / "atb_pllava"
     except RuntimeError as error:
@@ -58,42 +61,44 @@ def default_directory() -> Path:
 
 
 def best_level() -> str:
-    """The first of LEVELS that this CPU has."""
-    here = cpu_words() if platform.machine() in ("x86_64", "AMD64") else frozenset()
-    return next(level for level, words in LEVELS.items() if here.issuperset(words))
+    """The first of LEVELS whose features this CPU has. A CPU that is not x86-64 has the level "portable"."""
+    features = cpu_features() if platform.machine() in ("x86_64", "AMD64") else frozenset()
+    return next(level for level, needed in LEVELS.items() if features.issuperset(needed))
 
 
 def levels_from_best() -> list[str]:
-    """The levels that this CPU has, best first."""
+    """The levels that this CPU can execute, best first."""
     names = list(LEVELS)
     return names[names.index(best_level()) :]
 
 
-def cpu_words() -> frozenset[str]:
-    """What /proc/cpuinfo says this CPU can do; nothing where there is no such file."""
+def cpu_features() -> frozenset[str]:
+    """The features that /proc/cpuinfo lists for this CPU. Empty on a system without that file."""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            return frozenset(word for line in file if line.startswith(("flags", "Features")) for word in line.split())
+            lines = [line for line in file if line.startswith(("flags", "Features"))]
     except OSError:
         return frozenset()
+    return frozenset(word for line in lines for word in line.split())
 
 
 def load_library(
     compiler: str | None = None, directory: str | os.PathLike[str] | None = None, level: str | None = None
 ) -> ctypes.CDLL:
-    """The kernels, compiled now unless a former run did.
+    """Load the kernels. Compile them first if no earlier run did.
 
-    compiler is a command, possibly with options (None: the first of COMPILERS on the PATH); directory is where
-    libraries are kept (None: `default_directory()`); one that cannot be used is replaced by a temporary one; level is
-    one of LEVELS (None: the best of this CPU that the compiler can make).
-    Raises BuildError, and OSError where files cannot be made or locked.
+    compiler: a command, which may have options. None: the first of COMPILERS on the PATH.
+    directory: where libraries are kept. None: `default_directory()`. If the directory cannot be used, the library is
+        compiled into a temporary directory and not kept, with a warning.
+    level: one of LEVELS. None: the best level of this CPU that the compiler supports.
+    Raises BuildError, and OSError if a file cannot be written or locked.
     """
     if level is None:
         *better, last = levels_from_best()
         for name in better:
             try:
                 return load_library(compiler, directory, name)
-            except CompilerError as error:  # perhaps older than the CPU
+            except CompilerError as error:  # the compiler may be older than the CPU
                 logger.info("no CPU kernels for %s: %s", name, error)
         return load_library(compiler, directory, last)
     command = _find_compiler(compiler)
@@ -114,9 +119,9 @@ def load_library(
 
 
 def find_library(compiler: str | None = None, directory: str | os.PathLike[str] | None = None) -> Path | None:
-    """The library that `load_library` would load without compiling; None where it would compile first.
+    """The library that `load_library` would load without compiling. None if it would have to compile.
 
-    Raises BuildError where there is no compiler: the name of a library says what compiled it.
+    Raises BuildError without a compiler, because the name of a library depends on the compiler.
     """
     command = _find_compiler(compiler)
     folder = Path(directory) if directory is not None else default_directory()
@@ -128,16 +133,17 @@ def find_library(compiler: str | None = None, directory: str | os.PathLike[str] 
 
 
 def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> list[str]:
-    """The compiler's command line, after it has made a small library in `directory` with the flags of the kernels.
+    """Compile a small library in `directory` with the flags of the kernels. Returns the compiler's command line.
 
-    Raises BuildError where there is none, or where it cannot: its headers or its linker may be missing.
+    Raises BuildError if there is no compiler, or if the compilation fails, for example without headers or linker.
     """
     command = _find_compiler(compiler)
-    source, library = Path(directory) / "try.cpp", Path(directory) / "try.so"
+    source = Path(directory) / "try.cpp"
+    library = Path(directory) / "try.so"
     source.write_text(_TRIAL, encoding="utf-8")
     *better, last = levels_from_best()
     for level in better:
-        with suppress(CompilerError):  # perhaps older than the CPU
+        with suppress(CompilerError):  # the compiler may be older than the CPU
             _run([*command, *_flags(level), str(source), "-o", str(library)], "failed")
             return command
     _run([*command, *_flags(last), str(source), "-o", str(library)], "failed")
@@ -145,11 +151,11 @@ def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> lis
 
 
 def _flags(level: str) -> list[str]:
-    return [*COMMON_FLAGS, *(f"-m{word.replace('_', '')}" for word in LEVELS[level])]
+    return [*COMMON_FLAGS, *(f"-m{feature.replace('_', '')}" for feature in LEVELS[level])]
 
 
 def _find_compiler(given: str | None) -> list[str]:
-    """The compiler as a command line, its first word a full path."""
+    """The compiler's command line. Its first word is a full path."""
     try:
         words = shlex.split(given) if given else []
     except ValueError as error:
@@ -163,14 +169,19 @@ def _find_compiler(given: str | None) -> list[str]:
 
 
 def _library_name(command: Sequence[str], flags: Sequence[str]) -> str:
-    """Different for every source, compiler and set of flags."""
+    """A file name that differs for other sources, compilers and flags."""
     version = _run([*command, "--version"], "does not run").stdout
-    parts = [SOURCE.read_text(encoding="utf-8"), *command, version, *flags]
+    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
+    sources = [f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in files]
+    parts = [*sources, *command, version, *flags]
     return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
 
 
 def _private_directory(path: Path) -> Path:
-    """`path`, made if need be; OSError unless it is ours and nobody else may write there (or swap it for another)."""
+    """`path` without symbolic links, created if it does not exist.
+
+    Raises OSError unless the directory belongs to this user and nobody else can read, write or replace files in it.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = path.resolve()
     status = path.lstat()
@@ -183,20 +194,20 @@ def _private_directory(path: Path) -> Path:
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process ends, however it does."""
+    """A lock that one process holds at a time. The system releases the lock when the process ends, even by a crash."""
     with open(path, "w", encoding="ascii") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _compile(command: Sequence[str], flags: Sequence[str], path: Path) -> Path:
-    """Compile to `path`, which appears whole or not at all."""
+    """Compile the kernels to `path` and return `path`. The file is complete as soon as it exists."""
     logger.info("compiling the CPU kernels with %s, once for this machine (about 10 s)", command[0])
     began = time.perf_counter()
     descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
     os.close(descriptor)
     try:
-        _run([*command, *flags, str(SOURCE), "-o", partial], "failed")
+        _run([*command, *flags, str(TRANSLATION_UNIT), "-o", partial], "failed")
         os.chmod(partial, 0o700)
         os.replace(partial, path)
     finally:
@@ -205,22 +216,32 @@ def _compile(command: Sequence[str], flags: Sequence[str], path: Path) -> Path:
     return path
 
 
-def _run(command: Sequence[str], what: str) -> "subprocess.CompletedProcess[str]":
+def _run(command: Sequence[str], failure: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command and capture its output. `failure` is what error messages say of a command that fails.
+
+    Raises CompilerError with the first error line if the exit status is not 0, and BuildError if the command cannot be
+    started or takes longer than _SECONDS_TO_COMPILE.
+    """
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS_TO_COMPILE,
-            errors="replace")  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS_TO_COMPILE,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} {what}: {error}") from None
+        raise BuildError(f"{command[0]} {failure}: {error}") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        shown = next((line for line in lines if "error" in line), lines[-1])
-        raise CompilerError(f"{command[0]} {what} with status {done.returncode}: {shown}")
+        shown = next((line for line in lines if "error:" in line), lines[-1])
+        raise CompilerError(f"{command[0]} {failure} with status {done.returncode}: {shown}")
     return done
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    """Load a library that belongs to us and that nobody else can have written."""
+    """Load a library. Raises BuildError unless the file belongs to this user and nobody else can write it."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise BuildError(f"{path} is not a file that only this user can write; delete it")

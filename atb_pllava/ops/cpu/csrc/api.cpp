@@ -1,0 +1,164 @@
+// CPU kernels of atb_pllava as C functions: linear layers, attention over the paged KV cache, element-wise functions.
+//
+// ops/cpu/build.py compiles this file, the only translation unit, at the first use on a machine. Compilation takes
+// seconds, because the file includes no headers of torch. ops/cpu/backend.py calls the functions with pointers.
+//
+// One source serves every CPU. The compiler's flags choose the vectors (vec.h) and the arithmetic of tile products for
+// bfloat16 (arithmetic.h). Sums are float32 everywhere.
+//
+// The argument `kind` is FLOAT or BFLOAT: the type of activations. `threads` is the number of threads to use. Functions
+// that need scratch memory return 0, or the bytes that could not be allocated; the output is incomplete then.
+
+#include "decode_attention.h"
+#include "elementwise.h"
+#include "flash_attention.h"
+#include "gemm.h"
+#include "kv_cache.h"
+#include "probe.h"
+
+extern "C" {
+
+// out = x * w^T + bias, see LinearCall.
+int64_t atb_linear(const Matrix* w, const void* x, int64_t count, int64_t x_stride, const void* bias, void* out,
+                   int64_t out_stride, int64_t kind, int threads) {
+    const LinearCall call{w, x, count, x_stride, bias, out, out_stride, threads};
+    return missing_bytes([&] {
+        if (kind == FLOAT && w->kind == FLOAT)
+            Linear<Fma, float, float>(call).run();
+        else if (kind == FLOAT)
+            Linear<Fma, int8_t, float>(call).run();
+        else if (w->kind == BFLOAT)
+            Linear<BfloatArithmetic, bf16, bf16>(call).run();
+        else
+            Linear<BfloatArithmetic, int8_t, bf16>(call).run();
+    });
+}
+
+// Packs a row-major weight, whose rows are `stride` elements apart, into w->data.
+void atb_pack(const Matrix* w, const void* from, int64_t stride, int threads) {
+    if (w->kind == FLOAT)
+        pack<float, float>(*w, (const float*)from, stride, (float*)w->data, threads);
+    else if (w->kind == BFLOAT)
+        pack<bf16, uint32_t>(*w, (const bf16*)from, stride, (bf16*)w->data, threads);
+    else
+        pack<int8_t, uint16_t>(*w, (const int8_t*)from, stride, (int8_t*)w->data, threads);
+}
+
+// The inverse of atb_pack.
+void atb_unpack(const Matrix* w, void* to, int64_t stride, int threads) {
+    if (w->kind == FLOAT)
+        unpack(*w, (const float*)w->data, (float*)to, stride, threads);
+    else if (w->kind == BFLOAT)
+        unpack(*w, (const bf16*)w->data, (bf16*)to, stride, threads);
+    else
+        unpack(*w, (const int8_t*)w->data, (int8_t*)to, stride, threads);
+}
+
+void atb_write_kv(const Cache* c, const void* keys, int64_t key_stride, const void* values, int64_t value_stride,
+                  const int64_t* slot_mapping, int64_t count, int64_t kind, int threads) {
+#define WRITE(T, X) \
+    write_kv<T>(*c, (const X*)keys, key_stride, (const X*)values, value_stride, slot_mapping, count, threads)
+    if (c->kind == INT8)
+        kind == FLOAT ? WRITE(int8_t, float) : WRITE(int8_t, bf16);
+    else
+        kind == FLOAT ? WRITE(float, float) : WRITE(bf16, bf16);
+#undef WRITE
+}
+
+// Attention of one new token of each sequence, see DecodeCall.
+int64_t atb_decode(const Cache* c, const void* q, int64_t q_stride, void* out, const int64_t* block_tables,
+                   int64_t table_stride, const int64_t* context_lens, int64_t sequences, int64_t heads, int64_t kind,
+                   int threads) {
+    const DecodeCall call{c, q, out, block_tables, context_lens, sequences, heads, q_stride, table_stride, threads};
+    return missing_bytes([&] {
+        if (c->kind == INT8)
+            kind == FLOAT ? DecodeAttention<int8_t, float>(call).run() : DecodeAttention<int8_t, bf16>(call).run();
+        else
+            kind == FLOAT ? DecodeAttention<float, float>(call).run() : DecodeAttention<bf16, bf16>(call).run();
+    });
+}
+
+// Attention of many new tokens of one sequence, see PrefillCall. dim is at most STEP.
+int64_t atb_prefill(const Cache* c, const void* q, int64_t q_stride, void* out, int64_t out_stride,
+                    const int64_t* block_table, int64_t heads, int64_t length, int64_t context, int64_t kind,
+                    int threads) {
+    const PrefillCall call{c, q, out, block_table, heads, q_stride, out_stride, length, context, threads};
+    return missing_bytes([&] {
+        if (c->kind == INT8)
+            kind == FLOAT ? prefill_attention<Fma, int8_t, float>(call)
+                          : prefill_attention<BfloatArithmetic, int8_t, bf16>(call);
+        else
+            kind == FLOAT ? prefill_attention<Fma, float, float>(call)
+                          : prefill_attention<BfloatArithmetic, bf16, bf16>(call);
+    });
+}
+
+// Attention inside the frames of a vision encoder, see EncoderCall. dim is at most STEP.
+int64_t atb_encoder(const void* q, const void* k, const void* v, void* out, int64_t frames, int64_t tokens,
+                    int64_t heads, int64_t dim, int64_t frame_stride, int64_t token_stride, int64_t head_stride,
+                    int64_t kind, int threads) {
+    const EncoderCall call{q, k, v, out, frames, tokens, heads, dim, frame_stride, token_stride, head_stride, threads};
+    return missing_bytes(
+        [&] { kind == FLOAT ? encoder_attention<Fma, float>(call) : encoder_attention<BfloatArithmetic, bf16>(call); });
+}
+
+void atb_rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, int64_t kind,
+                  int threads) {
+    if (kind == FLOAT)
+        rms_norm((const float*)x, (const float*)weight, eps, (float*)out, rows, width, threads);
+    else
+        rms_norm((const bf16*)x, (const bf16*)weight, eps, (bf16*)out, rows, width, threads);
+}
+
+void atb_rotary(const void* x, int64_t stride, const float* cos, const float* sin, void* out, int64_t rows,
+                int64_t heads, int64_t half, int64_t kind, int threads) {
+    if (kind == FLOAT)
+        rotary((const float*)x, stride, cos, sin, (float*)out, rows, heads, half, threads);
+    else
+        rotary((const bf16*)x, stride, cos, sin, (bf16*)out, rows, heads, half, threads);
+}
+
+void atb_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t kind, int threads) {
+    if (kind == FLOAT)
+        swiglu((const float*)gate_up, (float*)out, rows, width, threads);
+    else
+        swiglu((const bf16*)gate_up, (bf16*)out, rows, width, threads);
+}
+
+void atb_quick_gelu(const void* x, void* out, int64_t count, int64_t kind, int threads) {
+    if (kind == FLOAT)
+        quick_gelu((const float*)x, (float*)out, count, threads);
+    else
+        quick_gelu((const bf16*)x, (bf16*)out, count, threads);
+}
+
+void atb_keep_freed_memory() { keep_freed_memory(); }
+
+void atb_large_pages(void* start, int64_t bytes) { use_huge_pages(start, bytes); }
+
+// Benchmark: reads `pieces` pieces of 1 MiB. `out` has 64 bytes for each piece.
+void atb_probe_read(const void* data, int64_t pieces, int32_t* out, int threads) {
+    read_all((const char*)data, pieces, out, threads);
+}
+
+// Benchmark: rounds * CHAINS vector multiply-adds in each task. `out` has 64 bytes for each task's sum; the factor and
+// the addend are read from out[0] and out[1]. Writes the FLOPs of a round and the floats of a vector to `counts`.
+void atb_probe_multiply_add(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* counts, int threads) {
+    const vf a = splat(out[0]);
+    const vf b = splat(out[1]);
+    counts[0] = CHAINS * W * 2;
+    counts[1] = W;
+#if defined(HAS_DOT)
+    if (kind == BFLOAT) {
+        counts[0] *= 2;
+        const __m512bh pair = (__m512bh)((vi)a | (vi)a >> 16);  // two bfloat16
+        const __m512bh other = (__m512bh)((vi)b | (vi)b >> 16);
+        multiply_add(tasks, rounds, out, threads,
+                     [=](vf sum) { return (vf)_mm512_dpbf16_ps((__m512)sum, pair, other); });
+        return;
+    }
+#endif
+    multiply_add(tasks, rounds, out, threads, [=](vf sum) { return sum * a + b; });
+}
+
+}  // extern "C"

@@ -1,0 +1,77 @@
+// Scratch memory, allocation failures, and advice to the system about memory.
+
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+namespace {
+
+// Memory could not be allocated. The call ends and its results are incomplete. The thread pool catches the exception in
+// a worker and raises it again in the thread that called. The C entry points return it as a number, see missing_bytes.
+struct OutOfMemory {
+    size_t bytes;
+};
+
+// Memory that a thread keeps from call to call. Its content is not kept when it grows.
+class Scratch {
+  public:
+    ~Scratch() { std::free(data); }
+
+    // Room for `count` elements, aligned to 4 KiB, uninitialised. Raises OutOfMemory.
+    template <class T>
+    T* get(size_t count) {
+        const size_t wanted = (count * sizeof(T) + 4095) / 4096 * 4096;
+        if (wanted > size) {
+            std::free(data);
+            data = (char*)std::aligned_alloc(4096, wanted);
+            size = data ? wanted : 0;
+            if (!data) throw OutOfMemory{wanted};
+        }
+        return (T*)data;
+    }
+
+  private:
+    char* data = nullptr;
+    size_t size = 0;
+};
+
+// The return value of the C entry points that need scratch memory: 0, or the bytes that could not be allocated.
+template <class F>
+int64_t missing_bytes(F&& work) {
+    try {
+        work();
+        return 0;
+    } catch (const OutOfMemory& error) {
+        return (int64_t)error.bytes;
+    }
+}
+
+// Tells glibc to keep freed blocks of up to 1 GiB, for the activations of the next step. By default glibc returns them
+// to the system, and getting the pages again takes a tenth of a large product's time. Older versions of glibc accept a
+// threshold of at most 32 MiB. Setting M_TRIM_THRESHOLD also ends glibc's own adjustment of both thresholds, so
+// M_MMAP_THRESHOLD must be set to 32 MiB there: it would stay at its small default otherwise.
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+    if (!mallopt(M_MMAP_THRESHOLD, 1 << 30)) mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+}
+
+// Asks for huge pages of 2 MiB, for memory that is read from end to end. No effect where the system has none.
+void use_huge_pages(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 2 << 20;
+    const uintptr_t first = ((uintptr_t)start + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)start + bytes) / page * page;
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
