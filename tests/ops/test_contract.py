@@ -111,7 +111,7 @@ def test_features_are_asked_for_before_loading(checkpoint: Any, monkeypatch: pyt
             self.name = "bare"
 
     monkeypatch.setattr(model_loader, "get_backend", lambda *_: Bare())
-    monkeypatch.setattr("atb_pllava.llm.fill_model", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("atb_pllava.executor.launcher.fill_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(BackendError, match="kv_cache_dtype 'int8' works on the cpu backend only, not on bare"):
         LLM(checkpoint, dtype="float32", kv_cache_dtype="int8")
     with pytest.raises(BackendError, match="world_size above 1 works on the cpu and ascend backends only, not on bare"):

@@ -20,7 +20,7 @@ from tests.ops.kernel_support import (
     filled_caches,
     random,
 )
-from tests.support import ROOT
+from tests.support import ROOT, decode_metadata, prefill_metadata
 
 HUGE = 2**44  # elements: more bytes than the addresses of a process
 
