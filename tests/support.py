@@ -95,8 +95,10 @@ def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Pat
     """A loadable directory with random weights."""
     directory.mkdir(parents=True, exist_ok=True)
     model = random_model(config_from_json(raw), seed)
-    save_file({name: part.tensor.contiguous().clone() for name, part in model.weight_map().items()},
-              directory / "model.safetensors")  # fmt: skip
+    save_file(
+        {name: part.tensor.contiguous().clone() for name, part in model.weight_map().items()},
+        directory / "model.safetensors",
+    )
     (directory / "config.json").write_text(json.dumps(raw))
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer_definition()))
     return directory

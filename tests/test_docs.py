@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atb_pllava.__main__ import _parse
+from atb_pllava.cli.verbs import parse
 from atb_pllava.engine.memory_estimate import memory_need, published_bytes
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
@@ -138,7 +138,7 @@ def test_commands_are_understood(name: str, capsys: pytest.CaptureFixture[str]) 
             assert program in OTHER_COMMANDS, words
             continue
         try:
-            _parse(rest)
+            parse(rest)
         except SystemExit as ended:
             assert ended.code == 0, f"{words}: {capsys.readouterr().err}"
 

@@ -13,7 +13,11 @@ from tests.support import ROOT
 def test_new_clips_are_answered_rightly() -> None:
     done = subprocess.run(
         [sys.executable, "examples/evaluate_tiny_pllava.py", "--count", "24", "--questions", "3", "--seed", "970000"],
-        cwd=ROOT, capture_output=True, text=True, timeout=600)  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["choice"]["all"] >= 95 and report["caption"]["all"] >= 90

@@ -85,8 +85,19 @@ def build(torch_npu: Path, out: Path) -> None:
     subprocess.run([*shared, "-Wl,-soname,libascendcl.so", "-o", out / "libascendcl.so", whole], check=True)
     for name in NAMES:
         subprocess.run(
-            [*shared, f"-Wl,-soname,lib{name}.so", "-Wl,--no-as-needed", "-o", out / f"lib{name}.so", empty,
-             f"-L{out}", "-lascendcl", "-Wl,-rpath,$ORIGIN"], check=True)  # fmt: skip
+            [
+                *shared,
+                f"-Wl,-soname,lib{name}.so",
+                "-Wl,--no-as-needed",
+                "-o",
+                out / f"lib{name}.so",
+                empty,
+                f"-L{out}",
+                "-lascendcl",
+                "-Wl,-rpath,$ORIGIN",
+            ],
+            check=True,
+        )
 
 
 if __name__ == "__main__":

@@ -166,8 +166,14 @@ class Machine:
         storage = tensor.untyped_storage()
         stored_as = int(self.torch_npu.get_npu_format(tensor))
         return Address(
-            storage.data_ptr(), storage.nbytes(), tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()),
-            tensor.dtype, _ND if stored_as in _BASE_FORMATS else stored_as)  # fmt: skip
+            storage.data_ptr(),
+            storage.nbytes(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            tensor.dtype,
+            _ND if stored_as in _BASE_FORMATS else stored_as,
+        )
 
     def on_host(self, address: Address) -> Any:
         """A CPU tensor over the same memory, which knows that it lies on the device, and in which format."""

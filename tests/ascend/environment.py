@@ -38,8 +38,22 @@ def install(target: Path) -> None:
     print(f"installing {' '.join(wanted)} into {target} (once)", file=sys.stderr)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as partial:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary", ":all:", "--retries", "1", "--target", f"{partial}/packages", *wanted]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--retries",
+            "1",
+            "--target",
+            f"{partial}/packages",
+            *wanted,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]

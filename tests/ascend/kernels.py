@@ -128,10 +128,18 @@ class Rules:
         return (gate * self.torch.sigmoid(gate) * up).to(input.dtype)
 
     def weight_quant_batchmatmul(
-        self, x: Any, weight: Any, antiquant_scale: Any, antiquant_offset: Any = None, quant_scale: Any = None,
-        quant_offset: Any = None, bias: Any = None, antiquant_group_size: int = 0, inner_precise: int = 0,
+        self,
+        x: Any,
+        weight: Any,
+        antiquant_scale: Any,
+        antiquant_offset: Any = None,
+        quant_scale: Any = None,
+        quant_offset: Any = None,
+        bias: Any = None,
+        antiquant_group_size: int = 0,
+        inner_precise: int = 0,
         weight_dtype: Any = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         torch = self.torch
         scale, offset, group = antiquant_scale, antiquant_offset, antiquant_group_size
         self.on_device("npu_weight_quant_batchmatmul: x, weight and scale", x, weight, scale)
@@ -256,11 +264,27 @@ class Rules:
         return self.torch.empty_like(query), self.torch.zeros(1)
 
     def _fused(
-        self, out: Any, query: Any, key: Any, value: Any, *, atten_mask: Any = None, actual_seq_lengths: Any = None,
-        actual_seq_lengths_kv: Any = None, block_table: Any = None, num_heads: int = 1, scale: float = 1.0,
-        pre_tokens: int = 2**31 - 1, next_tokens: int = 2**31 - 1, input_layout: str = "BSH",
-        num_key_value_heads: int = 0, sparse_mode: int = 0, inner_precise: int = 0, block_size: int = 0, **others: Any,
-    ) -> None:  # fmt: skip
+        self,
+        out: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        *,
+        atten_mask: Any = None,
+        actual_seq_lengths: Any = None,
+        actual_seq_lengths_kv: Any = None,
+        block_table: Any = None,
+        num_heads: int = 1,
+        scale: float = 1.0,
+        pre_tokens: int = 2**31 - 1,
+        next_tokens: int = 2**31 - 1,
+        input_layout: str = "BSH",
+        num_key_value_heads: int = 0,
+        sparse_mode: int = 0,
+        inner_precise: int = 0,
+        block_size: int = 0,
+        **others: Any,
+    ) -> None:
         torch = self.torch
         self.only_a2("npu_fused_infer_attention_score")
         need(all(v is None or v in (0, False) for v in others.values()), f"{sorted(others)} are not modelled")
@@ -348,9 +372,18 @@ class Rules:
         need(len(table) == batch, f"block_table {tuple(table.shape)} for batch {batch}")
 
     def paged_attention(
-        self, query: Any, key_cache: Any, value_cache: Any, num_kv_heads: int, num_heads: int, scale_value: float,
-        block_table: Any, context_lens: Any, out: Any, workspace: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        num_kv_heads: int,
+        num_heads: int,
+        scale_value: float,
+        block_table: Any,
+        context_lens: Any,
+        out: Any,
+        workspace: Any = None,
+    ) -> None:
         dim = self._check_heads(query, num_heads, num_kv_heads, out)
         block = self.cache_kind(key_cache, value_cache, num_kv_heads, dim)
         need(block <= 128 and block * dim <= 128 * 128, f"block size {block}, head dimension {dim}")
@@ -394,16 +427,31 @@ class Rules:
             start += length
 
     def flash_attention_unpad(
-        self, query: Any, key: Any, value: Any, seq_len: Any, scale_value: float, num_heads: int, num_kv_heads: int,
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        seq_len: Any,
+        scale_value: float,
+        num_heads: int,
+        num_kv_heads: int,
         out: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         lengths = self._check_packed(query, key, value, seq_len, num_heads, num_kv_heads, out)
         self._attend_packed(query, key, value, lengths, scale_value, lambda length: None, out)
 
     def flash_attention(
-        self, query: Any, key: Any, value: Any, mask: Any, seq_len: Any, scale_value: float, num_heads: int,
-        num_kv_heads: int, out: Any,
-    ) -> None:  # fmt: skip
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        seq_len: Any,
+        scale_value: float,
+        num_heads: int,
+        num_kv_heads: int,
+        out: Any,
+    ) -> None:
         self.only_310p("_npu_flash_attention")
         lengths = self._check_packed(query, key, value, seq_len, num_heads, num_kv_heads, out)
         full = self._from_nz("mask", mask)
@@ -411,9 +459,19 @@ class Rules:
         self._attend_packed(query, key, value, lengths, scale_value, lambda n: full[:n, :n].float(), out)
 
     def flash_attention_v3(
-        self, query: Any, key: Any, value: Any, mask: Any, seq_len: Any, scale_value: float, num_heads: int,
-        num_kv_heads: int, mask_type: Any = 3, *, out: Any,
-    ) -> None:  # fmt: skip
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        seq_len: Any,
+        scale_value: float,
+        num_heads: int,
+        num_kv_heads: int,
+        mask_type: Any = 3,
+        *,
+        out: Any,
+    ) -> None:
         self.only_310p("_npu_flash_attention_v3")
         lengths = self._check_packed(query, key, value, seq_len, num_heads, num_kv_heads, out)
         need(mask_type == 3, "only MASK_TYPE_NORM_COMPRESS is accepted")
@@ -431,9 +489,19 @@ class Rules:
         return mask[0].transpose(0, 1).flatten(1)
 
     def _splitfuse(
-        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, seq_len: Any,
-        num_kv_heads: int, num_heads: int, scale_value: float, out: Any, mask_of: Callable[[int, int, int], Any],
-    ) -> None:  # fmt: skip
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_table: Any,
+        context_lens: Any,
+        seq_len: Any,
+        num_kv_heads: int,
+        num_heads: int,
+        scale_value: float,
+        out: Any,
+        mask_of: Callable[[int, int, int], Any],
+    ) -> None:
         dim = self._check_heads(query, num_heads, num_kv_heads, out)
         block = self.cache_kind(key_cache, value_cache, num_kv_heads, dim)
         need(block <= 128 and block * dim <= 128 * 128, f"block size {block}, head dimension {dim}")
@@ -454,21 +522,53 @@ class Rules:
             start += length
 
     def paged_attention_splitfuse(
-        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, mask: Any,
-        seq_len: Any, num_kv_heads: int, num_heads: int, scale_value: float, out: Any,
-    ) -> None:  # fmt: skip
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_table: Any,
+        context_lens: Any,
+        mask: Any,
+        seq_len: Any,
+        num_kv_heads: int,
+        num_heads: int,
+        scale_value: float,
+        out: Any,
+    ) -> None:
         self.only_310p("_npu_paged_attention_splitfuse")
         full = self._from_nz("mask", mask)
         need(len(full) == -(-len(query) // 16) * 16, f"the mask has {len(full)} rows for {len(query)} queries")
         need(full.shape[1] >= int(context_lens.max()), f"the mask has {full.shape[1]} columns")
         self._splitfuse(
-            query, key_cache, value_cache, block_table, context_lens, seq_len, num_kv_heads, num_heads, scale_value,
-            out, lambda start, n, context: full[start : start + n, :context].float())  # fmt: skip
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            context_lens,
+            seq_len,
+            num_kv_heads,
+            num_heads,
+            scale_value,
+            out,
+            lambda start, n, context: full[start : start + n, :context].float(),
+        )
 
     def paged_attention_splitfuse_v2(
-        self, query: Any, key_cache: Any, value_cache: Any, block_table: Any, context_lens: Any, mask: Any,
-        seq_len: Any, num_kv_heads: int, num_heads: int, scale_value: float, mask_type: Any = 5, *, out: Any,
-    ) -> None:  # fmt: skip
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_table: Any,
+        context_lens: Any,
+        mask: Any,
+        seq_len: Any,
+        num_kv_heads: int,
+        num_heads: int,
+        scale_value: float,
+        mask_type: Any = 5,
+        *,
+        out: Any,
+    ) -> None:
         torch = self.torch
         self.only_310p("_npu_paged_attention_splitfuse_v2")
         self.on_device("mask", mask)
@@ -477,5 +577,15 @@ class Rules:
         wanted = torch.ones(2048, 2048).triu(1) * -10000.0
         need(tuple(mask.shape) == (2048, 2048) and torch.equal(mask.float(), wanted), "mask: -10000 above the diagonal")
         self._splitfuse(
-            query, key_cache, value_cache, block_table, context_lens, seq_len, num_kv_heads, num_heads, scale_value,
-            out, lambda start, n, context: self.causal(n, context))  # fmt: skip
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            context_lens,
+            seq_len,
+            num_kv_heads,
+            num_heads,
+            scale_value,
+            out,
+            lambda start, n, context: self.causal(n, context),
+        )

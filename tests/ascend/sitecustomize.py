@@ -9,6 +9,4 @@ if os.environ.get("STAND_IN_LIBRARIES"):
     import device
 
     libraries = Path(os.environ["STAND_IN_LIBRARIES"])
-    device.start(
-        device.load_libraries(libraries, int(os.environ["STAND_IN_DEVICES"]), os.environ["STAND_IN_SOC"])
-    )
+    device.start(device.load_libraries(libraries, int(os.environ["STAND_IN_DEVICES"]), os.environ["STAND_IN_SOC"]))

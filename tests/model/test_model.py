@@ -87,8 +87,14 @@ def test_a_repeated_frame_is_encoded_once() -> None:
 
 
 def test_the_meta_device_needs_no_memory() -> None:
-    big = raw_config(hidden_size=7168, intermediate_size=20480, num_hidden_layers=60, num_attention_heads=56,
-                     num_key_value_heads=8, vocab_size=64064)  # fmt: skip
+    big = raw_config(
+        hidden_size=7168,
+        intermediate_size=20480,
+        num_hidden_layers=60,
+        num_attention_heads=56,
+        num_key_value_heads=8,
+        vocab_size=64064,
+    )
     with torch.device("meta"):
         model = Pllava(config_from_json(big), TorchBackend(), torch.bfloat16)
     assert sum(view.numel() for view in views(model).values()) > 33e9

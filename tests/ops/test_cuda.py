@@ -173,9 +173,14 @@ def test_only_real_slots_are_written(fast: CudaBackend, heads: int, dim: int, bl
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 @pytest.mark.parametrize("cached", [0, 1, 100])
 def test_prompts_behind_a_cached_prefix(
-    fast: CudaBackend, heads: int, kv_heads: int, cached: int, dtype: torch.dtype, old_torch: bool,
+    fast: CudaBackend,
+    heads: int,
+    kv_heads: int,
+    cached: int,
+    dtype: torch.dtype,
+    old_torch: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     if old_torch:
         monkeypatch.setattr(cuda, "_knows_groups", lambda: False)
         monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
@@ -204,8 +209,12 @@ def test_no_mask_is_made() -> None:
 def test_products_of_8_bits(
     fast: CudaBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
 ) -> None:
-    whole = quantise(random(70, columns.stop if not group_size else 512), group_size=group_size, symmetric=symmetric,
-                     scale_dtype=dtype)  # fmt: skip
+    whole = quantise(
+        random(70, columns.stop if not group_size else 512),
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=dtype,
+    )
     weight, bias = whole.columns(columns), random(70, seed=1).to(dtype)
     for count in (1, 4, 5, 16, 17, 64, 65):
         x = random(count, weight.shape[1], seed=2).to(dtype)
@@ -444,6 +453,14 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [line.split()[0] for line in done.stdout.splitlines()]
-    assert set(kernels) == {"_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear",
-                            "_dequantise"}  # fmt: skip
+    assert set(kernels) == {
+        "_rms_norm",
+        "_rotary",
+        "_swiglu",
+        "_write_kv",
+        "_attend",
+        "_merge",
+        "_int8_linear",
+        "_dequantise",
+    }
     assert not [line for line in done.stdout.splitlines() if not line.endswith("stack 0")]
