@@ -27,6 +27,7 @@ from atb_pllava.ops.cpu.build import BuildError, default_directory, find_library
 from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import has_native_bfloat16
+from atb_pllava.ops.registry import BACKEND_CLASSES
 
 LIBRARY_BYTES = 50_000_000  # for the compiler's temporary files; the library of kernels is below 1 MB
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -117,7 +118,7 @@ def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[
         return
     dtype = auto_dtype(model.config, room.backend)
     element = ELEMENT_BYTES[dtype]
-    need = memory_need(model.config, element, model.int8, world_size, together=room.is_cpu)
+    need = _need(room, model.config, model.int8, element, world_size)
     kind = f"W8A16 and {dtype}" if model.is_int8 else dtype
     found = (
         f"{room}, about {gigabytes(need.least)} GB needed{_where(world_size, room.is_cpu)} for one video at a time: "
@@ -134,6 +135,12 @@ def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[
     yield Check("full batch", True if need.default <= room.free else None, full)
 
 
+def _need(room: Room, config: PllavaConfig, int8: QuantConfig, element: int, world_size: int) -> MemoryNeed:
+    """The memory that the engine needs in `room`, with floats of `element` bytes."""
+    vision_batch = BACKEND_CLASSES[room.backend].preferred_vision_batch
+    return memory_need(config, element, int8, world_size, together=room.is_cpu, vision_batch=vision_batch)
+
+
 def _where(world_size: int, together: bool) -> str:
     if world_size == 1:
         return ""
@@ -148,16 +155,16 @@ def _ways_to_fit(room: Room, model: Model, element: int, world_size: int, need: 
         yield f"give the container more memory: docker run --memory={-(-need.least // 2**30)}g"
     if not model.is_int8:
         int8 = dummy_quant_config(model.config)
-        smaller = memory_need(model.config, element, int8, world_size, together=room.is_cpu)
+        smaller = _need(room, model.config, int8, element, world_size)
         if smaller.least <= room.total:
             yield f"8-bit weights need {gigabytes(smaller.least)} GB: {_convert(model)}"
     if element == 4 and room.is_cpu:
-        halved = memory_need(model.config, 2, model.int8, world_size, together=True)
+        halved = _need(room, model.config, model.int8, 2, world_size)
         if halved.least <= room.total:
             yield f"--dtype bfloat16 needs {gigabytes(halved.least)} GB; this CPU computes it slowly"
     if room.backend == "ascend":
         sizes = range(world_size + 1, min(8, model.config.text.num_key_value_heads) + 1)
-        fitting = (n for n in sizes if memory_need(model.config, element, model.int8, n).least <= room.free)
+        fitting = (n for n in sizes if _need(room, model.config, model.int8, element, n).least <= room.free)
         if (enough := next(fitting, None)) is not None:
             yield f"split it over {enough} devices: --world_size {enough}"
     yield f"a machine with {gigabytes(need.least)} GB free"
