@@ -1,11 +1,14 @@
-# Sourced by run_pa.sh, convert_quant_weights.sh and tests/run.sh. `find_python FILE...` sets PYTHON to an interpreter that
-# has every package of the requirements files: $ATB_PLLAVA_PYTHON, the python3 that is active, or one in .venv, which is
-# made when needed. Packages that are installed already, in whatever version, are used as they are and never replaced.
+# Sourced by run_pa.sh, convert_quant_weights.sh and tests/run.sh.
+#
+# `find_python FILE...` sets PYTHON to an interpreter that has every package of the requirements files. The candidates are
+# $ATB_PLLAVA_PYTHON alone if it is set; else the active python3, then .venv in the clone. If both lack packages, .venv is
+# set up. An installed package is used in the version that it has. It is never replaced.
 
 CPU_BUILDS=https://download.pytorch.org/whl/cpu # PyTorch's own index of builds without CUDA
 
-# Prints the requirement lines whose package the interpreter lacks; fails when it cannot say. In .venv a package without
-# INSTALLER counts as missing: pip writes that file after all others, so an installation was interrupted.
+# Prints the requirements whose package the interpreter lacks. Fails if the interpreter does not run.
+# In .venv a package without the file INSTALLER counts as missing. pip writes INSTALLER last, so an installation of the
+# package was interrupted.
 missing_packages() {
     "$@" - "$venv" "${requirements[@]}" <<'PY'
 import importlib.metadata
@@ -35,7 +38,7 @@ for path in sys.argv[2:]:
 PY
 }
 
-# Removes the records of packages whose installation was interrupted: pip would take them for installed.
+# Deletes the .dist-info folders of packages whose installation was interrupted. pip would not install them again.
 forget_interrupted() {
     "$PYTHON" - <<'PY'
 import pathlib
@@ -51,7 +54,8 @@ for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
 PY
 }
 
-# Whether torch is missing and pip's index has it with CUDA libraries, several GB that a plain CPU machine has no use for.
+# Succeeds if torch is missing and the build that pip would install needs CUDA libraries. They take several GB, and a
+# machine without a GPU does not use them.
 offers_only_cuda_torch() {
     local torch
     torch=$(tr ' ' '\n' <<<"$missing" | grep '^torch==') || return 1
@@ -59,20 +63,20 @@ offers_only_cuda_torch() {
         2>/dev/null | grep -Eq '"(nvidia|cuda)-'
 }
 
-# Sets download and disk, in MB, to what the missing packages take: measured on x86-64 Linux with Python 3.11. Packages
-# without torch and Triton are too small to matter.
+# Sets `download` and `disk` to the MB that the missing packages take, measured on x86-64 Linux with Python 3.11. Only
+# torch and Triton count. All other packages are small.
 estimate_size() {
     download=0 disk=0
     case $'\n'$missing in *$'\n'torch==*) download=270 disk=1200 ;; esac
     case $'\n'$missing in *$'\n'triton==*) download=$((download + 240)) disk=$((disk + 900)) ;; esac
 }
 
-# Free MB of the file system that holds a folder.
+# Prints the free MB of the file system that holds a folder.
 free_space() {
     df -Pk "$1" 2>/dev/null | awk 'NR == 2 {print int($4 / 1024)}'
 }
 
-# Names the first folder whose disk is full among those that pip writes to; fails when none is.
+# Prints the first of the folders that pip writes to whose disk has less than 50 MB free. Fails if there is none.
 full_disk() {
     local folder
     for folder in "$venv" "${TMPDIR:-/tmp}" "$("$PYTHON" -m pip cache dir 2>/dev/null)"; do
@@ -82,7 +86,8 @@ full_disk() {
     return 1
 }
 
-# Waits until no other set-up of this clone is running. The lock lies on the folder itself and ends with file descriptor 9.
+# Waits until no other shell sets up this clone. The lock is on the clone's folder. It ends when file descriptor 9 is
+# closed.
 lock_clone() {
     exec 9<"$root"
     "$base" - "$venv" <<'PY'
@@ -97,7 +102,7 @@ except BlockingIOError:
     print(f"another shell is setting up {sys.argv[1]}: waiting for it", file=sys.stderr)
     fcntl.flock(9, fcntl.LOCK_EX)
 except OSError:
-    pass  # a file system without locks
+    pass  # the file system has no locks: go on without
 PY
 }
 
@@ -105,7 +110,8 @@ has_pip() {
     "$PYTHON" -m pip --version >/dev/null 2>&1
 }
 
-# Makes .venv, or gives it back its pip. What is installed in a .venv that works stays there.
+# Creates .venv. A .venv whose Python runs is kept with its packages, and pip is installed again if it is missing. If that
+# fails, .venv is created anew.
 make_venv() {
     local options=()
     if [ -x "$PYTHON" ] && "$PYTHON" -c '' 2>/dev/null; then
@@ -126,7 +132,7 @@ make_venv() {
     return 2
 }
 
-# Says why nothing can be written below the clone, if that is so, and where .venv can be instead.
+# Fails if .venv cannot be written in the clone, and prints the commands that set it up elsewhere.
 check_writable() {
     local folder=$root elsewhere=${HOME:-/tmp}/atb_pllava-venv
     [ -d "$venv" ] && folder=$venv
@@ -138,7 +144,7 @@ check_writable() {
     return 2
 }
 
-# An error that says so where the cause is a full disk; otherwise the cause that is given.
+# Prints an error: that a disk is full if one is, else the given cause.
 explain_failure() {
     local full
     if full=$(full_disk); then
@@ -151,9 +157,9 @@ explain_failure() {
 set_up() {
     local options=() download disk free names=("${requirements[@]#"$root/"}")
     PYTHON=$venv/bin/python
-    [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0 # by another shell
+    [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0 # another shell has set it up
     check_writable || return 2
-    missing=$(missing_packages "$base") || return 2 # when .venv is new; looked up again below
+    missing=$(missing_packages "$base") || return 2 # for the estimate, if there is no .venv yet
     [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON" 2>/dev/null)
     estimate_size
     free=$(free_space "$root")
@@ -204,7 +210,7 @@ find_python() {
     missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0
     PYTHON=$venv/bin/python
     [ -x "$PYTHON" ] && missing=$(missing_packages "$PYTHON") && [ -z "$missing" ] && return 0
-    trap 'interrupted=yes' INT # what is interrupted returns first
+    trap 'interrupted=yes' INT # bash runs the trap after the interrupted command has returned
     { lock_clone && set_up; } || status=$?
     exec 9<&-
     trap - INT

@@ -1,17 +1,18 @@
 // The arithmetics of tile products, and the one that bfloat16 uses at this level of CPU.
 //
-// A tile is up to MR rows of the input times one panel; its sums stay in registers. An arithmetic is a struct with
-//   A            the type of an element of the input in tiles
-//   B            the type of an element of a panel after `widen`
-//   INT8_EXCESS  the number that a loaded int8 element is larger than the weight's
-//   tile<R>(a, b, pairs, out)  out[R][NV] = R rows of the input times a panel, over `pairs` pairs. Elements of `a` lie
-//   as
-//                              [STEP elements of K][MR rows][STEP]; the panel has elements of B, or of int8 or
-//                              bfloat16.
-//   widen(b, pairs, out)       a panel as elements of B. It pays if many tiles are multiplied with the panel.
+// A tile is up to MR rows of the input. A tile product multiplies a tile with one panel. The sums stay in registers.
+// An arithmetic is a struct with these members:
+//   A            the element type of the input in tiles
+//   B            the element type of a panel after `widen`
+//   INT8_EXCESS  a number. `tile` multiplies with q + INT8_EXCESS instead of the int8 weight q.
+//   tile<R>(a, b, pairs, out)
+//                out[R][NV] = R rows of the input times a panel, over `pairs` pairs of K. The input is
+//                [step of K][MR][STEP]. The panel has elements of type B, or bfloat16 or int8.
+//   widen(b, pairs, out)
+//                converts a panel to elements of type B, for panels that are multiplied with many tiles.
 //
-// A further arithmetic, such as AMX, is one more file gemm_*.h, and one more branch below. Its level also needs a line
-// in LEVELS of ops/cpu/build.py.
+// Another arithmetic, such as AMX, is one more file gemm_*.h and one more branch below. Its level is one more line of
+// LEVELS in ops/cpu/build.py.
 
 #pragma once
 

@@ -100,12 +100,12 @@ struct RowProducts<bf16> {
 };
 #endif
 
-// A run: up to RUN tokens that are attended to together. They lie in one block of the cache.
+// A run is up to RUN tokens of one block of the cache, which are attended to together. The keys of the next run are
+// prefetched while keys are read, and its values while values are read.
 struct Run {
     int64_t start;
     int count;
-    int next;  // tokens of the next run, which are prefetched: its keys while keys are read, its values while values
-               // are
+    int next;  // number of tokens in the next run, 0 for the last run
 };
 
 // p[g][i] = factor * (key of token i) * (query g). q is [G][width].

@@ -10,7 +10,7 @@
 namespace {
 
 // A task is a block of panels times a block of tiles.
-constexpr int64_t TILES_PER_TASK = 20;  // the steps of so many tiles stay in the second-level cache
+constexpr int64_t TILES_PER_TASK = 20;  // one step of all these tiles fits in the second-level cache
 constexpr int64_t BLOCKS_PER_PACK = 4;  // blocks of tiles that are packed before they are multiplied
 constexpr int64_t PANELS_PER_TASK = 8;
 
@@ -24,11 +24,11 @@ struct LinearCall {
     int threads;
 };
 
-// What tile products need of an int8 weight at one place. All are null for float weights.
+// The scales of an int8 weight for one panel and one piece of K. All pointers are null for a float weight.
 struct Scales {
-    const float* scale;       // of the panel's columns
-    const float* zero_point;  // of the panel's columns, or null
-    const float* sums;        // of each row of the input over the columns that share the scale, or null
+    const float* scale;       // [PANEL]
+    const float* zero_point;  // [PANEL], or null for a symmetric weight
+    const float* sums;        // [MR]: the sum of each row of the input over the piece. Null if no sums are needed.
 };
 
 // c[R][PANEL] (+)= scale * (acc - (zero_point + excess) * sum of the inputs). `first` overwrites c.
@@ -59,6 +59,7 @@ INLINE void accumulate(const vf (&acc)[R][NV], float* c, bool first, const Scale
         for_each_vector([&](int r, int v, const float* to) { return load<vf>(to) + acc[r][v]; });
 }
 
+// c (+)= a tile times a panel, over `pairs` pairs of K, with the scales of the panel.
 template <int R, class M, class B>
 __attribute__((noinline)) void multiply_tile(const typename M::A* a, const B* b, int64_t pairs, float* c, bool first,
                                              const Scales& scales) {

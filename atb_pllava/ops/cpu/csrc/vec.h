@@ -1,7 +1,10 @@
 // Vector types and operations for each level of CPU (LEVELS in ops/cpu/build.py), and conversions of single elements.
 //
-// Vectors are GCC's generic ones, W floats wide; + - * / and comparisons work on them. Intrinsics stand only where GCC
-// makes poor code of the generic form.
+// Vectors are those of GCC's vector extension: the operators of scalars work on them. Intrinsics are used only where
+// GCC makes poor code of the operators.
+//
+// GCC may fuse a * b + c into one instruction with one rounding. Which ones it fuses depends on the structure of the
+// function, so moving code can change the last bit of a result.
 
 #pragma once
 
@@ -15,12 +18,13 @@
 #include <immintrin.h>
 #endif
 
-// The CPU multiplies pairs of bfloat16, see gemm_dot.h, and looks bytes up in a table, see int8_to_bf16.h.
+// The CPU has a dot instruction for bfloat16 (gemm_dot.h) and a table lookup of bytes (int8_to_bf16.h).
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define HAS_DOT
 #endif
 
-#define INLINE static inline __attribute__((always_inline))  // functions, and member functions without `this`
+// INLINE: functions, and static member functions. INLINE_METHOD: other member functions.
+#define INLINE static inline __attribute__((always_inline))
 #define INLINE_METHOD inline __attribute__((always_inline))
 
 namespace {
@@ -40,13 +44,14 @@ constexpr int W = 4;
 constexpr int MR = 2;
 #endif
 
+// Vectors of W elements, named by their type. A vector named 2w has 2 W elements.
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vu16_w __attribute__((vector_size(W * 2)));  // W elements
-typedef int16_t vi16_2w __attribute__((vector_size(W * 4)));  // 2 W elements
-typedef int8_t vi8_w __attribute__((vector_size(W)));         // W elements
-typedef int8_t vi8_2w __attribute__((vector_size(W * 2)));    // 2 W elements
+typedef uint16_t vu16_w __attribute__((vector_size(W * 2)));
+typedef int16_t vi16_2w __attribute__((vector_size(W * 4)));
+typedef int8_t vi8_w __attribute__((vector_size(W)));
+typedef int8_t vi8_2w __attribute__((vector_size(W * 2)));
 
 // Loads and stores at any alignment.
 template <class V>
@@ -60,8 +65,8 @@ INLINE void store(void* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// x in every element. GCC broadcasts the scalar operand of a vector operation. It then drops the subtraction of +0,
-// which changes no float: -0 - 0 is -0. An addition of 0 would stay, because -0 + 0 is +0.
+// x in every element. GCC broadcasts the scalar operand of a vector operator. GCC then drops the subtraction of 0,
+// because x - 0 is x for every float. An addition of 0 would remain, because -0 + 0 is +0.
 INLINE vf splat(float x) { return x - (vf){}; }
 
 // 2 W bfloat16 elements: those with an even index, and those with an odd index, as float32.
