@@ -59,7 +59,7 @@ def check_contents(wheel: Path, source: Path) -> None:
     """Every module and kernel source is in the wheel, and nothing of the clone's tools."""
     names = set(zipfile.ZipFile(wheel).namelist())
     package = source / "atb_pllava"
-    kernels = [str(path.relative_to(source)) for path in (package / "ops/cpu/csrc").iterdir()]
+    kernels = [str(path.relative_to(source)) for path in (package / "ops/cpu/csrc").glob("[!.]*")]
     modules = [str(path.relative_to(source)) for path in package.rglob("*.py")]
     missing = sorted({*NEEDED_IN_WHEEL, *kernels, *modules} - names)
     foreign = sorted(filter(NOT_IN_WHEEL.match, names))
