@@ -156,7 +156,7 @@ def test_the_folders_of_the_architecture_page_are_the_folders() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_named_exist(name: str) -> None:
-    """Paths in backquotes; names alone are looked up in the package, too. CHANGELOG.md also names files that are gone."""
+    """Paths in backquotes; bare names are looked up in the package too. CHANGELOG.md also names files that are gone."""
     known = {path.name for path in ROOT.glob("*")} | {path.name for path in (ROOT / "atb_pllava").rglob("*.py")}
     for path in re.findall(r"`([\w/]+\.(?:py|sh))`", text_of(name)):
         places = (ROOT / path, ROOT / "atb_pllava" / path)
