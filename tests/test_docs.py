@@ -1,17 +1,21 @@
 """What the README and docs/ say is true: links, folders, options, commands, and the answers that are shown."""
 
+import argparse
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from atb_pllava.cli.verbs import parse
+from atb_pllava.cli import run_pa
+from atb_pllava.cli.verbs import VERBS, _verb_parser, parse
 from atb_pllava.engine.memory_estimate import memory_need, published_bytes
+from atb_pllava.errors import PllavaError
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED
@@ -23,6 +27,29 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # What else a page may tell its reader to type.
 OTHER_COMMANDS = {"hf", "pip", "source", "ffmpeg", "curl", "docker", "cd", "git", "export", "npu-smi", "cat", "ls"}
+OTHER_COMMANDS |= {"mindie_llm_server"}
+# Options of programs that are not ours.
+OTHER_OPTIONS = {
+    "pip": {"--dest", "--find-links", "--no-index", "--only-binary", "--platform", "--python-version"},
+    "docker": {"--device", "--net", "--shm-size"},
+    "torchrun": {"--nproc_per_node"},
+    "hf": {"--local-dir"},
+    "mindie_llm_server": {"--config-file"},
+}
+# Files that pages name and that are not ours: of CANN and MindIE, of PLLaVA's repository.
+FOREIGN_FILES = {"set_env.sh", "tasks/eval/eval_utils.py"}
+PRECISION_COMMANDS = (
+    "precision.parity",
+    "precision.clip_score",
+    "precision.run_reference",
+    "precision.tokenizer_check",
+    "precision.evaluate.__main__",
+    "precision.shapes.__main__",
+    "precision.videobench.answer_questions",
+    "precision.videobench.extract_dataset",
+    "precision.videobench.precision_test",
+    "precision.videobench.shapes_dataset",
+)
 
 
 def text_of(name: str) -> str:
@@ -38,13 +65,26 @@ def blocks(name: str, language: str) -> list[str]:
 def commands(name: str) -> Iterator[list[str]]:
     """The commands of a page's bash blocks as words, without variables in front and what is piped behind."""
     for block in blocks(name, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in complete_lines(block.replace("\\\n", " ")):
             words = shlex.split(line, comments=True)
             while words and re.match(r"[A-Z_]+=", words[0]):
                 del words[0]
             cut = [i for i, word in enumerate(words) if word in ("|", ">", "&&", "2>", "&")]
             if words:
                 yield words[: cut[0]] if cut else words
+
+
+def complete_lines(text: str) -> Iterator[str]:
+    """The lines of a shell text. A quoted text may go over several."""
+    line = ""
+    for part in text.splitlines():
+        line += part
+        if line.count("'") % 2 == 0 and line.count('"') % 2 == 0:
+            yield line
+            line = ""
+        else:
+            line += "\n"
+    assert not line, line
 
 
 def dialogue(text: str) -> list[str]:
@@ -82,12 +122,21 @@ def test_links_lead_somewhere(name: str) -> None:
             assert ((ROOT / name).parent / target).exists(), target
 
 
-def test_every_page_says_for_whom_it_is_and_is_linked() -> None:
-    linked = "".join(text_of(name) for name in NAMES)
-    for page in (ROOT / "docs").glob("*.md"):
-        lines = page.read_text(encoding="utf-8").splitlines()
-        assert lines[0].startswith("# ") and lines[2].startswith("For whom: "), page.name
-        assert f"{page.name})" in linked, f"no page links {page.name}"
+@pytest.mark.parametrize("page", [path.name for path in (ROOT / "docs").glob("*.md")])
+def test_every_page_says_for_whom_it_is_and_is_linked(page: str) -> None:
+    lines = text_of(f"docs/{page}").splitlines()
+    assert lines[0].startswith("# ") and lines[2].startswith("For whom: ")
+    for readme in ("README.md", "README_zh.md"):
+        assert f"](docs/{page})" in text_of(readme)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_to_headings_lead_somewhere(name: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https:)([^)#\s]*)#([^)\s]+)\)", text_of(name)):
+        page = ((ROOT / name).parent / target) if target else ROOT / name
+        headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert anchor in slugs, f"{target}#{anchor}"
 
 
 def test_both_readmes_show_the_same() -> None:
@@ -107,79 +156,125 @@ def test_the_folders_of_the_architecture_page_are_the_folders() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_named_exist(name: str) -> None:
-    """Paths in backquotes; names alone are looked up in the package, too."""
+    """Paths in backquotes; bare names are looked up in the package too. CHANGELOG.md also names files that are gone."""
     known = {path.name for path in ROOT.glob("*")} | {path.name for path in (ROOT / "atb_pllava").rglob("*.py")}
     for path in re.findall(r"`([\w/]+\.(?:py|sh))`", text_of(name)):
         places = (ROOT / path, ROOT / "atb_pllava" / path)
-        assert any(place.exists() for place in places) or path in known, path
+        assert any(place.exists() for place in places) or path in known | FOREIGN_FILES or name == "CHANGELOG.md", path
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_commands_are_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_are_understood(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
     for words in commands(name):
-        program, *rest = words
-        if program == "torchrun":
-            rest = rest[rest.index("-m") :]
-        if rest[:2] == ["-m", "atb_pllava"]:
-            rest = rest[2:]
-        elif program == "atb-pllava":
-            pass
-        elif program in ("python", "bash") and (ROOT / rest[0]).is_file():
-            check_options(words, (ROOT / rest[0]).parent)
-            continue
-        elif program == "python" and rest[0] == "-m":
-            path = ROOT.joinpath(*rest[1].split("."))
-            assert rest[1] == "pytest" or path.is_dir() or path.with_suffix(".py").is_file(), words
-            check_options(words[2:], path if path.is_dir() else path.parent)
-            continue
-        elif program == "python" and rest[0] == "-c":
-            continue
-        else:
-            assert program in OTHER_COMMANDS, words
-            continue
         try:
-            parse(rest)
+            understand(words, monkeypatch)
+        except PllavaError as error:
+            pytest.fail(f"{words}: {error}")
         except SystemExit as ended:
             assert ended.code == 0, f"{words}: {capsys.readouterr().err}"
 
 
-def check_options(words: list[str], folder: Path) -> None:
-    """The options of a script are in its sources, or in the package's, to which it hands them on."""
-    sources = [*folder.glob("*.py"), *folder.glob("*.sh"), *(ROOT / "atb_pllava").rglob("*.py")]
-    text = "".join(path.read_text(encoding="utf-8") for path in sources)
-    for option in words:
-        if re.match(r"--?[a-zA-Z]", option):
-            name = option.partition("=")[0].lstrip("-")
-            assert re.search(rf"\b{re.escape(name)}\b", text), f"{option} in {words}"
+def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse a command as the program would. Raises PllavaError or SystemExit for one of ours that has a mistake."""
+    program, *rest = words
+    if program == "torchrun":
+        program, rest = "python", rest[rest.index("-m") :]
+    if program in ("python", "python3") and rest[0] == "-m":
+        understand_module(rest[1], rest[2:], monkeypatch)
+    elif program in ("python", "python3"):
+        assert (ROOT / rest[0]).is_file(), words
+        if rest[0].startswith("precision/"):
+            parse_precision(rest[0].removesuffix(".py").replace("/", "."), rest[1:], monkeypatch)
+        else:
+            check_options(rest[1:], ROOT / rest[0])
+    elif program == "bash":
+        understand_script(rest[0], rest[1:])
+    elif program == "atb-pllava":
+        parse(rest)
+    else:
+        assert program in OTHER_COMMANDS, words
 
 
-@pytest.mark.parametrize("name", NAMES)
+def understand_module(module: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m MODULE REST...`."""
+    if module == "atb_pllava":
+        parse(rest)
+    elif module.startswith("precision."):
+        is_package = ROOT.joinpath(*module.split(".")).is_dir()
+        parse_precision(f"{module}.__main__" if is_package else module, rest, monkeypatch)
+    elif module == "pytest":
+        assert all((ROOT / path).exists() for path in rest), rest
+    else:
+        assert module == "pip", module
+
+
+def understand_script(script: str, rest: list[str]) -> None:
+    """`bash SCRIPT REST...`."""
+    assert (ROOT / script).is_file(), script
+    if script == "run_pa.sh":
+        if rest != ["--help"]:
+            parse(run_pa.command(rest))
+    elif script == "convert_quant_weights.sh":
+        parse(["convert", *rest])
+    elif script == "tests/run.sh":
+        assert all((ROOT / path).exists() for path in rest), rest
+    else:
+        check_options(rest, ROOT / script)
+
+
+def parse_precision(module: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse the options of a command of precision/, without running it."""
+    found = import_module(module)
+    if hasattr(found, "main"):
+        monkeypatch.setattr(found, "run_command", lambda parse, *_: parse())
+        found.main(rest)
+    else:
+        found.parser().parse_args(rest)
+
+
+def check_options(words: list[str], script: Path) -> None:
+    """The options of a script stand in its source."""
+    text = script.read_text(encoding="utf-8")
+    for word in words:
+        if re.match(r"--?[a-zA-Z]", word) and word != "--help":
+            option = word.partition("=")[0]
+            assert re.search(rf"(?<![\w-]){re.escape(option)}\b", text), f"{option} in {script}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])  # it names options that are gone
 def test_options_in_the_text_exist(name: str, every_option: set[str]) -> None:
-    others = {
-        "--nproc_per_node",
-        "--local",
-        "--platform",
-        "--only",
-        "--help",
-        "--shm",
-        "--device",
-        "--volume",
-        "--name",
-    }
-    others |= {"--rm", "--net", "--privileged", "--network", "--no", "--upgrade"}
-    # CHANGELOG.md names options that are gone.
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", text_of(name))) - others:
-        assert name == "CHANGELOG.md" or option in every_option, f"{option} is no option of anything"
+    others = {"--help"}.union(*OTHER_OPTIONS.values())
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text_of(name))) - others:
+        assert option in every_option, f"{option} is no option of anything"
 
 
 @pytest.fixture(scope="module")
 def every_option() -> set[str]:
-    """Every option that a command's help or a script's source has."""
-    sources = [*ROOT.glob("*.sh"), *(ROOT / "atb_pllava").rglob("*.py"), *(ROOT / "precision").rglob("*.py")]
-    sources += [*(ROOT / "examples").glob("*.py"), *(ROOT / "precision").rglob("*.sh")]
-    text = "".join(path.read_text(encoding="utf-8") for path in sources)
-    written = set(re.findall(r"(?<![\w-])--[a-z][a-z_]+", text))
-    return written | {f"--{name}" for name in re.findall(r"^    (\w+): .*(?:option|field)\(", text, re.MULTILINE)}
+    """Every option of our commands by their parsers, and of the scripts in examples/ and *.sh by their sources."""
+    found = set(options_of(_verb_parser(list(VERBS))))
+    with pytest.MonkeyPatch.context() as patch:
+        parsers: list[argparse.ArgumentParser] = []
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *_: parsers.append(self))
+        for path in PRECISION_COMMANDS:
+            parse_precision(path, [], patch)
+    for parser in parsers:
+        found |= set(options_of(parser))
+    sources = [*ROOT.glob("*.sh"), *(ROOT / "precision").rglob("*.sh"), *(ROOT / "examples").glob("*.py")]
+    for source in sources:
+        found |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", source.read_text(encoding="utf-8")))
+    return found
+
+
+def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The options of a parser and of its subcommands."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from options_of(subparser)
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
