@@ -17,8 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "config": {"errors", "files"},
-    "host_memory": set(),
-    "ops": {"errors", "host_memory"},
+    "ops": {"errors"},
     "distributed": {"config", "errors"},
     "multimodal": {"config", "errors", "files"},
     "prompt": {"config", "errors", "files"},
@@ -30,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"config", "distributed", "engine", "errors", "executor", "files", "loader", "model", "multimodal"}
     | {"ops", "prompt"},
     "batch": {"config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
-    "doctor": {"config", "distributed", "engine", "errors", "files", "host_memory", "loader", "model", "ops"},
+    "doctor": {"config", "distributed", "engine", "errors", "files", "loader", "model", "ops"},
     "bench": {"config", "distributed", "engine", "errors", "executor", "files", "llm", "loader", "model", "multimodal"}
     | {"ops", "prompt"},
     # The host has an engine of its own. Of the doctor, mindie uses the form of a check and Ascend's folders.
