@@ -43,7 +43,7 @@ class RowFile:
             self._replace()
 
     def close(self) -> None:
-        """Write the rows that are not in the file yet; lines are then in the order of the numbers that there are."""
+        """Write the rows that are not in the file yet. Missing numbers are skipped in a `.jsonl` file."""
         if self._by_line:
             for number in sorted(number for number in self.rows if number >= self._next):
                 self._append(number)

@@ -26,8 +26,8 @@ _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16, codecs.BOM_UTF16_BE, cod
 class HostFiles(Protocol):
     """Makes config.json and, if `tokenizer` is given, tokenizer_config.json for the program that serves the result.
 
-    `raw` and `generation` are the source's config.json and generation_config.json, `config` the same as PllavaConfig,
-    `tokenizer` the source's tokenizer.json.
+    `raw` and `generation` are the source's config.json and generation_config.json. `config` is config.json as a
+    PllavaConfig. `tokenizer` is the source's tokenizer.json.
     """
 
     def __call__(
