@@ -1,6 +1,6 @@
-"""How sure a share of right answers is: confidence intervals, and a paired test of two sides.
+"""Confidence intervals of accuracies, and a paired test of two sides.
 
-The file has not the name statistics.py: scripts in this folder would import it in place of the standard library's.
+The file must not have the name statistics.py, because scripts in this folder import the standard library's statistics.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Refuses, before anything is loaded, what MindIE would compute wrongly without an error or fail at without a reason.
+"""Checks before loading. They refuse what MindIE would compute wrongly, or fail at with a misleading error.
 
 `mindie.quirks` has the register of MindIE's quirks. A number in a comment here is a number of that register.
 """

@@ -1,4 +1,4 @@
-"""Where MindIE's model library `atb_llm` is. No module of it is imported: an import needs an NPU and takes seconds."""
+"""Where MindIE's model library `atb_llm` is. No module of atb_llm is imported: that needs an NPU and takes seconds."""
 
 import os
 import site

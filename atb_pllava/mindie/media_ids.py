@@ -44,7 +44,7 @@ def insert_blocks(token_ids: Sequence[int], segments: Sequence[Segment], image_t
 
 
 def find_blocks(token_ids: Sequence[int], image_token: int, length: int) -> list[tuple[VideoSpan, Segment]]:
-    """All blocks in the ids of one or several prompts: where each one is, and the segment it names.
+    """All blocks in the ids of one or several prompts: the span of each block, and the segment that it names.
 
     Raises RequestError for a negative id outside a whole block: the prompt was cut, or was not made by this package.
     """
@@ -79,5 +79,5 @@ def _to_number(token: int) -> int:
 
 
 def _is_number(token: int) -> bool:
-    """Whether `_to_id` can have made the token id."""
+    """Whether `_to_id` makes this token id for some number."""
     return token < 0 and 0 <= -token % 2**32 - _LOWEST < 1 << _LOW_BITS

@@ -1,7 +1,7 @@
 """The command line of the benchmarks, `python -m precision.evaluate --help`. No other file here reads the environment.
 
 Exit status: 0 done, 2 an error of the user's, 130 interrupted. The status is 2 also when questions have no answer or no
-verdict. They are named, and the results of all others are written.
+verdict. Such questions are named, and the results of all others are written.
 """
 
 import argparse
@@ -258,7 +258,7 @@ def _add_judge_options(verb: argparse.ArgumentParser) -> None:
         type=int,
         default=ATTEMPTS,
         metavar="N",
-        help=f"for each (default {ATTEMPTS})",
+        help=f"attempts for each case (default {ATTEMPTS})",
     )
     group.add_argument(
         "--judge_timeout",

@@ -1,4 +1,4 @@
-"""The judge's prompts. The words are ours; the criteria and the form of the reply are the published ones.
+"""The judge's prompts. The words are ours. The criteria and the form of the reply are the published ones.
 
 A verdict is {"pred": "yes" or "no", "score": 0 to 5} for short answers and {"score": 0 to 5} for each aspect of
 VCGBench. Scores from other prompts or from another judge are not comparable with published scores.

@@ -42,7 +42,7 @@ class Question:
 
 
 def find_sets(qa_root: Path) -> list[str]:
-    """The sets that have a file of questions: first Video-Bench's own in its order, then others. A sample is left out.
+    """The sets that have a file of questions: first Video-Bench's own in order, then others. The sample is left out.
 
     Raises ConfigError when there is none.
     """

@@ -1,7 +1,7 @@
 """PLLaVA in MindIE's workers: the video encoder of this package in front of MindIE's LLaMA.
 
-MindIE's LLaMA brings the compiled graph, the paged KV cache and tensor parallelism. `mindie.quirks` has the numbers in
-the comments.
+MindIE's LLaMA brings the compiled graph, the paged KV cache and tensor parallelism. "Quirk N" in a comment is number N
+in `mindie.quirks`.
 """
 
 from collections.abc import Sequence
