@@ -69,7 +69,7 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._launcher.close)
 
     def _make_processor(self) -> VideoProcessor:
-        """The processor of media for this checkpoint. Its frame cache has as many bytes as the encoder cache."""
+        """The processor of media for this checkpoint, with a frame cache of as many bytes as the encoder cache."""
         choices = self.args.multimodal
         cache_bytes = self.args.engine.video_cache_bytes
         return VideoProcessor(
@@ -154,7 +154,7 @@ class LLM:
         params: SamplingParams | None = None,
         **sampling: Any,
     ) -> list[RequestOutput]:
-        """Answer a batch of requests; the answers come in the order of the requests.
+        """Answer a batch of requests. The answers are in the order of the requests.
 
         A request has a "prompt" or a "question". A prompt is taken literally, and `<image>` in it stands once for each
         of the request's media. A question is put into the conversation format as `chat` does, with "history" and
@@ -163,7 +163,7 @@ class LLM:
         the frames. An "id" (text or a whole number) names the request in progress lines and is the answer's request_id.
         `sampling` are fields of SamplingParams, in place of `params`.
 
-        Raises the error of the first bad request, and then returns no answer; `generate_iter` goes on instead.
+        Raises the error of the first bad request, and then returns no answer. `generate_iter` goes on instead.
         """
         params = self.request_parser.sampling_params(params, sampling)
         answers: dict[int, RequestOutput] = {}

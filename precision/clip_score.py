@@ -56,7 +56,7 @@ SAFE_TORCH = (2, 6)
 
 
 class Judge(Protocol):
-    """A model with text and image features. Their cosine is the score."""
+    """A model with text and image features. The cosine of both is the score."""
 
     def text(self, text: str) -> tuple[Tensor, bool]:
         """Features [1, width] of a text, and whether the text was too long and its end was cut off."""

@@ -146,7 +146,7 @@ def _divergence(p: Tensor, q: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Total:
-    """All requests of one side. Means are over tokens; errors of stages are means over requests."""
+    """All requests of one side. Means are over tokens. Errors of stages are means over requests."""
 
     requests: int
     failed: int

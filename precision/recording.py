@@ -6,7 +6,7 @@ and rows whose logits are computed. The kept rows of the vision tower are ROWS_O
 frame. With several ranks, rank 0 keeps the decoder's states, which are whole after each all-reduce. Of the vision tower
 rank 0 keeps only the frames that rank 0 encodes.
 
-A recording is one safetensors file. It can be made on one machine and compared on another.
+A recording is one safetensors file. A recording can be made on one machine and compared on another.
 """
 
 import hashlib

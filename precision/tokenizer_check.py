@@ -158,7 +158,7 @@ class Files:
         return {**self.definition, "added_tokens": added}
 
     def with_other_names(self, pieces: Sequence[Piece]) -> str:
-        """The prompt as one text. The template's special tokens have their other names; user text is unchanged."""
+        """The prompt as one text. The template's special tokens have their other names. User text is unchanged."""
         text = ""
         for piece in pieces:
             template = piece.text

@@ -71,7 +71,7 @@ class LineFile:
         os.ftruncate(self._file, size)
 
     def close(self) -> None:
-        """Unlock the file; safe to call twice."""
+        """Unlock the file. Safe to call twice."""
         if self._file >= 0:
             if not self.size and self._is_at_path():
                 os.unlink(self.path)

@@ -167,7 +167,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         return self.format_meter(**{**self.format_dict, "ncols": None})  # not cut to the terminal's width
 
     def remove(self) -> None:
-        """Take the bar off the terminal; safe to call twice."""
+        """Take the bar off the terminal. Safe to call twice."""
         if self.is_terminal:
             self.clear()
         self.close()

@@ -11,7 +11,7 @@ from atb_pllava.batch.progress import Progress
 class Key:
     """An id, and the size in bytes and modification time in ns of its file. Both are None without a file.
 
-    `place` is the file's real path. Keys are compared without it; `ResultLog` says how a lookup uses the place.
+    `place` is the file's real path. Keys are compared without the place. `ResultLog` says how a lookup uses it.
     """
 
     id: str

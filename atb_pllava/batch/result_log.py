@@ -3,7 +3,7 @@
 `predict`, the benchmarks, the judge and the CLIP score keep their results in such a log. The log is a text file with
 one JSON object a line. Lines are only ever appended.
 
-A header names the settings of the rows behind it. It stands before the first row of its settings:
+A header names the settings of the rows behind it. The header stands before the first row of its settings:
 
     {"log": 1, "settings": "3f0c...", "values": {"weights": "9a...", "prompt": "What is it?", ...}}
 
@@ -244,7 +244,7 @@ class ResultLog:
             self._file.sync()
 
     def close(self) -> None:
-        """Unlock the file; safe to call twice."""
+        """Unlock the file. Safe to call twice."""
         self._file.close()
 
     def __enter__(self) -> "ResultLog":

@@ -1,6 +1,7 @@
 """Command-line options made from dataclasses, and the dataclasses made from a parsed command line.
 
-A field with an `Option` in its metadata is an option of the same name. Its type, default and choices are the field's.
+A field with an `Option` in its metadata is an option of the same name. The option's type, default and choices are the
+field's.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the command line reads from the environment: torchrun's ranks, the port, the compiler, MindIE's switches."""
+"""Reads the environment for the command line: torchrun's ranks, the port, the compiler, MindIE's switches."""
 
 import os
 

@@ -165,7 +165,7 @@ def mindie(arguments: argparse.Namespace) -> int:
 
 
 def _install(arguments: argparse.Namespace) -> int:
-    """Register the plugin with MindIE's model library; prints what was changed"""
+    """Register the plugin with MindIE's model library, and print each change"""
     atb_llm = _find(arguments)
     if atb_llm is None:
         raise ConfigError(
@@ -184,7 +184,7 @@ def _install(arguments: argparse.Namespace) -> int:
 
 
 def _uninstall(arguments: argparse.Namespace) -> int:
-    """Take the plugin out again; prints what was changed"""
+    """Remove every registration of the plugin, and print each change"""
     changes = uninstall(_find(arguments), site_directories(arguments.site))
     print("\n".join(changes) or "nothing to change, no plugin is registered")
     return 0

@@ -47,7 +47,7 @@ class Screen:
         self.is_live = sys.stdout.isatty()
 
     def show(self, number: int, text: str) -> None:
-        """Take the answer of job `number` so far. Its new part is printed if this job is the next one to print."""
+        """Take the answer of job `number` so far. The new part is printed if job `number` is the next one."""
         with self._lock:
             if number != self._next or len(text) <= len(self._written):
                 return
@@ -156,7 +156,7 @@ def _timing(answer: RequestOutput) -> str:
 
 
 def _cut_to(text: str, columns: int) -> str:
-    """The beginning of a text that fits; Chinese and the like take two columns a character."""
+    """The beginning of a text that fits. Wide characters, such as Chinese ones, take two columns."""
     used = 0
     for place, character in enumerate(text):
         used += 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -81,7 +81,7 @@ def cann_checks(setting: Setting) -> Iterator[Check]:
 
 
 def _torch_npu_checks(cann: str | None) -> Iterator[Check]:
-    """`cann` is CANN's version; None where it is not known."""
+    """`cann` is CANN's version. None where it is not known."""
     torch = packages.installed("torch")
     torch_npu = packages.installed("torch_npu")
     wanted = _release(torch or "")

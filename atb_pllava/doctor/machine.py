@@ -94,7 +94,7 @@ def read_model(path: str, world_size: int = 1) -> Model:
 
 
 def published_model(name: str) -> Model | None:
-    """The sizes of a published model by its name on the Hub; None for any other name."""
+    """The sizes of a published model by its name on the Hub. None for any other name."""
     size = published_size(name)
     return None if size is None else Model(config_from_json(PUBLISHED[size]), QuantConfig(), None)
 

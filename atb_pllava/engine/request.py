@@ -37,10 +37,10 @@ _FINISH_REASONS = {RequestStatus.FINISHED_STOPPED: "stop", RequestStatus.FINISHE
 
 @dataclass(eq=False)
 class Request:
-    """A request of the engine. `name` stands for the request in progress lines; `request_id` is the user's own id.
+    """A request of the engine. `name` stands for the request in progress lines. `request_id` is the user's own id.
 
     prompt_token_ids has one image token for each video. token_ids is the prompt with one placeholder for each row of
-    the video embeddings, followed by the generated tokens; span i covers the placeholders of video i.
+    the video embeddings, followed by the generated tokens. Span i covers the placeholders of video i.
     """
 
     prompt_token_ids: Sequence[int]

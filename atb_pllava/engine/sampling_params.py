@@ -15,7 +15,7 @@ _MOST_STOP_STRINGS = 64
 class SamplingParams:
     """How to continue a prompt. The default is greedy, as in every published PLLaVA script.
 
-    max_tokens: the largest number of tokens to generate. temperature: 0 is greedy; above 0, tokens are sampled.
+    max_tokens: the largest number of tokens to generate. temperature: 0 is greedy. Above 0, tokens are sampled.
     top_k (0: off) and top_p restrict sampling to the most probable tokens. repetition_penalty divides the positive and
     multiplies the negative logits of tokens that the prompt or the answer already has. seed makes a sampled answer
     repeatable, whatever other requests are in the batch. stop: the answer ends before any of these strings.

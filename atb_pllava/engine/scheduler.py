@@ -116,7 +116,7 @@ class Scheduler:
             hashes_in_prefill.update(block_hashes)
 
     def schedule_encoder(self) -> list[EncoderChunk]:
-        """The frames to encode in this step. They belong to the oldest running request without embeddings.
+        """The frames to encode in this step. The frames belong to the oldest running request that lacks embeddings.
 
         While no request decodes, all frames of that request are encoded. While requests decode, one chunk is encoded a
         step, so that the decoding requests get their next tokens in between.

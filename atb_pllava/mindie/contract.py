@@ -4,8 +4,8 @@ MindIE has no version number that tells whether these parts are there. `mindie i
 files with `ast` before it registers the plugin. No module of MindIE is imported, and no code of MindIE runs.
 
 A contract maps a file to lines. Each line has one of five forms:
-    def f(a, b, **kwargs)   a function, or a method as `Class.f`, takes these parameters first, in this order; further
-                            parameters must have a default; `**kwargs` in the line must be in the function
+    def f(a, b, **kwargs)   a function, or a method as `Class.f`, takes these parameters first, in this order. Further
+                            parameters must have a default. `**kwargs` in the line must be in the function
     class C(a, b)           the annotated fields of a class begin with these, in this order
     .C.x                    a method of class C assigns the attribute x
     uses f name             function f reads `name`

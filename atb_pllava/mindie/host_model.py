@@ -63,8 +63,8 @@ def check_host_path(path: str | os.PathLike[str], option: str) -> None:
 def permission_problems(path: Path, allowed: int, *, same_owner: bool = False) -> Iterator[tuple[str, str]]:
     """Each problem that MindIE would have with owner and mode of `path`, and the command that fixes it.
 
-    MindIE refuses a mode with a bit outside `allowed`. It also refuses a file of which neither the owner nor the group
-    is this process's; root may open such a file. same_owner: the owner must be this process's, for root too.
+    MindIE refuses a mode with a bit outside `allowed`. MindIE also refuses a file of which neither the owner nor the
+    group is this process's, unless this process is root. same_owner: the owner must be this process's, for root too.
     Sources: atb_llm/utils/file_utils.py, src/utils/safe_path.cpp, src/utils/log/file_utils.cpp.
     """
     try:

@@ -3,7 +3,7 @@
 MindIE has no registration of its own, so there are three ways:
     link: `atb_llm/models/pllava` is a symbolic link to the plugin in this package
     copy: `atb_llm/models/pllava` is a copy of the plugin that contains this package
-    hook: an import hook in a `.pth` file of the interpreter; nothing is written into atb_llm
+    hook: an import hook in a `.pth` file of the interpreter, with nothing written into atb_llm
 A registration is made completely or not at all. Only registrations of this package are replaced or removed.
 """
 
@@ -132,7 +132,7 @@ def _problem_of(source: Path) -> str | None:
 
 
 def _difference(place: Path) -> str | None:
-    """How many files of a copy are missing or differ from this package; None when all are equal."""
+    """How many files of a copy are missing or differ from this package. None when all are equal."""
     pairs = {place / name.relative_to(PLUGIN): name for name in _sources(PLUGIN)}
     pairs |= {place / VENDORED / name.relative_to(PACKAGE.parent): name for name in _sources(PACKAGE)}
     stale = [path for path, source in pairs.items() if not path.is_file() or not filecmp.cmp(path, source, False)]

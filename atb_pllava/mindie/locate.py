@@ -36,7 +36,7 @@ def _packages(search_path: Sequence[str]) -> Iterator[Path]:
 
 
 def find_examples(atb_llm: Path) -> Path | None:
-    """The directory that holds MindIE's package `examples`, with its PA runner; None where there is none.
+    """The directory that holds MindIE's package `examples`, with its PA runner. None where there is none.
 
     In a source tree the package lies beside atb_llm, in a wheel inside atb_llm.
     """

@@ -89,8 +89,8 @@ class PromptBuilder:
     ) -> list[int]:
         """Token ids of the prompt with a block of ids for each medium. The frames are in shared memory afterwards.
 
-        The segments' names are appended to `names_file`. Its default lies two folders above the first medium, where
-        the host looks for it. `truncation` shortens text; without it a prompt keeps its length.
+        The segments' names are appended to `names_file`. The default file lies two folders above the first
+        medium, where the host looks for the file. `truncation` shortens text. None keeps the length of a prompt.
         Raises RequestError, VideoError or BackendError. No segment of the request remains then.
         """
         if truncation and self._is_too_long(chat, truncation.max_tokens):

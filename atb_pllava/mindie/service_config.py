@@ -332,7 +332,7 @@ REQUIRED_KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Any:
-    """The value at `path` in nested mappings, where "[0]" is a list's first element; None where there is no value."""
+    """The value at `path` in nested mappings, where "[0]" is a list's first element. None where there is no value."""
     for step in path:
         if step == "[0]":
             value = value[0] if isinstance(value, list) and value else None

@@ -144,7 +144,7 @@ def _report(benchmark: Benchmark, summary: Summary, results: Sequence[Result], d
 
 
 def _judge(arguments: argparse.Namespace) -> Judge | None:
-    """The judge of the options; None with --no_judge. Raises ConfigError for options that do not go together."""
+    """The judge of the options. None with --no_judge. Raises ConfigError for options that do not go together."""
     given = [name for name in ("judge_url", "judge_model") if getattr(arguments, name) is not None]
     if getattr(arguments, "no_judge", False):
         if given:

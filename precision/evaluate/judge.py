@@ -1,8 +1,8 @@
 """The judge: a language model behind an OpenAI-compatible endpoint that grades answers. Many cases are asked at once.
 
 The `openai` client sends the requests, and handles connections, timeouts and the kinds of errors. Attempts and pauses
-are in this file. The client's own retries count a reply without a verdict as a success. They also ignore a Retry-After
-above 60 seconds, and their pauses do not end when the run ends.
+are in this file. The client's own retries count a reply without a verdict as a success, ignore a Retry-After above
+60 seconds, and go on with a pause when the run ends.
 
 A failure is never a verdict. A case that fails for good is a row with an "error", and the next run asks again. The
 client follows no redirects and uses no proxy, so the key goes to one place only.
@@ -172,7 +172,7 @@ def _check_url(url: str) -> None:
 
 
 def _client(url: str, key: str | None, timeout: float) -> Any:
-    """An openai client that makes one attempt a call. It takes nothing from the environment."""
+    """An openai client that makes one attempt a call. The client takes nothing from the environment."""
     try:
         import openai
     except ImportError:
@@ -198,7 +198,7 @@ def _headers(key: str | None) -> dict[str, Any]:
 
 
 def case_name(case: Case) -> str:
-    """A digest of the case. Its verdict is kept under this name."""
+    """A digest of the case, under which its verdict is kept."""
     return hashlib.sha256(json.dumps(case.messages()).encode()).hexdigest()[:24]
 
 

@@ -29,7 +29,7 @@ class Prompt:
 
     @property
     def contract(self) -> str:
-        """The wanted form of the reply. It stands at the end of the user's message."""
+        """The wanted form of the reply, at the end of the user's message."""
         form = '{"pred": "yes", "score": 4}' if self.has_pred else '{"score": 4}'
         pred = "whether the answer is right as 'pred', 'yes' or 'no', and " if self.has_pred else ""
         return (

@@ -2,8 +2,8 @@
 
 Layout and result files follow PLLaVA's tasks/eval/vcgbench: DIR/Zero_Shot_QA/Benchmarking_QA/<set>.json and
 DIR/Videos/Benchmarking. An entry of consistency_qa is two questions with one answer. Two mistakes of the
-original are not repeated here. The original swaps these two questions in its result file. It also counts its last
-verdict twice in Avg_Acc.
+original are not repeated here. The original swaps these two questions in its result file. The original also counts
+its last verdict twice in Avg_Acc.
 """
 
 from collections.abc import Callable, Mapping, Sequence

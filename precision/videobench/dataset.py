@@ -5,7 +5,7 @@
     ANSWER.json                         {set: {id: {"answer": "A"}}}
 
 Ids are unique within a set only: 17,036 questions of the 13 sets share 14,391 ids. A sample of several sets is a set of
-its own, `sampling_data`. Its questions have the name of their set under "dataset".
+its own, `sampling_data`. The questions of a sample have the name of their set under "dataset".
 """
 
 import os

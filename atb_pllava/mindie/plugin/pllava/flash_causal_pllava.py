@@ -67,8 +67,8 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         """A request of MindIE's PA runner to embeddings [n, hidden]. `processor` is not used.
 
         `multimodalinputs` has video and image (a path or a list of paths), text, and perhaps frames, the number of
-        frames of each video. A text with `<image>`, or with the `<video>` of MindIE's scripts, is the whole prompt; it
-        must have one for each medium. Any other text is a question, which goes into the template.
+        frames of each video. A text with `<image>`, or with the `<video>` of MindIE's scripts, is the whole prompt,
+        with one such mark for each medium. Any other text is a question, which goes into the template.
         Raises RequestError or VideoError.
         """
         media = [*_as_list(multimodalinputs.video), *_as_list(multimodalinputs.image)]
