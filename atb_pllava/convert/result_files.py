@@ -55,7 +55,7 @@ def _is_copied(name: str, file: Path) -> bool:
     has_other_use = name in _NOT_COPIED or name.startswith(".") or name.endswith((".index.json", *PICKLES))
     if file.suffix not in _COPIED_ENDINGS or has_other_use:
         return False
-    # A link to nothing comes from an incomplete download. Reading it later raises an error. Leaving it out would be silent.
+    # A link to nothing comes from an incomplete download. Reading it raises later. Leaving it out would be silent.
     is_broken_link = file.is_symlink() and not file.exists()
     return is_broken_link or (file.is_file() and file.stat().st_size <= MAX_COPIED_BYTES)
 
