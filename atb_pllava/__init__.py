@@ -38,7 +38,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """A public name, imported when it is first used: torch takes seconds, and commands that need none start at once.
+    """Import a public name when it is first used. Importing torch takes seconds, and some commands need no torch.
 
     Raises ImportError, with what to type, when a required package is missing.
     """

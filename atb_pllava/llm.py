@@ -34,12 +34,12 @@ class LLM:
     """PLLaVA on one device or split over several. Not thread-safe: the thread that loads it also asks.
 
     `chat` asks one question. `stream` asks one and yields the answer piece by piece. `generate` answers a batch.
-    `generate_iter` answers a batch and yields each answer when it ends. How tokens are chosen is a SamplingParams, or
-    its fields as keywords: `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
+    `generate_iter` answers a batch and yields each answer when it ends. A SamplingParams, or its fields as keywords,
+    say how tokens are chosen: `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
 
-    `options` are fields of ModelOptions, MultimodalOptions, PromptOptions, EngineConfig and ParallelOptions; see
-    there. An unknown one raises TypeError. `LLM(args)` with an EngineArgs takes all of them at once. `rendezvous` is
-    the link to ranks that torchrun started.
+    `options` are fields of ModelOptions, MultimodalOptions, PromptOptions, EngineConfig and ParallelOptions.
+    An unknown option raises TypeError. `LLM(args)` takes an EngineArgs in place of all options. `rendezvous` is the
+    link to ranks that torchrun started.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LLM:
         self._finalizer = weakref.finalize(self, self._launcher.close)
 
     def _make_processor(self) -> VideoProcessor:
-        """Reads media as this checkpoint needs it, and remembers as many bytes of frames as the encoder cache holds."""
+        """The processor of media for this checkpoint, with a frame cache of as many bytes as the encoder cache."""
         choices = self.args.multimodal
         cache_bytes = self.args.engine.video_cache_bytes
         return VideoProcessor(
@@ -154,7 +154,7 @@ class LLM:
         params: SamplingParams | None = None,
         **sampling: Any,
     ) -> list[RequestOutput]:
-        """Answer a batch of requests; the answers come in the order of the requests.
+        """Answer a batch of requests. The answers are in the order of the requests.
 
         A request has a "prompt" or a "question". A prompt is taken literally, and `<image>` in it stands once for each
         of the request's media. A question is put into the conversation format as `chat` does, with "history" and
@@ -163,7 +163,7 @@ class LLM:
         the frames. An "id" (text or a whole number) names the request in progress lines and is the answer's request_id.
         `sampling` are fields of SamplingParams, in place of `params`.
 
-        Raises the error of the first bad request, and then returns no answer; `generate_iter` goes on instead.
+        Raises the error of the first bad request, and then returns no answer. `generate_iter` goes on instead.
         """
         params = self.request_parser.sampling_params(params, sampling)
         answers: dict[int, RequestOutput] = {}
@@ -183,7 +183,7 @@ class LLM:
     ) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
         """Like `generate`, but yields (number of the request, answer or error) when each request ends.
 
-        A request is taken from the iterable only when the engine has room for it soon. A thread of its own decodes its
+        A request is taken from the iterable only when the engine has room for it soon. A reader thread decodes the
         media while the model works. A bad request is yielded as its error, and the others go on. Closing the iterator
         drops unfinished requests. `on_text` is called with (number, text so far) after every step, for each request
         that is being answered.
@@ -237,19 +237,19 @@ class LLM:
                 self._engine.abort(unfinished)
 
     def _has_room(self, requests: int) -> bool:
-        """Whether another request is wanted soon, beside `requests` others: one batch runs and one batch waits."""
+        """Whether to read the media of one more request beside `requests` others: one batch runs, one waits."""
         return requests < 2 * self._engine.config.max_batch_size
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
-        """Embeddings [t * h * w, hidden] of one video in the model's dtype: they stand for `<image>` in a prompt."""
+        """Embeddings [t * h * w, hidden] of one video in the model's dtype."""
         return self._engine.encode_video(self.processor.prepare([media], [frame_indices])[0])
 
     def prepare(self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any) -> Request:
-        """A request as `generate` takes it, checked and with its media decoded. `engine.add` takes the result."""
+        """Check a request of `generate`, decode its media and tokenize its prompt. `engine.add` takes the result."""
         return self.request_parser.parse(request, self.request_parser.sampling_params(params, sampling))
 
     def _stream(self, request: Request) -> Iterator[str]:
-        self._engine.add(request)  # here and not in `stream`: an iterator that nobody starts must not cost anything
+        self._engine.add(request)  # not in `stream`: an iterator that nobody starts must not hold blocks
         sent = 0
         try:
             with self._engine.progress.logged():
@@ -275,7 +275,7 @@ def _engine_args(
     weight_dir: str | os.PathLike[str] | None,
     options: Mapping[str, Any],
 ) -> EngineArgs:
-    """The EngineArgs that LLM's arguments are or make. Raises TypeError where they are both."""
+    """The given EngineArgs, or an EngineArgs made of keywords. Raises TypeError for both together."""
     if not isinstance(model_path, EngineArgs):
         return EngineArgs.from_keywords(model_path, weight_dir=weight_dir, **options)
     given = [*([] if weight_dir is None else ["weight_dir"]), *options]

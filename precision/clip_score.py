@@ -49,13 +49,14 @@ from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.ops.registry import get_backend
 from precision.command_line import Parser, run_command
+from precision.media_path import common_end
 
 # Published judges are pickles. PyTorch's unpickler for tensors alone is safe from this version on (CVE-2025-32434).
 SAFE_TORCH = (2, 6)
 
 
 class Judge(Protocol):
-    """A model with text and image features. Their cosine is the score."""
+    """A model with text and image features. The cosine of both is the score."""
 
     def text(self, text: str) -> tuple[Tensor, bool]:
         """Features [1, width] of a text, and whether the text was too long and its end was cut off."""
@@ -127,7 +128,7 @@ def read_judge_weights(path: str) -> dict[str, Tensor]:
     for a file that cannot be read.
     """
     if not os.path.isfile(path):
-        raise WeightError(f"--model_weights_path {path} is no file; download the judge's weights, see the README")
+        raise WeightError(f"--model_weights_path {path} is no file; download the judge's weights, see docs/accuracy.md")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -192,7 +193,7 @@ def made_with(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_of(made: Mapping[str, Any], arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """All settings that decide a score. Scores that the log has for other settings are not used."""
+    """All settings that decide a score. Scores of other settings in the log are not used."""
     name = arguments.model_name
     description = _digest(name) if name.endswith(".json") else None
     # The weights' digest is compared, not their path.
@@ -314,18 +315,12 @@ class MediaFolder:
         if not os.path.isabs(name) and (self.path / name).is_file():
             return str(self.path / name)
         candidates = self.by_name.get(Path(name).name, [])
-        best = max((_common_end(name, path) for path in candidates), default=0)
-        fitting = [path for path in candidates if _common_end(name, path) == best]
+        best = max((common_end(name, path) for path in candidates), default=0)
+        fitting = [path for path in candidates if common_end(name, path) == best]
         if len(fitting) != 1:
             what = "is in several folders" if fitting else "is not there"
             raise VideoError(f"{name} {what} below --dataset_path {self.path}")
         return str(fitting[0])
-
-
-def _common_end(name: str, path: Path) -> int:
-    """How many components two paths have in common, counted from the end."""
-    equal = [a == b for a, b in zip(reversed(Path(name).parts), reversed(path.parts), strict=False)]
-    return equal.index(False) if False in equal else len(equal)
 
 
 def report(result: Mapping[str, Any]) -> list[str]:
@@ -408,7 +403,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu; with a number: cuda:1, npu:0")
     parser.add_argument("--num_frames", type=int, default=16, metavar="T", help="frames of a video (default 16)")
-    parser.add_argument("--frame_sampler", choices=FRAME_SAMPLERS, default="demo", help="which frames (default demo)")
+    parser.add_argument(
+        "--frame_sampler", choices=FRAME_SAMPLERS, default="demo", help="rule of frame sampling (default demo)"
+    )
     parser.add_argument("--output_json", metavar="FILE", help="also write every score, the judge and the versions")
     return parser
 

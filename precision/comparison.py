@@ -1,4 +1,4 @@
-"""Numbers that say how far two answers to the same question agree.
+"""Measures of the agreement of two answers to the same question.
 
 Two recordings are compared token by token: the right side is given the left side's tokens, so every step of both has
 the same text before it. The first difference is the first token at which the right side prefers another one. Two rows
@@ -122,9 +122,9 @@ def compare_rows(left: Mapping[str, Any], right: Mapping[str, Any]) -> Agreement
 
 
 def _logprob_errors(left: Any, right: Any, tokens: int) -> dict[str, Any]:
-    """Errors over the tokens that both sides list at a position; empty when a side has no log-probabilities.
+    """Errors over the tokens that both sides list at a position. Empty when a side has no log-probabilities.
 
-    All tokens that are not listed count as one further token. Merging them makes KL smaller, so `kl` is a lower bound.
+    All tokens that are not listed count as one further token. Merging makes KL smaller, so `kl` is a lower bound.
     """
     if left is None or right is None:
         return {}
@@ -139,14 +139,14 @@ def _logprob_errors(left: Any, right: Any, tokens: int) -> dict[str, Any]:
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:
-    """KL(p || q) in nats. What is missing to a sum of 1 is one further outcome of p and of q."""
+    """KL(p || q) in nats. In p and in q, the probability missing to a sum of 1 is one further outcome."""
     p, q = (torch.cat((x, (1 - x.sum()).clamp(min=0)[None])) for x in (p, q))
     return max(0.0, float(torch.where(p > 0, p * (p / q.clamp(min=1e-30)).log(), 0.0).sum()))
 
 
 @dataclass(frozen=True)
 class Total:
-    """All requests of one side. Means are over tokens; errors of stages are means over requests."""
+    """All requests of one side. Means are over tokens. Errors of stages are means over requests."""
 
     requests: int
     failed: int

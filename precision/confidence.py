@@ -1,6 +1,6 @@
-"""How sure a share of right answers is: confidence intervals, and a paired test of two sides.
+"""Confidence intervals of accuracies, and a paired test of two sides.
 
-The file has not the name statistics.py: scripts in this folder would import it in place of the standard library's.
+The file must not have the name statistics.py, because scripts in this folder import the standard library's statistics.
 """
 
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray, seed: int = 0, draw
     """Compare two sides by bool [questions] each: was the answer right.
 
     The interval is a bootstrap interval: questions are drawn again with replacement, `draws` times. A drawn question
-    brings its outcome on both sides. The p value is that of the exact McNemar test: how likely chance alone splits
-    the questions that one side got right and the other did not as unevenly as here.
+    brings its outcome on both sides. `p_value` is that of the exact McNemar test, over
+    the questions that only one side got right: the probability that chance alone splits them at least as unevenly.
     """
     total = len(first)
     if not total:

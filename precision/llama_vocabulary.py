@@ -149,7 +149,7 @@ def open_vocabulary(package: str | None, directory: Path) -> Vocabulary:
 
 
 def encoder_of(vocabulary: Vocabulary, directory: Path) -> Callable[[Sequence[str]], list[list[int]]]:
-    """The package's own encoder, run by node. It maps texts to ids without <s>, with a blank in front of each text."""
+    """The package's own encoder, run by node. Texts become ids without <s>, with a blank in front of each text."""
     (directory / "encoder.mjs").write_text(vocabulary.script, encoding="utf-8")
     (directory / "run.mjs").write_text(_RUN, encoding="utf-8")
 

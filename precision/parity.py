@@ -9,9 +9,9 @@ process. The left side answers greedily. Each right side is given the left side'
 hidden states of both sides are compared at every step. The tables are on stdout. The plot shows the error of each
 layer: a wrong operator is the layer at which the error jumps.
 
-`--record DIR` keeps the left side's recordings. `--left recording=DIR` takes them instead of a model, so that devices
-of two machines can be compared. Each request takes about 100 MB. A recording that was interrupted has no index.json: it
-cannot be used, and `--record` wants a new directory.
+`--record DIR` keeps the left side's recordings. `--left recording=DIR` uses these recordings instead of a model, so
+that devices of two machines can be compared. Each request takes about 100 MB. An interrupted recording has no
+index.json and cannot be used. `--record` wants a new directory then.
 
 Exit status: 0 within the thresholds, 1 over one of them, 2 for errors of the user's and for failed requests.
 """
@@ -23,7 +23,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import takewhile
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ from atb_pllava.ops.pooling import pool_by_matrices
 from precision.command_line import DEFAULT_PROMPT, Parser, add_media, question, run_command
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
+from precision.media_path import common_end
 from precision.recording import Recording, record
 
 
@@ -421,16 +421,10 @@ def find_recorded_media(recorded: str | None, places: Sequence[str], only: bool)
     """
     if recorded is None or not places or recorded in places:
         return recorded
-    best = max(places, key=lambda place: _same_end(place, recorded))
-    if not only and not _same_end(best, recorded):
+    best = max(places, key=lambda place: common_end(place, recorded))
+    if not only and not common_end(best, recorded):
         raise VideoError(f"{recorded}: --media has no file of this name")
     return best
-
-
-def _same_end(left: str, right: str) -> int:
-    """How many components two paths have in common, counted from the end."""
-    pairs = zip(reversed(Path(left).parts), reversed(Path(right).parts), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @contextmanager
@@ -479,9 +473,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="*", metavar="FILE", help="two files of `run --output_json`")
     parser.add_argument("--model_path", metavar="DIR", help="checkpoint of sides that do not name their weights")
-    parser.add_argument("--left", metavar="KEY=VALUE,...", help=f"default {DEFAULT_LEFT}; keys: {', '.join(KEYS)}")
     parser.add_argument(
-        "--right", action="append", default=[], metavar="KEY=VALUE,...", help="a side to compare with it; repeatable"
+        "--left",
+        metavar="KEY=VALUE,...",
+        help=f"the side to compare with (default {DEFAULT_LEFT}); keys: {', '.join(KEYS)}",
+    )
+    parser.add_argument(
+        "--right",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="a side that is compared with --left, repeatable",
     )
     add_media(parser, default="text only")
     parser.add_argument(
@@ -492,7 +494,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"question, repeatable (default {DEFAULT_PROMPT!r})",
     )
     parser.add_argument("--max_tokens", type=int, metavar="N", help=f"longest answer (default {DEFAULT_TOKENS})")
-    parser.add_argument("--record", metavar="DIR", help="keep the left side's states for --left recording=DIR")
+    parser.add_argument("--record", metavar="DIR", help="keep the left side's recordings for --left recording=DIR")
     parser.add_argument("--output_json", metavar="FILE", help="also write every number")
     parser.add_argument("--plot", metavar="FILE", help="draw the error of each layer into this PNG file")
     for name, (default, what) in THRESHOLDS.items():

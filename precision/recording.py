@@ -4,9 +4,9 @@ Hidden states are kept for some rows only, so that a request of a 7B model takes
 rows of the decoder are positions that are multiples of KEPT_EVERY, the first, middle and last video token of a step,
 and rows whose logits are computed. The kept rows of the vision tower are ROWS_OF_A_FRAME evenly spread tokens of each
 frame. With several ranks, rank 0 keeps the decoder's states, which are whole after each all-reduce. Of the vision tower
-it keeps only the frames that it encodes.
+rank 0 keeps only the frames that rank 0 encodes.
 
-A recording is one safetensors file. It can be made on one machine and compared on another.
+A recording is one safetensors file. A recording can be made on one machine and compared on another.
 """
 
 import hashlib
@@ -162,7 +162,7 @@ Keep = Callable[[str, Tensor], None]
 
 @contextmanager
 def _recorder(model: Pllava, tokens: Sequence[int] | None) -> Iterator[_Recorder]:
-    """A recorder whose hooks are on every part of the model."""
+    """A recorder with forward hooks on every part of the model. The hooks are removed when the body ends."""
     recorder = _Recorder(tokens)
     vision = model.vision.layers
     decoder = model.language.layers

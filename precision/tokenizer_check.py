@@ -3,21 +3,21 @@
     python precision/tokenizer_check.py
     python precision/tokenizer_check.py --package llama-tokenizer-js-1.2.2.tgz --python REFERENCE/bin/python
 
-The vocabulary comes from the npm package llama-tokenizer-js. npm fetches it unless --package names its .tgz file. It is
-written in two forms of tokenizer.json: the published one, and the one that transformers 5 saves. The prompts are all
-templates with questions of all kinds, in every place where a user's text can stand.
+The vocabulary comes from the npm package llama-tokenizer-js. npm fetches the package unless --package names its .tgz
+file. The vocabulary is written in two forms of tokenizer.json: the published one, and the one that transformers 5
+saves. The prompts are all templates with questions of all kinds, in every place where a user's text can stand.
 
 Prompts without special tokens in the user's text must have the ids that the tokenizers package gives the whole text.
 For user text that spells special tokens the oracle is the same file with other names for its special tokens. The
 package's 12 texts must have their known ids. The package's own encoder, where node is installed, must give the ids of
 the published form. With --python, transformers of another environment must agree too. Version 4.37.1 is the original's
-and reads the published form only; 4.46.3 reads both:
+and reads the published form only. Version 4.46.3 reads both:
 
     pip install transformers==4.37.1 tokenizers==0.15.2 "numpy<2" "protobuf<5" sentencepiece
 
-Answers are cut at every token, hold broken bytes and meet stop strings. Their oracle is the UTF-8 of their bytes. The
+Answers are cut at every token, hold broken bytes and meet stop strings. The oracle is the UTF-8 of the bytes. The
 small vocabulary of the tests must give the ids of the full one for the texts in tests/data/llama_tokenizer.
---write_test_data writes both again.
+--write_test_data writes the small vocabulary and the texts again.
 
 Exit status: 0 no difference, 1 differences, 2 errors of the user's.
 """
@@ -158,7 +158,7 @@ class Files:
         return {**self.definition, "added_tokens": added}
 
     def with_other_names(self, pieces: Sequence[Piece]) -> str:
-        """The prompt as one text. The template's special tokens have their other names; user text is unchanged."""
+        """The prompt as one text. The template's special tokens have their other names. User text is unchanged."""
         text = ""
         for piece in pieces:
             template = piece.text
@@ -190,7 +190,7 @@ def questions(wanted: int) -> tuple[list[str], list[str]]:
 
 
 def prompts(conversation: Conversation, text: str, name: str) -> Iterator[list[Piece]]:
-    """Prompts with a user's text in every place where it can stand."""
+    """Prompts with a user's text in every place that takes a user's text."""
     chatml = is_chatml(conversation)
     past = [("Who is there?", "A dog.")]
     yield render(conversation, text)
@@ -224,7 +224,7 @@ def joined(pieces: Sequence[Piece]) -> str:
 
 
 def check_vectors(counts: Counts, vocabulary: Vocabulary, form: str) -> None:
-    """Check the package's texts. Texts that begin with a blank have other ids in the second form and are left out."""
+    """Check the ids of the package's own texts. The form "first" leaves out texts with a leading blank: other ids."""
     ours = Tokenizer(vocabulary.definition(form), IMAGE_ID, "tokenizer.json")
     known = [(text, ids) for text, ids in vocabulary.vectors if form == "legacy" or not text.startswith(" ")]
     counts.add("the package's texts", ((text, ours.encode(text), ids) for text, ids in known))
@@ -324,7 +324,7 @@ def check_answers(
 
 
 def stream(files: Files, ids: Sequence[int]) -> str:
-    """The text of an answer whose ids come one by one. Says so when text that was given out changes later."""
+    """The text of an answer whose ids come one by one, or a message if text that was given out changes later."""
     detokenizer = IncrementalDetokenizer(files.ours)
     sent = [""]
     for token in ids:
@@ -399,7 +399,7 @@ def _right_stop(vocabulary: Vocabulary, ids: Sequence[int], stop: tuple[str, ...
 
 
 class Reference:
-    """transformers in another Python, which is started for each call."""
+    """transformers in another Python interpreter. Each call starts the interpreter."""
 
     SCRIPT = """
 import json, sys, tokenizers, transformers

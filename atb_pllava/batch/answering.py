@@ -1,4 +1,4 @@
-"""Ask many requests and keep each answer in a result log; what the log has an answer to is not asked again."""
+"""Ask many requests and keep each answer in a result log. Requests with an answer in the log are not asked again."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,11 +41,11 @@ def answer_all(
     what: str = "answers",
     quiet: bool = False,
 ) -> None:
-    """Ask, batched, every key without an answer in the log. Afterwards `log.row` of each key is an answer or an error.
+    """Ask every key that has no answer in the log, in batches. Then `log.row` of each key is an answer or an error.
 
     `request_of(id)` makes a request of `LLM.generate` when it is that request's turn. A PllavaError of `request_of` or
     of the request becomes a row with "error", and the run goes on. An interrupt loses only the requests under way.
-    `what` names the answers in the progress lines; `quiet` silences the progress lines. Raises ConfigError for an id
+    `what` names the answers in the progress lines. `quiet` silences the progress lines. Raises ConfigError for an id
     that occurs twice.
     """
     if len({key.id for key in keys}) != len(keys):
@@ -80,7 +80,7 @@ def answer_all(
 
 
 def _say_changed(unanswered: Mapping[str, Key], log: ResultLog, progress: Progress) -> None:
-    """Name the files that are asked about although the log has an answer of their id, and say why."""
+    """Print the files that are asked about although the log has an answer under their id, and the reason."""
     places = log.answered_places() if unanswered else {}
     changed = []
     elsewhere = []

@@ -1,4 +1,4 @@
-"""A file of lines that one process has for itself, and to which lines are only ever appended."""
+"""A file of lines that one process locks. Lines are only appended."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ class LineFile:
         return os.fstat(self._file).st_size
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Offset and bytes of each line, with its newline; the last line may have none."""
+        """Offset and bytes of each line, with its newline. The last line may lack the newline."""
         offset = 0
         with open(self.path, "rb") as file:
             for line in file:
@@ -47,7 +47,7 @@ class LineFile:
         return line
 
     def append(self, line: bytes, wait: bool = True) -> None:
-        """Append a line with its newline; `wait` until it is on the disk.
+        """Append a line, which ends in its newline. With `wait`, return when the line is on the disk.
 
         Raises ConfigError, and leaves the file as it was, when the disk does not take the line.
         """
@@ -71,7 +71,7 @@ class LineFile:
         os.ftruncate(self._file, size)
 
     def close(self) -> None:
-        """Unlock the file; safe to call twice."""
+        """Unlock the file. Safe to call twice."""
         if self._file >= 0:
             if not self.size and self._is_at_path():
                 os.unlink(self.path)
@@ -82,7 +82,7 @@ class LineFile:
         return self._file >= 0
 
     def _open(self) -> None:
-        """Open and lock the file. It stays closed when another run removed the empty file in between."""
+        """Open and lock the file. `self._file` stays -1 if another run removed the empty file in between."""
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,6 @@
 """Progress of long work on stderr: a bar on a terminal, else a line every few seconds.
 
-Both are refreshed also while one item takes long. tqdm measures and formats.
+Bar and line are refreshed also while one item takes long. tqdm measures and formats.
 """
 
 import logging
@@ -31,7 +31,7 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, before: int = 0, quiet: bool = False) -> None:
-        """`before` of the `total` items were finished by an earlier run; `quiet` writes nothing."""
+        """`before` of the `total` items were finished by an earlier run. With `quiet`, nothing is written."""
         self.what = what
         self.total = total
         self.before = before
@@ -60,13 +60,13 @@ class Progress:
         self._stop()
 
     def begin(self, name: str) -> None:
-        """The item `name` is under way from now on."""
+        """Note that work on item `name` begins."""
         with self._lock:
             self._under_way[name] = None
             self._describe()
 
     def add(self, failed: bool = False, name: str | None = None, kind: str | None = None) -> None:
-        """One more item is finished. `kind`: a word for the reason of a failure."""
+        """Count one more finished item. `name`: as given to `begin`. `kind`: a word for the reason of a failure."""
         with self._lock:
             self.done += 1
             self.failed += failed
@@ -87,7 +87,7 @@ class Progress:
                 self.say(self._bar.end_line())
 
     def say(self, line: str) -> None:
-        """A line of its own on stderr, unless `quiet`."""
+        """Print a line of its own on stderr, unless `quiet`."""
         with self._lock:
             if not self.quiet:
                 self._bar.print_above(line)
@@ -167,7 +167,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         return self.format_meter(**{**self.format_dict, "ncols": None})  # not cut to the terminal's width
 
     def remove(self) -> None:
-        """Take the bar off the terminal; safe to call twice."""
+        """Take the bar off the terminal. Safe to call twice."""
         if self.is_terminal:
             self.clear()
         self.close()

@@ -1,4 +1,4 @@
-"""What a row of a result log is about: an id and, where there is a file, its size, modification time and place."""
+"""The key of a row in a result log: an id and, for a file, its size, modification time and place."""
 
 import os
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from atb_pllava.batch.progress import Progress
 
 @dataclass(frozen=True)
 class Key:
-    """An id, and the size in bytes and modification time in ns of its file; None for both without a file.
+    """An id, and the size in bytes and modification time in ns of its file. Both are None without a file.
 
-    `place` is the file's real path. Keys are compared without it; `ResultLog` says how a lookup uses the place.
+    `place` is the file's real path. Keys are compared without the place. `ResultLog` says how a lookup uses it.
     """
 
     id: str
@@ -36,7 +36,7 @@ def key_of(name: str, path: str | os.PathLike[str]) -> Key:
     """The key of a medium with the id `name`, as the medium is on the disk now.
 
     A folder of frames has the size of all its files together, and the latest modification time. A path that cannot be
-    read has neither; the run that reads the medium will say why.
+    read has neither size nor time. The run reports the reason when it reads the medium.
     """
     try:
         status = os.stat(path)
@@ -52,7 +52,7 @@ def key_of(name: str, path: str | os.PathLike[str]) -> Key:
 
 
 def keys_of(files: Iterable[tuple[str, str | os.PathLike[str]]], total: int, quiet: bool = False) -> list[Key]:
-    """`key_of` every (id, path). Each path is looked at once; progress is shown unless `quiet`."""
+    """`key_of` every (id, path). Each path is looked at once. Progress is shown unless `quiet`."""
     by_path: dict[str, Key] = {}
     keys = []
     with Progress("looking for new and changed files", total, quiet=quiet) as progress:

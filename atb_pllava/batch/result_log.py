@@ -3,7 +3,7 @@
 `predict`, the benchmarks, the judge and the CLIP score keep their results in such a log. The log is a text file with
 one JSON object a line. Lines are only ever appended.
 
-A header names the settings of the rows behind it. It stands before the first row of its settings:
+A header names the settings of the rows behind it. The header stands before the first row of its settings:
 
     {"log": 1, "settings": "3f0c...", "values": {"weights": "9a...", "prompt": "What is it?", ...}}
 
@@ -40,8 +40,8 @@ So the answers of a folder that was moved are found, and two folders that both e
 `settle` moves the row to the new place for good, so that a third folder does not get the answer as well. A copy whose
 original still exists is asked about again. Rule 2 takes a file for the missing one if id, size and time are equal.
 
-Logs of versions before this format have rows without size and time, and no header. A log that several settings may
-share goes on from such rows where there is no file. A log of one set of settings refuses them.
+Logs of versions before this format have rows without size and time, and no header. A log with
+`begin(shared=True)` uses such rows for keys without a file. Any other log refuses such rows.
 """
 
 import codecs
@@ -80,12 +80,12 @@ class _Section:
     errors: Offsets = field(default_factory=dict)
 
     def take(self, key: Key, offset: int, is_error: bool) -> None:
-        """The row at `offset` is the last one of its key and place."""
+        """Record the row at `offset` as the last one of its key and place."""
         _remove(self.answers if is_error else self.errors, key, key.place)
         (self.errors if is_error else self.answers).setdefault(key, {})[key.place] = offset
 
     def move(self, key: Key, place: str | None, offset: int) -> None:
-        """The answer at `place` is at the key's place now, in the row at `offset`."""
+        """Record the row at `offset` for the key's own place, and forget the answer at `place`."""
         self.answers.get(key, {}).pop(place, None)
         self.take(key, offset, is_error=False)
 
@@ -98,7 +98,7 @@ def _remove(rows: Offsets, key: Key, place: str | None) -> None:
 
 
 def _find(rows: Offsets, key: Key) -> int | None:
-    """Where the row of this key's file begins, by the two rules of a lookup; None without such a row."""
+    """The offset of the row of this key's file, by the two rules of a lookup. None without such a row."""
     places = rows.get(key, {})
     if key.place in places:
         return places[key.place]
@@ -134,7 +134,7 @@ class ResultLog:
 
     @property
     def is_new(self) -> bool:
-        """Whether the last header's settings have no answer; without a header, whether there is no answer at all."""
+        """Whether the last header's settings have no answer. Without a header: whether the log has no answer at all."""
         if self._last is not None:
             return not self._sections[self._last].answers
         return not any(section.answers for section in self._sections.values())
@@ -160,7 +160,7 @@ class ResultLog:
     def begin(
         self, settings: Mapping[str, Any], *, shared: bool = False, overwrite: bool = False, replaces: str | None = None
     ) -> None:
-        """Rows are added and looked up with these settings from now on; writes a header if one is needed.
+        """Use these settings for all later rows and lookups. Writes a header if one is needed.
 
         Raises ConfigError when the log has answers with other settings, unless several settings share the log
         (`shared`) or `overwrite` is given. With `overwrite`, no earlier row of these settings counts, and the header
@@ -179,12 +179,12 @@ class ResultLog:
         self.settings = digest
 
     def keep_results(self) -> None:
-        """The results that `begin` was allowed to replace are replaced; later runs may replace nothing more."""
+        """Write a header without `replaces`, because the old results are replaced. Later runs replace nothing more."""
         if self.replaces is not None:
             self._write_header({"log": FORMAT, "settings": self.settings, "values": self._section.values})
 
     def __contains__(self, key: Key) -> bool:
-        """Whether there is an answer about this file; an error is no answer."""
+        """Whether the log has an answer about this file. An error is no answer."""
         return _find(self._section.answers, key) is not None
 
     def __len__(self) -> int:
@@ -203,7 +203,7 @@ class ResultLog:
         return key in self._section.answers and key not in self
 
     def row(self, key: Key) -> Row | None:
-        """The answer, else the error, without the fields of the key, read from the file; None without either."""
+        """The row with the key's answer, else with its error, without the fields of the key. None without either."""
         offset = _find(self._section.answers, key)
         if offset is None:
             offset = _find(self._section.errors, key)
@@ -226,7 +226,7 @@ class ResultLog:
                 self._section.take(key, offset, "error" in row)
 
     def settle(self, keys: Iterable[Key]) -> None:
-        """Write the answers of files that were moved again, with their new places. Raises ConfigError as `add`."""
+        """Append the answers of moved files once more, with their new places. Raises ConfigError as `add` does."""
         written = False
         for key in keys:
             places = self._section.answers.get(key, {})
@@ -244,7 +244,7 @@ class ResultLog:
             self._file.sync()
 
     def close(self) -> None:
-        """Unlock the file; safe to call twice."""
+        """Unlock the file. Safe to call twice."""
         self._file.close()
 
     def __enter__(self) -> "ResultLog":

@@ -17,9 +17,9 @@ _SECONDS_BETWEEN_WRITES = 5.0
 class RowFile:
     """Rows of answers in a file. After an interruption and `close`, the file holds every row that was added.
 
-    A file whose name ends in `.jsonl` has one row a line, in the order of their numbers: a row is written as soon as
-    all rows before it are there. Any other file is one JSON list. The list is replaced as a whole, first when the first
-    row is added and then every few seconds, so a reader finds the old list or a whole new list. `close` writes the rows
+    A file whose name ends in `.jsonl` has one row a line, in the order of their numbers. A row is written when all
+    rows before it are there. Any other file is one JSON list. The list is replaced as a whole: at the first row,
+    and then every few seconds. So a reader finds the old list or a whole new list. `close` writes the rows
     that are not in the file yet. Without a row, no file is touched. Without a path, the rows are only kept in `rows`.
     """
 
@@ -43,7 +43,7 @@ class RowFile:
             self._replace()
 
     def close(self) -> None:
-        """Write the rows that are not in the file yet; lines are then in the order of the numbers that there are."""
+        """Write the rows that are not in the file yet. Missing numbers are skipped in a `.jsonl` file."""
         if self._by_line:
             for number in sorted(number for number in self.rows if number >= self._next):
                 self._append(number)

@@ -1,4 +1,4 @@
-"""Settings that results were made with: their digest, and in which values two sets of settings differ."""
+"""The settings behind results: a digest of them, and the values in which two sets of settings differ."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _ABSENT = object()
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of SHA-256 over the settings as JSON; the order of the names does not count."""
+    """16 hexadecimal digits of SHA-256 over the settings as JSON. The order of the names does not count."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -26,7 +26,7 @@ def check_settings(path: str | os.PathLike[str], old: Mapping[str, Any], new: Ma
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`name: old -> new` for each setting that differs; a nested setting is named as in `sampling.max_tokens`."""
+    """`name: old -> new` for each setting that differs. A nested setting has a name such as `sampling.max_tokens`."""
     before = _flat(old)
     after = _flat(new)
     names = [name for name in {**before, **after} if before.get(name, _ABSENT) != after.get(name, _ABSENT)]
@@ -34,7 +34,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Names with dots to values, as a JSON file has them."""
+    """Settings with nested names joined by dots, and values as a JSON file has them."""
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(settings)).items():
         if isinstance(value, dict):
@@ -45,7 +45,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(old: Any, new: Any) -> list[str]:
-    """Both values as text; long values are cut to where they begin to differ."""
+    """Both values as text. Long values are cut to the part where they begin to differ."""
     texts = ["not recorded" if value is _ABSENT else json.dumps(value, ensure_ascii=False) for value in (old, new)]
     if max(map(len, texts)) <= _SHOWN:
         return texts

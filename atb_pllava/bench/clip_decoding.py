@@ -24,10 +24,10 @@ _ENCODED_SECONDS = 20
 
 
 def compare_decoding(path: str, num_frames: int, rounds: int) -> dict[str, Any]:
-    """Median seconds of both ways, timed in turns, and whether their frames are equal.
+    """Median seconds of seeking and of decoding every frame, timed in turns, and whether the frames are equal.
 
-    Decoding every frame uses all of FFmpeg's threads and converts only the wanted frames to RGB. There is no faster
-    way without seeking. Raises VideoError for a file that cannot be read.
+    Decoding every frame uses all of FFmpeg's threads and converts only the wanted frames to RGB. No way without
+    seeking is faster. Raises VideoError for a file that cannot be read.
     """
     limits = MediaLimits(max_decode_seconds=3600)
     clip = read_media(path, num_frames, limits=limits)

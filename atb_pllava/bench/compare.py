@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 STAGES = ("vision", "prefill", "decode")
 _START = 5  # position of the video in the prompt
-_TIMES = {
+_TIME_COLUMNS = {
     "stage": "stage",
     "atb_pllava_ms": "ours ms",
     "roofline_fraction": "roofline",
@@ -31,7 +31,7 @@ _TIMES = {
     "speedup": "speedup",
     "max_relative_error": "max error",
 }
-_BESIDE = {
+_PEAK_COLUMNS = {
     "stage": "stage",
     "read_GB_per_s": "read GB/s",
     "peak_GFLOP_per_s": "peak GFLOP/s",
@@ -42,8 +42,8 @@ _BESIDE = {
 
 def compare_tables(rows: Sequence[Row]) -> str:
     """The rows as two Markdown tables: times, then the machine's peaks in the same rounds and llama.cpp's times."""
-    beside = {key: heading for key, heading in _BESIDE.items() if any(key in row for row in rows)}
-    return f"{markdown(rows, _TIMES)}\n\n{markdown(rows, beside)}"
+    present = {key: heading for key, heading in _PEAK_COLUMNS.items() if any(key in row for row in rows)}
+    return f"{markdown(rows, _TIME_COLUMNS)}\n\n{markdown(rows, present)}"
 
 
 def compare(

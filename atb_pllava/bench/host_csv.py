@@ -1,7 +1,7 @@
 """The CSV tables of MindIE's model scripts, with MindIE's column names and our measurements.
 
-MindIE's benchmark.csv has one row, of the last batch. Its LLaVA script reads that row back even when an earlier run
-wrote it. Here every measured batch has a row, and nothing is read back.
+MindIE's benchmark.csv has one row, of the last batch. MindIE's LLaVA script reads that row back even when an earlier
+run wrote it. Here every measured batch has a row, and nothing is read back.
 """
 
 from statistics import mean

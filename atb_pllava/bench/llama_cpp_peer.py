@@ -45,6 +45,6 @@ class LlamaCppPeer:
         self._llama.eval(list(token_ids))
 
     def decode(self) -> None:
-        """Compute one token after the prompt. The context is as long as before afterwards."""
+        """Compute one token after the prompt. The token does not stay in the context."""
         self._llama.eval([1])
         self._llama.n_tokens -= 1  # the next call overwrites it

@@ -119,7 +119,7 @@ def _buffer(backend: Backend) -> Tensor:
 
 
 def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
-    """Probes that multiply and add numbers of a dtype. None where the device cannot."""
+    """Probes that multiply and add numbers of a dtype. Yields nothing where the device cannot."""
     side = _SIDE if backend.on_host else 4 * _SIDE
     for product in _products(kind, backend, side):
         yield Probe(product, 2 * side**3)

@@ -9,7 +9,7 @@ _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
 def reset_peak(backend: Backend) -> None:
-    """Forget the peak so far. Without Linux or its permission the peak stays that of the whole run."""
+    """Start measuring the peak anew. Where the system refuses a reset, the peak stays that of the whole run."""
     if not backend.on_host:
         backend.reset_peak_memory()
         return
@@ -21,7 +21,7 @@ def reset_peak(backend: Backend) -> None:
 
 
 def peak_bytes(backend: Backend) -> int:
-    """Most bytes in use since `reset_peak`: of the accelerator, or on a CPU of this process."""
+    """Most bytes in use since `reset_peak`, on the accelerator or, for a CPU, in this process."""
     if not backend.on_host:
         return backend.peak_memory()
     try:

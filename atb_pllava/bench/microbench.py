@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def cached_ttft(llm: LLM, make_request: Callable[[int], Mapping[str, Any]], rounds: int, new_tokens: int = 4) -> Row:
-    """TTFT of a first and of a second question about a video. Each round has a new video; the first round warms up."""
+    """TTFT of a first and of a second question about a video. Each round has a new video. Round 0 warms up."""
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     first: list[float] = []
     second: list[float] = []

@@ -37,7 +37,7 @@ class BatchRun:
 def run_batch(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingParams) -> BatchRun:
     """Run a batch of requests through the engine. Raises the error of the first bad request.
 
-    All requests have the same arrival time. Their media are read before the first step.
+    All requests have the same arrival time. All media are read before the first step.
     """
     backend = llm.model.ops
     reset_peak(backend)

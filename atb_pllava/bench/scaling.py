@@ -13,7 +13,7 @@ from atb_pllava.ops.int8 import QuantConfig
 Row = dict[str, Any]
 
 _NEW_TOKENS = 256
-# Headings of the printed tables; the JSON files have the keys.
+# Headings of the printed tables. JSON files have the keys.
 SCALING_COLUMNS = {
     "model": "model",
     "device": "device",

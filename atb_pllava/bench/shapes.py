@@ -41,7 +41,7 @@ def write_shape(directory: Path, name: str) -> Path:
 
 
 def _tokenizer(words: int, image_id: int) -> dict[str, Any]:
-    """tokenizer.json with one token a word. It has LLaMA's byte tokens, so that detokenizing has its usual work."""
+    """tokenizer.json with one token a word. LLaMA's byte tokens are added, so that detokenizing has its usual work."""
     if not 260 <= image_id < words:
         raise ConfigError(f"a made-up tokenizer needs 260 tokens and {IMAGE_TOKEN} behind them; it is {image_id}")
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]

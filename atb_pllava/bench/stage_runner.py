@@ -14,7 +14,7 @@ _VIDEO = 2**40  # a video id that no request has
 
 
 class StageRunner:
-    """Runs stages of a loaded model. It overwrites the KV cache, so nothing else may run on the model meanwhile."""
+    """Runs stages of a loaded model. The stages overwrite the KV cache, so no request may run meanwhile."""
 
     def __init__(self, llm: LLM) -> None:
         self.executor = llm.engine.executor
@@ -48,7 +48,7 @@ class StageRunner:
         return self.executor.call(ModelRunner.forward, step)
 
     def fill_cache(self, value: float) -> None:
-        """Set every cached key and value. The kernel maps pages that were never written to one page of zeros."""
+        """Write every cached key and value. Linux maps unwritten pages to one page of zeros, which is read too fast."""
         for layer in self.executor.runner.cache:
             for tensor in layer:
                 tensor.fill_(value if tensor.is_floating_point() else 1)

@@ -107,7 +107,7 @@ def sweep(
 
 
 def _no_room(llm: LLM, batch: int, tokens: int) -> str | None:
-    """Why the KV cache cannot hold `batch` sequences of `tokens` tokens at once; None when it can."""
+    """Why the KV cache cannot hold `batch` sequences of `tokens` tokens at once. None when it can."""
     needed = batch * _blocks(llm, tokens)
     total = llm.engine.block_manager.total
     if batch == 1 or needed <= total:

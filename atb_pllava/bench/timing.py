@@ -33,7 +33,7 @@ def median_seconds(work: Work, rounds: int = 5, backend: Backend = CPU) -> float
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over the rounds of `theirs` / `ours`: how many times as fast we are."""
+    """The speedup of `ours` over `theirs`: the median over the rounds of `theirs` / `ours`."""
     return median(other / own for own, other in zip(ours, theirs, strict=True))
 
 

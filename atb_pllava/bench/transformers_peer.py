@@ -1,6 +1,6 @@
 """The same model in Hugging Face transformers, with the same random weights, for comparison.
 
-It is PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling.
+The model is PLLaVA as its authors run it: transformers' CLIP and LLaMA, LLaVA's projector, torch's adaptive pooling.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ FILL = 0.01  # every key and value of a dummy context
 
 
 class TransformersPeer:
-    """The transformers model; weights of layers in `int8` are dequantised. Raises ConfigError without transformers."""
+    """The transformers model. Weights of layers in `int8` are dequantised. Raises ConfigError without transformers."""
 
     def __init__(self, config: PllavaConfig, dtype: torch.dtype, int8: QuantConfig) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The command line. Programs outside the package use its parser and its way to end: one message, an exit status."""
+"""The command line. Programs outside the package use its parser and `run_command`, which reports errors."""
 
 from atb_pllava.cli.command import run_command
 from atb_pllava.cli.parser import Parser

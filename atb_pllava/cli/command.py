@@ -20,7 +20,7 @@ from atb_pllava.errors import ConfigError, PllavaError
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. It is a KeyboardInterrupt: code that cleans up after Ctrl-C then cleans up after SIGTERM too."""
+    """SIGTERM came. As a KeyboardInterrupt, Terminated runs the code that cleans up after Ctrl-C."""
 
 
 def run_command(
@@ -29,7 +29,7 @@ def run_command(
     interrupted: str = "interrupted",
     no_stdout: str = "stdout could not be used",
 ) -> int:
-    """Parse the command line and do the work; the process exit status.
+    """Parse the command line and do the work. Returns the process exit status.
 
     `interrupted` is the message on Ctrl-C. `no_stdout`, with the reason, is the message when stdout cannot be written.
     """

@@ -11,7 +11,7 @@ from atb_pllava.ops.int8 import GROUP_SIZES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `convert`."""
+    """Add the options of `convert`."""
     parser.allow_abbrev = False
     parser.set_defaults(verbose=True)  # what was found in -src decides what is made of it
     # One dash, as convert_quant_weights.sh of MindIE's models has them.
@@ -37,7 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="scale the LoRA by -lora_alpha / rank, or 4 / rank, whatever its adapter_config.json says",
     )
-    parser.add_argument("-asymmetric", action="store_true", help="zero points, for weights that are not around 0")
+    parser.add_argument(
+        "-asymmetric", action="store_true", help="store zero points, for weights that are not centred on 0"
+    )
     parser.add_argument(
         "-group_size",
         type=int,
@@ -49,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-quantizer", choices=QUANTIZERS, default="builtin", help="builtin (default), or the installed msmodelslim"
     )
     parser.add_argument(
-        "-calib", metavar="DIR", help="videos on which scales are tuned before rounding (default: none are needed)"
+        "-calib", metavar="DIR", help="videos for AWQ, which scales weights before rounding (default: no AWQ)"
     )
 
 

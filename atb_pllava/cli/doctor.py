@@ -27,12 +27,12 @@ COLOURS = {"ok": "32", "problem": "31", "warning": "33", "info": "0"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `doctor`."""
+    """Add the options of `doctor`."""
     parser.add_argument(
         "--engine",
         choices=("auto", "native", "mindie"),
         default="auto",
-        help="what is to run here (default auto: mindie where there are an NPU and MindIE, otherwise native)",
+        help="engine to check for (default auto: mindie where there are an NPU and MindIE, otherwise native)",
     )
     parser.add_argument(
         "--model_path", metavar="DIR", help="also compare memory and disk with what this checkpoint needs"
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print every check; 0 when nothing that is needed is missing, otherwise 1."""
+    """Print every check. Returns 0 when nothing that is needed is missing, otherwise 1."""
     if not 1 <= arguments.world_size <= LARGEST_WORLD:
         raise ConfigError(f"--world_size is {arguments.world_size}; it must be from 1 to {LARGEST_WORLD}")
     atb_llm = find_atb_llm(arguments.atb_llm, os.environ.get("ATB_SPEED_HOME_PATH"))

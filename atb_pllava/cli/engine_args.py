@@ -1,6 +1,7 @@
 """Command-line options made from dataclasses, and the dataclasses made from a parsed command line.
 
-A field with an `Option` in its metadata is an option of the same name. Its type, default and choices are the field's.
+A field with an `Option` in its metadata is an option of the same name. The option's type, default and choices are the
+field's.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from atb_pllava.prompt.options import PromptOptions
 def add_cli_args(group: Any, owner: type, names: Collection[str] | None = None, optional: Collection[str] = ()) -> None:
     """Add an option to `group` for every field of the dataclass `owner` that has an Option.
 
-    `names` restricts them. A field without a default is a required option unless `optional` names it.
+    `names` restricts the fields. A field without a default is a required option unless `optional` names it.
     """
     for field in fields(owner):
         if "option" in field.metadata and (names is None or field.name in names):
@@ -34,9 +35,9 @@ def add_cli_args(group: Any, owner: type, names: Collection[str] | None = None, 
 
 
 def from_cli_args(arguments: argparse.Namespace, **chosen: Any) -> EngineArgs:
-    """The options of a parsed command line, and those that the command has `chosen` itself.
+    """The EngineArgs of a parsed command line and of the options that the command has `chosen` itself.
 
-    An option that is in neither has its field's default. The environment names the compiler and the port.
+    An option in neither of them has its field's default. The environment names the compiler and the port.
     """
     environment = {"compiler": compiler(), "kernel_dir": kernel_dir(), "master_port": master_port()}
     given = {name: getattr(arguments, name) for name in OPTION_NAMES if hasattr(arguments, name)}
@@ -45,14 +46,14 @@ def from_cli_args(arguments: argparse.Namespace, **chosen: Any) -> EngineArgs:
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    """The options of `add_sampling_options`; --max_output_length is the number of tokens."""
+    """The SamplingParams of the options of `add_sampling_options`. max_tokens is --max_output_length."""
     names = [field.name for field in fields(SamplingParams) if "option" in field.metadata]
     given = {name: getattr(arguments, name) for name in names}
     return SamplingParams(max_tokens=arguments.max_output_length or SamplingParams.max_tokens, **given)
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Which model is loaded, and where it runs. `required` says whether --model_path is."""
+    """Add the options of the model and its device. `required`: whether --model_path must be given."""
     parser.formatter_class = HelpFormatter
     parser.add_argument("-v", "--verbose", action="store_true", help="say on stderr what is found, chosen and loaded")
     group = parser.add_argument_group("model")
@@ -64,7 +65,7 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """How media become frames, and questions prompts."""
+    """Add the options of frame sampling, resizing, media limits and conversations."""
     group = parser.add_argument_group("frames and prompts")
     add_cli_args(group, MultimodalOptions)
     add_cli_args(group, PromptOptions)
@@ -78,12 +79,12 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_options(parser: argparse.ArgumentParser, names: Collection[str] | None = None) -> None:
-    """How many requests run at a time, how long they are, and the memory for them. `names` restricts the options."""
+    """Add the options of EngineConfig: batch size, lengths and memory. `names` restricts the options."""
     add_cli_args(parser.add_argument_group("engine"), EngineConfig, names)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How the next token is chosen."""
+    """Add the options of SamplingParams."""
     add_cli_args(parser.add_argument_group("generation"), SamplingParams)
 
 

@@ -1,4 +1,4 @@
-"""What the command line reads from the environment: torchrun's ranks, the port, the compiler, MindIE's switches."""
+"""Reads the environment for the command line: torchrun's ranks, the port, the compiler, MindIE's switches."""
 
 import os
 
@@ -6,7 +6,7 @@ from atb_pllava.errors import ConfigError
 
 
 def rank() -> int:
-    """This process's rank among those that torchrun started; 0 without torchrun."""
+    """This process's rank among the processes that torchrun started. 0 without torchrun."""
     given = os.environ.get("RANK", "0")
     return int(given) if given.isascii() and given.isdigit() else 0
 
@@ -22,18 +22,18 @@ def started_by_torchrun(world_size: int | None) -> bool:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that the user wants for the CPU kernels; None for any."""
+    """The C++ compiler for the CPU kernels that CXX names. None for any."""
     return os.environ.get("CXX") or None
 
 
 def kernel_dir() -> str | None:
-    """The folder of compiled kernels where XDG_CACHE_HOME names a folder for caches; None for ~/.cache."""
+    """The folder of compiled kernels below XDG_CACHE_HOME. None for ~/.cache, when the variable names no folder."""
     caches = os.environ.get("XDG_CACHE_HOME", "")
     return os.path.join(caches, "atb_pllava") if os.path.isabs(caches) else None
 
 
 def master_port() -> int | None:
-    """The port at which the user wants the ranks to meet; None for any. Raises ConfigError for no port number."""
+    """MASTER_PORT, the port of the ranks' rendezvous. None for any. Raises ConfigError for no port number."""
     given = os.environ.get("MASTER_PORT", "")
     if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
         raise ConfigError(f"MASTER_PORT is {given!r}; it must be a port number from 1 to 65535")
@@ -41,7 +41,7 @@ def master_port() -> int | None:
 
 
 def host_benchmark() -> str | None:
-    """Where MindIE's switches want benchmark.csv; None when they are off. Raises ConfigError for an unknown switch."""
+    """The path of benchmark.csv by MindIE's variables. None when off. Raises ConfigError for an unknown value."""
     enabled = os.environ.get("ATB_LLM_BENCHMARK_ENABLE", "0").lower()
     if enabled not in ("0", "1", "false", "true", ""):
         raise ConfigError(f"ATB_LLM_BENCHMARK_ENABLE is {enabled!r}; it must be 0 or 1")

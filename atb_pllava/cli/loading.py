@@ -14,7 +14,7 @@ from atb_pllava.llm import LLM
 
 
 def join_torchrun(arguments: argparse.Namespace, **chosen: Any) -> Rendezvous | int | None:
-    """The link to the ranks that torchrun started; None without torchrun.
+    """The rendezvous of the ranks that torchrun started. None without torchrun.
 
     On ranks above 0 the call returns after their work, with the exit status. `chosen` are options that the command
     decides itself.

@@ -15,7 +15,8 @@ _LARGEST_CONFIG = 1 << 20  # bytes
 def add_media(parser: Any, default: str | None = None) -> None:
     """Add --media: files and folders, several after one --media or one after each.
 
-    `default` says what its absence means; None makes the option required. MindIE's scripts call it --image_path. Where
+    `default` is the meaning of a command line without --media. None makes --media required. MindIE's scripts have the
+    name --image_path. Where
     media are optional, --image_path is accepted and --help does not show it.
     """
     optional = default is not None

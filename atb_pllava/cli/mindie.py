@@ -33,7 +33,7 @@ from atb_pllava.prompt.chat_template import CONVERSATIONS, DEFAULT_PROMPT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `mindie` and of each of its actions."""
+    """Add the actions of `mindie`, each with its options."""
     actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
     for name, function in ACTIONS.items():
         summary = (function.__doc__ or "").splitlines()[0]
@@ -93,7 +93,9 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("service")
     group.add_argument("--model_name", default="pllava", metavar="NAME", help="what requests call it (default pllava)")
     group.add_argument("--ip", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)")
-    group.add_argument("--port", type=int, default=1025, help="and the two after it (default 1025, 1026, 1027)")
+    group.add_argument(
+        "--port", type=int, default=1025, help="first of three ports in a row (default 1025, for 1025 to 1027)"
+    )
     group.add_argument("--https", action="store_true", help="TLS, with certificates where MindIE's manual puts them")
     group = parser.add_argument_group("frames and prompts, as in `run`")
     group.add_argument("--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help=", ".join(CONVERSATIONS))
@@ -123,7 +125,7 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
         help=f"question, repeatable (default: {DEFAULT_PROMPT!r})",
     )
     parser.add_argument(
-        "--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help="prompt format, as in `run` (default: its)"
+        "--conversation", choices=tuple(CONVERSATIONS), metavar="NAME", help="prompt format (default: as in `run`)"
     )
     parser.add_argument("--num_frames", type=int, metavar="T", help="frames of each video (default: the checkpoint's)")
     parser.add_argument("--max_batch_size", type=int, metavar="N", help="requests at a time (default 8)")
@@ -145,7 +147,7 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
             type=int,
             nargs="+",
             metavar="N",
-            help="a row each (default: 1 to 10, or to --max_batch_size where that is given)",
+            help="batch sizes to measure (default: 1 to 10, or to --max_batch_size where that is given)",
         )
         parser.add_argument("--csv", default="pllava_performance.csv", metavar="FILE", help="the table to write")
     if mode == "precision":
@@ -153,7 +155,7 @@ def _add_run(parser: argparse.ArgumentParser, mode: str) -> None:
 
 
 def mindie(arguments: argparse.Namespace) -> int:
-    """Run one action; its exit status."""
+    """Run one action. Returns its exit status."""
     try:
         return int(arguments.function(arguments))
     except OSError as error:
@@ -163,7 +165,7 @@ def mindie(arguments: argparse.Namespace) -> int:
 
 
 def _install(arguments: argparse.Namespace) -> int:
-    """Register the plugin with MindIE's model library; prints what was changed"""
+    """Register the plugin with MindIE's model library, and print each change"""
     atb_llm = _find(arguments)
     if atb_llm is None:
         raise ConfigError(
@@ -182,7 +184,7 @@ def _install(arguments: argparse.Namespace) -> int:
 
 
 def _uninstall(arguments: argparse.Namespace) -> int:
-    """Take the plugin out again; prints what was changed"""
+    """Remove every registration of the plugin, and print each change"""
     changes = uninstall(_find(arguments), site_directories(arguments.site))
     print("\n".join(changes) or "nothing to change, no plugin is registered")
     return 0

@@ -1,7 +1,7 @@
 """The argument parser of every command: each mistake is one line on stderr and exit status 2.
 
-It changes argparse in five ways. `--model-path` is `--model_path`. An option with one value is refused when it is given
-twice. An unknown option is reported before any other mistake, with the nearest known one. The message about a wrong
+`Parser` changes argparse in five ways. `--model-path` is `--model_path`. An option with one value may be given once
+only. An unknown option is reported before any other mistake, with the nearest known one. The message about a wrong
 value says what is allowed. Options cannot be abbreviated.
 """
 
@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from atb_pllava.cli.environment import rank
 
-_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # what argparse takes for a value though it begins with a dash
+_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")  # a value that begins with a dash, as in argparse
 
-# What other programs call an option of ours.
+# Names that other programs have for our options.
 _FOREIGN = {
     "max_tokens": "--max_output_length",
     "max_new_tokens": "--max_output_length",
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser with the changes above.
 
     The parsed namespace has one attribute more, `given`: the destinations of the options that the command line has. A
-    command with subcommands takes `default_subcommand` where none is named.
+    command line without a subcommand gets `default_subcommand`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, _number)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's, but an unknown or surplus argument is an error here, where the options are known."""
+        """Parse as argparse does. An unknown or surplus argument is an error here, where the options are known."""
         self.given.clear()
         self.stored.clear()
         words = self._with_subcommand(list(sys.argv[1:] if args is None else args))
@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         return result, surplus
 
     def error(self, message: str) -> NoReturn:
-        """One line, on the first rank alone, and exit status 2."""
+        """Print one line, on rank 0 only, and end with exit status 2."""
         if rank() == 0:
             see = " See" if message.endswith("?") else "; see"
             print(f"error: {message.removeprefix('argument ')}{see} `{self.prog} --help`", file=sys.stderr)
@@ -72,32 +72,32 @@ class Parser(argparse.ArgumentParser):
         return words if self.default_subcommand is None or names_one else [self.default_subcommand, *words]
 
     def _check_options(self, words: list[str]) -> list[str]:
-        """The words with the options spelled as they are declared; ends with an error for a word that has no place."""
+        """The words with options spelled as declared. Ends with an error for an unknown option or a surplus word."""
         known = self._option_string_actions
         spelled = {_plain(name): name for name in known}
-        taker = ""  # the option before, while it waits for its first value
-        room = 0.0  # for so many values
+        waiting = ""  # the option before, if it still has no value
+        values_left = 0.0  # how many more values the option before takes
         for place, word in enumerate(words):
             name, equals, value = word.partition("=")
             name = name if name in known else spelled.get(_plain(name), name)
             if not word.startswith("-") or word == "-" or _NUMBER.match(word) or " " in name:
                 if self._subparsers is not None:
                     return words
-                if not room and not self._get_positional_actions():
+                if not values_left and not self._get_positional_actions():
                     self._refuse_surplus(word)
-                taker = ""
-                room = max(room - 1, 0)
+                waiting = ""
+                values_left = max(values_left - 1, 0)
             elif word == "--":
                 return words
             elif name in known:
                 words[place] = name + equals + value
                 self.given.add(known[name].dest)
-                room = 0 if equals else _values_of(known[name])
-                taker = name if room else ""
+                values_left = 0 if equals else _values_of(known[name])
+                waiting = name if values_left else ""
             elif os.path.lexists(word):
                 self.error(f"{word!r} is a file whose name begins with a dash: write ./{word}")
-            elif taker:
-                self.error(f"{taker} needs a value, and {word!r} begins with a dash: write {taker}={word}")
+            elif waiting:
+                self.error(f"{waiting} needs a value, and {word!r} begins with a dash: write {waiting}={word}")
             else:
                 self.error(f"unknown option {name}{self._nearest(name, list(known))}")
         if self._subparsers is not None and not {"-h", "--help"} & set(words):

@@ -53,7 +53,7 @@ class Medium(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `predict`."""
+    """Add the options of `predict`."""
     add_model_options(parser)
     group = parser.add_argument_group("input")
     add_media(group)
@@ -150,7 +150,7 @@ class Results:
         return self.digest is None
 
     def check(self, settings: Mapping[str, Any], log: ResultLog) -> None:
-        """Raise ConfigError unless the manifest shows these settings; settings that it lacks are not compared.
+        """Raise ConfigError unless the manifest has these settings. Settings that it lacks are not compared.
 
         No error is raised about answers that `log` may replace, since an earlier run began with --overwrite.
         """
@@ -171,7 +171,7 @@ class Results:
             )
 
     def others(self, media: Iterable[Medium], log: ResultLog) -> dict[str, str]:
-        """Answers about other files than `media`; none when `log` may replace all answers.
+        """Answers about other files than `media`. None when `log` may replace all answers.
 
         A path that was relative to another working directory becomes absolute.
         """
@@ -258,7 +258,7 @@ def predict_media(
 
 
 def existing_answers(path: str) -> dict[str, str]:
-    """{media path: text} of an earlier run; empty without a file. Raises ConfigError for any other content."""
+    """{media path: text} of an earlier run. Empty without a file. Raises ConfigError for any other content."""
     if not Path(path).exists():
         return {}
     answers = read_json(path)
@@ -268,7 +268,7 @@ def existing_answers(path: str) -> dict[str, str]:
 
 
 def _short(row: Row | None) -> Row:
-    """The text, or the error, of a row of the log; empty without a row. Rows lack their token ids to save memory."""
+    """The text or the error of a row of the log. Empty without a row. Token ids are left out to save memory."""
     return {name: (row or {})[name] for name in ("text", "error", "kind") if name in (row or {})}
 
 

@@ -1,4 +1,4 @@
-"""What commands share that go on from a log of answers: --overwrite, and the settings that are known before loading."""
+"""Shared by commands that resume from a result log: --overwrite, and the settings known before loading."""
 
 import argparse
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from atb_pllava.prompt.tokenizer import Tokenizer
 
 
 def add_overwrite_option(group: Any, results: str) -> None:
-    """--overwrite, for an argument group or a parser. `results` names the file or folder in --help."""
+    """Add --overwrite to an argument group or a parser. `results` names the file or folder in --help."""
     group.add_argument(
         "--overwrite",
         action="store_true",

@@ -38,7 +38,7 @@ EXAMPLES = """examples:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `run`."""
+    """Add the options of `run`."""
     parser.usage = "%(prog)s --model_path DIR [--media PATH] [OPTION ...]"
     parser.epilog = EXAMPLES
     group = parser.add_argument_group("input")
@@ -56,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="keep each answer with its tokens and timings, as it comes; *.jsonl: one a line, else a JSON list",
     )
-    group.add_argument("--logprobs", type=int, metavar="K", help="with it: the K best log-probabilities of each token")
+    group.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --output_json: the K best log-probabilities of each token"
+    )
     group.add_argument("--quiet", action="store_true", help="only warnings and errors on stderr")
     add_model_options(parser)
     add_sampling_options(parser)
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _ask(
     llm: LLM, jobs: Sequence[tuple[str | None, str]], params: SamplingParams, output_json: str | None, quiet: bool
 ) -> int:
-    """Print the answers in order, and keep them in --output_json however the run ends; the exit status."""
+    """Print the answers in order, and write --output_json however the run ends. Returns the exit status."""
     began = time.perf_counter()
     screen = Screen(jobs)
     file = RowFile(output_json)
@@ -111,7 +113,7 @@ def _ask(
 
 
 def _request(number: int, total: int, item: str | None, prompt: str) -> dict[str, Any]:
-    """A request of `LLM.generate_iter`; its id is what progress lines call it: `[1/3] a.mp4`."""
+    """A request of `LLM.generate_iter`. Progress lines name the request by its id: `[1/3] a.mp4`."""
     name = f"[{number + 1}/{total}] {'text only' if item is None else os.path.basename(item)}"
     request = {"question": prompt, "id": name}
     return request if item is None else {**request, "video": item}
@@ -135,7 +137,7 @@ def _row(item: str | None, prompt: str, answer: RequestOutput | PllavaError) -> 
 
 
 def _failure(number: int, row: Mapping[str, Any], total: int) -> str:
-    """What failed and why, with the medium's name once."""
+    """The error of a failed job, with the number of the job and the name of its medium once."""
     named = f"{row['media']}: " if row["media"] is not None and row["media"] not in row["error"] else ""
     return f"[{number + 1}/{total}] {named}{row['error']}"
 

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 from atb_pllava.cli.verbs import run_verb, subcommand_parser
+from atb_pllava.doctor.npu_smi import device_files
 from atb_pllava.errors import ConfigError, VideoError
 from atb_pllava.files import IMAGE_ENDINGS, VIDEO_ENDINGS
 from atb_pllava.multimodal.media import list_media
@@ -22,7 +22,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 ENGINES = ("auto", "native", "mindie")
 # Each mode is a command of this package, or with MindIE's runner one of `mindie`.
 MODES = {"run": ("run",), "performance": ("bench", "sweep"), "precision": ("predict",)}
-# What the tiny model was trained for: coloured shapes that move.
+# The tiny model was trained on coloured shapes that move.
 DEMO_PROMPTS = ("Describe the video.", "How many objects are there?", "Is there a circle?")
 
 _OPTION = re.compile(r"--?[A-Za-z][A-Za-z0-9_-]*(=.*)?", re.DOTALL)  # a text such as "--what is it?" is none
@@ -46,7 +46,7 @@ class Words:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the script was asked for; the process exit status."""
+    """Run the command that the script's arguments mean. Returns the process exit status."""
     script, *words = sys.argv[1:] if argv is None else argv
     return run_verb(lambda: command(words, script))
 
@@ -63,7 +63,7 @@ def command(words: Sequence[str], script: str = "run_pa.sh") -> list[str]:
     return [*verb, *options, *given.passed]
 
 
-# Which word is what
+# Sorting the words
 
 
 def _read(words: Sequence[str]) -> Words:
@@ -118,7 +118,7 @@ def _pass_on(found: Words, word: str, rest: list[str], takes: "_Arity") -> None:
 
 
 class _Arity:
-    """How many values an option takes in the commands that the modes may start. An unknown option takes one."""
+    """The number of values of each option in the commands that the modes may start. An unknown option takes one."""
 
     def __init__(self, modes: Iterable[str]) -> None:
         self._none: set[str] = set()
@@ -170,7 +170,7 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit()
 
 
-# Which options the words mean
+# From words to options
 
 
 def _options(given: Words) -> tuple[list[str], str]:
@@ -278,7 +278,7 @@ def _holds_model(path: str) -> bool:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str:
-    """The value that the words give an option; empty without one."""
+    """The value that the words give an option. Empty without a value."""
     for place, word in enumerate(words):
         if word.startswith("-") and _name_of(word) == option:
             return word.partition("=")[2] if "=" in word else "".join(words[place + 1 : place + 2])
@@ -286,12 +286,12 @@ def _value_of(option: str, words: Sequence[str]) -> str:
 
 
 def _choose_engine(given: Words, weights: str) -> str:
-    """The engine; `auto` takes MindIE's where an NPU is and `mindie status` finds no problem. Says so on stderr."""
+    """The engine. `auto` is MindIE where an NPU is and `mindie status` finds no problem, and is named on stderr."""
     if given.engine in ("native", "mindie"):
         return given.engine
     engine = "native"
     reason = "no NPU here"
-    if glob("/dev/davinci[0-9]*"):
+    if device_files():
         problem = _mindie_problem(weights)
         engine = "native" if problem else "mindie"
         reason = problem or "an NPU and the plugin are here"
@@ -301,7 +301,7 @@ def _choose_engine(given: Words, weights: str) -> str:
 
 
 def _mindie_problem(weights: str) -> str:
-    """The first problem that `mindie status` reports of the checkpoint; empty when there is none."""
+    """The first problem that `mindie status` reports of the checkpoint. Empty without a problem."""
     status = [sys.executable, "-m", "atb_pllava", "mindie", "status", "--model_path", weights]
     lines = subprocess.run(status, stdout=subprocess.PIPE, text=True, check=False).stdout.splitlines()
     problems = [line.removeprefix("problem: ") for line in lines if line.startswith("problem: ")]

@@ -1,6 +1,6 @@
 """Prints answers on stdout in the order of the questions. In a terminal the next answer appears while it is generated.
 
-Where stdout and stderr are one terminal, progress is one line below the answer, which is replaced every few seconds.
+Where stdout and stderr are one terminal, progress is one line below the answer. The line is replaced every few seconds.
 Log messages there do not run into an answer.
 """
 
@@ -30,7 +30,7 @@ _ERASE = "\x1b[J"  # clears the screen behind the cursor
 
 
 class Screen:
-    """Prints answers about `jobs`, pairs of (medium or None, question). Each waits for all answers before it.
+    """Prints answers about `jobs`, pairs of (medium or None, question), in the order of the jobs.
 
     `is_live` says that stdout is a terminal: `show` then prints an answer while it is generated.
     """
@@ -47,7 +47,7 @@ class Screen:
         self.is_live = sys.stdout.isatty()
 
     def show(self, number: int, text: str) -> None:
-        """Take the answer of job `number` so far. Its new part is printed if this job is the next one to print."""
+        """Take the answer of job `number` so far. The new part is printed if job `number` is the next one."""
         with self._lock:
             if number != self._next or len(text) <= len(self._written):
                 return
@@ -116,7 +116,7 @@ class Screen:
         self._mid_line = False
 
     def _lets_pass(self, record: logging.LogRecord) -> bool:
-        """Whether a handler prints this record below what is on the screen now; progress is drawn here instead."""
+        """Whether a handler prints this record. A progress line is drawn as the status line instead."""
         with self._lock:
             if record.name != progress_log.name:
                 self._clear_status()
@@ -142,7 +142,7 @@ class Screen:
 
 
 def is_same_file(one: TextIO, other: TextIO) -> bool:
-    """Whether two streams end in the same terminal, pipe or file; False where that cannot be known."""
+    """Whether two streams write to the same terminal, pipe or file. False where that cannot be known."""
     try:
         return os.path.sameopenfile(one.fileno(), other.fileno())
     except (OSError, ValueError, AttributeError):  # closed, or no file behind it
@@ -156,7 +156,7 @@ def _timing(answer: RequestOutput) -> str:
 
 
 def _cut_to(text: str, columns: int) -> str:
-    """The beginning of a text that fits; Chinese and the like take two columns a character."""
+    """The beginning of a text that fits. Wide characters, such as Chinese ones, take two columns."""
     used = 0
     for place, character in enumerate(text):
         used += 2 if unicodedata.east_asian_width(character) in "WF" else 1

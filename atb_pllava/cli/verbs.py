@@ -20,13 +20,13 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the verb that `argv` names (None: the process's arguments); the process exit status."""
+    """Run the verb that `argv` names (None: the process's arguments). Returns the process exit status."""
     given = sys.argv[1:] if argv is None else list(argv)
     return run_verb(lambda: given)
 
 
 def run_verb(words: Callable[[], Sequence[str]]) -> int:
-    """Run the verb that `words()` names; the process exit status. A PllavaError of `words` is one message."""
+    """Run the verb that `words()` names. Returns the process exit status. A PllavaError of `words` is one message."""
     return run_command(
         lambda: parse(words()),
         lambda arguments: int(arguments.command(arguments)),
@@ -35,7 +35,7 @@ def run_verb(words: Callable[[], Sequence[str]]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line; `command` in it is the verb's function."""
+    """The parsed command line. Its `command` is the verb's function."""
     return _verb_parser(argv[:1]).parse_args(argv)
 
 
@@ -49,7 +49,7 @@ def subcommand_parser(*verb: str) -> Parser:
 
 
 def _program() -> str:
-    """What the user typed before the verb: the installed command or the module."""
+    """The program as the user typed it: the installed command or the module."""
     return "atb-pllava" if os.path.basename(sys.argv[0]) == "atb-pllava" else "python -m atb_pllava"
 
 

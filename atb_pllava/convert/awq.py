@@ -1,8 +1,8 @@
 """AWQ (arXiv 2306.00978): scales that reduce the rounding error of int8 weights, found on real clips.
 
 Errors in a weight's column matter more if the column's input is large. Such a column is multiplied by s > 1 and gets
-finer steps. The layer before is divided by s, so the float model stays the same. That layer is the norm for q, k, v
-and for gate, up; up for down; v for o if every query head has its own KV head.
+finer steps. The layer before is divided by s, so the float model stays the same. For q, k, v and for gate, up the layer
+before is the norm. For down it is up. For o it is v, if every query head has its own KV head.
 
 One decoder layer is in memory at a time, in float32.
 """

@@ -1,6 +1,6 @@
 """Converts a checkpoint: LoRA merged and, if wanted, the decoder's linear layers rounded to int8.
 
-The result is a complete directory for this package and for the program that `host_files` knows: weights in shards,
+The result is a complete directory for this package and for MindIE (`host_files`): weights in shards,
 tokenizer, image settings and config.json. Tensors are read, converted and written some rows at a time.
 
 Everything is written to DST.partial, which is renamed to DST when it is complete. An interrupted conversion goes on
@@ -52,7 +52,7 @@ REST_OF_CLIP = "vision_tower.vision_model.post_layernorm."
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion whose source and options were checked. `json_files` are the made files of the result by name."""
+    """A conversion whose source and options were checked. `json_files`: the JSON files to write, by name."""
 
     src: Path
     config: PllavaConfig
@@ -64,7 +64,7 @@ class Conversion:
     json_files: Mapping[str, dict[str, Any]]
 
     def job(self) -> dict[str, Any]:
-        """What an unfinished conversion must agree on to be resumed: options, LoRA scale, sizes and times of files."""
+        """The facts that must be equal to resume a conversion: options, LoRA scale, sizes and times of files."""
         weight_files = {tensor.file for tensor in self.plan.stored_tensors()}
         files = sorted({*weight_files, *map(Path, self.calibration)})
         stats = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
@@ -83,8 +83,8 @@ def convert_checkpoint(
     """Write a converted copy of the checkpoint `source`, with `weight_dir` on top, to the new directory `destination`.
 
     If `calibration` names video files, AWQ scales are found on them and applied before rounding. `host_files` makes
-    config.json and tokenizer_config.json. Raises ConfigError or WeightError, and then there is no `destination`. After
-    an interrupted call the next call with the same arguments goes on.
+    config.json and tokenizer_config.json. Raises ConfigError or WeightError, and then there is no `destination`.
+    After an interruption, a call with the same arguments resumes the conversion.
     """
     start_time = time.monotonic()
     dst = Path(destination).resolve()
@@ -112,7 +112,7 @@ def _check(
     calibration: Sequence[str],
     host_files: HostFiles,
 ) -> Conversion:
-    """Everything that can be wrong with source and options raises here."""
+    """Check the source and all options, and plan the conversion. Raises ConfigError or WeightError."""
     configured, option = config_directory(source, weight_dir or None, ("-src", "-weight_dir"))
     configured = configured.resolve()
     src = Path(source).resolve()

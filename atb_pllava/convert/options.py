@@ -1,4 +1,4 @@
-"""What a conversion makes: the kind of directory, and how weights are rounded to int8."""
+"""The options of a conversion: the kind of directory, and the rounding of weights to int8."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _INT8_WEIGHT = re.compile(
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """How a float weight is rounded to int8. `group_size` columns share a scale; 0 means all columns of a row do."""
+    """How a float weight is rounded to int8. `group_size` columns share a scale (0: all columns of a row)."""
 
     symmetric: bool = True
     group_size: int = 0
@@ -32,7 +32,7 @@ class QuantScheme:
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to make. `kind` is one of TYPES.
+    """The options of a conversion. `kind` is one of TYPES.
 
     `symmetric`, `group_size` and `quantizer` (one of QUANTIZERS) are for pllava_w8a16 only. `lora_alpha` and
     `ignore_adapter_config` are those of `Checkpoint.check`. Raises ConfigError for options that do not go together.

@@ -26,8 +26,8 @@ _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16, codecs.BOM_UTF16_BE, cod
 class HostFiles(Protocol):
     """Makes config.json and, if `tokenizer` is given, tokenizer_config.json for the program that serves the result.
 
-    `raw` and `generation` are the source's config.json and generation_config.json, `config` the same as PllavaConfig,
-    `tokenizer` the source's tokenizer.json.
+    `raw` and `generation` are the source's config.json and generation_config.json. `config` is config.json as a
+    PllavaConfig. `tokenizer` is the source's tokenizer.json.
     """
 
     def __call__(
@@ -55,7 +55,7 @@ def _is_copied(name: str, file: Path) -> bool:
     has_other_use = name in _NOT_COPIED or name.startswith(".") or name.endswith((".index.json", *PICKLES))
     if file.suffix not in _COPIED_ENDINGS or has_other_use:
         return False
-    # A link to nothing comes from an incomplete download. Reading it later raises; leaving it out would be silent.
+    # A link to nothing comes from an incomplete download. Reading it raises later. Leaving it out would be silent.
     is_broken_link = file.is_symlink() and not file.exists()
     return is_broken_link or (file.is_file() and file.stat().st_size <= MAX_COPIED_BYTES)
 

@@ -32,7 +32,7 @@ class UnfinishedConversion:
         self.save()
 
     def save(self) -> None:
-        """Write the record in place, because the lock is on this file. A torn record costs only the finished shards."""
+        """Write the record in place, because the lock is on this file. After a torn write all shards are made anew."""
         text = json.dumps({"job": self.job, "done": self.finished})
         (self.directory / RECORD).write_text(text, encoding="utf-8")
 
@@ -43,7 +43,7 @@ def resume(directory: Path, job: Mapping[str, Any], kept: Collection[str]) -> It
 
     `job` says what is converted. If the record is of the same job, finished shards that are intact and the files in
     `kept` stay. All other files are deleted. Raises ConfigError if another process holds the directory, and if it has
-    files but no record: those files are not ours.
+    files but no record, because such files are not ours.
     """
     record = directory / RECORD
     if directory.exists() and not record.is_file() and any(directory.iterdir()):

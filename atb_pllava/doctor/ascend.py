@@ -26,7 +26,7 @@ CANN_PAIRS = {
 def npu_checks(setting: Setting, cards: Sequence[Card], *, is_needed: bool) -> Iterator[Check]:
     """The device files, the cards that npu-smi lists, and whether enough of them are visible.
 
-    is_needed: whether a machine without an NPU is a problem. Otherwise the line is a fact.
+    is_needed: whether a machine without an NPU is a problem. Otherwise the check is for information.
     """
     if not setting.devices:
         remedy = f"install the driver; in a container pass --device=/dev/davinci0 and so on: there is no {DEVICES}"
@@ -81,7 +81,7 @@ def cann_checks(setting: Setting) -> Iterator[Check]:
 
 
 def _torch_npu_checks(cann: str | None) -> Iterator[Check]:
-    """`cann` is CANN's version; None where it is not known."""
+    """`cann` is CANN's version. None where it is not known."""
     torch = packages.installed("torch")
     torch_npu = packages.installed("torch_npu")
     wanted = _release(torch or "")

@@ -1,7 +1,7 @@
 """The folders in which Ascend's driver, CANN, NNAL and MindIE are installed.
 
 The driver's installer writes its folder into /etc/ascend_install.info. CANN, NNAL and MindIE take `--install-path`, and
-go to ~/Ascend when a user without root's rights installs them. Their set_env.sh names their folders in variables.
+go to ~/Ascend when a user without root's rights installs them. The set_env.sh of each names its folder in variables.
 """
 
 import os
@@ -35,7 +35,7 @@ def ascend_folders(variables: Mapping[str, str]) -> list[Path]:
 
 
 def find_driver(variables: Mapping[str, str]) -> Path | None:
-    """The driver's version.info; None where no folder has one."""
+    """The driver's version.info. None where no folder has one."""
     files = (folder / "driver" / "version.info" for folder in ascend_folders(variables))
     return next((file for file in files if file.is_file()), None)
 
@@ -61,7 +61,7 @@ def is_installed(variables: Mapping[str, str]) -> bool:
 
 
 def value_in(file: Path, key: str) -> str | None:
-    """The value of a line `key=value` or `key=[value]` in `file`; None where there is no such file or line."""
+    """The value of a line `key=value` or `key=[value]` in `file`. None where there is no such file or line."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked, whether it is good, and what was found.
+    """One check: its name, its outcome, and the text that was found.
 
-    good: True, False for a problem, or None for a fact that is neither needed nor wrong. remedy: what to type about a
-    problem. A remedy where `good` is None makes the line a warning: the engine runs, but worse than it could.
+    good: True, False for a problem, or None for information that is neither needed nor wrong. remedy: what to type
+    about a problem. A remedy where `good` is None makes the line a warning: the engine runs, but worse than it could.
     """
 
     name: str

@@ -95,7 +95,7 @@ def read_model(path: str, world_size: int = 1) -> Model:
 
 
 def published_model(name: str) -> Model | None:
-    """The sizes of a published model by its name on the Hub; None for any other name."""
+    """The sizes of a published model by its name on the Hub. None for any other name."""
     size = published_size(name)
     return None if size is None else Model(config_from_json(PUBLISHED[size]), QuantConfig(), None)
 
@@ -110,8 +110,8 @@ def auto_dtype(config: PllavaConfig, backend: str) -> str:
 def memory_checks(room: Room, model: Model | None, world_size: int) -> Iterator[Check]:
     """Whether the model fits into `room` with one video at a time, and with a full batch.
 
-    `model` None: only the memory is reported. A full batch that does not fit is a fact and no problem, because the
-    requests that do not fit wait.
+    `model` None: only the memory is reported. A full batch that does not fit is no problem, because the requests
+    that do not fit wait.
     """
     if model is None:
         yield Check("memory", None, f"{room}; --model_path DIR compares it with what a checkpoint needs")
@@ -177,7 +177,7 @@ def _convert(model: Model) -> str:
 
 
 def compiler_check(compiler: str | None, directory: str | None) -> Check:
-    """Whether the CPU kernels are compiled, or the compiler works. Without both it is a warning."""
+    """Whether the CPU kernels are compiled, or the compiler works. The check is a warning otherwise."""
     slow = "plain torch would be used, which is several times slower"
     try:
         library = find_library(compiler, directory)
@@ -194,7 +194,7 @@ def compiler_check(compiler: str | None, directory: str | None) -> Check:
 
 
 def cache_check(directory: str | None) -> Check:
-    """Whether the directory of compiled kernels can be written and has room. Otherwise it is a warning."""
+    """Whether the directory of compiled kernels can be written and has room. The check is a warning otherwise."""
     remedy = "name a directory that this user can write, in XDG_CACHE_HOME"
     try:
         folder = Path(directory) if directory is not None else default_directory()

@@ -32,7 +32,7 @@ class NativeSetting(Setting):
 
 
 def native_checks(setting: NativeSetting, torch: Torch, *, has_all_packages: bool) -> Iterator[Check]:
-    """What the native engine needs beside Python and its packages.
+    """The checks of the native engine beside those of Python and its packages.
 
     Without torch, or with a required package missing, the checkpoint is checked by its config.json alone.
     """

@@ -12,7 +12,7 @@ _SECONDS = 20  # npu-smi waits forever where the driver hangs
 
 @dataclass(frozen=True)
 class Card:
-    """One chip: its logic number, its name, its memory in MiB and the percentage in use; None where not known.
+    """One chip: its logic number, its name, its memory in MiB and the percentage in use. None where not known.
 
     Programs name a chip by its logic number, for example in ASCEND_RT_VISIBLE_DEVICES.
     """
@@ -24,7 +24,7 @@ class Card:
 
     @property
     def free_mib(self) -> int | None:
-        """Free memory in MiB; None where size or usage is not known."""
+        """Free memory in MiB. None where size or usage is not known."""
         if self.memory_mib is None or self.used_percent is None:
             return None
         return self.memory_mib * (100 - self.used_percent) // 100
@@ -43,7 +43,7 @@ def device_files() -> list[str]:
 def list_cards(tool: str | None = None) -> list[Card]:
     """All chips that `npu-smi` lists; an empty list where there is no npu-smi, or no answer from it.
 
-    `tool` is the path of npu-smi; None is the one on PATH.
+    `tool` is the path of npu-smi. None searches PATH.
     """
     tool = tool or shutil.which("npu-smi")
     if tool is None:
@@ -69,7 +69,7 @@ def _figures(answer: str, what: str) -> dict[str, int]:
 
 
 def _ask(tool: str, *arguments: str) -> str:
-    """The output of npu-smi; empty where it cannot be started or does not end."""
+    """The output of npu-smi. Empty where it cannot be started or does not end."""
     try:
         done = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=_SECONDS, errors="replace")
     except (OSError, subprocess.SubprocessError):

@@ -33,7 +33,7 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "dev
 
 @dataclass(frozen=True)
 class Gpu:
-    """A CUDA device as torch sees it; memory in bytes."""
+    """A CUDA device as torch sees it, with its memory in bytes."""
 
     name: str
     free: int
@@ -42,7 +42,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Torch:
-    """What another process found when it imported torch.
+    """The result of importing torch in another process.
 
     cuda: the CUDA version torch was built for, None for a build without CUDA. problem: why the import failed, empty
     when it worked. is_missing: torch is not installed, and no process tried to import it.
@@ -68,7 +68,7 @@ def python_check() -> Check:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, by its pip name; None where it is missing."""
+    """The version of a package, by its pip name. None where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -76,7 +76,7 @@ def installed(package: str) -> str | None:
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
-    """The version of each package, by its pip name; None where it is missing."""
+    """The version of each package, by its pip name. None where it is missing."""
     return {package: installed(package) for package in packages}
 
 

@@ -91,7 +91,7 @@ def venv_has(clone: Path, modules: Iterable[str]) -> bool:
 
 
 def activate_script(clone: Path) -> Path:
-    """The file that `source` activates the .venv of `clone` with."""
+    """The script to `source` in a shell, which activates the .venv of `clone`."""
     return (clone / VENV_PYTHON).with_name("activate")
 
 

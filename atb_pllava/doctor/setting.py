@@ -1,4 +1,4 @@
-"""What the doctor is asked about, whatever the engine."""
+"""The input of the doctor's checks that both engines share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Log lines about the work under way, every few seconds, also in the middle of a step that takes a minute.
+"""Log lines about the current work, every few seconds, even in the middle of a step that takes a minute.
 
 The engine and `LLM` write their current work into an `ActivityLog`. A thread of the activity log reads it and logs.
 Without level INFO nothing is logged and no thread is started.
@@ -21,10 +21,10 @@ _SECONDS_UNTIL_REPEATED = 15.0  # between two lines about the same piece of work
 
 @dataclass(frozen=True)
 class Activity:
-    """One piece of work: the name of the request, what is done for it, and when that began (time.monotonic).
+    """One piece of work: the name of the request, the work done for it, and when the work began (time.monotonic).
 
-    seconds_left: an estimate made at `began`; None when nothing is known yet. how_sure: the words before the estimate.
-    answers: how many requests are decoding meanwhile.
+    seconds_left: an estimate made at `began`, None before the first measurement. how_sure: the words in front of the
+    estimate. answers: how many requests decode meanwhile.
     """
 
     request: str
@@ -51,9 +51,9 @@ class Activity:
 
 
 class ActivityLog:
-    """The current activity (None: no work) and the number of generated tokens.
+    """The current activity, None without work, and the number of generated tokens.
 
-    The thread that runs the engine writes both; the thread that logs reads them.
+    The thread that runs the engine writes both. The thread that logs reads both.
     """
 
     def __init__(self) -> None:
@@ -64,16 +64,16 @@ class ActivityLog:
     def start(
         self, request: str, doing: str, seconds_left: float | None = None, how_sure: str = "about", answers: int = 0
     ) -> None:
-        """Replace the current activity; see `Activity` for the arguments."""
+        """Replace the current activity. `Activity` describes the arguments."""
         self.activity = Activity(request, doing, time.monotonic(), seconds_left, how_sure, answers)
 
     def stop(self) -> None:
-        """No work until the next `start`."""
+        """Clear the current activity: nothing is logged until the next `start`."""
         self.activity = None
 
     @contextmanager
     def logged(self) -> Iterator[None]:
-        """Log the current activity every few seconds while the body runs. Inside another `logged`, nothing changes."""
+        """Log the current activity every few seconds while the body runs. A nested `logged` does nothing."""
         if self._is_logged or not logger.isEnabledFor(logging.INFO):
             yield
             return

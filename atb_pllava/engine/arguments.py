@@ -1,6 +1,6 @@
-"""All options of a model and its engine: one object that the command line and LLM's keywords both make.
+"""All options of a model and its engine in one object. The command line and LLM's keywords both make it.
 
-Each option is a field of one of the dataclasses below, and nowhere else.
+Each option is declared once: as a field of a dataclass below.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from atb_pllava.prompt.options import PromptOptions
 
 @dataclass(frozen=True)
 class EngineArgs:
-    """The options by owner: loader, processor, prompt, engine, launcher. No field name occurs in two of them."""
+    """The options by owner: loader, processor, prompt, engine, launcher. No field name occurs twice."""
 
     model: ModelOptions
     multimodal: MultimodalOptions = field(default_factory=MultimodalOptions)

@@ -30,7 +30,7 @@ class BlockManager:
         return len(self._empty) + len(self._evictable)
 
     def get_cached_blocks(self, block_hashes: Sequence[bytes]) -> list[int]:
-        """The cached blocks of the longest cached prefix of `block_hashes`; `touch` them before allocating."""
+        """The blocks of the longest cached prefix of `block_hashes`. Without `touch`, `allocate` may evict them."""
         cached = []
         for block_hash in block_hashes:
             if block_hash not in self._block_of_hash:
@@ -45,7 +45,10 @@ class BlockManager:
             self._evictable.pop(block, None)
 
     def allocate(self, count: int) -> list[int]:
-        """Blocks with one reference and nothing in them: empty blocks, then the least recently freed cached blocks."""
+        """Allocate `count` blocks with one reference each: empty blocks first, then evicted ones.
+
+        The least recently freed cached block is evicted first.
+        """
         assert count <= self.num_free_blocks, "the scheduler checks before it allocates"
         allocated = [self._empty.pop() if self._empty else self._evict_oldest() for _ in range(count)]
         for block in allocated:
@@ -67,19 +70,19 @@ class BlockManager:
                     self._empty.append(block)
 
     def cache_block(self, block: int, block_hash: bytes) -> None:
-        """A block became full. It can be shared from now on, unless another block with this hash is cached already."""
+        """Cache a full block, so that requests share it. Does nothing if a block with this hash is cached already."""
         if block_hash not in self._block_of_hash:
             self._block_of_hash[block_hash] = block
             self._hash_of_block[block] = block_hash
 
     def evict(self, blocks: Sequence[int]) -> None:
-        """Do not share the contents of these blocks any more. Their references stay."""
+        """Remove blocks from the prefix cache, so that no later request shares their contents. References stay."""
         for block in blocks:
             if block in self._hash_of_block:
                 del self._block_of_hash[self._hash_of_block.pop(block)]
 
     def _evict_oldest(self) -> int:
-        """Empty the least recently freed cached block."""
+        """Remove the least recently freed block from the prefix cache, and return it."""
         block = next(iter(self._evictable))
         del self._evictable[block]
         del self._block_of_hash[self._hash_of_block.pop(block)]
@@ -103,7 +106,7 @@ def block_hash(request: Request, index: int, block_size: int, before: bytes) -> 
 
 
 def full_block_hashes(request: Request, tokens: int, block_size: int) -> list[bytes]:
-    """Hashes of the blocks that the first `tokens` tokens of a request fill; each is computed once."""
+    """Hashes of the blocks that the first `tokens` tokens of a request fill. Each hash is computed once."""
     block_hashes = request.block_hashes
     for index in range(len(block_hashes), tokens // block_size):
         before = block_hashes[-1] if block_hashes else b""

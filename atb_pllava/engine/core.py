@@ -23,10 +23,10 @@ from atb_pllava.multimodal.processor import ProcessedVideo
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did, for benchmarks.
+    """The work and the times of one step, for benchmarks.
 
-    decoding: number of sequences that decoded one token; prefilled: number of prompt tokens. encode, forward: seconds
-    in the vision tower and in the decoder; total: seconds of the whole step.
+    decoding: sequences that decoded one token. prefilled: prompt tokens. encode: seconds in the vision tower. forward:
+    seconds in the decoder. total: seconds of the whole step.
     """
 
     decoding: int
@@ -39,7 +39,7 @@ class StepStats:
 class Engine:
     """Serves requests together. Call `add`, then `step` until `has_work` is false.
 
-    `progress` says what the engine is doing; a thread of its own may log it.
+    `progress` holds the engine's current activity, which a thread of the ActivityLog logs.
     """
 
     def __init__(self, executor: Executor, config: EngineConfig) -> None:
@@ -61,7 +61,7 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError as `check`."""
+        """Queue a request. Raises RequestError as `check` does."""
         self.check(request)
         request.encoder_entries = [self.encoder_cache.acquire(video) for video in request.videos]
         self.scheduler.add(request)
@@ -84,7 +84,7 @@ class Engine:
         self.scheduler.check(request)
 
     def abort(self, request: Request) -> None:
-        """End an unfinished request, waiting or running; its blocks are free at once."""
+        """End a waiting or running request and free its blocks. Does nothing for a finished request."""
         if not request.is_finished:
             request.error = RequestError("the request was aborted")
             self._finish(request, RequestStatus.FINISHED_ABORTED)
@@ -119,7 +119,7 @@ class Engine:
         self._activity.end_encoding(chunk)
 
     def _encode_frames(self, entry: EncoderEntry, video: ProcessedVideo, frames: range) -> None:
-        """Put some frames of a video through the vision tower; after the last frame, pool all of them."""
+        """Put some frames of a video through the vision tower. After the last frame, all frames are pooled."""
         pixels = video.pixel_values(frames.start, frames.stop)
         self.executor.call(ModelRunner.encode_frames, entry.video_id, pixels)
         entry.num_encoded_frames = frames.stop
@@ -129,7 +129,7 @@ class Engine:
         self.executor.runner.ops.synchronize()
 
     def _run(self, output: SchedulerOutput) -> float:
-        """Run the forward pass of a step and sample the next tokens; returns the seconds of the forward pass."""
+        """Run the forward pass of a step and sample the next tokens. Returns the seconds of the forward pass."""
         self._activity.start_forward(output)
         began = time.perf_counter()
         sampling = self._forward(output)
@@ -143,7 +143,7 @@ class Engine:
         return seconds
 
     def _forward(self, output: SchedulerOutput) -> list[tuple[Request, Tensor]]:
-        """Run the model; returns the requests whose next token is due, with their logits [vocabulary] float32."""
+        """Run the model. Returns the requests whose next token is due, with their logits [vocabulary] float32."""
         work = [(request, 1) for request in output.decode] + output.prefill
         model_input = build_model_input(work, len(output.decode), self.config.block_size)
         logits = self.executor.call(ModelRunner.forward, model_input)
@@ -165,7 +165,7 @@ class Engine:
             self._finish(request, status)
 
     def _append_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> RequestStatus | None:
-        """Append a generated token and its text; returns the finished status when the answer ends with the token."""
+        """Append a generated token and its text. Returns the finished status if the token ends the answer."""
         if not request.num_generated:
             request.first_token_time = time.perf_counter()
         request.token_ids.append(token)

@@ -1,4 +1,4 @@
-"""Encoded videos by the hash of their pixels: requests share them, and later requests find them again.
+"""Video embeddings by mm_hash. Requests about the same video share one entry, at the same time and later.
 
 An encoder cache belongs to one model, so weights, pooling and dtype are equal for all entries.
 """

@@ -8,7 +8,7 @@ from atb_pllava.executor.model_input import EmbedSlice, ModelInput
 
 
 def build_model_input(work: Sequence[tuple[Request, int]], decoding: int, block_size: int) -> ModelInput:
-    """Pack the next tokens of each (request, number of tokens); the first `decoding` requests have one token each.
+    """Pack the next tokens of each (request, number of tokens). The first `decoding` requests have one token each.
 
     Call this before `Scheduler.update_from_output` moves num_computed_tokens.
     """

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def kv_cache_blocks(model: Pllava, config: EngineConfig) -> int:
     """Blocks for a full batch of the longest requests, or as many as the memory allows.
 
-    The backend says what a token takes, and how many ranks share the memory that is free.
+    The backend gives the bytes of a token, and the number of ranks that share the free memory.
     """
     text = model.config.text
     per_token = model.ops.kv_bytes_per_token(

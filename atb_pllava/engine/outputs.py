@@ -13,10 +13,10 @@ TokenLogprobs = dict[int, float] | np.ndarray
 class Metrics:
     """Sizes of a request in tokens, and times in seconds.
 
-    video_decode: reading the media. queue: from then until the scheduler admits the request. vision_encode, prefill:
-    the steps that worked on this request, including work on other requests in the same steps. ttft: from the arrival,
-    before the media are read, to the first token. tpot: mean time of each later token. latency: from the arrival to the
-    last token. preemptions: how often the scheduler preempted the request.
+    video_decode: reading the media. queue: from the end of reading until the scheduler admits the request.
+    vision_encode, prefill: the steps that worked on this request, including work on other requests in the same steps.
+    ttft: from the arrival, before the media are read, to the first token. tpot: mean time of each later token. latency:
+    from the arrival to the last token. preemptions: how often the scheduler preempted the request.
     """
 
     prompt_tokens: int
@@ -34,13 +34,13 @@ class Metrics:
 
 @dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """A finished answer. Its repr shows the text and a summary.
+    """A finished answer. `repr` shows the text and a summary.
 
-    prompt_token_ids: the prompt with one image token for each video; metrics.prompt_tokens counts the expanded prompt.
+    prompt_token_ids: the prompt with one image token for each video. metrics.prompt_tokens counts the expanded prompt.
     token_ids: the generated tokens, including an end-of-sequence token. finish_reason: "stop" (an end-of-sequence token
     or a stop string) or "length" (max_tokens). frame_indices: a list for each video; with one video, that video's list.
     num_cached_tokens: prompt tokens whose keys and values were in the KV cache already. logprobs: an entry for each
-    generated token; None when none were requested. request_id: the "id" of the request; None when it had none.
+    generated token. None when none were requested. request_id: the "id" of the request. None when it had none.
     """
 
     text: str

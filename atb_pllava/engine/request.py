@@ -1,4 +1,4 @@
-"""One request inside the engine: its prompt and videos, its status, and what each part of the engine keeps about it."""
+"""One request inside the engine: its prompt and videos, its status, and the state that the engine keeps for it."""
 
 import time
 from collections.abc import Sequence
@@ -37,10 +37,10 @@ _FINISH_REASONS = {RequestStatus.FINISHED_STOPPED: "stop", RequestStatus.FINISHE
 
 @dataclass(eq=False)
 class Request:
-    """A request of the engine. `name` stands for the request in progress lines; `request_id` is the user's own id.
+    """A request of the engine. `name` stands for the request in progress lines. `request_id` is the user's own id.
 
     prompt_token_ids has one image token for each video. token_ids is the prompt with one placeholder for each row of
-    the video embeddings, followed by the generated tokens; span i covers the placeholders of video i.
+    the video embeddings, followed by the generated tokens. Span i covers the placeholders of video i.
     """
 
     prompt_token_ids: Sequence[int]
@@ -56,7 +56,7 @@ class Request:
     request_id: str | int | None = None
     name: str = "the request"
 
-    # The scheduler's and the engine's.
+    # Written by the scheduler and the engine.
     status: RequestStatus = RequestStatus.WAITING
     error: PllavaError | None = None  # with FINISHED_ABORTED and FINISHED_ERROR
     encoder_entries: list[EncoderEntry] = field(default_factory=list)  # one a video, until the request is finished
@@ -123,7 +123,7 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether a step of one token gives the next token."""
+        """Whether the next step is a decode step: the request runs, and only its last token is not computed yet."""
         has_one_left = self.num_uncomputed_tokens == 1 and self.num_computed_tokens > 0
         return self.status is RequestStatus.RUNNING and has_one_left and self.videos_ready
 
@@ -147,11 +147,11 @@ class Request:
 
     @property
     def finish_reason(self) -> str | None:
-        """As `RequestOutput` has it; None while the request is unfinished, and when it was aborted or failed."""
+        """The word "stop" or "length". None for an unfinished, an aborted and a failed request."""
         return _FINISH_REASONS.get(self.status)
 
     def output(self) -> RequestOutput:
-        """The answer of a finished request; raises the request's error when it was aborted or failed."""
+        """The answer of a finished request. Raises the request's error when the request was aborted or failed."""
         if self.error is not None:
             raise self.error
         assert self.finish_reason is not None, "the request has not finished"

@@ -27,7 +27,7 @@ _SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
 class RequestParser:
-    """Makes Requests for one model. It touches no engine state: a thread of its own may call it.
+    """Makes Requests for one model. The parser touches no engine state, so any thread may call it.
 
     Raises ConfigError for a conversation whose turn end is no token of the tokenizer.
     """
@@ -48,9 +48,11 @@ class RequestParser:
         self._turn_end = _turn_end_token(conversation, tokenizer)
 
     def sampling_params(self, params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-        """`params`, or SamplingParams with the fields in `options`; max_tokens defaults to at most max_output_length.
+        """The given `params`, or a SamplingParams with the fields in `options`.
 
-        Raises RequestError when both are given, and TypeError for an option that is no field of SamplingParams.
+        Without max_tokens in `options`, max_tokens is its default, or max_output_length where that is less. Raises
+        RequestError when `params` and `options` are both given, and TypeError for an option that is no field of
+        SamplingParams.
         """
         unknown = sorted(set(options) - set(_SAMPLING_NAMES))
         if unknown:
@@ -68,7 +70,7 @@ class RequestParser:
         return params
 
     def parse(self, request: object, params: SamplingParams, name: str = "the request") -> Request:
-        """A Request that `Engine.add` takes. `name` is what progress lines call it.
+        """A Request for `Engine.add`. `name` is the name of the request in progress lines.
 
         Raises RequestError for a malformed request, VideoError for media that cannot be read.
         """
@@ -126,7 +128,7 @@ class RequestParser:
 
 
 def check_request(request: object) -> Mapping[str, Any]:
-    """The request, whose keys and texts are as they must be. Media are checked when they are read.
+    """Check the keys and texts of a request, and return the request. Media are checked when they are read.
 
     Raises RequestError that names the key.
     """
@@ -169,7 +171,7 @@ def media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | 
 
 
 def request_name(request: object, number: int) -> str:
-    """What progress lines call request `number`, counted from 0: its id, or "request 1" for number 0."""
+    """The name of request `number` in progress lines: its id, or "request 1" for number 0."""
     given = request.get("id") if isinstance(request, Mapping) else None
     return f"request {number + 1}" if given is None else str(given)
 
@@ -205,7 +207,7 @@ def _frame_indices_of(request: Mapping[str, Any], media: int) -> list[list[int] 
 
 
 def _whole_numbers(values: Sequence[object]) -> list[int]:
-    """Frame numbers as plain integers, from any sequence of whole numbers."""
+    """Frame numbers as plain integers. Raises RequestError for a sequence of anything but whole numbers."""
     try:
         if any(isinstance(value, bool) for value in values):
             raise TypeError

@@ -15,7 +15,7 @@ _MOST_STOP_STRINGS = 64
 class SamplingParams:
     """How to continue a prompt. The default is greedy, as in every published PLLaVA script.
 
-    max_tokens: the largest number of tokens to generate. temperature: 0 is greedy; above 0, tokens are sampled.
+    max_tokens: the largest number of tokens to generate. temperature: 0 is greedy. Above 0, tokens are sampled.
     top_k (0: off) and top_p restrict sampling to the most probable tokens. repetition_penalty divides the positive and
     multiplies the negative logits of tokens that the prompt or the answer already has. seed makes a sampled answer
     repeatable, whatever other requests are in the batch. stop: the answer ends before any of these strings.
@@ -27,11 +27,9 @@ class SamplingParams:
 
     max_tokens: int = 200
     temperature: float = field(default=0.0, metadata=option("0 (default): the likeliest token", "X"))
-    top_p: float = field(default=1.0, metadata=option("sample from the likeliest up to this sum", "X"))
+    top_p: float = field(default=1.0, metadata=option("sample from the likeliest with this sum of probability", "X"))
     top_k: int = field(default=0, metadata=option("sample from the K likeliest (0: all)", "K"))
-    repetition_penalty: float = field(
-        default=1.0, metadata=option("above 1: fewer repetitions (default 1: off)", "X")
-    )
+    repetition_penalty: float = field(default=1.0, metadata=option("above 1: fewer repetitions (default 1: off)", "X"))
     seed: int | None = field(default=None, metadata=option("makes sampled answers repeatable"))
     stop: tuple[str, ...] = ()
     ignore_eos: bool = field(default=False, metadata=option("always generate --max_output_length tokens"))

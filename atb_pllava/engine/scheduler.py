@@ -96,8 +96,8 @@ class Scheduler:
     def admit(self) -> None:
         """Admit waiting requests while the batch has a place and the KV cache has blocks for their whole prompts.
 
-        A request waits while a running request is still prefilling the same prefix; requests behind it may be admitted
-        first.
+        A request waits while a running request is still prefilling the same prefix. Requests behind the waiting one may
+        be admitted first.
         """
         if not self.waiting or len(self.running) >= self.config.max_batch_size:
             return
@@ -116,7 +116,7 @@ class Scheduler:
             hashes_in_prefill.update(block_hashes)
 
     def schedule_encoder(self) -> list[EncoderChunk]:
-        """The frames to encode in this step: those of the oldest running request that needs some.
+        """The frames to encode in this step. The frames belong to the oldest running request that lacks embeddings.
 
         While no request decodes, all frames of that request are encoded. While requests decode, one chunk is encoded a
         step, so that the decoding requests get their next tokens in between.
@@ -146,7 +146,7 @@ class Scheduler:
         return SchedulerOutput(decode, prefill)
 
     def update_from_output(self, request: Request, tokens: int) -> None:
-        """The next `tokens` tokens of a request are computed. Blocks that became full can be shared from now on."""
+        """Count the next `tokens` tokens of a request as computed, and cache the blocks that became full."""
         before = request.num_computed_tokens
         request.num_computed_tokens += tokens
         block_hashes = self._block_hashes(request, request.num_computed_tokens)
@@ -187,7 +187,7 @@ class Scheduler:
         return True
 
     def _block_hashes(self, request: Request, tokens: int) -> list[bytes]:
-        """Hashes of the full blocks among the first `tokens` tokens; none without prefix caching."""
+        """Hashes of the full blocks among the first `tokens` tokens. Empty without prefix caching."""
         return full_block_hashes(request, tokens, self.config.block_size) if self.config.prefix_cache else []
 
     def _hashes_in_prefill(self) -> set[bytes]:
@@ -200,7 +200,7 @@ class Scheduler:
         }
 
     def _schedule_decode(self) -> list[Request]:
-        """Decoding requests, each with a block for its next token; preempts the youngest request when none is free."""
+        """Decoding requests, each with a slot for its next token. Preempts the youngest when no block is free."""
         scheduled: list[Request] = []
         for request in [request for request in self.running if request.is_decoding]:
             while request.status is RequestStatus.RUNNING and not self._can_append(request):
@@ -213,7 +213,7 @@ class Scheduler:
         return scheduled
 
     def _can_append(self, request: Request) -> bool:
-        """Whether the request has a slot for its next token; allocates a block when one is needed and free."""
+        """Whether the request has a slot for its next token. Allocates a block when one is needed and free."""
         if len(request.blocks) * self.config.block_size >= len(request.token_ids):
             return True
         if not self.block_manager.num_free_blocks:

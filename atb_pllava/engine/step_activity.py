@@ -1,6 +1,6 @@
-"""What a step is doing and how long the rest may take, for progress lines.
+"""Describes each piece of work of a step, with an estimate of the time left, for progress lines.
 
-The engine calls `StepActivity` around each piece of work; the estimates come from the pieces before.
+The engine calls `StepActivity` before and after each piece of work. The estimates use the times of earlier pieces.
 """
 
 import time
@@ -20,7 +20,7 @@ class StepActivity:
         self._seconds_per_decode: float | None = None  # of the last step without prompt tokens
 
     def start_encoding(self, chunk: EncoderChunk, answers: int) -> None:
-        """The frames of `chunk` are encoded next; `answers` requests are decoding meanwhile."""
+        """Note that the frames of `chunk` are encoded next, while `answers` requests decode."""
         now = time.monotonic()
         entry = chunk.entry
         if entry.encoding_since is None:
@@ -38,19 +38,19 @@ class StepActivity:
         )
 
     def end_encoding(self, chunk: EncoderChunk) -> None:
-        """The frames of `chunk` are encoded."""
+        """After the last chunk of a video, remember the seconds a frame took."""
         if chunk.is_last and chunk.entry.encoding_since is not None:
             self._seconds_per_frame = (time.monotonic() - chunk.entry.encoding_since) / len(chunk.video)
 
     def start_forward(self, output: SchedulerOutput) -> None:
-        """A forward pass runs next. Its line is about the oldest prompt or, without prompts, the oldest answer."""
+        """Note that a forward pass runs next, for the oldest prompt or, without prompts, for the oldest answer."""
         if output.prefill:
             self._start_prefill(output)
         else:
             self._start_decode(output)
 
     def end_forward(self, output: SchedulerOutput, seconds: float) -> None:
-        """The forward pass took `seconds`."""
+        """Remember the seconds that a token or a decode step took in a forward pass of `seconds`."""
         if output.prefill:
             self._seconds_per_token = seconds / output.num_prefill_tokens
         else:

@@ -1,11 +1,11 @@
 """The classes, functions and attributes of MindIE's atb_llm that the plugin relies on, and their check.
 
-MindIE has no version number that tells whether they are there. `mindie install` therefore parses MindIE's source files
-with `ast` before it registers the plugin. No module of MindIE is imported, and no code of MindIE runs.
+MindIE has no version number that tells whether these parts are there. `mindie install` therefore parses MindIE's source
+files with `ast` before it registers the plugin. No module of MindIE is imported, and no code of MindIE runs.
 
 A contract maps a file to lines. Each line has one of five forms:
-    def f(a, b, **kwargs)   a function, or a method as `Class.f`, takes these parameters first, in this order; further
-                            parameters must have a default; `**kwargs` in the line must be in the function
+    def f(a, b, **kwargs)   a function, or a method as `Class.f`, takes these parameters first, in this order. Further
+                            parameters must have a default. `**kwargs` in the line must be in the function
     class C(a, b)           the annotated fields of a class begin with these, in this order
     .C.x                    a method of class C assigns the attribute x
     uses f name             function f reads `name`
@@ -146,7 +146,7 @@ class Signature:
         return cls((*positional, *keyword_only), frozenset(with_default), arguments.kwarg is not None)
 
     def lacks(self, wanted: "Signature") -> str | None:
-        """Why a call made for the signature `wanted` would fail with this one; None when the call works."""
+        """Why a call made for the signature `wanted` would fail with this signature. None when the call works."""
         head = self.names[: len(wanted.names)]
         if head != wanted.names:
             return f"takes ({', '.join(self.names)}), and ({', '.join(wanted.names)}) is needed"
@@ -195,7 +195,7 @@ class _Module:
                 self.attributes.add(f"{node.name}.{inner.attr}")
 
     def problem_with(self, line: str) -> str | None:
-        """Why the module does not fulfil `line` of a contract; None when it does."""
+        """Why the module does not fulfil `line` of a contract. None when the module does."""
         kind, _, rest = line.partition(" ")
         if kind == "uses":
             return None if rest in self.reads else f"{rest.replace(' ', ' does not use ')}"

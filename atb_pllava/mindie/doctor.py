@@ -64,7 +64,7 @@ def library_checks(setting: MindieSetting) -> Iterator[Check]:
 
 
 def file_checks(setting: MindieSetting) -> Iterator[Check]:
-    """The checkpoint and MindIE Service's config.json. These can be checked on any machine."""
+    """The checkpoint and MindIE Service's config.json. Both can be checked on any machine."""
     if setting.model_path is not None:
         yield _model(setting.model_path, setting.world_size)
     if setting.config is not None:
@@ -127,7 +127,7 @@ def _model(model_path: str, world_size: int) -> Check:
 
 
 def _service(file: str, model_path: str | None) -> Iterator[Check]:
-    """What is wrong with a config.json. Its videos are those of `model_path`, else those of the model it names."""
+    """The problems of a config.json, for the videos of `model_path`, or else of the model in modelWeightPath."""
     model = None
     try:
         config = read_config_json(Path(file))
@@ -146,7 +146,7 @@ def _service(file: str, model_path: str | None) -> Iterator[Check]:
 
 
 def _weight_path(config: Mapping[str, Any]) -> str | None:
-    """modelWeightPath of a config.json; None where the file has none."""
+    """modelWeightPath of a config.json. None where the file has none."""
     try:
         return str(config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["modelWeightPath"])
     except (KeyError, IndexError, TypeError):
@@ -195,7 +195,7 @@ def ports_check(setting: MindieSetting) -> Check:
 
 
 def _why_not_bound(ip: str, port: int) -> str | None:
-    """Why a service cannot listen there; None when the port is free."""
+    """Why no service can listen at address `ip` and port `port`. None when the port is free."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

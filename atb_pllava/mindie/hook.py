@@ -1,7 +1,7 @@
 """The second half of the import hook: adds the plugin to `atb_llm.models` when a program imports that module.
 
 No file of atb_llm is changed. The first half is one line in a `.pth` file (see `install.py`), which every start of
-Python reads. That line waits for an import of `atb_llm.models` and then runs this file. This file imports only the
+Python reads. The line waits for an import of `atb_llm.models` and then runs this file. This file imports only the
 standard library.
 """
 

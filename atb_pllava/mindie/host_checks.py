@@ -1,4 +1,4 @@
-"""Refuses, before anything is loaded, what MindIE would compute wrongly without an error or fail at without a reason.
+"""Checks before loading, which refuse what MindIE would compute wrongly or fail at with a misleading error.
 
 `mindie.quirks` has the register of MindIE's quirks. A number in a comment here is a number of that register.
 """
@@ -58,8 +58,8 @@ def check_world_size(size: int, text: TextConfig) -> None:
 def check_groups(size: int, text: TextConfig, group_size: int) -> None:
     """Raises ConfigError when a card's columns of o_proj or down_proj would not be whole quantisation groups.
 
-    MindIE splits the scales of column groups by their own number, whatever columns a card has. It would multiply with
-    the scales of other columns. `group_size` 0 means one scale for each row, which is always exact.
+    MindIE splits the scales of column groups by their own number, whatever columns a card has. MindIE would multiply
+    with the scales of other columns. `group_size` 0 means one scale for each row, which is always exact.
     """
     for columns in (text.num_attention_heads * text.head_dim, text.intermediate_size):
         if group_size and columns % (group_size * size):  # a card would cut through a group (quirk 20)

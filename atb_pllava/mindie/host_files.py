@@ -34,9 +34,9 @@ def host_files(
 ) -> dict[str, dict[str, Any]]:
     """The contents of the files by name.
 
-    `raw` and `generation` are the source's config.json and generation_config.json, `config` the same as PllavaConfig.
-    `tokenizer` is the source's tokenizer.json. None means that the source has a tokenizer_config.json, or no
-    tokenizer.json: then no tokenizer_config.json is made.
+    `raw` and `generation` are the source's config.json and generation_config.json. `config` is config.json as a
+    PllavaConfig. `tokenizer` is the source's tokenizer.json. None means that the source has a tokenizer_config.json, or
+    no tokenizer.json: then no tokenizer_config.json is made.
     """
     made = host_config(raw, generation, config, quantised=quantised)
     files = {"config.json": made}
@@ -50,8 +50,8 @@ def host_config(
 ) -> dict[str, Any]:
     """config.json for MindIE: model_type "pllava", and the language model's sizes on the top level.
 
-    MindIE has defaults of another model for sizes that are absent; its KV cache would then have the wrong size. So
-    all sizes are written. MindIE does not run in float32: float32 weights are declared as float16, and MindIE rounds
+    All sizes are written, because MindIE replaces absent sizes by those of another model, and its KV cache would then
+    have the wrong size. MindIE does not run in float32: float32 weights are declared as float16, and MindIE rounds
     them when it loads them.
     """
     text_section = raw.get("text_config", {})
@@ -78,7 +78,7 @@ def host_config(
 
 
 def _tokenizer_config(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json, without which transformers, and so MindIE, does not read tokenizer.json."""
+    """tokenizer_config.json. Without this file transformers, which MindIE uses, does not read tokenizer.json."""
     added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
     eos = config["eos_token_id"]
     first_eos = eos[0] if isinstance(eos, list) else eos

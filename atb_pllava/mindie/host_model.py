@@ -1,4 +1,4 @@
-"""Whether MindIE can load a checkpoint directory, found before MindIE tries, whose own messages say less.
+"""Checks whether MindIE can load a checkpoint directory, before MindIE tries and fails with a shorter message.
 
 The rules are MindIE's: config.json, the characters of a path, owner and mode of files. The file also counts the bytes
 of a checkpoint's weights on each card.
@@ -61,10 +61,10 @@ def check_host_path(path: str | os.PathLike[str], option: str) -> None:
 
 
 def permission_problems(path: Path, allowed: int, *, same_owner: bool = False) -> Iterator[tuple[str, str]]:
-    """What MindIE would refuse about owner and mode of `path`, each with the command that fixes it.
+    """Each problem that MindIE would have with owner and mode of `path`, and the command that fixes it.
 
-    MindIE refuses a mode with a bit outside `allowed`. It also refuses a file of which neither the owner nor the group
-    is this process's; root may open such a file. same_owner: the owner must be this process's, for root too.
+    MindIE refuses a mode with a bit outside `allowed`. MindIE also refuses a file of which neither the owner nor the
+    group is this process's, unless this process is root. same_owner: the owner must be this process's, for root too.
     Sources: atb_llm/utils/file_utils.py, src/utils/safe_path.cpp, src/utils/log/file_utils.cpp.
     """
     try:

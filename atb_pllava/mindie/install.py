@@ -3,7 +3,7 @@
 MindIE has no registration of its own, so there are three ways:
     link: `atb_llm/models/pllava` is a symbolic link to the plugin in this package
     copy: `atb_llm/models/pllava` is a copy of the plugin that contains this package
-    hook: an import hook in a `.pth` file of the interpreter; nothing is written into atb_llm
+    hook: an import hook in a `.pth` file of the interpreter, with nothing written into atb_llm
 A registration is made completely or not at all. Only registrations of this package are replaced or removed.
 """
 
@@ -50,7 +50,7 @@ class Registration:
     """A registration of the plugin that was found.
 
     way: one of WAYS. place: the link, the copy or the .pth file. source: the plugin that a link or a hook leads to.
-    problem: why MindIE would not run this package's plugin; None when it would.
+    problem: why MindIE would not run this package's plugin. None when MindIE would.
     """
 
     way: str
@@ -64,7 +64,7 @@ class Registration:
 
 
 def install(atb_llm: Path, way: str | None, sites: Sequence[Path]) -> list[str]:
-    """Register the plugin. One sentence for each change; none when it was already registered in that way.
+    """Register the plugin. Returns one sentence for each change, and none when nothing had to change.
 
     `way` None is a link, or a hook where `atb_llm` cannot be written. A hook goes to the first of `sites`. Other
     registrations of this package, in `atb_llm` and in all `sites`, are removed once the new one is made.
@@ -97,7 +97,7 @@ def install(atb_llm: Path, way: str | None, sites: Sequence[Path]) -> list[str]:
 
 
 def uninstall(atb_llm: Path | None, sites: Sequence[Path]) -> list[str]:
-    """Remove every registration of this package. One sentence for each change.
+    """Remove every registration of this package. Returns one sentence for each change.
 
     Raises ConfigError when a registration cannot be removed. Files of others stay as they are.
     """
@@ -132,7 +132,7 @@ def _problem_of(source: Path) -> str | None:
 
 
 def _difference(place: Path) -> str | None:
-    """How many files of a copy are missing or differ from this package; None when all are equal."""
+    """How many files of a copy are missing or differ from this package. None when all are equal."""
     pairs = {place / name.relative_to(PLUGIN): name for name in _sources(PLUGIN)}
     pairs |= {place / VENDORED / name.relative_to(PACKAGE.parent): name for name in _sources(PACKAGE)}
     stale = [path for path, source in pairs.items() if not path.is_file() or not filecmp.cmp(path, source, False)]
@@ -165,7 +165,7 @@ def _hook_line() -> str:
 
 
 def _make(way: str, place: Path, site: Path) -> tuple[Path, Path, str]:
-    """Make the registration under a temporary name. The temporary path, the final path, and the sentence about it.
+    """Make the registration under a temporary name. Returns the temporary path, the final path, and a sentence.
 
     MindIE skips folders that begin with an underscore, and Python reads only files that end in .pth.
     """

@@ -60,8 +60,8 @@ def _check_places(places: Sequence[Path], variables: Mapping[str, str]) -> None:
 
 
 def _torchrun(world_size: int, port: str | None) -> Sequence[str]:
-    meeting = ("--master_addr", "127.0.0.1", "--master_port", port or str(_free_port()))
-    return ("-m", "torch.distributed.run", "--nproc_per_node", str(world_size), *meeting)
+    rendezvous = ("--master_addr", "127.0.0.1", "--master_port", port or str(_free_port()))
+    return ("-m", "torch.distributed.run", "--nproc_per_node", str(world_size), *rendezvous)
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Where MindIE's model library `atb_llm` is. No module of it is imported: an import needs an NPU and takes seconds."""
+"""Where MindIE's model library `atb_llm` is. No module of atb_llm is imported: that needs an NPU and takes seconds."""
 
 import os
 import site
@@ -36,7 +36,7 @@ def _packages(search_path: Sequence[str]) -> Iterator[Path]:
 
 
 def find_examples(atb_llm: Path) -> Path | None:
-    """The directory that holds MindIE's package `examples`, with its PA runner; None where there is none.
+    """The directory that holds MindIE's package `examples`, with its PA runner. None where there is none.
 
     In a source tree the package lies beside atb_llm, in a wheel inside atb_llm.
     """

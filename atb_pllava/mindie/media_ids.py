@@ -1,8 +1,9 @@
 """A video as a block of token ids, because MindIE passes only token ids from its tokenizer to its workers.
 
-A video of n tokens is a block of n ids: the image token, the key and the size of its shared memory segment as two
-negative numbers, zeros, and the image token again. Only the negative numbers mark a block. The tokenizer makes no
-negative id from text, so a user's `<image>` or digits remain text. An image token outside a block is an ordinary token.
+A video of n tokens is a block of n ids. The first and the last id are the image token. The second and the third are
+negative numbers: the key and the size of the shared memory segment. All others are zero. Only the negative numbers mark
+a block. The tokenizer makes no negative id from text, so a user's `<image>` or digits remain text. An image token
+outside a block is an ordinary token.
 
 With a repetition penalty, MindIE's sampler cuts prompt ids to int32 and uses them as indices (quirk 18). The lower 32
 bits of the negative ids are therefore positive and beyond any vocabulary. MindIE has a column of its own for such ids.
@@ -44,7 +45,7 @@ def insert_blocks(token_ids: Sequence[int], segments: Sequence[Segment], image_t
 
 
 def find_blocks(token_ids: Sequence[int], image_token: int, length: int) -> list[tuple[VideoSpan, Segment]]:
-    """All blocks in the ids of one or several prompts: where each one is, and the segment it names.
+    """All blocks in the ids of one or several prompts: the span of each block, and the segment that it names.
 
     Raises RequestError for a negative id outside a whole block: the prompt was cut, or was not made by this package.
     """
@@ -79,5 +80,5 @@ def _to_number(token: int) -> int:
 
 
 def _is_number(token: int) -> bool:
-    """Whether `_to_id` can have made the token id."""
+    """Whether `_to_id` makes this token id for some number."""
     return token < 0 and 0 <= -token % 2**32 - _LOWEST < 1 << _LOW_BITS

@@ -1,4 +1,4 @@
-"""A request's chat to token ids, with the frames of its media in shared memory, inside MindIE's tokenizer process.
+"""Turns a chat into token ids and puts the frames of its media into shared memory, in MindIE's tokenizer process.
 
 MindIE's tokenizer process has no NPU, so nothing in this file uses a device.
 """
@@ -38,7 +38,7 @@ class PluginOptions:
 
     @classmethod
     def from_host(cls, llm_config: Any) -> "PluginOptions":
-        """The options in the host's LLMConfig; None is an LLMConfig without them. ConfigError for an unknown name."""
+        """The options in the host's LLMConfig. None gives the defaults. Raises ConfigError for an unknown name."""
         section = llm_config.get("models.pllava") if llm_config else None
         given: Mapping[str, Any] = section.to_dict() if section else {}
         known = [field.name for field in fields(cls)]
@@ -64,7 +64,7 @@ class PromptBuilder:
     def from_dir(
         cls, model_dir: str | os.PathLike[str], config: PllavaConfig, options: PluginOptions | None = None
     ) -> "PromptBuilder":
-        """From the files of a checkpoint. ConfigError for a template whose end marker the tokenizer does not have."""
+        """Read the files of a checkpoint. Raises ConfigError for a template whose end marker is no token."""
         options = options or PluginOptions()
         tokenizer = Tokenizer.from_dir(model_dir, config.image_token_index)
         conversation = choose_conversation(options.conversation, chatml=tokenizer.is_chatml, system=options.system)
@@ -89,8 +89,8 @@ class PromptBuilder:
     ) -> list[int]:
         """Token ids of the prompt with a block of ids for each medium. The frames are in shared memory afterwards.
 
-        The segments' names are appended to `names_file`. Its default lies two folders above the first medium, where
-        the host looks for it. `truncation` shortens text; without it a prompt keeps its length.
+        The segments' names are appended to `names_file`. The default file lies two folders above the first
+        medium, where the host looks for the file. `truncation` shortens text. None keeps the length of a prompt.
         Raises RequestError, VideoError or BackendError. No segment of the request remains then.
         """
         if truncation and self._is_too_long(chat, truncation.max_tokens):

@@ -92,7 +92,7 @@ PERFORMANCE_COLUMNS = (
 
 @dataclass
 class PllavaReqParams(MultiModalReqParams):  # type: ignore[misc]
-    """MindIE's request with the number of frames of each video; None is the checkpoint's number."""
+    """MindIE's request with the number of frames of each video. None is the checkpoint's number."""
 
     frames: int | None = None
 

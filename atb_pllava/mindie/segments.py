@@ -1,8 +1,8 @@
 """The frames of a video in a POSIX shared memory segment, from MindIE's tokenizer process to its workers.
 
 MindIE deletes media files when a prompt is tokenised, so the tokenizer process writes the frames into one segment for
-each video. It adds the segment's name to a file, from which MindIE frees the segments when the request ends. The
-workers of all ranks read the same segment and free nothing.
+each video. The tokenizer process adds the segment's name to a file, from which MindIE frees the segments when the
+request ends. The workers of all ranks read the same segment and free nothing.
 
 A segment is a header of int64 (magic, T, U, side, then inverse_indices[T]) and the U distinct frames, uint8
 [U, side, side, 3]. The magic number is written last, so a reader finds a whole video or raises an error.
@@ -96,7 +96,7 @@ def read_segment(segment: Segment, preprocessor: PreprocessorConfig) -> Processe
 
 
 def remove_segments(segments: list[Segment]) -> None:
-    """Free the segments of a request that failed. Their names stay in the file, where MindIE ignores them."""
+    """Free the segments of a request that failed. The names stay in the file, where MindIE ignores them."""
     for segment in segments:
         try:
             memory = SharedMemory(segment.name)
@@ -117,7 +117,7 @@ def _reserve(segment: Segment) -> None:
 
 def _append(names_file: str | os.PathLike[str], name: str) -> None:
     try:
-        # MindIE has created the file. Where it has not, it accepts this mode.
+        # MindIE normally creates the file. MindIE accepts a file with this mode.
         handle = os.open(names_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
         with os.fdopen(handle, "w") as file:
             file.write(name + "\n")

@@ -1,8 +1,8 @@
 """MindIE Service's config.json for PLLaVA: computed from the model and the cards' memory, and checked.
 
 Names, types and bounds are those of MindIE's `src/config_manager` and of its service_parameter_configuration.md. A key
-that has nothing to do with the model has the value of the config.json that MindIE ships. HTTPS is the exception: it
-needs certificates and is off.
+that has nothing to do with the model has the value of the config.json that MindIE ships. HTTPS is off, because HTTPS
+needs certificates.
 """
 
 import copy
@@ -120,7 +120,7 @@ def plan_lengths(config: PllavaConfig, videos: int, text: int | None, output: in
 
 
 def prefill_tokens(lengths: Lengths) -> int:
-    """maxPrefillTokens, the most tokens of prompts in one prefill: MindIE's own value, or one longest request."""
+    """maxPrefillTokens: the most prompt tokens of one prefill. MAX_PREFILL_TOKENS, or more for a longer request."""
     return max(MAX_PREFILL_TOKENS, lengths.total)
 
 
@@ -233,7 +233,7 @@ def make_config(
 
 
 def find_problems(config: Mapping[str, Any], model: PllavaConfig | None = None) -> Iterator[tuple[str, str]]:
-    """What is wrong with a config.json, each with its remedy. With `model`, also whether one of its videos fits.
+    """Each problem of a config.json, with its remedy. With `model`, also whether one video of the model fits.
 
     Missing keys and values of the wrong type are reported alone, because the other checks read them.
     """
@@ -245,22 +245,22 @@ def find_problems(config: Mapping[str, Any], model: PllavaConfig | None = None) 
     backend = config["BackendConfig"]
     schedule = backend["ScheduleConfig"]
     deploy = backend["ModelDeployConfig"]
-    one = deploy["ModelConfig"][0]
+    model_config = deploy["ModelConfig"][0]
     ports = [config["ServerConfig"][name] for name in ("port", "managementPort", "metricsPort")]
     if len(set(ports)) < 3:
         yield f"port, managementPort and metricsPort are {ports}", "give each a port of its own"
-    if [len(ids) for ids in backend["npuDeviceIds"]] != [one["worldSize"]]:
+    if [len(ids) for ids in backend["npuDeviceIds"]] != [model_config["worldSize"]]:
         yield (
-            f"npuDeviceIds is {backend['npuDeviceIds']} and worldSize {one['worldSize']}",
+            f"npuDeviceIds is {backend['npuDeviceIds']} and worldSize {model_config['worldSize']}",
             "name as many cards as worldSize says, in one inner list",
         )
-    if one["backendType"] != "atb":
-        yield f"backendType is {one['backendType']!r}", 'PLLaVA runs on "atb" only'
+    if model_config["backendType"] != "atb":
+        yield f"backendType is {model_config['backendType']!r}", 'PLLaVA runs on "atb" only'
     if deploy.get("truncation", 0) not in (0, False):
         yield f"truncation is {deploy['truncation']}", "0: what is cut off could be a part of a video"
-    if one["npuMemSize"] < 1:
+    if model_config["npuMemSize"] < 1:
         yield (
-            f"npuMemSize is {one['npuMemSize']}",
+            f"npuMemSize is {model_config['npuMemSize']}",
             "a number of GiB: for models with media the host guesses it from another model's sizes",
         )
     longest = deploy["maxInputTokenLen"]
@@ -270,11 +270,11 @@ def find_problems(config: Mapping[str, Any], model: PllavaConfig | None = None) 
     if schedule["maxPrefillBatchSize"] > schedule["maxBatchSize"]:
         yield f"maxPrefillBatchSize is above maxBatchSize {schedule['maxBatchSize']}", "at most that"
     if model is not None:
-        yield from _too_small_for(model, deploy, schedule, one)
+        yield from _too_small_for(model, deploy, schedule, model_config)
 
 
 def _too_small_for(
-    model: PllavaConfig, deploy: Mapping[str, Any], schedule: Mapping[str, Any], one: Mapping[str, Any]
+    model: PllavaConfig, deploy: Mapping[str, Any], schedule: Mapping[str, Any], model_config: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """The lengths and the KV cache of a config.json that are too small for one video of `model`."""
     video = model.num_video_tokens
@@ -289,11 +289,13 @@ def _too_small_for(
             f"maxSeqLen {deploy['maxSeqLen']} leaves no room for an answer after maxInputTokenLen {longest}",
             f"{longest + schedule['maxIterTimes']}: maxInputTokenLen and maxIterTimes",
         )
-    if one["npuMemSize"] >= 1:
-        request = math.ceil(deploy["maxSeqLen"] / BLOCK_SIZE) * BLOCK_SIZE * kv_bytes_per_token(model, one["worldSize"])
-        if one["npuMemSize"] * GIB < request:
+    if model_config["npuMemSize"] >= 1:
+        tokens = math.ceil(deploy["maxSeqLen"] / BLOCK_SIZE) * BLOCK_SIZE
+        request = tokens * kv_bytes_per_token(model, model_config["worldSize"])
+        if model_config["npuMemSize"] * GIB < request:
             yield (
-                f"npuMemSize {one['npuMemSize']} GiB does not hold one request of maxSeqLen {deploy['maxSeqLen']}",
+                f"npuMemSize {model_config['npuMemSize']} GiB does not hold one request of maxSeqLen "
+                f"{deploy['maxSeqLen']}",
                 f"at least {math.ceil(request / GIB)}",
             )
 
@@ -330,7 +332,7 @@ REQUIRED_KEYS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def _walk(value: Any, path: tuple[str, ...]) -> Any:
-    """The value at `path` in nested mappings, where "[0]" is a list's first element; None where there is no value."""
+    """The value at `path` in nested mappings, where "[0]" is a list's first element. None where there is no value."""
     for step in path:
         if step == "[0]":
             value = value[0] if isinstance(value, list) and value else None

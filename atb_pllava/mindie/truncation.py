@@ -23,7 +23,7 @@ class Truncation:
 
 
 def shorten(chat: Chat, is_too_long: Callable[[Chat], bool], *, from_left: bool) -> Chat:
-    """The chat without the fewest characters of questions and answers for which `is_too_long` is False.
+    """The chat without as many characters of questions and answers as `is_too_long` requires, and no more.
 
     The number of characters is found by bisection. Raises RequestError where the chat is too long without any text.
     """

@@ -18,7 +18,7 @@ FRAMES_AT_ONCE = 8  # bounds the memory of the vision tower, whatever the number
 
 
 class VideoEncoder(nn.Module):
-    """Frames of a video to the rows that stand in front of the language model, `video_embeds`."""
+    """Turns the frames of a video into video embeddings, `video_embeds`."""
 
     def __init__(self, config: PllavaConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         """Check names, shapes and dtypes of the whole checkpoint, and load vision tower and projector.
@@ -48,7 +48,7 @@ class VideoEncoder(nn.Module):
         return self.model.pool_frames(torch.cat(features), video.inverse_indices)
 
     def warm_up(self) -> None:
-        """Encode a video of grey frames, so that MindIE, which measures memory later, counts the vision tower's too."""
+        """Encode a video of grey frames. MindIE measures memory later, and then counts the vision tower's too."""
         side = self.config.vision.image_size
         frames = self.config.num_frames
         grey = torch.full((frames, side, side, 3), 128, dtype=torch.uint8).numpy()

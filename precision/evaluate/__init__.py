@@ -5,5 +5,5 @@
     python -m precision.evaluate compare RESULTS RESULTS ...
 
 Data layouts, prompts, frame sampling and result files are those of PLLaVA's tasks/eval. Where that code crashes or
-miscounts without a word, this package reports the problem.
+miscounts silently, this package reports the problem.
 """

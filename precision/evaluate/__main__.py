@@ -1,7 +1,7 @@
 """The command line of the benchmarks, `python -m precision.evaluate --help`. No other file here reads the environment.
 
 Exit status: 0 done, 2 an error of the user's, 130 interrupted. The status is 2 also when questions have no answer or no
-verdict. They are named, and the results of all others are written.
+verdict. Such questions are named, and the results of all others are written.
 """
 
 import argparse
@@ -144,7 +144,7 @@ def _report(benchmark: Benchmark, summary: Summary, results: Sequence[Result], d
 
 
 def _judge(arguments: argparse.Namespace) -> Judge | None:
-    """The judge of the options; None with --no_judge. Raises ConfigError for options that do not go together."""
+    """The judge of the options. None with --no_judge. Raises ConfigError for options that do not go together."""
     given = [name for name in ("judge_url", "judge_model") if getattr(arguments, name) is not None]
     if getattr(arguments, "no_judge", False):
         if given:
@@ -258,7 +258,7 @@ def _add_judge_options(verb: argparse.ArgumentParser) -> None:
         type=int,
         default=ATTEMPTS,
         metavar="N",
-        help=f"for each (default {ATTEMPTS})",
+        help=f"attempts for each case (default {ATTEMPTS})",
     )
     group.add_argument(
         "--judge_timeout",

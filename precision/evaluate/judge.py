@@ -1,8 +1,8 @@
 """The judge: a language model behind an OpenAI-compatible endpoint that grades answers. Many cases are asked at once.
 
-The `openai` client sends the requests. Connections, timeouts and the kinds of errors are its own. Attempts and pauses
-are ours, because the client's own retries differ in three ways. A reply without a verdict is a success for them. They
-ignore a Retry-After above 60 seconds. Their pauses do not end when the run ends.
+The `openai` client sends the requests, and handles connections, timeouts and the kinds of errors. Attempts and pauses
+are in this file. The client's own retries count a reply without a verdict as a success, ignore a Retry-After above
+60 seconds, and go on with a pause when the run ends.
 
 A failure is never a verdict. A case that fails for good is a row with an "error", and the next run asks again. The
 client follows no redirects and uses no proxy, so the key goes to one place only.
@@ -35,7 +35,7 @@ class _Failure(Exception):
     """An attempt without a verdict.
 
     `pause` is the endpoint's Retry-After in seconds. `is_final` means that another attempt cannot help. `has_replied`
-    means that the endpoint works and its reply was of no use.
+    means that the endpoint replied without a usable verdict.
     """
 
     def __init__(self, reason: str, *, pause: float = 0.0, is_final: bool = False, has_replied: bool = False) -> None:
@@ -48,8 +48,8 @@ class _Failure(Exception):
 class Judge:
     """An endpoint, and how it is asked. Calls from several threads share the client's connections.
 
-    `key` is sent as a bearer token and is written nowhere. `backoff` is the pause in seconds before the second attempt;
-    each further pause is twice as long.
+    `key` is sent as a bearer token and is written nowhere. `backoff` is the pause in seconds before the second attempt.
+    Each further pause is twice as long.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ def _check_url(url: str) -> None:
 
 
 def _client(url: str, key: str | None, timeout: float) -> Any:
-    """An openai client that makes one attempt a call. It takes nothing from the environment."""
+    """An openai client that makes one attempt a call. The client takes nothing from the environment."""
     try:
         import openai
     except ImportError:
@@ -190,7 +190,7 @@ def _client(url: str, key: str | None, timeout: float) -> Any:
 
 
 def _headers(key: str | None) -> dict[str, Any]:
-    """Headers that the client would take from its environment, or make up without a key, are left out."""
+    """Remove the headers that the client would take from its environment, or make up without a key."""
     import openai
 
     names = ["OpenAI-Organization", "OpenAI-Project", *([] if key else ["Authorization"])]
@@ -198,7 +198,7 @@ def _headers(key: str | None) -> dict[str, Any]:
 
 
 def case_name(case: Case) -> str:
-    """A digest of the case. Its verdict is kept under this name."""
+    """A digest of the case, under which its verdict is kept."""
     return hashlib.sha256(json.dumps(case.messages()).encode()).hexdigest()[:24]
 
 
@@ -241,7 +241,7 @@ def judge_all(
 
 
 def _keep_the_rest(done: Any, log: ResultLog) -> None:
-    """Log the verdicts that have arrived when the run ends early: they were paid for."""
+    """Log the verdicts that have arrived when the run ends early, because every call costs money."""
     while not done.empty():
         name, row = done.get()
         if not isinstance(row, PllavaError):

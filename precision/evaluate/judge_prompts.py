@@ -1,4 +1,4 @@
-"""The judge's prompts. The words are ours; the criteria and the form of the reply are the published ones.
+"""The judge's prompts. The words are ours. The criteria and the form of the reply are the published ones.
 
 A verdict is {"pred": "yes" or "no", "score": 0 to 5} for short answers and {"score": 0 to 5} for each aspect of
 VCGBench. Scores from other prompts or from another judge are not comparable with published scores.
@@ -29,7 +29,7 @@ class Prompt:
 
     @property
     def contract(self) -> str:
-        """The wanted form of the reply. It stands at the end of the user's message."""
+        """The wanted form of the reply, at the end of the user's message."""
         form = '{"pred": "yes", "score": 4}' if self.has_pred else '{"score": 4}'
         pred = "whether the answer is right as 'pred', 'yes' or 'no', and " if self.has_pred else ""
         return (

@@ -98,7 +98,7 @@ class MVBench(Benchmark):
         return [known.name for stem, known in SUB_TASKS.items() if stem not in stems]
 
     def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
-        """`result_list` of all_results.json. Predictions begin with the parenthesis that ends the answer prefix."""
+        """`result_list` of all_results.json. Predictions begin with the "(" that ends the answer prefix."""
         results: list[Result] = []
         for question in questions:
             row = rows[question.name]

@@ -74,7 +74,7 @@ def read_list(path: Path) -> list[Any]:
 
 
 def text(entry: Mapping[str, Any], key: str, may_be_empty: bool = False) -> str:
-    """A field that must be text; a whole number counts as text. Raises RequestError for another type."""
+    """A field that must be text. A whole number counts as text. Raises RequestError for another type."""
     value = entry.get(key)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -105,8 +105,8 @@ def find_video(folders: Iterable[Path], name: str, endings: Sequence[str]) -> st
 def picked(count: int, ratio: float | None) -> list[int]:
     """The indices of a subset of `count` entries, in ascending order. None takes all.
 
-    A `ratio` up to 1 is a share; above 1 it is a number of entries. The subset is that of the original's `test_ratio`:
-    the first entries of a shuffle with numpy's RandomState(42).
+    A `ratio` up to 1 is a share. A `ratio` above 1 is a number of entries. The subset is that of the original's
+    `test_ratio`: the first entries of a shuffle with numpy's RandomState(42).
     """
     if ratio is None:
         return list(range(count))
@@ -116,10 +116,10 @@ def picked(count: int, ratio: float | None) -> list[int]:
 
 
 def select(known: Sequence[str], wanted: Sequence[str] | None, data: Path, files: Sequence[str]) -> list[str]:
-    """The wanted ones of the known tasks, in the order of `known` (`wanted` None: all).
+    """The tasks of `known` that are in `wanted`, in the order of `known` (`wanted` None: all).
 
-    Raises ConfigError for a wanted task that is unknown. Raises ConfigError also when `known` is empty; the message
-    names `files`, which the benchmark looks for below `data`.
+    Raises ConfigError for a wanted task that is unknown, and when `known` is empty. The message then names `files`,
+    which the benchmark looks for below `data`.
     """
     if not known:
         if not data.is_dir():

@@ -72,8 +72,8 @@ def finish(
 def check_same(directory: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
     """Raise ConfigError when a directory has answers or results of other settings.
 
-    A directory holds the results of one model with one set of settings. With `only`, `settings` has some of them and
-    only these are compared.
+    A directory holds the results of one model with one set of settings. With `only`, `settings` is a part of the
+    settings, and only these names are compared.
     """
     log.check(settings, only)
     path = directory / "manifest.json"

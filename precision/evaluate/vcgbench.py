@@ -1,9 +1,9 @@
 """VCGBench (Video-ChatGPT's benchmark): long answers that a language model scores in five aspects.
 
 Layout and result files follow PLLaVA's tasks/eval/vcgbench: DIR/Zero_Shot_QA/Benchmarking_QA/<set>.json and
-DIR/Videos/Benchmarking. An entry of consistency_qa is two questions with one answer. The original has two mistakes
-that are not repeated here: it swaps these two questions in its result file, and it counts its last verdict twice in
-Avg_Acc.
+DIR/Videos/Benchmarking. An entry of consistency_qa is two questions with one answer. Two mistakes of the
+original are not repeated here. The original swaps these two questions in its result file. The original also counts
+its last verdict twice in Avg_Acc.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +80,7 @@ class VCGBench(JudgedBenchmark):
         return results
 
     def cases(self, result: Result) -> dict[str, Case]:
-        """One case for each aspect. None when an answer is missing or empty: its scores are 0."""
+        """One case for each aspect. Empty when an answer is missing or empty, and the scores are 0 then."""
         if "error" in result or not result["pred"] or not result.get("pred1", True):
             return {}
         fields = {"Question": result["question"], "Correct answer": result["gt"], "Predicted answer": result["pred"]}
@@ -118,7 +118,7 @@ class VCGBench(JudgedBenchmark):
 
 
 def _maker(name: str, data: Path) -> Callable[[int, Mapping[str, Any]], list[Question]]:
-    """What makes the questions of an entry: two for consistency_qa, with the parts "a" and "b", otherwise one."""
+    """A function that makes the questions of an entry: "a" and "b" for consistency_qa, otherwise one."""
 
     def make(number: int, entry: Mapping[str, Any]) -> list[Question]:
         video = find_video([data / "Videos" / "Benchmarking"], text(entry, "video_name"), ENDINGS)

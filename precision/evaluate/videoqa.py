@@ -77,7 +77,7 @@ class VideoQA(JudgedBenchmark):
         return results
 
     def cases(self, result: Result) -> dict[str, Case]:
-        """One case: is the answer right. None for a question without an answer."""
+        """One case: is the answer right. Empty for a question without an answer."""
         if "error" in result:
             return {}
         fields = {"Question": result["question"], "Correct answer": result["gt"], "Predicted answer": result["pred"]}

@@ -89,7 +89,7 @@ def answer_sets(arguments: argparse.Namespace) -> int:
 
 
 def usual_conversation(arguments: argparse.Namespace) -> str | None:
-    """The prompt format's conversation for this checkpoint: another one when its tokenizer has ChatML tokens."""
+    """The prompt format's conversation, or its ChatML conversation if the checkpoint's tokenizer has ChatML tokens."""
     chosen = FORMATS[arguments.prompt_format]
     index = from_cli_args(arguments).model.config().image_token_index
     is_chatml = Tokenizer.from_dir(arguments.model_path, index).is_chatml
@@ -142,7 +142,7 @@ def answer_set(
 def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any], only: bool = False) -> None:
     """Raise ConfigError when `target` or its log has results of other settings.
 
-    With `only`, `settings` has some of them and only these are compared.
+    With `only`, `settings` is a part of the settings, and only these names are compared.
     """
     log.check(settings, only)
     manifest = target.with_name(f"{target.name}.manifest.json")

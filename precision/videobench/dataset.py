@@ -5,7 +5,7 @@
     ANSWER.json                         {set: {id: {"answer": "A"}}}
 
 Ids are unique within a set only: 17,036 questions of the 13 sets share 14,391 ids. A sample of several sets is a set of
-its own, `sampling_data`. Its questions have the name of their set under "dataset".
+its own, `sampling_data`. The questions of a sample have the name of their set under "dataset".
 """
 
 import os
@@ -42,7 +42,7 @@ class Question:
 
 
 def find_sets(qa_root: Path) -> list[str]:
-    """The sets that have a file of questions: first Video-Bench's own in its order, then others. A sample is left out.
+    """The sets that have a file of questions: first Video-Bench's own in order, then others. The sample is left out.
 
     Raises ConfigError when there is none.
     """

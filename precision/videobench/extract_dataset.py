@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=Path, default=default, help=f"{text} (default {default})")
     parser.add_argument("--nums", type=int, default=1000, help="questions to draw (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="which questions (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default 0)")
     parser.add_argument("--skip_missing", action="store_true", help="draw from the questions that have their video")
     parser.add_argument("--link", action="store_true", help="links to the videos instead of copies")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier sample")

@@ -190,7 +190,7 @@ def paired_line(paired: Mapping[str, Any]) -> str:
 
 
 def test(arguments: argparse.Namespace) -> int:
-    """Print the comparison, and write it to --output_json. Returns the exit status."""
+    """Compare both sides, print the tables and write --output_json. Returns the exit status."""
     if arguments.output_json is not None:
         check_writable(str(arguments.output_json), "--output_json")
     answers = read_answers(arguments.sampling_answer_path)
@@ -216,7 +216,7 @@ def full_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, An
 
 
 def legacy_report(arguments: argparse.Namespace, answers: Answers) -> dict[str, Any]:
-    """Print and return the two accuracies of MindIE's script."""
+    """Compute both accuracies as MindIE's script does. Prints and returns them."""
     if arguments.seed is not None:
         raise ConfigError("--seed is of no use with --legacy, which has no intervals")
     # MindIE's script takes the first item of output_sequence, also when that is a text.
@@ -243,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="FILE", help=text)
     parser.add_argument("--legacy", action="store_true", help="score exactly as MindIE's script")
-    parser.add_argument("--seed", type=int, help="of the interval of the difference (default 0)")
+    parser.add_argument("--seed", type=int, help="seed of the bootstrap interval (default 0)")
     parser.add_argument("--output_json", type=Path, metavar="FILE", help="also write everything here")
     return parser
 

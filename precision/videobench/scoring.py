@@ -1,4 +1,4 @@
-"""Which option a reply names: by our rule, and by the rule of MindIE's scorer."""
+"""Reads the option that a reply names, by our rule and by the rule of MindIE's script."""
 
 import re
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ def _without_end_marks(text: str) -> str:
 def read_letter_as_original(reply: str) -> str | None:
     """The letter, A to E, that MindIE's llava_video_precision_test.py reads. None when it drops the question.
 
-    In a reply of less than five characters it is the first letter of the alphabet that is anywhere in the reply. In a
-    longer reply it is the first letter of the alphabet that follows "is ", else one between a blank and a full stop.
+    In a reply of less than five characters: the first of A to E that is anywhere in the reply. In a longer reply: the
+    first of A to E that follows "is ", else the first one between a blank and a full stop.
     """
     text = reply
     for _ in range(10):

@@ -51,7 +51,7 @@ def clips_with(tasks: tuple[str, ...], first: int, step: int) -> Iterator[tuple[
 def write_set(
     out: Path, name: str, clips: list[tuple[Clip, list[Question]]], progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Write the videos and questions of a set. Returns the right answers {id: {"answer": letter}}."""
+    """Write the videos and questions of one set below `out`. Returns the right answers {id: {"answer": letter}}."""
     videos = out / "VideoBench" / "Eval_video" / name
     videos.mkdir(parents=True, exist_ok=True)
     items: dict[str, dict[str, Any]] = {}

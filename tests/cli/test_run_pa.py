@@ -187,7 +187,7 @@ def test_mistakes_are_one_line(capsys, arguments: list[str], message: str) -> No
 
 
 def test_what_each_mode_starts(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("atb_pllava.cli.run_pa.glob", lambda _: [])  # as on a machine without NPUs
+    monkeypatch.setattr("atb_pllava.cli.run_pa.device_files", lambda: [])  # as on a machine without NPUs
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "5,3")
     options = ["--model_path=W", "--media=M", "--world_size=2"]
@@ -203,7 +203,7 @@ def test_what_each_mode_starts(monkeypatch, capsys) -> None:
 
 
 def test_an_npu_and_a_plugin_that_fits_choose_mindie(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("atb_pllava.cli.run_pa.glob", lambda _: ["/dev/davinci0"])
+    monkeypatch.setattr("atb_pllava.cli.run_pa.device_files", lambda: ["/dev/davinci0"])
     for problem, engine in (("", "mindie"), ("no atb_llm is found", "native")):
         monkeypatch.setattr("atb_pllava.cli.run_pa._mindie_problem", lambda _, problem=problem: problem)
         assert command(["--run", "W", "M"])[0] == ("mindie" if engine == "mindie" else "run")

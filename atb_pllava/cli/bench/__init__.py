@@ -8,13 +8,13 @@ from atb_pllava.cli.parser import Parser
 
 Run = Callable[[argparse.Namespace], int]
 
-# Each kind has a module with its `add_options` and its `run`.
+# Each kind has a module with `add_options` and `run`.
 KINDS = {
     "sweep": ("throughput and latency over batch size (what `bench` alone does)", sweep),
     "peaks": ("peak read bandwidth and FLOP/s of this machine", peaks),
     "compare": ("stage by stage against Hugging Face transformers", compare),
-    "cache": ("first token of a second question about a video", cache),
-    "overhead": ("what of a decode step is not the model", overhead),
+    "cache": ("time to first token of a second question about a video", cache),
+    "overhead": ("the engine's part of a decode step, without the model", overhead),
     "load": ("start-up: time and memory to load a checkpoint", load),
     "video": ("a few frames of a long file against decoding all of it", video),
     "scaling": ("what bytes, FLOPs and links allow on other devices", scaling),
@@ -22,7 +22,7 @@ KINDS = {
 
 
 def add_options(parser: Parser) -> None:
-    """The kinds of benchmarks, each with its options."""
+    """Add the kinds of benchmarks, each with its options."""
     parser.default_subcommand = "sweep"
     kinds = parser.add_subparsers(required=True, metavar="KIND", dest="kind")
     for name, (summary, module) in KINDS.items():
@@ -32,6 +32,6 @@ def add_options(parser: Parser) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Run the kind that was asked for."""
+    """Run the kind that the command line names."""
     run: Run = arguments.measure
     return run(arguments)

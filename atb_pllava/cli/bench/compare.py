@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         assert not isinstance(llm, int)
         say(arguments, "measuring the peaks of this machine")
         peaks = measure(llm.model.ops)
-        third = None
+        llama_cpp = None
         if arguments.gguf is not None:
-            third = LlamaCppPeer(arguments.gguf, config.text, length + 8, peaks.threads)
+            llama_cpp = LlamaCppPeer(arguments.gguf, config.text, length + 8, peaks.threads)
         progress = partial(say, arguments)
-        rows = list(compare(llm, stages, arguments.text_tokens, batches, arguments.rounds, third, progress))
+        rows = list(compare(llm, stages, arguments.text_tokens, batches, arguments.rounds, llama_cpp, progress))
         print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
         save_json(arguments, rows)
     return 0

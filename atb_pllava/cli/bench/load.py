@@ -9,7 +9,7 @@ from atb_pllava.cli.engine_args import add_model_options
 from atb_pllava.cli.loading import load_model
 from atb_pllava.errors import ConfigError
 
-# As little as possible beside the weights.
+# The engine gets the least memory beside the weights.
 _SMALLEST: dict[str, Any] = {
     "max_batch_size": 1,
     "max_input_length": 1,
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print how long a checkpoint takes to load from the page cache, and the memory that needs."""
+    """Print the time and the peak memory of loading a checkpoint from the page cache."""
     check_json(arguments)
     if arguments.world_size not in (None, 1):
         raise ConfigError("bench load measures one process: leave --world_size out")

@@ -1,4 +1,4 @@
-"""What the benchmarks with a model share: a checkpoint or made-up weights of a shape, and requests of real size."""
+"""Options, model and requests of the benchmarks with a model: a checkpoint, or dummy weights of a shape."""
 
 import argparse
 import tempfile
@@ -21,9 +21,9 @@ from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
 
 _WORDS = 54  # with the conversation's own tokens and 2304 from video, a prompt of about 2360
 
-# Options that every benchmark with a model takes; the batch size and the lengths are its own.
+# Every benchmark with a model takes these options. The batch size and the lengths are each benchmark's own.
 _ENGINE_OPTIONS = ("block_size", "kv_cache_bytes", "kv_cache_dtype", "prefill_chunk", "vision_batch")
-# Options about a checkpoint and its input, which --shape makes up itself.
+# Options about a checkpoint and its input. --shape takes dummy weights and a made-up input instead.
 _OF_A_CHECKPOINT = (
     "media",
     "prompt",
@@ -37,7 +37,7 @@ _NO_CACHES = {"video_cache_bytes": 0, "prefix_cache": False}  # each request cos
 
 
 def add_bench_model(parser: argparse.ArgumentParser) -> None:
-    """A checkpoint or a shape, and its engine."""
+    """Add the options of a checkpoint or a shape, and of the engine."""
     add_model_options(parser, required=False)
     group = parser.add_argument_group("instead of a checkpoint")
     group.add_argument(
@@ -51,7 +51,7 @@ def add_bench_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_and_input(parser: argparse.ArgumentParser) -> None:
-    """A checkpoint with media, or a shape with made-up ones."""
+    """Add the options of a checkpoint with media, or of a shape with made-up media."""
     add_bench_model(parser)
     group = parser.add_argument_group("input")
     add_media(group, default="none; they are taken in turns")
@@ -62,7 +62,7 @@ def add_model_and_input(parser: argparse.ArgumentParser) -> None:
 
 
 def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
-    """Raises ConfigError unless there is exactly one model, and with a checkpoint `media`."""
+    """Raises ConfigError unless exactly one model is given. With `media`, a checkpoint also needs --media."""
     if (arguments.shape is None) == (arguments.model_path is None):
         raise ConfigError("a benchmark needs one model: --model_path DIR, or --shape for random weights")
     if media and arguments.model_path is not None and arguments.media is None:
@@ -77,9 +77,9 @@ def check_input(arguments: argparse.Namespace, media: bool = True) -> None:
 
 @contextmanager
 def open_model(arguments: argparse.Namespace, **chosen: Any) -> Iterator[LLM | int]:
-    """The loaded model; on a rank above 0 that torchrun started, the exit status after its work.
+    """The loaded model. On a rank above 0 that torchrun started: the exit status, after the rank's work.
 
-    `chosen` are options of the engine that the benchmark decides itself: batch size, lengths, caches.
+    `chosen` are options of the engine that the benchmark sets: batch size, lengths, caches.
     """
     chosen = {**_NO_CACHES, **chosen}
     with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
@@ -95,7 +95,7 @@ def open_model(arguments: argparse.Namespace, **chosen: Any) -> Iterator[LLM | i
 
 
 def request_maker(arguments: argparse.Namespace, llm: LLM) -> Callable[[int], Mapping[str, Any]]:
-    """Request number i: the media in turns, or noise of the vision tower's size with a prompt of usual length."""
+    """A function that makes request i: about the media in turns, or for a shape about noise with made-up words."""
     if arguments.shape is None:
         media = list_media(*arguments.media)
         text = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt

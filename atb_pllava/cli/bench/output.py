@@ -1,4 +1,4 @@
-"""What the benchmarks beside the sweep share: --rounds, --json, numbers in options, a table on stdout."""
+"""Shared by all benchmarks but the sweep: --rounds, --json, lists of numbers in options, a table on stdout."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ MOST_ROUNDS = 1000
 
 
 def add_rounds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="medians of so many rounds (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds to take medians of (default 3)")
 
 
 def check_rounds(arguments: argparse.Namespace) -> None:
@@ -25,7 +25,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def check_json(arguments: argparse.Namespace, *inputs: str) -> None:
-    """Raises ConfigError when --json names no place for a file, or one of the files that this run reads."""
+    """Raises ConfigError when --json cannot be written, or is one of the `inputs` that this run reads."""
     if arguments.json is not None:
         check_writable(arguments.json, "--json", inputs)
 
@@ -37,13 +37,13 @@ def print_rows(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) ->
 
 
 def save_json(arguments: argparse.Namespace, value: object) -> None:
-    """Write `value` to --json, if that is given."""
+    """Write `value` to --json, if --json is given."""
     if arguments.json is not None:
         write_json(arguments.json, value)
 
 
 def say(arguments: argparse.Namespace, text: str) -> None:
-    """A line on stderr, unless --quiet."""
+    """Print a line on stderr, unless --quiet."""
     if not arguments.quiet:
         print(text, file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""`bench overhead`: the part of a decode step that is not the model."""
+"""`bench overhead`: the engine's part of a decode step, without the model."""
 
 import argparse
 

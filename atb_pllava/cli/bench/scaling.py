@@ -14,7 +14,7 @@ from atb_pllava.cli.bench.peaks import backend_with_kernels
 from atb_pllava.errors import ConfigError, check_whole_number
 
 _PROMPT_TOKENS = 2364  # video, conversation and a usual question
-# What the table is about where an option is not given.
+# Defaults of the options that choose the rows of the table.
 _DEFAULTS = {
     "shape": "7b,13b,34b",
     "device": ",".join(machine.name for machine in MACHINES),
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         default=devices,
         metavar="NAME,...",
-        help=f"of {devices}, this (measured now)",
+        help=f"of {devices}, or this: the machine here, measured now",
     )
     parser.add_argument(
         "--world_size", default=_DEFAULTS["world_size"], metavar="N,N,...", help="tensor parallel sizes (1,2,4,8)"
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt_tokens", type=int, default=_PROMPT_TOKENS, metavar="N", help=f"length of a prompt ({_PROMPT_TOKENS})"
     )
-    parser.add_argument("--check", metavar="CSV", help="instead: a sweep's table, measured against its own bounds")
+    parser.add_argument("--check", metavar="CSV", help="instead: compare a sweep's table with the roofline")
     add_json(parser)
 
 

@@ -28,7 +28,7 @@ DEFAULT_CSV = "pllava_performance.csv"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench sweep`."""
+    """Add the options of `bench sweep`."""
     add_model_and_input(parser)
     group = parser.add_argument_group("sweep")
     group.add_argument(
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_plotting("--plot")
     if benchmark_csv is not None:
         _make_folder(benchmark_csv, arguments.media or ())
-    threads = torch.get_num_threads()  # of all ranks together; each takes its share when the model is loaded
+    threads = torch.get_num_threads()  # of all ranks together, before each rank takes its share
     with open_model(arguments, max_batch_size=max(batches)) as llm:
         if isinstance(llm, int):
             return llm
@@ -108,7 +108,7 @@ def _batches(arguments: argparse.Namespace) -> list[int]:
 
 
 def _make_folder(path: str, media: Sequence[str]) -> None:
-    """MindIE's default is in a folder of its own."""
+    """Make the folder of MindIE's benchmark.csv, and check that the file can be written there."""
     try:
         os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
     except OSError as error:

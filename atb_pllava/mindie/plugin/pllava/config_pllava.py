@@ -22,8 +22,9 @@ _SIZES = (
 class PllavaConfig(BaseConfig):  # type: ignore[misc]
     """Made by `from_dict` from config.json and the keys that MindIE merged into it.
 
-    pllava: the configuration as this package knows it. text_config: MindIE's LlamaConfig. The language model's sizes
-    are on the top level too, because MindIE plans memory with them. Raises ConfigError for any other model than PLLaVA.
+    pllava: the configuration as `atb_pllava.config.PllavaConfig`. text_config: MindIE's LlamaConfig. The language
+    model's sizes are on the top level too, because MindIE plans memory with them. Raises ConfigError for any other
+    model than PLLaVA.
     """
 
     model_type = "pllava"

@@ -1,7 +1,7 @@
 """PLLaVA in MindIE's workers: the video encoder of this package in front of MindIE's LLaMA.
 
-MindIE's LLaMA brings the compiled graph, the paged KV cache and tensor parallelism. `mindie.quirks` has the numbers in
-the comments.
+MindIE's LLaMA brings the compiled graph, the paged KV cache and tensor parallelism. "Quirk N" in a comment is number N
+in `mindie.quirks`.
 """
 
 from collections.abc import Sequence
@@ -67,8 +67,8 @@ class FlashPllavaForCausalLM(FlashLlamaForCausalLM):  # type: ignore[misc]
         """A request of MindIE's PA runner to embeddings [n, hidden]. `processor` is not used.
 
         `multimodalinputs` has video and image (a path or a list of paths), text, and perhaps frames, the number of
-        frames of each video. A text with `<image>`, or with the `<video>` of MindIE's scripts, is the whole prompt; it
-        must have one for each medium. Any other text is a question, which goes into the template.
+        frames of each video. A text with `<image>`, or with the `<video>` of MindIE's scripts, is the whole prompt,
+        with one such mark for each medium. Any other text is a question, which goes into the template.
         Raises RequestError or VideoError.
         """
         media = [*_as_list(multimodalinputs.video), *_as_list(multimodalinputs.image)]

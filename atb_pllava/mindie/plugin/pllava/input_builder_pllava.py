@@ -32,7 +32,7 @@ class PllavaInputBuilder(InputBuilder):  # type: ignore[misc]
     ) -> list[int]:
         """Token ids of the prompt. The frames of its videos and images are in shared memory afterwards.
 
-        conversation: messages as in `parse_chat_messages`; user messages in a row are joined. add_generation_prompt:
+        conversation: messages as in `parse_chat_messages`. User messages in a row are joined. add_generation_prompt:
         must be True. chat_template_kwargs: `truncation` shortens the text of a prompt longer than `max_length` tokens
         (default: the length in MindIE's config.json), at the left side for 1, at the right side for -1 and True.
         adapt_to_max_length: shorten at the left side when chat_template_kwargs has no `truncation`. Videos stay whole.
