@@ -312,5 +312,3 @@ def _check_sizes(section: str, config: VisionConfig | TextConfig, names: Sequenc
 def _check_positive(name: str, value: object) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value) or not 0 < value < 1e12:
         raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
-
-

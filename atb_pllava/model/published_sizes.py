@@ -5,7 +5,6 @@ Nothing is downloaded. Benchmarks without a checkpoint use the sizes. `doctor` u
 
 from typing import Any
 
-OWNER = "ermu2001"  # github.com/magic-research/PLLaVA, README: pllava-7b, pllava-13b, pllava-34b
 LORA_RANK = 128
 
 _CLIP_L_336 = {
