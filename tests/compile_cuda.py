@@ -35,11 +35,14 @@ class Compiled:
         return self.compile
 
     def compile(self, *arguments: Any, **options: int) -> None:
-        signature, constants, aligned = {}, {}, {}
+        signature = {}
+        constants = {}
+        aligned = {}
         for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=True)):
             fixed = parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not fixed):
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
                 continue
             kind = "fp32" if isinstance(value, float) else "i32"
             signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else kind
@@ -74,7 +77,8 @@ def main() -> None:
             keys = empty(8, kv_heads, dim, dtype=dtype)
             cuda_kernels.write_kv(keys, keys, cache, empty(8, dtype=whole))
             for batch in (1, 8):
-                tables, lens = empty(batch, 32, dtype=whole), empty(batch, dtype=whole)
+                tables = empty(batch, 32, dtype=whole)
+                lens = empty(batch, dtype=whole)
                 cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
         for width in (4096, 7168):
             cuda_kernels.rms_norm(empty(8, width, dtype=dtype), empty(width, dtype=dtype), 1e-5)

@@ -129,7 +129,8 @@ def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), 
     base = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
         for i in range(frames):
             picture = np.roll(base, i, 1).repeat(8, 0).repeat(8, 1)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):

@@ -74,7 +74,8 @@ def test_batches_mix_videos_images_and_text(llm: LLM, media: Path) -> None:
 
 
 def test_the_order_of_videos_and_frames_counts(llm: LLM, media: Path) -> None:
-    one, two = media / "clip2.mp4", media / "clip10.mp4"
+    one = media / "clip2.mp4"
+    two = media / "clip10.mp4"
     prompt = "USER:<image> or <image>? ASSISTANT:"
     rows = SamplingParams(max_tokens=1, logprobs=-1)
     requests = [{"prompt": prompt, "video": videos} for videos in ([one, two], [two, one])]
@@ -202,8 +203,10 @@ def test_limits_can_be_changed(checkpoint: Path, media: Path) -> None:
 
 def test_bfloat16_stays_close_to_float32(llm: LLM, checkpoint: Path, media: Path) -> None:
     half = LLM(checkpoint, dtype="bfloat16", backend="cpu")
-    clip, rows = media / "clip2.mp4", SamplingParams(max_tokens=1, logprobs=-1)
-    tokens, exact = half.encode_video(clip), llm.encode_video(clip)
+    clip = media / "clip2.mp4"
+    rows = SamplingParams(max_tokens=1, logprobs=-1)
+    tokens = half.encode_video(clip)
+    exact = llm.encode_video(clip)
     assert tokens.dtype == torch.bfloat16
     assert (tokens.float() - exact).norm() < 0.05 * exact.norm()
     ours, theirs = (model.chat(clip, "what?", rows).logprobs[0] for model in (half, llm))

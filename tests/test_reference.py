@@ -44,8 +44,10 @@ def load():
 
 @pytest.mark.parametrize("name", list(_cases()))
 def test_recorded_case(load, name: str) -> None:
-    case, recorded = _cases()[name], np.load(REFERENCE / f"{name}.npz")
-    llm, video = load(case), _video(case)
+    case = _cases()[name]
+    recorded = np.load(REFERENCE / f"{name}.npz")
+    llm = load(case)
+    video = _video(case)
     params = SamplingParams(max_tokens=case["gen"]["max_new_tokens"], logprobs=-1)
     out = llm.generate([{"prompt": case["prompt"], "video": video}], params)[0]
 

@@ -20,7 +20,8 @@ LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_t
              "ascend_protobuf", "atb")  # fmt: skip
 (CAPTURE_BEGIN, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, ALL_REDUCE, ALL_GATHER,
  BROADCAST) = range(1, 11)  # fmt: skip
-_ND, _BASE_FORMATS = 2, (0, 2, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
+_ND = 2
+_BASE_FORMATS = (0, _ND, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_long
 )
@@ -71,12 +72,14 @@ class Machine:
     """The device of this process. `ran` counts what has run: reference kernels by name, replays, collectives."""
 
     def __init__(self, library: ctypes.CDLL, torch: Any, torch_npu: Any) -> None:
-        self.torch, self.torch_npu = torch, torch_npu
+        self.torch = torch
+        self.torch_npu = torch_npu
         self.recordings: dict[int, Recording] = {}
         self.groups: dict[int, list[Any]] = {}
         self.recording: Recording | None = None
         self.group: list[Any] | None = None
-        self.updating, self.can_capture = False, True
+        self.updating = False
+        self.can_capture = True
         self.ran: Counter[str] = Counter()
         self._hook = _HOOK(self._called)
         library.stand_in_set_hook(self._hook)
@@ -101,7 +104,8 @@ class Machine:
             assert self.recording is not None
             for address in self.recording.outputs:
                 self._spoil(address)  # a captured operator has not run
-            self.recordings[first], self.recording = self.recording, None
+            self.recordings[first] = self.recording
+            self.recording = None
         elif what == EXECUTE:
             self.ran["replay"] += 1
             self._replay(self.recordings[first])
@@ -113,10 +117,12 @@ class Machine:
             self.recording.tasks.append(self.group)
             self.group = None
         elif what == UPDATE_BEGIN:
-            self.group, self.updating = self.groups[first], True
+            self.group = self.groups[first]
+            self.updating = True
             self.group.clear()
         elif what == UPDATE_END:
-            self.group, self.updating = None, False
+            self.group = None
+            self.updating = False
         else:
             self._collective(what, first, second, a, b, c)
 
@@ -208,7 +214,8 @@ class Machine:
             return tuple(kwargs["out"])
         hosts, result = run()  # in a capture too, for shapes and refusals: it follows a step with the same inputs
         outs, out_spec = tree.tree_flatten(result)
-        devices, places = [], []
+        devices = []
+        places = []
         for out in outs:
             if not isinstance(out, self.torch.Tensor):
                 devices.append(out)
@@ -311,7 +318,8 @@ class Machine:
         self, source: Any, *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any
     ) -> Any:
         """Another type or another device: a new tensor and a copy."""
-        dtype, device = dtype or source.dtype, source.device if device is None else device
+        dtype = dtype or source.dtype
+        device = source.device if device is None else device
         if memory_format in (None, self.torch.preserve_format) and _is_dense(source):
             target = self.torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=device)
         else:

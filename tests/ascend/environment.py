@@ -72,7 +72,8 @@ def main() -> None:
     if not target.is_dir():
         install(target)
     sources = b"".join((HERE / name).read_bytes() for name in ("cann.c", "build.py"))
-    made, wanted = target / "lib" / "made-from", hashlib.sha256(sources).hexdigest()
+    made = target / "lib" / "made-from"
+    wanted = hashlib.sha256(sources).hexdigest()
     if not made.is_file() or made.read_text() != wanted:
         shutil.rmtree(target / "lib", ignore_errors=True)
         build.build(target / "torch_npu", target / "lib")

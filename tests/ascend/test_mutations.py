@@ -22,7 +22,9 @@ from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend import graph as ascend_graph
 from atb_pllava.ops.ascend import int8 as ascend_int8
 
-B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
+B = ("910B",)
+P = ("310P",)
+ALL = ("910B", "310P")
 
 # name, chips, module, the code, what it becomes
 MUTATIONS = [

@@ -156,7 +156,8 @@ def test_operators_of_older_torch_npu(models: dict[str, Path], monkeypatch: pyte
 
 
 def test_pooling_to_any_shape() -> None:
-    backend, grid = get_backend("ascend"), torch.randn(5, 7, 6, 32).half()
+    backend = get_backend("ascend")
+    grid = torch.randn(5, 7, 6, 32).half()
     for shape in ((5, 7, 6), (1, 7, 3), (8, 4, 5)):
         expected = F.adaptive_avg_pool3d(grid.float().permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0).reshape(-1, 32)
         pooled = backend.pool_video(grid.to(backend.device), shape)
@@ -167,9 +168,11 @@ def test_linear_with_bias() -> None:
     """The operator wants a float32 bias beside bfloat16."""
     from atb_pllava.ops.int8 import quantise
 
-    backend, cpu = get_backend("ascend"), TorchBackend()
+    backend = get_backend("ascend")
+    cpu = TorchBackend()
     for dtype in (getattr(torch, name) for name in DTYPES):
-        x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(16).to(dtype)
+        x = torch.randn(2, 3, 64).to(dtype)
+        bias = torch.randn(16).to(dtype)
         weight = quantise(torch.randn(16, 64) + 0.5, symmetric=False, scale_dtype=dtype)
         on_npu = type(weight)(*(t.to(backend.device) for t in (weight.values, weight.scale, weight.zero_point)))
         got = backend.linear(x.to(backend.device), backend.pack(on_npu), bias.to(backend.device))

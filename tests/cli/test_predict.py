@@ -78,7 +78,8 @@ def asked(err: str) -> str:
 
 
 def test_the_texts_are_those_of_chat_sorted_and_merged(capsys, options, checkpoint, media: Path, tmp_path) -> None:
-    target, other = tmp_path / "predict_result.json", tmp_path / "zebra"
+    target = tmp_path / "predict_result.json"
+    other = tmp_path / "zebra"
     other.mkdir()
     shutil.copy(media / "clip2.mp4", other / "zebra.mp4")
     assert predict(capsys, *options, "--media", other, "--output_json", target)[0] == 0
@@ -115,9 +116,11 @@ def test_a_bad_file_is_told_and_tried_again(capsys, options, media: Path, clips:
 
 
 def test_a_finished_run_stays_known(capsys, options, media: Path, clips: Path, tmp_path: Path) -> None:
-    target, log = tmp_path / "out.json", tmp_path / "out.json.answers.jsonl"
+    target = tmp_path / "out.json"
+    log = tmp_path / "out.json.answers.jsonl"
     assert predict(capsys, *options, "--media", clips, "--output_json", target)[0] == 0
-    first, rows = target.read_bytes(), log.read_bytes()
+    first = target.read_bytes()
+    rows = log.read_bytes()
     status, err = predict(capsys, *options, "--media", clips, "--output_json", target)
     assert status == 0 and asked(err) == "predictions 2/2 were there already"
     assert target.read_bytes() == first and log.read_bytes() == rows
@@ -404,7 +407,8 @@ def test_results_of_unknown_origin_are_refused(capsys, options, clips: Path, tmp
 
 
 def test_results_of_an_older_version(capsys, options, clips: Path, tmp_path: Path) -> None:
-    target, manifest_path = tmp_path / "out.json", tmp_path / "out.json.manifest.json"
+    target = tmp_path / "out.json"
+    manifest_path = tmp_path / "out.json.manifest.json"
     command = [*options, "--media", clips, "--output_json", target]
     assert predict(capsys, *command)[0] == 0
     texts = json.loads(target.read_text())
@@ -516,7 +520,8 @@ def test_a_run_that_ended_early_goes_on(capsys, slow_options: list[str], tmp_pat
 def test_overwriting_keeps_the_old_until_the_new_is_there(
     capsys, slow_options: list[str], tmp_path: Path, end: signal.Signals
 ) -> None:
-    target, log = tmp_path / "out.json", tmp_path / "out.json.answers.jsonl"
+    target = tmp_path / "out.json"
+    log = tmp_path / "out.json.answers.jsonl"
     assert predict(capsys, *slow_options)[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out.json*")}
     new = [*slow_options, "--prompt", "how many?"]

@@ -153,7 +153,8 @@ def on_terminal(*command: object) -> tuple[int, list[tuple[float, str]]]:
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )
     os.close(follower)
-    began, came = time.monotonic(), []
+    began = time.monotonic()
+    came = []
     try:
         while select.select([leader], [], [], 120)[0]:
             try:

@@ -215,7 +215,8 @@ def test_an_npu_and_a_plugin_that_fits_choose_mindie(monkeypatch, capsys) -> Non
 
 
 def test_media_alone_are_asked_about_with_the_tiny_model(words, media: Path, checkpoint: Path, tmp_path: Path) -> None:
-    clip, image = media / "clip2.mp4", media / "red.png"
+    clip = media / "clip2.mp4"
+    image = media / "red.png"
     assert words("--run", clip) == ["run", TINY, f"--media={clip}"]
     assert words("--precision", "gone.MOV") == ["predict", TINY, "--media=gone.MOV"]
     assert words("--run", "https://x.org/a") == ["run", TINY, "--media=https://x.org/a"]

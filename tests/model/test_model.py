@@ -27,7 +27,8 @@ def fill(module: torch.nn.Module, views: dict[str, torch.Tensor], prefix: str) -
 
 def whole_prompt(model: Pllava, ids: list[int], block_size: int) -> torch.Tensor:
     """Logits of every position from one prefill."""
-    count, text = len(ids), model.config.text
+    count = len(ids)
+    text = model.config.text
     blocks = -(-count // block_size)
     cache = model.ops.new_kv_cache(
         text.num_hidden_layers, blocks, block_size, text.num_key_value_heads, text.head_dim, model.dtype

@@ -86,7 +86,8 @@ def backend_of(chip: str) -> ascend.AscendBackend:
     """The backend of a chip without its device: what computes with torch alone works on the CPU."""
     backend = ascend.AscendBackend.__new__(ascend.AscendBackend)
     backend.chip = next(c for c in CHIPS if c.name == chip)
-    backend.device, backend._warned_of_groups = torch.device("cpu"), False
+    backend.device = torch.device("cpu")
+    backend._warned_of_groups = False
     return backend
 
 
@@ -116,7 +117,9 @@ def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns:
     whole = quantise(torch.randn(48, 192, generator=generator) + 0.3, group_size=group_size, symmetric=symmetric)
     weight: Int8Weight = whole.columns(columns)
     packed = backend_of("910B").pack(weight)
-    values, scale, offset = packed.values, packed.scale, packed.antiquant_offset
+    values = packed.values
+    scale = packed.scale
+    offset = packed.antiquant_offset
     assert packed.shape == weight.shape and (packed.group_size, packed.group_offset) == (
         group_size,
         weight.group_offset,
@@ -174,12 +177,15 @@ class Recorder(TorchBackend, CapturedGraph):
     def __init__(self, works: bool = True) -> None:
         super().__init__("cpu")
         self.features = frozenset({Feature.GRAPH_CAPTURE})
-        self.works, self.recorded, self.replays = works, 0, 0
+        self.works = works
+        self.recorded = 0
+        self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> "Recorder":
         if not self.works:
             raise BackendError("this device cannot capture")
-        self.recorded, self.step = self.recorded + 1, step
+        self.recorded = self.recorded + 1
+        self.step = step
         return self
 
     def replay(self, context_lens: Sequence[int]) -> Tensor:
@@ -225,7 +231,8 @@ def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
         lens = [c + step + 1 for c in contexts]
         at = [table[(n - 1) // 16] * 16 + (n - 1) % 16 for table, n in zip(tables, lens, strict=True)]
         used = [table[: -(-n // 16)] for table, n in zip(tables, lens, strict=True)]
-        ids, positions = [11 + i for i in range(batch)], [n - 1 for n in lens]
+        ids = [11 + i for i in range(batch)]
+        positions = [n - 1 for n in lens]
         work = ModelInput(batch, ids, positions, at, [1] * batch, lens, used, list(range(batch)), [])
         outs.append(runner.forward(work))
     return outs

@@ -20,7 +20,8 @@ def weight(rows: int = 24, columns: int = 256, dtype: torch.dtype = torch.float3
     """Rows of very different sizes, one of them 0 and one above 0 throughout."""
     noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     sized = noise * torch.logspace(-6, 1, rows)[:, None] + 0.001
-    sized[1], sized[2] = 0, sized[-1].abs() + 3
+    sized[1] = 0
+    sized[2] = sized[-1].abs() + 3
     return sized.to(dtype)
 
 
@@ -51,7 +52,8 @@ def test_every_weight_is_within_half_a_step(dtype: torch.dtype, group_size: int,
 def test_a_step_is_as_short_as_it_can_be(symmetric: bool) -> None:
     original = torch.randn(16, 512, generator=torch.Generator().manual_seed(1)) + 0.5
     quantised = quantise(original, symmetric=symmetric)
-    low, high = original.amin(1), original.amax(1)
+    low = original.amin(1)
+    high = original.amax(1)
     shortest = torch.maximum(high, -low) / 127 if symmetric else (high - low) / 255
     assert bool((quantised.scale[:, 0] <= shortest * 1.01).all())
 
@@ -150,7 +152,8 @@ def layer(
 
 def fill(linear: ParallelLinear, group_size: int, symmetric: bool) -> dict[str, Tensor]:
     """Fill every part from whole random tensors, as the loader does; the float weights it stands for."""
-    parts, weights = linear.weight_map(), {}
+    parts = linear.weight_map()
+    weights = {}
     for i, name in enumerate(linear.sizes):
         shape = parts[f"{name}.weight"].shape
         original = torch.randn(shape, generator=torch.Generator().manual_seed(i))

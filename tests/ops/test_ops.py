@@ -15,7 +15,8 @@ OPS = TorchBackend()
 
 def dense_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal softmax in float64: query [L, H, D] at the end of keys, values [C, K, D]."""
-    groups, offset = query.shape[1] // keys.shape[1], keys.shape[0] - query.shape[0]
+    groups = query.shape[1] // keys.shape[1]
+    offset = keys.shape[0] - query.shape[0]
     keys, values = (x.repeat_interleave(groups, 1).double() for x in (keys, values))
     scores = torch.einsum("lhd,chd->hlc", query.double(), keys) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(offset), float("-inf"))
@@ -33,7 +34,9 @@ def paged(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: t
         part.fill_(float("nan"))
     order = torch.randperm(blocks, generator=generator).tolist()
     columns = max(-(-n // block_size) for n in lengths)
-    tables, all_keys, all_values = [], [], []
+    tables = []
+    all_keys = []
+    all_values = []
     for length in lengths:
         table = [order.pop() for _ in range(-(-length // block_size))]
         keys, values = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
@@ -97,7 +100,8 @@ def test_norm_and_rotation_equal_transformers() -> None:
     config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_theta=5e6)
     positions = torch.tensor([0, 1, 127, 128, 2304, 4000])
     cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    query, keys = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16)
+    query = torch.randn(1, 4, 6, 16)
+    keys = torch.randn(1, 2, 6, 16)
     expected = llama.apply_rotary_pos_emb(query, keys, cos, sin)
     from atb_pllava.model.llama import rotary_tables
 
