@@ -21,8 +21,12 @@ from atb_pllava.ops.int8 import Int8Weight
 TARGET = GPUTarget("cuda", 90, 32)
 PROGRAMS = 4 * 132
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int64: "*i64",
+}
 
 
 class Compiled:

@@ -42,11 +42,11 @@ def tokenizer_definition() -> dict[str, Any]:
         vocab.setdefault(piece, len(vocab))
     while len(vocab) < IMAGE_ID:
         vocab[f"unused{len(vocab)}"] = len(vocab)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
+        {"id": i, "content": text, **flags}
         for i, text in [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (IMAGE_ID, "<image>")]
-    ]  # fmt: skip
+    ]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,

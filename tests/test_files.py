@@ -330,7 +330,7 @@ USELESS = [
     (lambda model: (model / "preprocessor_config.json").write_text('{"crop_size": 112}'), "crops to 112 pixels"),
     (lambda model: (model / "processor_config.json").write_text('{"shortest_edge": 0}'), "shortest_edge 0"),
     (lambda model: (model / "preprocessor_config.json").write_text('{"do_normalize": false}'), "do_normalize is False"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("spoil", "message"), USELESS)

@@ -130,7 +130,7 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"question": "a", "frames": np.zeros((1, 1, 60000, 3), np.uint8)}, VideoError, "max_side"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [[0, 1, 2, 3]] * 2}, RequestError, "2 video"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, message: str) -> None:
     if request_ is None:
         pass

@@ -16,10 +16,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "fmk_parser",
-             "ascend_protobuf", "atb")  # fmt: skip
-(CAPTURE_BEGIN, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, ALL_REDUCE, ALL_GATHER,
- BROADCAST) = range(1, 11)  # fmt: skip
+LIBRARIES = (
+    "ascendcl",
+    "hccl",
+    "acl_op_compiler",
+    "ge_runner",
+    "graph",
+    "acl_tdt_channel",
+    "fmk_parser",
+    "ascend_protobuf",
+    "atb",
+)
+# the requests of cann.c, with the numbers of its enum
+CAPTURE_BEGIN = 1
+CAPTURE_END = 2
+EXECUTE = 3
+GROUP_BEGIN = 4
+GROUP_END = 5
+UPDATE_BEGIN = 6
+UPDATE_END = 7
+ALL_REDUCE = 8
+ALL_GATHER = 9
+BROADCAST = 10
 _ND = 2
 _BASE_FORMATS = (0, _ND, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
 _HOOK = ctypes.CFUNCTYPE(

@@ -432,10 +432,19 @@ def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, mon
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [
-    ["sweep", "--shape", "1b", "--csv"], ["sweep", "--shape", "1b", "--host_csv"], ["sweep", "--shape", "1b", "--plot"],
-    ["cache", "--shape", "1b", "--json"], ["video", "--keep"], ["video", "other.mp4", "--json"], ["scaling", "--json"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sweep", "--shape", "1b", "--csv"],
+        ["sweep", "--shape", "1b", "--host_csv"],
+        ["sweep", "--shape", "1b", "--plot"],
+        ["cache", "--shape", "1b", "--json"],
+        ["video", "--keep"],
+        ["video", "other.mp4", "--json"],
+        ["scaling", "--json"],
+    ],
+    ids=" ".join,
+)
 def test_no_table_replaces_a_medium(command: list[str], media: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("clip2.mp4", "red.png"):

@@ -115,12 +115,18 @@ def test_nothing_is_said_while_the_caller_has_the_answer(llm: LLM, monkeypatch, 
         (Activity("a.mp4", "encoding frames 9 to 16 of 16", 0.0, 90.0), 0, "about 70 s left"),
         (Activity("a.mp4", "encoding frames 9 to 16 of 16", 0.0, 15.0), 0, "for 20 s so far"),
         (Activity("a.mp4", "encoding frames 1 to 8 of 16", 0.0), 0, "for 20 s so far"),
-        (Activity("a.mp4", "token 3 of at most 200", 19.0, 400.0, "at most", 1), 0.25,
-         "at most 7 min left; 1 answer being written, 0.25 tokens/s"),
-        (Activity("a.mp4", "token 3 of at most 200", 19.0, None, "at most", 3), 12.34,
-         "; 3 answers being written, 12.3 tokens/s"),
+        (
+            Activity("a.mp4", "token 3 of at most 200", 19.0, 400.0, "at most", 1),
+            0.25,
+            "at most 7 min left; 1 answer being written, 0.25 tokens/s",
+        ),
+        (
+            Activity("a.mp4", "token 3 of at most 200", 19.0, None, "at most", 3),
+            12.34,
+            "; 3 answers being written, 12.3 tokens/s",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_line(activity: Activity, rate: float, line: str) -> None:
     separator = "" if line.startswith(";") else ", "
     assert activity.line(20.0, rate) == f"a.mp4: {activity.doing}{separator}{line}"

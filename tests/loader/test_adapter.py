@@ -233,7 +233,7 @@ def plan_of(base: Path, adapter: Path, **options: Any) -> LoadPlan:
 
 
 REFUSED = [
-    ("use_dora", True, 'use_dora is true, only null, false or empty is supported'),
+    ("use_dora", True, "use_dora is true, only null, false or empty is supported"),
     ("alpha_pattern", {"q_proj": 8}, 'alpha_pattern is {"q_proj": 8}'),
     ("rank_pattern", {"q_proj": 8}, 'rank_pattern is {"q_proj": 8}'),
     ("fan_in_fan_out", True, "fan_in_fan_out is true"),
@@ -267,7 +267,7 @@ REFUSED = [
     ("r", "4", 'r is "4", only a whole number'),
     ("r", 8, "r is 8, and the LoRA tensors beside it have rank 4"),
     ("use_rslora", 1, "use_rslora is 1, only true or false"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "value", "message"), REFUSED)

@@ -94,11 +94,13 @@ def backend_of(chip: str) -> ascend.AscendBackend:
 @pytest.mark.parametrize(
     ("chip", "name", "stored", "wanted"),
     [
-        ("910B", "auto", "bfloat16", "bfloat16"), ("910B", "auto", "float32", "float16"),
-        ("910B", "bfloat16", "float16", "bfloat16"), ("310P", "auto", "bfloat16", "float16"),
+        ("910B", "auto", "bfloat16", "bfloat16"),
+        ("910B", "auto", "float32", "float16"),
+        ("910B", "bfloat16", "float16", "bfloat16"),
+        ("310P", "auto", "bfloat16", "float16"),
         ("310P", "float16", "bfloat16", "float16"),
     ],
-)  # fmt: skip
+)
 def test_dtypes(chip: str, name: str, stored: str, wanted: str) -> None:
     assert choose_dtype(name, stored, backend_of(chip)) == getattr(torch, wanted)
 
@@ -163,9 +165,13 @@ def test_rows_are_padded_by_a_sequence_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("chip", "size", "dim", "message"),
-    [("910B", 64, 128, "multiples of 128 from 128 to 512"), ("310P", 256, 128, "multiples of 16 from 16 to 128"),
-     ("310P", 128, 256, "product of at most 16384"), ("910B", 128, 24, "multiple of 16")],
-)  # fmt: skip
+    [
+        ("910B", 64, 128, "multiples of 128 from 128 to 512"),
+        ("310P", 256, 128, "multiples of 16 from 16 to 128"),
+        ("310P", 128, 256, "product of at most 16384"),
+        ("910B", 128, 24, "multiple of 16"),
+    ],
+)
 def test_caches_the_operators_cannot_address(chip: str, size: int, dim: int, message: str) -> None:
     with pytest.raises(Exception, match=message):
         backend_of(chip).new_kv_cache(1, 4, size, 2, dim, torch.float16)

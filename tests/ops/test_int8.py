@@ -85,9 +85,11 @@ def test_slices_are_slices_of_the_whole(size: int, group_size: int, symmetric: b
         for part, expected in [
             (quantised.rows(slice(rows.start, rows.stop)), whole[rows.start : rows.stop]),
             (quantised.columns(slice(columns.start, columns.stop)), whole[:, columns.start : columns.stop]),
-            (quantised.columns(slice(7, 371)).columns(slice(columns.start % 90, columns.start % 90 + 31)),
-             whole[:, 7 + columns.start % 90 : 38 + columns.start % 90]),
-        ]:  # fmt: skip
+            (
+                quantised.columns(slice(7, 371)).columns(slice(columns.start % 90, columns.start % 90 + 31)),
+                whole[:, 7 + columns.start % 90 : 38 + columns.start % 90],
+            ),
+        ]:
             assert torch.equal(part.dequantise(), expected) and part.shape == expected.shape
 
 

@@ -23,9 +23,9 @@ def dense_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hlc,chd->lhd", scores.softmax(-1), values).to(query.dtype)
 
 
-def paged(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[
-    LayerCache, list[Tensor], list[Tensor], Tensor
-]:  # fmt: skip
+def paged(
+    lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[LayerCache, list[Tensor], list[Tensor], Tensor]:
     """A cache full of NaN in which sequences of these lengths are stored in shuffled blocks."""
     generator = torch.Generator().manual_seed(sum(lengths))
     blocks = sum(-(-n // block_size) for n in lengths) + 2
@@ -77,10 +77,15 @@ def test_prefill_behind_a_cached_prefix(heads: int, kv_heads: int, cached: int) 
 @pytest.mark.parametrize(
     ("size", "shape"),
     [
-        ((16, 24, 24), (16, 12, 12)), ((16, 24, 24), (8, 6, 4)), ((4, 24, 24), (16, 12, 12)),  # means; upsampling
-        ((16, 24, 24), (5, 7, 11)), ((7, 9, 5), (7, 9, 5)), ((1, 24, 24), (1, 1, 1)), ((3, 5, 7), (8, 16, 2)),
+        ((16, 24, 24), (16, 12, 12)),
+        ((16, 24, 24), (8, 6, 4)),
+        ((4, 24, 24), (16, 12, 12)),  # more frames than there are
+        ((16, 24, 24), (5, 7, 11)),
+        ((7, 9, 5), (7, 9, 5)),
+        ((1, 24, 24), (1, 1, 1)),
+        ((3, 5, 7), (8, 16, 2)),
     ],
-)  # fmt: skip
+)
 def test_pooling_equals_torch(size: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
     grid = torch.randn(*size, 6)
     expected = torch.nn.functional.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0)

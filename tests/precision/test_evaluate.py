@@ -564,13 +564,17 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
         (["videoqa", "--data", "DATA"], "the answers need a judge"),
         (["vcgbench", "--data", "DATA", "--no_judge", "--judge_model", "m"], "--no_judge and --judge_model are given"),
         (["videoqa", "--data", "DATA", "--judge_url", "ftp://x", "--judge_model", "m"], "--judge_url 'ftp://x'"),
-        (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_concurrency", "0"],
-         "--judge_concurrency is 0"),
+        (
+            ["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_concurrency", "0"],
+            "--judge_concurrency is 0",
+        ),
         (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unknown option --judge_url"),
-        (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_key_env", "NO_SUCH"],
-         "names NO_SUCH, which is not set"),
+        (
+            "videoqa --data DATA --judge_url http://x --judge_model m --judge_key_env NO_SUCH".split(),
+            "names NO_SUCH, which is not set",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_message_and_status_2(
     capsys, options, mvbench_data: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:

@@ -315,9 +315,14 @@ def test_urls_that_cannot_work(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"attempts": 0}, "attempts is 0"), ({"timeout": 0}, "timeout is 0"), ({"temperature": float("nan")}, "is nan"),
-     ({"model": ""}, "judge_model is empty"), ({"key": "a\nb"}, "characters that no HTTP header")],
-)  # fmt: skip
+    [
+        ({"attempts": 0}, "attempts is 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"temperature": float("nan")}, "is nan"),
+        ({"model": ""}, "judge_model is empty"),
+        ({"key": "a\nb"}, "characters that no HTTP header"),
+    ],
+)
 def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Judge(**{"url": "http://localhost/v1", "model": "judge", **options})

@@ -198,9 +198,15 @@ class NotFinite(Wrong):
 
 @pytest.mark.parametrize(
     ("part", "number", "backend"),
-    [("decoder", 0, WrongSwiglu), ("decoder", 2, WrongSwiglu), ("decoder", 3, WrongSwiglu),
-     ("vision", 0, WrongEncoder), ("vision", 1, WrongEncoder), ("decoder", 1, NotFinite)],
-)  # fmt: skip
+    [
+        ("decoder", 0, WrongSwiglu),
+        ("decoder", 2, WrongSwiglu),
+        ("decoder", 3, WrongSwiglu),
+        ("vision", 0, WrongEncoder),
+        ("vision", 1, WrongEncoder),
+        ("decoder", 1, NotFinite),
+    ],
+)
 def test_a_wrong_operator_shows_as_the_layer_of_the_jump(weights, llm, clip, part, number, backend) -> None:
     left = record(llm, clip, "what?", 6)
     with load_side(parse_side("dtype=float32,backend=cpu", str(weights))) as broken:
@@ -449,11 +455,8 @@ def test_bad_options_are_refused(capsys, arguments: list[str], message: str) -> 
 
 
 ROW = {"media": "a", "prompt": "q", "token_ids": [1], "prompt_token_ids": [1], "frame_indices": [0]}
-NO_FILES_OF_RUN = (
-    *([1], {}, [], [{"media": "a"}], [ROW, ROW]),
-    *([{**ROW, key: value}] for key, value in (
-        ("media", ["a"]), ("token_ids", 3), ("token_ids", []), ("logprobs", [4]), ("logprobs", [{"1": "x"}]))),
-)  # fmt: skip
+BAD_VALUES = [("media", ["a"]), ("token_ids", 3), ("token_ids", []), ("logprobs", [4]), ("logprobs", [{"1": "x"}])]
+NO_FILES_OF_RUN = [[1], {}, [], [{"media": "a"}], [ROW, ROW], *([{**ROW, key: value}] for key, value in BAD_VALUES)]
 
 
 @pytest.mark.parametrize("content", ["x", *map(json.dumps, NO_FILES_OF_RUN)])
