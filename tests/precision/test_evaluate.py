@@ -570,7 +570,17 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
         ),
         (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unknown option --judge_url"),
         (
-            "videoqa --data DATA --judge_url http://x --judge_model m --judge_key_env NO_SUCH".split(),
+            [
+                "videoqa",
+                "--data",
+                "DATA",
+                "--judge_url",
+                "http://x",
+                "--judge_model",
+                "m",
+                "--judge_key_env",
+                "NO_SUCH",
+            ],
             "names NO_SUCH, which is not set",
         ),
     ],
