@@ -544,6 +544,9 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
             assert part in out.replace("NAME.json", "*.json"), part
 
 
+JUDGED = ["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -564,10 +567,7 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
         (["videoqa", "--data", "DATA"], "the answers need a judge"),
         (["vcgbench", "--data", "DATA", "--no_judge", "--judge_model", "m"], "--no_judge and --judge_model are given"),
         (["videoqa", "--data", "DATA", "--judge_url", "ftp://x", "--judge_model", "m"], "--judge_url 'ftp://x'"),
-        (
-            ["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_concurrency", "0"],
-            "--judge_concurrency is 0",
-        ),
+        ([*JUDGED, "--judge_concurrency", "0"], "--judge_concurrency is 0"),
         (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unknown option --judge_url"),
         (
             [
