@@ -22,14 +22,14 @@ from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
-from tests.support import EXAMPLES, convert_checkpoint, raw_config, write_checkpoint
+from tests.support import EXAMPLES, convert_checkpoint, random_frames, raw_config, write_checkpoint
 
 assert device.machine is not None
 MACHINE = device.machine
 IS_310P = os.environ["STAND_IN_SOC"].startswith("Ascend310P")
 DTYPES = ["float16"] if IS_310P else ["float16", "bfloat16"]
 
-FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
+FRAMES = random_frames(4, 60, 80, 3, seed=3)
 LONG = "USER: " + "a long time ago " * 10 + "ASSISTANT:"  # more than a block of 128 tokens
 REQUESTS = [
     {"prompt": "USER:<image> what is it? ASSISTANT:", "frames": FRAMES},

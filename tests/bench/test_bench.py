@@ -40,7 +40,7 @@ from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
 from precision.error_plot import plot_errors
-from tests.support import ROOT, convert_checkpoint, raw_config, table_rows, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, load_llm, raw_config, table_rows, write_checkpoint
 
 SMALL = config_from_json(raw_config())
 
@@ -69,7 +69,7 @@ def test_int8_weights_are_the_bytes_of_the_file(group_size: int, tmp_path: Path)
     (path,) = (tmp_path / "int8").glob("*.safetensors")
     stored = load_file(path)
     assert any(tensor.dtype == torch.int8 for tensor in stored.values())
-    with LLM(tmp_path / "int8", dtype="float32", backend="cpu") as llm:
+    with load_llm(tmp_path / "int8") as llm:
         assert costs_of(llm).weight_bytes == sum(tensor.nbytes for tensor in stored.values())
 
 
@@ -502,7 +502,7 @@ def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
     (directory / "model.safetensors").unlink()
     from atb_pllava import SamplingParams
 
-    with LLM(directory, load_format="dummy", dtype="float32", backend="cpu") as llm:
+    with load_llm(directory, load_format="dummy") as llm:
         assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 

@@ -23,16 +23,15 @@ from atb_pllava.cli.loading import load_model
 from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.predict import add_options, given_media
 from atb_pllava.cli.resuming import planned_settings
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, load_llm, model_words, raw_config, run_main, write_checkpoint
 
 PROMPT = "what?"
 
 
 def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = main(["predict", *map(str, arguments)])
-    captured = capsys.readouterr()
-    assert captured.out == "" and "Traceback" not in captured.err
-    return status, captured.err
+    status, out, err = run_main(capsys, main, "predict", *arguments)
+    assert out == ""
+    return status, err
 
 
 def changed(command: Sequence[object], *more: object) -> list[object]:
@@ -48,18 +47,7 @@ def changed(command: Sequence[object], *more: object) -> list[object]:
 
 @pytest.fixture
 def options(checkpoint: Path) -> tuple[object, ...]:
-    return (
-        "--model_path",
-        checkpoint,
-        "--dtype",
-        "float32",
-        "--backend",
-        "cpu",
-        "--prompt",
-        PROMPT,
-        "--max_output_length",
-        4,
-    )
+    return *model_words(checkpoint), "--prompt", PROMPT, "--max_output_length", 4
 
 
 @pytest.fixture
@@ -258,7 +246,7 @@ def test_a_file_of_another_folder_has_its_own_answer(capsys, checkpoint: Path, t
         "--output_json",
         target,
     ]
-    llm = LLM(checkpoint, dtype="float32", backend="cpu")
+    llm = load_llm(checkpoint)
     black, white = (llm.chat(folder / "001.bmp", PROMPT, SamplingParams(max_tokens=8)).text for folder in (x, y))
     assert black != white
     assert predict(capsys, *common, "--media", x)[0] == 0

@@ -29,25 +29,23 @@ from atb_pllava.engine.activity import Activity
 from atb_pllava.engine.core import Engine, StepStats
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
 from atb_pllava.prompt.chat_template import CONVERSATIONS
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, load_llm, model_words, raw_config, run_main, write_checkpoint
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture
 def options(checkpoint: Path) -> list[str]:
-    return ["--model_path", str(checkpoint), "--dtype", "float32", "--backend", "cpu", "--ignore_eos"]
+    return [*model_words(checkpoint), "--ignore_eos"]
 
 
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> LLM:
-    return LLM(checkpoint, dtype="float32", backend="cpu", vision_batch=2)
+    return load_llm(checkpoint, vision_batch=2)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main(["run", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_main(capsys, main, "run", *arguments)
 
 
 # Progress
@@ -490,7 +488,7 @@ def test_fields_of_sampling_params_are_keywords(llm: LLM, checkpoint: Path) -> N
     ]
     assert [out.token_ids for out in outs[:3]] == [wanted.token_ids] * 3 and outs[3].params.seed == 3
     assert "".join(llm.stream(None, "what?", **options)) == wanted.text
-    short = LLM(checkpoint, dtype="float32", backend="cpu", max_output_length=5)
+    short = load_llm(checkpoint, max_output_length=5)
     assert len(short.chat(None, "what?", ignore_eos=True).token_ids) == 5
     for ask in (llm.chat, llm.stream):
         with pytest.raises(RequestError, match="params is given and max_tokens too"):

@@ -2,28 +2,20 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from atb_pllava.cli.run_pa import DEMO_PROMPTS, command, main
-from tests.support import ROOT
+from tests.support import ROOT, run_script
 
 TINY = f"--model_path={ROOT}/examples/tiny_pllava"
 VIDEOS = f"--media={ROOT}/examples/videos"
 
 
 def script(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "run_pa.sh"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable, **environment},
-        stdin=subprocess.DEVNULL,
-    )
+    return run_script("run_pa.sh", *arguments, **environment)
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from atb_pllava import LLM
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.engine.memory_estimate import kv_cache_tokens, memory_need, published_bytes
 from atb_pllava.loader.checkpoint_config import config_from_json
@@ -17,7 +16,7 @@ from atb_pllava.ops import interface
 from atb_pllava.ops.host_memory import HostMemory, host_memory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
-from tests.support import SHARED_DATA, raw_config, write_checkpoint
+from tests.support import SHARED_DATA, load_llm, raw_config, write_checkpoint
 
 KEYS = SHARED_DATA / "published_keys.json"
 GB = 1e9
@@ -61,7 +60,7 @@ def test_names_of_published_models() -> None:
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_the_kv_cache_of_a_load_is_the_one_that_is_said(tmp_path: Path, kv_cache_dtype: str) -> None:
     directory = write_checkpoint(tmp_path / "m", raw_config())
-    with LLM(directory, dtype="float32", backend="cpu", kv_cache_dtype=kv_cache_dtype) as llm:
+    with load_llm(directory, kv_cache_dtype=kv_cache_dtype) as llm:
         cache = llm.engine.executor.runner.cache
         held = sum(part.nbytes for layer in cache for part in layer)
         weights = sum(parameter.nbytes for parameter in llm.model.parameters())

@@ -37,13 +37,12 @@ from atb_pllava.ops.registry import get_backend
 from tests.ops.kernel_support import INT8_SHARDS
 from tests.ops.test_ascend import decode
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, decode_metadata, prefill_metadata, raw_config
+from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, random_tensor, raw_config
 
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = TorchBackend(DEVICE)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.01}  # of the largest value expected
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,13 +74,7 @@ def fast() -> CudaBackend:
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def assert_near(result: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    assert result.shape == expected.shape
-    worst = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert float(worst) <= (TOLERANCE[result.dtype] if tolerance is None else tolerance)
+    return random_tensor(*shape, seed=seed).to(DEVICE)
 
 
 def metadata_of(decode: SequenceBatch) -> AttentionMetadata:

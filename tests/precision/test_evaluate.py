@@ -33,7 +33,7 @@ from precision.evaluate.questions import Question, picked
 from precision.evaluate.run import BENCHMARKS
 from precision.evaluate.vcgbench import VCGBench
 from precision.evaluate.videoqa import VideoQA
-from tests.support import ROOT, table_rows, write_video
+from tests.support import ROOT, model_words, run_main, table_rows, write_video
 
 
 def write(path: Path, value: Any) -> Path:
@@ -72,7 +72,7 @@ def entry(video: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def options(checkpoint: Path) -> tuple[str, ...]:
-    return "--model_path", str(checkpoint), "--dtype", "float32", "--backend", "cpu", "--max_output_length", "3"
+    return *model_words(checkpoint), "--max_output_length", "3"
 
 
 def without(options: tuple[str, ...], *names: str) -> list[str]:
@@ -82,13 +82,7 @@ def without(options: tuple[str, ...], *names: str) -> list[str]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = main(list(map(str, arguments)))
-    except SystemExit as stop:  # argparse
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    return status, captured.out, captured.err
+    return run_main(capsys, main, *arguments)
 
 
 def log_of(directory: Path) -> dict[str, dict[str, Any]]:
@@ -569,20 +563,7 @@ JUDGED = ["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model
         (["videoqa", "--data", "DATA", "--judge_url", "ftp://x", "--judge_model", "m"], "--judge_url 'ftp://x'"),
         ([*JUDGED, "--judge_concurrency", "0"], "--judge_concurrency is 0"),
         (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unknown option --judge_url"),
-        (
-            [
-                "videoqa",
-                "--data",
-                "DATA",
-                "--judge_url",
-                "http://x",
-                "--judge_model",
-                "m",
-                "--judge_key_env",
-                "NO_SUCH",
-            ],
-            "names NO_SUCH, which is not set",
-        ),
+        ([*JUDGED, "--judge_key_env", "NO_SUCH"], "names NO_SUCH, which is not set"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(

@@ -23,7 +23,7 @@ from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLORS, plot_errors
 from precision.parity import find_recorded_media, load_side, main, parse_side, rows_by_file_name
 from precision.recording import KEPT_EVERY, Recording, record
-from tests.support import random_model, raw_config, table_rows, write_checkpoint
+from tests.support import random_model, raw_config, run_main, table_rows, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 LAYERS = 4
@@ -46,13 +46,7 @@ def clip(media: Path) -> str:
 
 
 def parity(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = main(list(map(str, arguments)))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return status, captured.out, captured.err
+    return run_main(capsys, main, *arguments)
 
 
 def neighbours(table: str) -> list[list[str]]:

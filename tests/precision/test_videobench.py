@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atb_pllava import LLM, ConfigError, SamplingParams
+from atb_pllava import ConfigError, SamplingParams
 from atb_pllava.batch.result_log import ResultLog
 from precision.confidence import paired_difference, wilson_interval
 from precision.videobench import answer_questions, extract_dataset, precision_test
@@ -23,9 +23,8 @@ from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
 from precision.videobench.scoring import accuracy_as_original, read_letter, read_letter_as_original
 from precision.videobench.shapes_dataset import write_dataset
-from tests.support import ROOT, table_rows
+from tests.support import ROOT, TINY, load_llm, model_words, table_rows
 
-TINY = ROOT / "examples" / "tiny_pllava"
 FOLDER = ROOT / "precision" / "videobench"
 
 
@@ -71,26 +70,12 @@ def sampled(egs: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def command(egs: Path, out: Path, *options: object) -> list[str]:
     """The command line of answer_questions.py for the sets of `egs`."""
-    return list(
-        map(
-            str,
-            [
-                "--model_path",
-                TINY,
-                "--dtype",
-                "float32",
-                "--backend",
-                "cpu",
-                "--Eval_QA_root",
-                egs / "Video-Bench",
-                "--Eval_Video_root",
-                egs / "VideoBench",
-                "--chat_conversation_output_folder",
-                out,
-                *options,
-            ],
-        )
-    )
+    folders = [
+        *("--Eval_QA_root", egs / "Video-Bench"),
+        *("--Eval_Video_root", egs / "VideoBench"),
+        *("--chat_conversation_output_folder", out),
+    ]
+    return [*model_words(TINY), *map(str, [*folders, *options])]
 
 
 def answer(egs: Path, out: Path, *options: object) -> int:
@@ -293,7 +278,7 @@ def test_answers_are_the_models_and_right(made: Path, answered: Path) -> None:
     from shape_questions import Question, choice_prompt, chosen_letter
 
     right = json.loads((made / "Video-Bench" / "ANSWER.json").read_text())
-    llm = LLM(TINY, dtype="float32", backend="cpu")
+    llm = load_llm(TINY)
     hits = []
     for name in ("Movement", "Appearance"):
         rows = results(answered, name)
