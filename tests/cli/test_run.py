@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from atb_pllava import LLM, RequestError, SamplingParams
 from atb_pllava.batch.row_file import RowFile, read_rows, write_rows
@@ -64,13 +65,14 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
-    encode = Engine._encode_frames
+    runner = llm.engine.executor.runner
+    encode = runner.encode_frames
 
-    def slow_encoder(engine: Engine, *work: object) -> None:
+    def slow_encoder(video: int, pixels: Tensor) -> None:
         time.sleep(0.2)
-        encode(engine, *work)
+        encode(video, pixels)
 
-    monkeypatch.setattr(Engine, "_encode_frames", slow_encoder)
+    monkeypatch.setattr(runner, "encode_frames", slow_encoder)
     slow_steps(monkeypatch, 0.1)
     requests = [
         {"question": "what?", "video": media / f"{name}.mp4", "id": f"[{name}]"} for name in ("clip2", "clip10")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from atb_pllava import BackendError, RequestError, SamplingParams
-from atb_pllava.engine import core
 from atb_pllava.engine.block_manager import BlockManager, plan_blocks
 from atb_pllava.engine.core import Engine
 from atb_pllava.engine.request import Request, RequestStatus
@@ -38,7 +37,8 @@ def test_seconds_end_when_the_device_is_done(checkpoint, monkeypatch: pytest.Mon
     llm = load_llm(checkpoint, vision_batch=2)
     clock = [0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(core, "finish", lambda device: clock.append(clock.pop() + 1))
+    ops = llm.engine.executor.runner.ops
+    monkeypatch.setattr(ops, "synchronize", lambda: clock.append(clock.pop() + 1))
     (out,) = llm.generate({"prompt": "<image>", "frames": FRAMES[0]}, SamplingParams(max_tokens=3, ignore_eos=True))
     assert (out.metrics.vision_encode, out.metrics.prefill, out.metrics.tpot) == (2, 1, 1)  # 4 frames, 2 at a time
 

@@ -54,16 +54,18 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     home = Path(REAL) if REAL else STAND_IN
     link_plugin(home, farm)
     before = set(sys.modules)
-    sys.path[:0] = [str(farm), *([str(home)] if REAL else [])]
-    try:
-        yield importlib.import_module("atb_llm.runner.model_runner")
-    except ModuleNotFoundError as missing:
-        pytest.skip(f"{home}: atb_llm needs {missing.name}", allow_module_level=True)
-    finally:
-        sys.path.remove(str(farm))
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] == "atb_llm":
-                del sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if REAL:
+            patch.syspath_prepend(home)
+        patch.syspath_prepend(farm)
+        try:
+            runner = importlib.import_module("atb_llm.runner.model_runner")
+        except ModuleNotFoundError as missing:
+            pytest.skip(f"{home}: atb_llm needs {missing.name}", allow_module_level=True)
+        yield runner
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] == "atb_llm":
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

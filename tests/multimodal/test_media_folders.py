@@ -102,13 +102,9 @@ def test_what_cannot_be_read_is_listed_and_says_why(tree: Path) -> None:
     (tree / "a" / "disk").symlink_to("/nowhere/disk")
     (tree / "gone.txt").symlink_to("/nowhere/gone.txt")
     os.mkfifo(tree / "pipe.mp4")
-    with socket.socket(socket.AF_UNIX) as listener:
-        here = os.getcwd()
-        os.chdir(tree)  # the path of a socket must be short
-        try:
-            listener.bind("socket.mp4")
-        finally:
-            os.chdir(here)
+    with socket.socket(socket.AF_UNIX) as listener, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tree)  # the path of a socket must be short
+        listener.bind("socket.mp4")
     listed = below(tree, [file for file in list_media(tree) if file not in before])
     reasons = {
         "a/disk": "No such file or directory; it is a link to /nowhere/disk",

@@ -63,8 +63,11 @@ class Endpoint:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a caller that did not wait
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass  # the caller did not wait for its reply
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -206,22 +209,17 @@ def test_transient_failures_are_tried_again(endpoint: Endpoint, tmp_path: Path) 
     assert (row["score"], row["attempts"]) == (3, 6)
 
 
-def test_a_rate_limit_is_waited_for() -> None:
+def test_a_rate_limit_is_waited_for(endpoint: Endpoint) -> None:
     waits: list[float] = []
 
     def wait(seconds: float) -> bool:
         waits.append(seconds)
         return False
 
-    made = Endpoint()
-    try:
-        made.answer = lambda number, _: (
-            (429, {"Retry-After": "7"}, b"") if number == 0 else (500, {}, b"") if number < 4 else says("{'score': 2}")
-        )
-        row = judge(made, attempts=5, backoff=0.1).ask(Case(DETAIL, {}), wait)
-    finally:
-        made.server.shutdown()
-        made.server.server_close()
+    endpoint.answer = lambda number, _: (
+        (429, {"Retry-After": "7"}, b"") if number == 0 else (500, {}, b"") if number < 4 else says("{'score': 2}")
+    )
+    row = judge(endpoint, attempts=5, backoff=0.1).ask(Case(DETAIL, {}), wait)
     assert row["score"] == 2 and waits[0] == 7.0
     assert [0.1 * 2**i <= seconds <= 0.15 * 2**i for i, seconds in enumerate(waits)][1:] == [True] * 3
 
