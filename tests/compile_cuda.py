@@ -1,6 +1,6 @@
-"""Compiles each launch of the Triton kernels for an H200 (sm_90), without a device; a line for each with what it takes.
+"""Compiles each launch of the Triton kernels for an H200 (sm_90), without a device. Prints what each launch takes.
 
-The launches are those of `ops.cuda_kernels` for real shapes, on tensors without memory; a kernel gets the types,
+The launches are those of `ops.cuda.kernels` for real shapes, on tensors without memory. A kernel gets the types,
 alignments and constants that Triton would find at that launch.
 """
 

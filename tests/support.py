@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 TINY = EXAMPLES / "tiny_pllava"
 TEST_DATA = ROOT / "tests" / "data"
-SHARED_DATA = ROOT.parent / "shared" / "data"  # reference results; not every machine has them beside the clone
+SHARED_DATA = ROOT.parent / "shared" / "data"  # reference results, which not every machine has
 REFERENCE = SHARED_DATA / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference data is not here")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.01}  # relative to the largest expected value

@@ -29,7 +29,7 @@ def text_of(name: str) -> str:
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The fenced blocks of a page in a language; "" for those without one."""
+    """The fenced blocks of a page in a language. "" selects the blocks without a language."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(name), re.MULTILINE | re.DOTALL)
     return [text for found, text in fences if found == language]
 
@@ -98,7 +98,7 @@ def test_the_folders_of_the_architecture_page_are_the_folders() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_named_exist(name: str) -> None:
-    """Paths in backquotes; names alone are looked up in the package, too."""
+    """Paths in backquotes exist. A bare file name may also be anywhere in the package."""
     known = {path.name for path in ROOT.glob("*")} | {path.name for path in (ROOT / "atb_pllava").rglob("*.py")}
     for path in re.findall(r"`([\w/]+\.(?:py|sh))`", text_of(name)):
         places = (ROOT / path, ROOT / "atb_pllava" / path)

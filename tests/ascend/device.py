@@ -3,7 +3,7 @@
 `start()` loads torch_npu and takes over every kernel it registers for the device: torch's own operators run as torch's
 CPU kernels, those of `kernels.py` as reference kernels, all others fail. Tensors on `npu:N` are host memory, so that a
 CPU tensor over the same bytes (`on_host`) is all a kernel needs. A captured operator is recorded with addresses and
-runs at every replay; its result in the capture becomes NaN. Nothing here knows atb_pllava.
+runs at every replay. Its result in the capture becomes NaN. Nothing here knows atb_pllava.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ _HOOK = ctypes.CFUNCTYPE(
 
 
 def load_libraries(directory: Path, devices: int, soc: str) -> ctypes.CDLL:
-    """Make the stand-in the CANN that torch_npu finds; before torch is imported."""
+    """Make the stand-in the CANN that torch_npu finds. Must run before torch is imported."""
     os.environ.update(STAND_IN_DEVICES=str(devices), STAND_IN_SOC=soc, TASK_QUEUE_ENABLE="0")
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     loaded = [ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in LIBRARIES]
@@ -80,7 +80,7 @@ class Address:
 
 @dataclass
 class Recording:
-    """A captured graph: what runs at a replay, in order; task groups are the operators an update may replace."""
+    """A captured graph: the operators of a replay, in order. An update may replace the operators of a task group."""
 
     tasks: list[Any] = field(default_factory=list)
     outputs: list[Address] = field(default_factory=list)
@@ -217,7 +217,7 @@ class Machine:
     # Operators.
 
     def call(self, kernel: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run or record a kernel on device tensors; an argument it returns stays that argument."""
+        """Run or record a kernel on device tensors. An argument that the kernel returns stays the same tensor."""
         tree = self.torch.utils._pytree
         leaves, spec = tree.tree_flatten((args, kwargs))
         found = [self.address(x) if self._on_device(x) else x for x in leaves]
@@ -227,7 +227,7 @@ class Machine:
             host_args, host_kwargs = tree.tree_unflatten(hosts, spec)
             return hosts, kernel(*host_args, **host_kwargs)
 
-        if self.updating:  # the operator's inputs are not there yet; it writes into what it is given
+        if self.updating:  # the inputs are not computed yet, and the operator writes into them
             self.group.append(run)
             return tuple(kwargs["out"])
         hosts, result = run()  # in a capture too, for shapes and refusals: it follows a step with the same inputs

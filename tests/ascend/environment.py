@@ -33,7 +33,7 @@ def check_platform() -> None:
 
 
 def install(target: Path) -> None:
-    """torch_npu as a directory of its own; nothing is installed into this Python."""
+    """Install torch_npu into a directory of its own. Nothing is installed into this Python."""
     wanted = [f"torch-npu=={VERSION}"] + ([] if importlib.util.find_spec("yaml") else ["pyyaml"])
     print(f"installing {' '.join(wanted)} into {target} (once)", file=sys.stderr)
     target.parent.mkdir(exist_ok=True)

@@ -2,8 +2,8 @@
 
 Each one refuses what the documents refuse on that chip (types, layouts, contiguity, formats, which lengths lie on the
 host and which on the device, shapes of masks, sizes of blocks), with `Refused`, and computes the rest in float32.
-Sources: the docstrings of the torch-npu 2.13 wheel, op-plugin's and ascend-transformer-boost's parameter checks. They
-get CPU tensors; `device_format` is set on those that lie on the device. Nothing here knows atb_pllava.
+Sources: the docstrings of the torch-npu 2.13 wheel, op-plugin's and ascend-transformer-boost's parameter checks. The
+kernels get CPU tensors. Tensors of the device have the attribute `device_format`. Nothing here knows atb_pllava.
 """
 
 from collections.abc import Callable
@@ -233,7 +233,7 @@ class Rules:
                     cache[slot // block, slot % block] = new[i]
 
     def attend(self, query: Any, keys: Any, values: Any, scale: float, mask: Any = None) -> Any:
-        """query [L, H, D], keys, values [C, K, D] float32; mask [L, C] is added to the scores."""
+        """query [L, H, D], keys, values [C, K, D] float32. The mask [L, C] is added to the scores."""
         groups = query.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
         scores = self.torch.einsum("lhd,chd->hlc", query.float(), keys) * scale

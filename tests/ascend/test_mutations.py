@@ -84,7 +84,7 @@ def expected(models: dict[str, Path], cache: dict[str, Any] = {}) -> list[Any]: 
 
 
 def run(path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture) -> None:
-    """Answers of the backend as it is now; a capture that fails is a failure here."""
+    """Compare the answers of the backend as it is now. A failed capture fails the test."""
     MACHINE.ran.clear()
     with caplog.at_level(logging.WARNING):
         got = answers(path, "ascend", "float16")

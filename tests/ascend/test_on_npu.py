@@ -81,8 +81,10 @@ def answers(path: Path, backend: str, dtype: str, **options: Any) -> list[Any]:
 
 
 def check_equal(got: list[Any], expected: list[Any], dtype: str) -> None:
-    """Log-probabilities as close as the dtype's rounding lets two orders of summation be; tokens equal where that
-    cannot decide between two of them, up to the first where it can: what follows has another history.
+    """Compare answers up to the rounding of the dtype, because the two sides sum in different orders.
+
+    Log-probabilities differ by less than the tolerance. Tokens are equal while the best token leads by more than
+    rounding can change. The comparison of an answer ends at the first token without such a lead.
     """
     tolerance = {"float16": 0.05, "bfloat16": 0.4}[dtype]
     sure = 0

@@ -100,7 +100,7 @@ def test_decode_of_7b_by_hand() -> None:
 
 def test_communication_of_7b_by_hand() -> None:
     cost = Costs(shape_config("7b"), parallel=TensorParallel(0, 4)).decode([100, 200])
-    # A ring: each of 65 sums goes round twice but for one hop; then the float32 logits once.
+    # A ring all-reduce passes each of 65 sums round twice but for one hop. The float32 logits are gathered once.
     assert cost.sent == 65 * 2 * 3 / 4 * 2 * 4096 * 2 + 3 / 4 * 2 * 32064 * 4
     assert cost.messages == 66
 
@@ -168,7 +168,7 @@ def test_roofline_by_hand() -> None:
 
 
 def test_prediction_of_7b_is_the_known_one() -> None:
-    # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s; W8A16 reads half the weights: 197.
+    # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s. W8A16 reads half of the weights: 197 tokens/s.
     machine = Machine("910B", 1.6e12, 313e12, 64e9)
     for int8, speed in ((QuantConfig(), 109), (dummy_quant_config(shape_config("7b")), 197)):
         found = predict(Costs(shape_config("7b"), int8=int8), machine, 1, 2364)

@@ -35,7 +35,7 @@ def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 
 def changed(command: Sequence[object], *more: object) -> list[object]:
-    """A command with other options; one that it has already gets the other value, as it may be given once only."""
+    """A command with more options. An option that the command has already gets the new value."""
     words = list(command)
     for place, word in enumerate(more):
         if str(word).startswith("--") and word in words:
@@ -455,7 +455,7 @@ def test_two_runs_at_once_are_refused_before_the_model_is_loaded(capsys, options
 
 
 def end_early(command: list[str], log: Path, rows: int, end: signal.Signals) -> tuple[str, int]:
-    """Run `predict` and end it when the log has so many rows; its stderr, and how many rows there are then."""
+    """Run `predict` and end it when the log has so many rows. Returns stderr and the number of rows."""
     run = subprocess.Popen(
         [sys.executable, "tests/slowly.py", "0.01", "atb_pllava", "predict", *command], cwd=ROOT, stderr=subprocess.PIPE
     )

@@ -148,7 +148,7 @@ def test_a_piece_of_work_is_repeated_less_often(monkeypatch, caplog) -> None:
 
 
 def on_terminal(*command: object) -> tuple[int, list[tuple[float, str]]]:
-    """Run a command whose stdout and stderr are one terminal; its status, and (seconds, text) of what came."""
+    """Run a command whose stdout and stderr are one terminal. Returns its status and its output as (seconds, text)."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [*map(str, command)],
@@ -606,7 +606,7 @@ def test_training_needs_transformers_for_more_than_help(tmp_path: Path) -> None:
 
 
 def test_the_examples_of_help_are_commands(capsys, monkeypatch) -> None:
-    """Each is parsed as it is printed; what they would load is not there."""
+    """Each command is parsed as it is printed. Its files do not exist."""
     import shlex
 
     from atb_pllava.cli.verbs import parse

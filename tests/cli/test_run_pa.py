@@ -29,7 +29,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """The arguments of `python -m atb_pllava`, asked for elsewhere than in the clone; without the world size."""
+    """The arguments of `python -m atb_pllava` without --world_size. The current directory is not the clone."""
     monkeypatch.chdir(tmp_path)
 
     def ask(*arguments: object) -> list[str]:

@@ -56,7 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantised(source: Path) -> Path:
-    """A W8A16 directory; tests that change it work on a copy."""
+    """A W8A16 directory. Tests that change the directory work on a copy."""
     convert_checkpoint(source, source.parent / "w8a16", W8A16)
     return source.parent / "w8a16"
 
@@ -149,7 +149,7 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     assert config["model_type"] == "pllava" and config["quantize"] == "w8a16"
     for key, value in {**RAW["text_config"], "rope_theta": 10000.0, "eos_token_id": 2}.items():
         assert config[key] == value
-    # MindIE runs no float32; everything else is the source's.
+    # MindIE runs no float32. Everything else is the source's.
     assert read_config(quantised) == replace(read_config(source), dtype="float16")
 
 
@@ -269,7 +269,7 @@ def test_every_rank_reads_its_slice_of_the_whole(
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None], flat: bool = False) -> Path:
-    """Change the tensors and the description of a quantised directory; one file as msModelSlim writes it."""
+    """Change the tensors and the description of a quantised directory. Writes one file, as msModelSlim does."""
     content = tensors(directory)
     description = json.loads((directory / "quant_model_description.json").read_text())
     change(content, description)

@@ -226,7 +226,7 @@ def test_ranks_have_the_same_working_directory(model: Path, monkeypatch: pytest.
 
 
 def test_an_interrupt_of_all_processes_is_for_rank_0(model: Path) -> None:
-    """Ctrl-C reaches every process of the group; a worker must not end with a traceback of its own."""
+    """Ctrl-C reaches every process of the group. A worker must not end with a traceback of its own."""
     run = subprocess.Popen(
         command("--model_path", model, "--world_size", 2, "--prompt", "a", "--max_output_length", 900, "--ignore_eos"),
         cwd=ROOT,

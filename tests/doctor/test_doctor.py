@@ -318,7 +318,7 @@ def shape(size: str, int8: bool = False) -> machine.Model:
 
 
 def memory(free: float, model: machine.Model, world_size: int = 1, **more: object) -> Check:
-    """The line about memory with `free` of 64 GB free; GB are 10^9 bytes."""
+    """The line about memory with `free` of 64 GB free. A GB is 10^9 bytes."""
     room = replace(Room("memory", int(free * 1e9), 64 * 10**9, "cpu"), **more)  # type: ignore[arg-type]
     return next(machine.memory_checks(room, model, world_size))
 

@@ -259,7 +259,7 @@ def test_block_hashes_cover_everything_before(checkpoint) -> None:
 
 
 def test_block_manager_against_a_model_of_it() -> None:
-    """Random use: every block is referenced, cached or empty; a block with references is never allocated again."""
+    """In random use, every block is referenced, cached or empty. A block with references is never allocated again."""
     generator = random.Random(1)
     block_manager = BlockManager(16)
     held: list[list[int]] = []

@@ -124,7 +124,7 @@ def save(path: Path, content: Mapping[str, Tensor], file: str = "model.safetenso
 
 
 def save_sharded(path: Path, content: Mapping[str, Tensor], index: bool = True) -> dict[str, str]:
-    """Two shards and, if wanted, their index; returns the weight map."""
+    """Write two shards and, if wanted, their index. Returns the weight map."""
     names = sorted(content)
     where = {n: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, n in enumerate(names)}
     for file in set(where.values()):

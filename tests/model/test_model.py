@@ -18,7 +18,7 @@ def views(model: Pllava) -> dict[str, torch.Tensor]:
 
 
 def fill(module: torch.nn.Module, views: dict[str, torch.Tensor], prefix: str) -> None:
-    """Give a transformers module our weights; every one of its parameters must be among them."""
+    """Give a transformers module our weights. Every parameter of the module must be among our weights."""
     state = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected

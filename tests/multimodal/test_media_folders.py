@@ -87,7 +87,7 @@ def test_links_to_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     before = list_media(tree)
     (tree / "a" / "loop").symlink_to(tree / "a")
     (tree / "a" / "up").symlink_to("../..")  # the folder that holds the tree
-    (tree / "0alias").symlink_to("b c")  # sorts before the folder's own name; media are listed under the own name
+    (tree / "0alias").symlink_to("b c")  # sorts before the folder's own name, under which the media are listed
     assert list_media(tree) == before
     (tree / "out").symlink_to(elsewhere)
     (tree / "out again").symlink_to(elsewhere)

@@ -32,7 +32,7 @@ INT8_SHARDS = [
 
 
 def compile_kernels(level: str | None = None) -> ctypes.CDLL:
-    """The kernels for `level`. Skips the test without a compiler; a compiler that reports an error is a failure."""
+    """The kernels for `level`. Skips the test where there is no compiler. Fails where the compiler reports an error."""
     try:
         return build.load_library(level=level)
     except build.CompilerError:

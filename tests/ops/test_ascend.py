@@ -1,4 +1,4 @@
-"""The Ascend backend as far as no torch_npu is needed; `tests/ascend` runs it on the real one."""
+"""The parts of the Ascend backend that need no torch_npu. `tests/ascend` tests the rest on the real torch_npu."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
 """The Triton kernels against float64 and the plain backend: on a CUDA device where there is one, else interpreted.
 
 Triton's interpreter runs a kernel's programs one after the other with numpy. It shows what a kernel computes and which
-elements it touches, not what happens between threads, nor any speed; and it cuts bfloat16 off where devices round.
+elements it touches. It shows neither what happens between threads nor any speed. It truncates to bfloat16 where devices
+round.
 """
 
 import os
@@ -87,7 +88,7 @@ def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multiprocessors"),  # 1: one split of a context; 30: as many as there are tiles
+    ("dtype", "multiprocessors"),  # 1: one split of a context, 30: as many splits as tiles
     [(torch.float32, 1), (torch.float32, 30), (torch.float16, 30), (torch.bfloat16, 30)],
 )
 @pytest.mark.parametrize(
@@ -348,7 +349,7 @@ class OnlyMeta(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 3, 65])
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without values: to ask for one fails; and what is launched has been launched in the warm-up."""
+    """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
     kernels = cuda.import_kernels()
     for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:

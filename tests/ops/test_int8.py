@@ -26,7 +26,7 @@ def weight(rows: int = 24, columns: int = 256, dtype: torch.dtype = torch.float3
 
 
 def steps_off(quantised: Int8Weight, original: Tensor) -> float:
-    """The largest distance from the original, in steps; the formula is written down again here."""
+    """The largest distance from the original, in steps. The formula is written again, not called."""
     each = original.shape[1] // quantised.scale.shape[1]
     scale = quantised.scale.double().repeat_interleave(each, 1)
     zero_point = quantised.zero_point.double().repeat_interleave(each, 1)
@@ -115,7 +115,7 @@ def test_linear_equals_the_dequantised_product(
     expected = F.linear(x.double(), quantised.dequantise(torch.float64), bias.double())
     result = TorchBackend().linear(x, quantised, bias)
     assert result.dtype == dtype
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]  # outputs are about 16; bfloat16 has 8 bits
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]  # outputs are about 16, and bfloat16 has 8 bits
     torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance / 10)
     stacked = TorchBackend().linear(x.expand(2, *x.shape), quantised, bias)
     assert stacked.shape == (2, tokens, 37)
@@ -153,7 +153,7 @@ def layer(
 
 
 def fill(linear: ParallelLinear, group_size: int, symmetric: bool) -> dict[str, Tensor]:
-    """Fill every part from whole random tensors, as the loader does; the float weights it stands for."""
+    """Fill every part from whole random tensors, as the loader does. Returns the dequantised weights."""
     parts = linear.weight_map()
     weights = {}
     for i, name in enumerate(linear.sizes):

@@ -49,7 +49,7 @@ def open_clip() -> Any:
 
 
 class ColourJudge:
-    """A judge. Features of a text are the colour that it names; features of an image are its mean colour."""
+    """A judge. Features of a text are the colour that the text names. Features of an image are its mean colour."""
 
     def __init__(self, *_: object) -> None:
         pass

@@ -155,7 +155,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert first["question"] == "Question: What?\nOptions:\n(A) a cat\n(B) a dog" and first["pred"].startswith("(")
     assert set(first) == {"pred", "gt", "task_type", "video_path", "question"}
     assert first == results["result_list"][1] and results["result_list"][3]["pred"] == ""
-    # By hand from the formula of get_index with 4 frames: bounds 4..8 and 0..11 of 12 at 8 fps; 1..6 and 3..9 at 3 fps.
+    # By hand from the formula of get_index with 4 frames: bounds 4..8 and 0..11 of 12 at 8 fps, 1..6 and 3..9 at 3 fps.
     assert log["Action Sequence/0"]["frame_indices"] == log["Action Sequence/1"]["frame_indices"] == [4, 5, 6, 7]
     assert log["Action Sequence/2"]["frame_indices"] == [1, 4, 7, 9]
     assert log["Episodic Reasoning/0"]["frame_indices"] == [1, 2, 3, 5]

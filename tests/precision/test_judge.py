@@ -351,7 +351,7 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
     ]
     summary = judge_results(tmp_path, results, VideoQA(), judge(endpoint, attempts=1), 2)
     everything = json.loads((tmp_path / "all_results.json").read_text())
-    # p2 counts nowhere; the missing video is wrong with score 0; p0 stands twice.
+    # p2 is not counted. The missing video is wrong with score 0. p0 is listed twice.
     assert everything["acc_dict"] == {
         "MSVD_QA": {"correct": 1, "total": 2, "score": 7},
         "TGIF_QA": {"correct": 2, "total": 3, "score": 9},
@@ -443,7 +443,7 @@ def test_the_command_from_videos_to_scores(
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["MSRVTT_QA"] == {"acc": 100.0, "score": 4.0}
     assert {call["headers"]["authorization"] for call in endpoint.calls} == {"Bearer secret"}
-    # The failed case again, without the model; then the whole command, which has nothing left to do.
+    # First the failed case again, without the model. Then the whole command, with no work left.
     endpoint.answer = lambda *_: says("{'pred': 'no', 'score': 0}")
     endpoint.calls = []
     assert main(["judge", str(tmp_path / "out"), *judging]) == 0 and len(endpoint.calls) == 1

@@ -400,7 +400,7 @@ def test_a_run_that_was_ended_goes_on(made: Path, answered: Path, tmp_path: Path
         ("I choose D. It fits.", "D", "D"),
         ("Option (E) because of the hat", "E", None),
         ("**C**", "C", None),  # five characters
-        ("A. red B. blue C. green", None, "B"),  # " B." comes before " C."; "A." has no blank
+        ("A. red B. blue C. green", None, "B"),  # " B." comes before " C.", and "A." has no blank
         ("A. red B. blue. The answer is B.", "B", "B"),
         ("A or B", None, None),
         ("A, B", None, "A"),
@@ -419,7 +419,7 @@ def test_the_original_counts_what_both_sides_say() -> None:
     answers = {"X": {"1": "A", "2": "B", "3": "F", "5": "A"}, "Y": {"1": "C", "4": "D", "6": "E"}}
     npu = {"1": "C", "2": "The answer is B", "3": "A", "4": "D", "5": "none of them", "6": "E"}
     gpu = {"1": "A", "2": "B", "3": "B", "4": "C", "5": "A"}
-    # 1 counts with Y's answer C; 3 counts and can never be right; 5 is dropped for both; 6 has no second side.
+    # 1 counts with Y's answer C. 3 counts and can never be right. 5 is dropped for both. 6 has no second side.
     assert accuracy_as_original(npu, gpu, answers) == (3 / 4, 1 / 4, 4)
 
 
@@ -487,7 +487,7 @@ def test_a_comparison_worked_out_by_hand(tmp_path: Path, capsys: pytest.CaptureF
     )
     assert compare(npu, gpu, answers, "--output_json", tmp_path / "report.json") == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["gpu 0.6000", "npu 0.6000"]  # of five questions; zz has no right answer
+    assert out[:2] == ["gpu 0.6000", "npu 0.6000"]  # of five questions, of which zz has no right answer
     report = json.loads((tmp_path / "report.json").read_text())
     every = report["all"]
     sets = report["sets"]
@@ -499,7 +499,7 @@ def test_a_comparison_worked_out_by_hand(tmp_path: Path, capsys: pytest.CaptureF
     assert report["without_right_answer"] == ["MV/zz has no right answer"] and report["asked_on_no_side"] == 0
     assert [row["id"] for row in report["differing"]] == ["7", "8"]
     assert (report["npu_minus_gpu"]["only_first"], report["npu_minus_gpu"]["only_second"]) == (1, 1)
-    # The original drops 8 (no letter on the gpu), MOT_0 (it reads no F) and 9; MV_0 and 7 are left.
+    # The original drops 8 (no letter on the gpu), MOT_0 (it reads no F) and 9. MV_0 and 7 are left.
     assert compare(npu, gpu, answers, "--legacy") == 0
     assert capsys.readouterr().out == "gpu 1.0000\nnpu 0.5000\n"
 
