@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from atb_pllava import LLM, ConfigError, VideoError
 from atb_pllava.__main__ import main as atb_main
 from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.ops.interface import Feature
 from atb_pllava.ops.reference import TorchBackend
 from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLORS, plot_errors
@@ -91,6 +92,10 @@ def test_a_recording_of_an_answer_and_its_repetition_are_equal(llm: LLM, clip: s
 
 
 class Capturing(TorchBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = frozenset({Feature.GRAPH_CAPTURE})
+
     def capture(self, step: Any) -> Any:
         raise AssertionError("a captured step has no layers to record")
 
