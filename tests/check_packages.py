@@ -68,7 +68,7 @@ def check_contents(wheel: Path, source: Path) -> None:
 
 
 def required_distributions(requirements: Iterable[str], known: set[str]) -> Iterator[metadata.Distribution]:
-    """The distributions that requirements name, with theirs, each once; extras are left out."""
+    """The distributions that requirements name, and their own requirements, each once and without extras."""
     for text in requirements:
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")

@@ -1,6 +1,6 @@
-"""Compiles each launch of the Triton kernels for an H200 (sm_90), without a device; a line for each with what it takes.
+"""Compiles each launch of the Triton kernels for an H200 (sm_90), without a device. Prints what each launch takes.
 
-The launches are those of `ops.cuda_kernels` for real shapes, on tensors without memory; a kernel gets the types,
+The launches are those of `ops.cuda.kernels` for real shapes, on tensors without memory. A kernel gets the types,
 alignments and constants that Triton would find at that launch.
 """
 
@@ -21,8 +21,12 @@ from atb_pllava.ops.int8 import Int8Weight
 TARGET = GPUTarget("cuda", 90, 32)
 PROGRAMS = 4 * 132
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int8: "*i8", torch.int64: "*i64"
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int64: "*i64",
+}
 
 
 class Compiled:
@@ -35,11 +39,14 @@ class Compiled:
         return self.compile
 
     def compile(self, *arguments: Any, **options: int) -> None:
-        signature, constants, aligned = {}, {}, {}
+        signature = {}
+        constants = {}
+        aligned = {}
         for i, (parameter, value) in enumerate(zip(self.kernel.params, arguments, strict=True)):
             fixed = parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not fixed):
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
                 continue
             kind = "fp32" if isinstance(value, float) else "i32"
             signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, Tensor) else kind
@@ -74,7 +81,8 @@ def main() -> None:
             keys = empty(8, kv_heads, dim, dtype=dtype)
             cuda_kernels.write_kv(keys, keys, cache, empty(8, dtype=whole))
             for batch in (1, 8):
-                tables, lens = empty(batch, 32, dtype=whole), empty(batch, dtype=whole)
+                tables = empty(batch, 32, dtype=whole)
+                lens = empty(batch, dtype=whole)
                 cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
         for width in (4096, 7168):
             cuda_kernels.rms_norm(empty(8, width, dtype=dtype), empty(width, dtype=dtype), 1e-5)

@@ -2,6 +2,11 @@
 
 from pathlib import Path
 
+from atb_pllava.mindie.install import PLUGIN
+from tests.support import ROOT
+
+STAND_IN = ROOT / "tests" / "mindie_host"
+
 # The host in a few lines: what the plugin relies on, as MindIE-LLM's sources declare it.
 HOST = {
     "__init__.py": "",
@@ -156,3 +161,13 @@ def write_host(directory: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     return directory / "atb_llm"
+
+
+def link_plugin(home: Path, farm: Path) -> None:
+    """A directory with links to all of the `atb_llm` in `home`, and with the plugin as its models/pllava."""
+    (farm / "atb_llm" / "models").mkdir(parents=True)
+    for folder in ("atb_llm", "atb_llm/models"):
+        for entry in (home / folder).iterdir():
+            if entry.name not in ("models" if folder == "atb_llm" else "pllava", "__pycache__"):
+                (farm / folder / entry.name).symlink_to(entry)
+    (farm / "atb_llm" / "models" / "pllava").symlink_to(PLUGIN)

@@ -1,10 +1,14 @@
 """What many tests share: paths of the repository, a small random model, its checkpoint directory, a small video."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,9 +18,11 @@ from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import converter
 from atb_pllava.convert.options import ConvertOptions
-from atb_pllava.distributed.tensor_parallel import ShardSpec
+from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import DummyWeights
+from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.mindie.host_files import host_files
 from atb_pllava.model.pllava import Pllava
@@ -28,8 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 TINY = EXAMPLES / "tiny_pllava"
 TEST_DATA = ROOT / "tests" / "data"
-SHARED_DATA = ROOT.parent / "shared" / "data"  # reference results, beside the clone where they are there
-needs_reference = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the reference data is not here")
+SHARED_DATA = ROOT.parent / "shared" / "data"  # reference results, which not every machine has
+REFERENCE = SHARED_DATA / "reference"
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the reference data is not here")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.01}  # relative to the largest expected value
 
 IMAGE_ID = 300
 
@@ -42,11 +50,11 @@ def tokenizer_definition() -> dict[str, Any]:
         vocab.setdefault(piece, len(vocab))
     while len(vocab) < IMAGE_ID:
         vocab[f"unused{len(vocab)}"] = len(vocab)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
+        {"id": i, "content": text, **flags}
         for i, text in [(0, "<unk>"), (1, "<s>"), (2, "</s>"), (IMAGE_ID, "<image>")]
-    ]  # fmt: skip
+    ]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
@@ -104,6 +112,16 @@ def write_checkpoint(directory: Path, raw: dict[str, Any], seed: int = 0) -> Pat
     return directory
 
 
+def load_llm(*directories: Path, **options: Any) -> LLM:
+    """An engine that computes in float32 on the CPU, for a model and perhaps its `weight_dir`."""
+    return LLM(*directories, dtype="float32", backend="cpu", **options)
+
+
+def load_model(directory: Path) -> Pllava:
+    """A checkpoint's model in float32 on the CPU, without an engine."""
+    return fill_model(*plan_model(ModelOptions(str(directory), dtype="float32", backend="cpu"), TensorParallel()))
+
+
 def load_all(plan: LoadPlan | DummyWeights, destinations: Mapping[str, ShardSpec]) -> None:
     """Fill all destinations."""
     for _ in plan.load(destinations):
@@ -121,15 +139,78 @@ def convert_checkpoint(
     converter.convert_checkpoint(source, destination, options, weight_dir, calibration, host_files=host_files)
 
 
+def random_frames(*shape: int, seed: int) -> np.ndarray:
+    """Random uint8 frames [..., height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
+
+
+def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(result: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    """The largest difference is at most `tolerance` (None: that of the dtype) times the largest expected value."""
+    assert result.shape == expected.shape
+    worst = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
+    assert float(worst) <= (TOLERANCE[result.dtype] if tolerance is None else tolerance)
+
+
+def assert_same_output(output: RequestOutput, expected: RequestOutput) -> None:
+    """Tokens and text are equal. Log-probabilities differ by at most 1e-4."""
+    assert (output.token_ids, output.text) == (expected.token_ids, expected.text)
+    for ours, theirs in zip(output.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=0)
+
+
+def assert_same_outputs(outputs: Sequence[RequestOutput], expected: Sequence[RequestOutput]) -> None:
+    """Every output is the same as the expected one."""
+    assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
+    for output, other in zip(outputs, expected, strict=True):
+        assert_same_output(output, other)
+
+
+def run_main(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: object
+) -> tuple[int, str, str]:
+    """The exit status of a program's `main`, its stdout and its stderr. Neither shows a traceback."""
+    try:
+        status = main([*map(str, arguments)])
+    except SystemExit as stop:  # raised by argparse
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    return status, captured.out, captured.err
+
+
+def run_script(
+    name: str, *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a shell script of the repository with this Python, in `cwd` (None: in the current directory)."""
+    return subprocess.run(
+        ["bash", str(ROOT / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def model_words(path: Path) -> list[str]:
+    """The options of a command that computes with this checkpoint in float32 on the CPU."""
+    return ["--model_path", str(path), "--dtype", "float32", "--backend", "cpu"]
+
+
 def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:
     """A small H.264 file of coloured noise that drifts."""
     import av
-    import numpy as np
 
     base = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
         for i in range(frames):
             picture = np.roll(base, i, 1).repeat(8, 0).repeat(8, 1)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):

@@ -1,7 +1,6 @@
 """What the README and docs/ say is true: links, folders, options, commands, and the answers that are shown."""
 
 import argparse
-import os
 import re
 import shlex
 import subprocess
@@ -21,7 +20,7 @@ from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.ops.int8 import QuantConfig
-from tests.support import ROOT
+from tests.support import ROOT, run_script
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
@@ -57,7 +56,7 @@ def text_of(name: str) -> str:
 
 
 def blocks(name: str, language: str) -> list[str]:
-    """The fenced blocks of a page in a language; "" for those without one."""
+    """The fenced blocks of a page in a language. "" selects the blocks without a language."""
     fences = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(name), re.MULTILINE | re.DOTALL)
     return [text for found, text in fences if found == language]
 
@@ -95,15 +94,7 @@ def dialogue(text: str) -> list[str]:
 
 
 def run(script: str, *arguments: str) -> str:
-    done = subprocess.run(
-        ["bash", script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable},
-    )
+    done = run_script(script, *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert script != "run_pa.sh" or re.search(r"^\d+ answers, \d+ tokens in ", done.stdout, re.MULTILINE)
     return done.stdout

@@ -28,7 +28,7 @@ from precision.clip_score import MediaFolder, OpenClip, read_answers
 from precision.evaluate import mvbench, recaption
 from precision.parity import compare_files, recorded_errors
 from precision.videobench import dataset
-from tests.support import convert_checkpoint, raw_config, tokenizer_definition, write_checkpoint
+from tests.support import convert_checkpoint, load_llm, raw_config, tokenizer_definition, write_checkpoint
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
@@ -116,18 +116,18 @@ FILES = [
 @pytest.mark.parametrize("encoding", ENCODINGS[1:])
 def test_a_checkpoint_saved_on_windows_loads_and_converts(model: Path, tmp_path: Path, encoding: str) -> None:
     plain = [read_config(model), read_preprocessor_config(model, 56)]
-    expected = LLM(model, dtype="float32", backend="cpu").chat(None, "what?")
+    expected = load_llm(model).chat(None, "what?")
     for name in FILES:
         in_encoding(model / name, encoding)
     assert [read_config(model), read_preprocessor_config(model, 56)] == plain
-    assert LLM(model, dtype="float32", backend="cpu").chat(None, "what?").token_ids == expected.token_ids
+    assert load_llm(model).chat(None, "what?").token_ids == expected.token_ids
     convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_w8a16"))
     # Other readers of the result, MindIE among them, know plain UTF-8 only.
     for file in (tmp_path / "out").glob("*.json"):
         json.loads(file.read_text(encoding="utf-8"))
     assert read_host_model(tmp_path / "out").num_video_tokens == plain[0].num_video_tokens  # type: ignore[union-attr]
     in_encoding(tmp_path / "out" / "quant_model_description.json", encoding)
-    LLM(tmp_path / "out", dtype="float32", backend="cpu")
+    load_llm(tmp_path / "out")
 
 
 def test_the_other_files_too(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_companions_of_a_checkpoint_are_left_out(model: Path, tmp_path: Path) ->
         beside(file)
     (model / "._pytorch_model.bin").write_bytes(APPLE_DOUBLE)
     (model / ".gitattributes.json").write_text("not JSON")
-    LLM(model, dtype="float32", backend="cpu")
+    load_llm(model)
     convert_checkpoint(model, tmp_path / "out", ConvertOptions("pllava_merged"))
     assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
     for file in model.glob("*.safetensors*"):
@@ -330,7 +330,7 @@ USELESS = [
     (lambda model: (model / "preprocessor_config.json").write_text('{"crop_size": 112}'), "crops to 112 pixels"),
     (lambda model: (model / "processor_config.json").write_text('{"shortest_edge": 0}'), "shortest_edge 0"),
     (lambda model: (model / "preprocessor_config.json").write_text('{"do_normalize": false}'), "do_normalize is False"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("spoil", "message"), USELESS)

@@ -102,7 +102,7 @@ def test_the_order_is_one_that_points_down() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_nothing_in_the_package_imports_its_tools(path: Path) -> None:
-    """precision/, tests/ and examples/ stand above the package; MindIE's runner imports the host's own examples."""
+    """precision/, tests/ and examples/ are above the package. MindIE's runner imports the host's own examples."""
     tools = {"precision", "tests"} | (set() if path.name == "runner.py" else {"examples"})
     assert not {name.split(".")[0] for name in _imports(path)} & tools
 
@@ -157,4 +157,8 @@ def test_a_device_is_asked_not_named(path: Path) -> None:
 def test_environment_is_read_by_the_command_line() -> None:
     readers = [p for p in FILES if "os.environ" in p.read_text() or "getenv" in p.read_text()]
     parts = {_part(path) for path in readers} - {"cli"}
-    assert parts <= {"executor", "distributed", "mindie"}  # workers set one for gloo; MindIE's runner reads its host's
+    assert parts <= {
+        "executor",
+        "distributed",
+        "mindie",
+    }  # workers set one for gloo, MindIE's runner reads its host's

@@ -16,15 +16,16 @@ from atb_pllava import (
     VideoError,
     WeightError,
 )
+from tests.support import load_llm, random_frames
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 PROMPT = "USER:<image> what? ASSISTANT:"
-FRAMES = np.random.default_rng(1).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
+FRAMES = random_frames(4, 60, 80, 3, seed=1)
 
 
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> LLM:
-    return LLM(checkpoint, dtype="float32", backend="cpu")
+    return load_llm(checkpoint)
 
 
 def test_chat_equals_generate_of_its_prompt(llm: LLM, media: Path) -> None:
@@ -74,7 +75,8 @@ def test_batches_mix_videos_images_and_text(llm: LLM, media: Path) -> None:
 
 
 def test_the_order_of_videos_and_frames_counts(llm: LLM, media: Path) -> None:
-    one, two = media / "clip2.mp4", media / "clip10.mp4"
+    one = media / "clip2.mp4"
+    two = media / "clip10.mp4"
     prompt = "USER:<image> or <image>? ASSISTANT:"
     rows = SamplingParams(max_tokens=1, logprobs=-1)
     requests = [{"prompt": prompt, "video": videos} for videos in ([one, two], [two, one])]
@@ -83,7 +85,7 @@ def test_the_order_of_videos_and_frames_counts(llm: LLM, media: Path) -> None:
 
 
 def test_short_arrays_repeat_frames_and_long_ones_are_refused(llm: LLM) -> None:
-    frames = np.random.default_rng(0).integers(0, 255, (2, 60, 60, 3), dtype=np.uint8)
+    frames = random_frames(2, 60, 60, 3, seed=0)
     assert torch.allclose(llm.encode_video(frames), llm.encode_video(frames[[0, 0, 0, 1]]), atol=1e-5)
     with pytest.raises(VideoError, match="frames holds 5 frames, the model takes 4"):
         llm.encode_video(np.zeros((5, 60, 60, 3), np.uint8))
@@ -129,7 +131,7 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"question": "a", "frames": np.zeros((1, 1, 60000, 3), np.uint8)}, VideoError, "max_side"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [[0, 1, 2, 3]] * 2}, RequestError, "2 video"),
     ],
-)  # fmt: skip
+)
 def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, message: str) -> None:
     if request_ is None:
         pass
@@ -195,15 +197,17 @@ def test_config_and_weights_that_disagree(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_limits_can_be_changed(checkpoint: Path, media: Path) -> None:
-    strict = LLM(checkpoint, dtype="float32", backend="cpu", limits=MediaLimits(max_side=90))
+    strict = load_llm(checkpoint, limits=MediaLimits(max_side=90))
     with pytest.raises(VideoError, match="max_side"):
         strict.chat(media / "clip2.mp4", "what?", SHORT)
 
 
 def test_bfloat16_stays_close_to_float32(llm: LLM, checkpoint: Path, media: Path) -> None:
     half = LLM(checkpoint, dtype="bfloat16", backend="cpu")
-    clip, rows = media / "clip2.mp4", SamplingParams(max_tokens=1, logprobs=-1)
-    tokens, exact = half.encode_video(clip), llm.encode_video(clip)
+    clip = media / "clip2.mp4"
+    rows = SamplingParams(max_tokens=1, logprobs=-1)
+    tokens = half.encode_video(clip)
+    exact = llm.encode_video(clip)
     assert tokens.dtype == torch.bfloat16
     assert (tokens.float() - exact).norm() < 0.05 * exact.norm()
     ours, theirs = (model.chat(clip, "what?", rows).logprobs[0] for model in (half, llm))
@@ -229,7 +233,7 @@ def test_frame_numbers_of_any_whole_type(llm: LLM) -> None:
 
 
 def test_defaults_fit_the_limits(checkpoint: Path) -> None:
-    small = LLM(checkpoint, dtype="float32", backend="cpu", max_output_length=5)
+    small = load_llm(checkpoint, max_output_length=5)
     assert len(small.chat(None, "a").token_ids) <= 5
     with pytest.raises(RequestError, match="params is a dict"):
         small.chat(None, "a", {"max_tokens": 3})  # type: ignore[arg-type]
@@ -237,7 +241,7 @@ def test_defaults_fit_the_limits(checkpoint: Path) -> None:
 
 def test_kv_cache_bytes_is_what_the_cache_takes(checkpoint: Path) -> None:
     per_token = 2 * 2 * 2 * 16 * 4
-    llm = LLM(checkpoint, dtype="float32", backend="cpu", max_batch_size=1, kv_cache_bytes=5000 * per_token)
+    llm = load_llm(checkpoint, max_batch_size=1, kv_cache_bytes=5000 * per_token)
     assert len(llm.chat(None, "why " * 800, SHORT).token_ids) == 4
 
 

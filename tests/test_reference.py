@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from atb_pllava import LLM, SamplingParams
-from tests.support import SHARED_DATA as DATA
+from tests.support import REFERENCE, SHARED_DATA, needs_reference
 
-REFERENCE = DATA / "reference"
-pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="the recorded reference results are not on this machine")
+pytestmark = needs_reference
 
 
 def _cases() -> dict[str, dict]:
@@ -19,7 +18,7 @@ def _cases() -> dict[str, dict]:
 
 
 def _video(case: dict) -> str:
-    return str(DATA / "videos" / ("yoga.mp4" if case["media"][0]["len"] == 300 else "jesse_dance.mp4"))
+    return str(SHARED_DATA / "videos" / ("yoga.mp4" if case["media"][0]["len"] == 300 else "jesse_dance.mp4"))
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,10 @@ def load():
 
 @pytest.mark.parametrize("name", list(_cases()))
 def test_recorded_case(load, name: str) -> None:
-    case, recorded = _cases()[name], np.load(REFERENCE / f"{name}.npz")
-    llm, video = load(case), _video(case)
+    case = _cases()[name]
+    recorded = np.load(REFERENCE / f"{name}.npz")
+    llm = load(case)
+    video = _video(case)
     params = SamplingParams(max_tokens=case["gen"]["max_new_tokens"], logprobs=-1)
     out = llm.generate([{"prompt": case["prompt"], "video": video}], params)[0]
 

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 
-from atb_pllava import LLM, SamplingParams
-from tests.support import ROOT
+from atb_pllava import SamplingParams
+from tests.support import ROOT, TINY, load_llm
 
 
 def test_new_clips_are_answered_rightly() -> None:
@@ -25,7 +25,7 @@ def test_new_clips_are_answered_rightly() -> None:
 
 
 def test_the_same_frames_backwards_are_another_movement() -> None:
-    llm = LLM(ROOT / "examples" / "tiny_pllava", dtype="float32", backend="cpu")
+    llm = load_llm(TINY)
     frames = np.full((16, 112, 112, 3), 235, np.uint8)
     for i, frame in enumerate(frames):
         frame[46:70, 84 - 4 * i : 108 - 4 * i] = (220, 30, 30)  # a red square on its way to the left
@@ -37,7 +37,7 @@ def test_the_same_frames_backwards_are_another_movement() -> None:
 
 def test_lora_alpha_matters() -> None:
     clip = str(ROOT / "examples" / "videos" / "red_circle_moves_left.mp4")
-    weak = LLM(ROOT / "examples" / "tiny_pllava", dtype="float32", backend="cpu", lora_alpha=0.01)
+    weak = load_llm(TINY, lora_alpha=0.01)
     assert (
         weak.chat(clip, "Describe the video.", SamplingParams(max_tokens=32)).text != "A red circle moves to the left."
     )

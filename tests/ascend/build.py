@@ -16,7 +16,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cann.c")
 NAMES = ("hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "fmk_parser", "ascend_protobuf", "atb")
-_DYNSYM, _UNDEFINED, _WEAK = 11, 0, 2
+_DYNSYM = 11
+_UNDEFINED = 0
+_WEAK = 2
 
 
 def dynamic_symbols(path: Path) -> tuple[set[str], set[str]]:
@@ -27,7 +29,8 @@ def dynamic_symbols(path: Path) -> tuple[set[str], set[str]]:
     (start,) = struct.unpack_from("<Q", data, 40)
     size, count = struct.unpack_from("<HH", data, 58)
     sections = [struct.unpack_from("<IIQQQQII", data, start + i * size) for i in range(count)]
-    defined, needed = set(), set()
+    defined = set()
+    needed = set()
     for _, kind, _, _, offset, length, link, _ in sections:
         if kind != _DYNSYM:
             continue
@@ -76,7 +79,8 @@ def build(torch_npu: Path, out: Path) -> None:
         if name not in here
     )
     out.mkdir(parents=True, exist_ok=True)
-    whole, empty = out / "whole.c", out / "empty.c"
+    whole = out / "whole.c"
+    empty = out / "empty.c"
     whole.write_text(text)
     empty.write_text("static int unused;\n")
     command = compiler()

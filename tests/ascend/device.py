@@ -3,7 +3,7 @@
 `start()` loads torch_npu and takes over every kernel it registers for the device: torch's own operators run as torch's
 CPU kernels, those of `kernels.py` as reference kernels, all others fail. Tensors on `npu:N` are host memory, so that a
 CPU tensor over the same bytes (`on_host`) is all a kernel needs. A captured operator is recorded with addresses and
-runs at every replay; its result in the capture becomes NaN. Nothing here knows atb_pllava.
+runs at every replay. Its result in the capture becomes NaN. Nothing here knows atb_pllava.
 """
 
 import ctypes
@@ -16,18 +16,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("ascendcl", "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "fmk_parser",
-             "ascend_protobuf", "atb")  # fmt: skip
-(CAPTURE_BEGIN, CAPTURE_END, EXECUTE, GROUP_BEGIN, GROUP_END, UPDATE_BEGIN, UPDATE_END, ALL_REDUCE, ALL_GATHER,
- BROADCAST) = range(1, 11)  # fmt: skip
-_ND, _BASE_FORMATS = 2, (0, 2, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
+LIBRARIES = (
+    "ascendcl",
+    "hccl",
+    "acl_op_compiler",
+    "ge_runner",
+    "graph",
+    "acl_tdt_channel",
+    "fmk_parser",
+    "ascend_protobuf",
+    "atb",
+)
+# the requests of cann.c, with the numbers of its enum
+CAPTURE_BEGIN = 1
+CAPTURE_END = 2
+EXECUTE = 3
+GROUP_BEGIN = 4
+GROUP_END = 5
+UPDATE_BEGIN = 6
+UPDATE_END = 7
+ALL_REDUCE = 8
+ALL_GATHER = 9
+BROADCAST = 10
+_ND = 2
+_BASE_FORMATS = (0, _ND, 30)  # NCHW, ND, NCDHW: memory in the order of the axes
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_long
 )
 
 
 def load_libraries(directory: Path, devices: int, soc: str) -> ctypes.CDLL:
-    """Make the stand-in the CANN that torch_npu finds; before torch is imported."""
+    """Make the stand-in the CANN that torch_npu finds. Must run before torch is imported."""
     os.environ.update(STAND_IN_DEVICES=str(devices), STAND_IN_SOC=soc, TASK_QUEUE_ENABLE="0")
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     loaded = [ctypes.CDLL(str(directory / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL) for name in LIBRARIES]
@@ -61,7 +80,7 @@ class Address:
 
 @dataclass
 class Recording:
-    """A captured graph: what runs at a replay, in order; task groups are the operators an update may replace."""
+    """A captured graph: the operators of a replay, in order. An update may replace the operators of a task group."""
 
     tasks: list[Any] = field(default_factory=list)
     outputs: list[Address] = field(default_factory=list)
@@ -71,12 +90,14 @@ class Machine:
     """The device of this process. `ran` counts what has run: reference kernels by name, replays, collectives."""
 
     def __init__(self, library: ctypes.CDLL, torch: Any, torch_npu: Any) -> None:
-        self.torch, self.torch_npu = torch, torch_npu
+        self.torch = torch
+        self.torch_npu = torch_npu
         self.recordings: dict[int, Recording] = {}
         self.groups: dict[int, list[Any]] = {}
         self.recording: Recording | None = None
         self.group: list[Any] | None = None
-        self.updating, self.can_capture = False, True
+        self.updating = False
+        self.can_capture = True
         self.ran: Counter[str] = Counter()
         self._hook = _HOOK(self._called)
         library.stand_in_set_hook(self._hook)
@@ -101,7 +122,8 @@ class Machine:
             assert self.recording is not None
             for address in self.recording.outputs:
                 self._spoil(address)  # a captured operator has not run
-            self.recordings[first], self.recording = self.recording, None
+            self.recordings[first] = self.recording
+            self.recording = None
         elif what == EXECUTE:
             self.ran["replay"] += 1
             self._replay(self.recordings[first])
@@ -113,10 +135,12 @@ class Machine:
             self.recording.tasks.append(self.group)
             self.group = None
         elif what == UPDATE_BEGIN:
-            self.group, self.updating = self.groups[first], True
+            self.group = self.groups[first]
+            self.updating = True
             self.group.clear()
         elif what == UPDATE_END:
-            self.group, self.updating = None, False
+            self.group = None
+            self.updating = False
         else:
             self._collective(what, first, second, a, b, c)
 
@@ -193,7 +217,7 @@ class Machine:
     # Operators.
 
     def call(self, kernel: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run or record a kernel on device tensors; an argument it returns stays that argument."""
+        """Run or record a kernel on device tensors. An argument that the kernel returns stays the same tensor."""
         tree = self.torch.utils._pytree
         leaves, spec = tree.tree_flatten((args, kwargs))
         found = [self.address(x) if self._on_device(x) else x for x in leaves]
@@ -203,12 +227,13 @@ class Machine:
             host_args, host_kwargs = tree.tree_unflatten(hosts, spec)
             return hosts, kernel(*host_args, **host_kwargs)
 
-        if self.updating:  # the operator's inputs are not there yet; it writes into what it is given
+        if self.updating:  # the inputs are not computed yet, and the operator writes into them
             self.group.append(run)
             return tuple(kwargs["out"])
         hosts, result = run()  # in a capture too, for shapes and refusals: it follows a step with the same inputs
         outs, out_spec = tree.tree_flatten(result)
-        devices, places = [], []
+        devices = []
+        places = []
         for out in outs:
             if not isinstance(out, self.torch.Tensor):
                 devices.append(out)
@@ -311,7 +336,8 @@ class Machine:
         self, source: Any, *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any
     ) -> Any:
         """Another type or another device: a new tensor and a copy."""
-        dtype, device = dtype or source.dtype, source.device if device is None else device
+        dtype = dtype or source.dtype
+        device = source.device if device is None else device
         if memory_format in (None, self.torch.preserve_format) and _is_dense(source):
             target = self.torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=device)
         else:

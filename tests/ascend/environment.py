@@ -33,7 +33,7 @@ def check_platform() -> None:
 
 
 def install(target: Path) -> None:
-    """torch_npu as a directory of its own; nothing is installed into this Python."""
+    """Install torch_npu into a directory of its own. Nothing is installed into this Python."""
     wanted = [f"torch-npu=={VERSION}"] + ([] if importlib.util.find_spec("yaml") else ["pyyaml"])
     print(f"installing {' '.join(wanted)} into {target} (once)", file=sys.stderr)
     target.parent.mkdir(exist_ok=True)
@@ -72,7 +72,8 @@ def main() -> None:
     if not target.is_dir():
         install(target)
     sources = b"".join((HERE / name).read_bytes() for name in ("cann.c", "build.py"))
-    made, wanted = target / "lib" / "made-from", hashlib.sha256(sources).hexdigest()
+    made = target / "lib" / "made-from"
+    wanted = hashlib.sha256(sources).hexdigest()
     if not made.is_file() or made.read_text() != wanted:
         shutil.rmtree(target / "lib", ignore_errors=True)
         build.build(target / "torch_npu", target / "lib")

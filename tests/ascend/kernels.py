@@ -2,15 +2,17 @@
 
 Each one refuses what the documents refuse on that chip (types, layouts, contiguity, formats, which lengths lie on the
 host and which on the device, shapes of masks, sizes of blocks), with `Refused`, and computes the rest in float32.
-Sources: the docstrings of the torch-npu 2.13 wheel, op-plugin's and ascend-transformer-boost's parameter checks. They
-get CPU tensors; `device_format` is set on those that lie on the device. Nothing here knows atb_pllava.
+Sources: the docstrings of the torch-npu 2.13 wheel, op-plugin's and ascend-transformer-boost's parameter checks. The
+kernels get CPU tensors. Tensors of the device have the attribute `device_format`. Nothing here knows atb_pllava.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-ND, FRACTAL_NZ = 2, 29
-A2, P310 = (*range(220, 226), *range(250, 256)), tuple(range(200, 206))
+ND = 2
+FRACTAL_NZ = 29
+A2 = (*range(220, 226), *range(250, 256))
+P310 = tuple(range(200, 206))
 
 
 class Refused(RuntimeError):
@@ -65,7 +67,8 @@ class Rules:
     """The kernels of one chip: 310P, or 910B (Atlas A2)."""
 
     def __init__(self, torch: Any, is_310p: bool) -> None:
-        self.torch, self.is_310p = torch, is_310p
+        self.torch = torch
+        self.is_310p = is_310p
         self.half = {torch.float16} if is_310p else {torch.float16, torch.bfloat16}
 
     # Checks.
@@ -141,7 +144,9 @@ class Rules:
         weight_dtype: Any = None,
     ) -> Any:
         torch = self.torch
-        scale, offset, group = antiquant_scale, antiquant_offset, antiquant_group_size
+        scale = antiquant_scale
+        offset = antiquant_offset
+        group = antiquant_group_size
         self.on_device("npu_weight_quant_batchmatmul: x, weight and scale", x, weight, scale)
         self.kinds("x and antiquant_scale", self.half, x, scale)
         need(weight.dtype == torch.int8 and weight.device_format == ND, "weight must be int8 in format ND")
@@ -228,7 +233,7 @@ class Rules:
                     cache[slot // block, slot % block] = new[i]
 
     def attend(self, query: Any, keys: Any, values: Any, scale: float, mask: Any = None) -> Any:
-        """query [L, H, D], keys, values [C, K, D] float32; mask [L, C] is added to the scores."""
+        """query [L, H, D], keys, values [C, K, D] float32. The mask [L, C] is added to the scores."""
         groups = query.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
         scores = self.torch.einsum("lhd,chd->hlc", query.float(), keys) * scale
@@ -293,7 +298,8 @@ class Rules:
         need(all(x.is_contiguous() and x.device_format == ND for x in (query, key, value)), "q, k, v: contiguous, ND")
         need(input_layout == "BSH" and query.dim() == 3, "only layout BSH is modelled: query [B, S, H]")
         batch, length, width = query.shape
-        heads, kv_heads = num_heads, num_key_value_heads or num_heads
+        heads = num_heads
+        kv_heads = num_key_value_heads or num_heads
         need(width % heads == 0 and heads % kv_heads == 0 and heads // kv_heads <= 64, f"{heads} heads of {width}")
         dim = width // heads
         need(dim <= 512 and dim % 16 == 0 and width < 65535 and heads <= 256, f"head dimension {dim}, width {width}")
@@ -314,7 +320,8 @@ class Rules:
             if paged:
                 keys, values = (self._paged_rows(x, block_table[b], context) for x in (key, value))
             else:
-                keys, values = key[b, :context], value[b, :context]
+                keys = key[b, :context]
+                values = value[b, :context]
             keys, values = (x.float().reshape(context, kv_heads, dim) for x in (keys, values))
             mask = self.causal(rows, context, cached) if sparse_mode and length > 1 else None
             attended = self.attend(query[b, :rows].reshape(rows, heads, dim), keys, values, scale, mask)
@@ -508,7 +515,8 @@ class Rules:
         self.on_host("seq_len", seq_len)
         self.lengths_on_device("context_lens", context_lens)
         self._check_table(block_table, len(seq_len))
-        lengths, contexts = seq_len.tolist(), context_lens.tolist()
+        lengths = seq_len.tolist()
+        contexts = context_lens.tolist()
         need(len(contexts) == len(lengths) and sum(lengths) == len(query), f"lengths {lengths}, {contexts}")
         start = 0
         for b, (length, context) in enumerate(zip(lengths, contexts, strict=True)):

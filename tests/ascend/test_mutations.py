@@ -22,7 +22,9 @@ from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend import graph as ascend_graph
 from atb_pllava.ops.ascend import int8 as ascend_int8
 
-B, P, ALL = ("910B",), ("310P",), ("910B", "310P")
+B = ("910B",)
+P = ("310P",)
+ALL = ("910B", "310P")
 
 # name, chips, module, the code, what it becomes
 MUTATIONS = [
@@ -82,7 +84,7 @@ def expected(models: dict[str, Path], cache: dict[str, Any] = {}) -> list[Any]: 
 
 
 def run(path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture) -> None:
-    """Answers of the backend as it is now; a capture that fails is a failure here."""
+    """Compare the answers of the backend as it is now. A failed capture fails the test."""
     MACHINE.ran.clear()
     with caplog.at_level(logging.WARNING):
         got = answers(path, "ascend", "float16")

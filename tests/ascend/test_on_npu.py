@@ -22,14 +22,14 @@ from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
-from tests.support import EXAMPLES, convert_checkpoint, raw_config, write_checkpoint
+from tests.support import EXAMPLES, convert_checkpoint, random_frames, raw_config, write_checkpoint
 
 assert device.machine is not None
 MACHINE = device.machine
 IS_310P = os.environ["STAND_IN_SOC"].startswith("Ascend310P")
 DTYPES = ["float16"] if IS_310P else ["float16", "bfloat16"]
 
-FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
+FRAMES = random_frames(4, 60, 80, 3, seed=3)
 LONG = "USER: " + "a long time ago " * 10 + "ASSISTANT:"  # more than a block of 128 tokens
 REQUESTS = [
     {"prompt": "USER:<image> what is it? ASSISTANT:", "frames": FRAMES},
@@ -81,8 +81,10 @@ def answers(path: Path, backend: str, dtype: str, **options: Any) -> list[Any]:
 
 
 def check_equal(got: list[Any], expected: list[Any], dtype: str) -> None:
-    """Log-probabilities as close as the dtype's rounding lets two orders of summation be; tokens equal where that
-    cannot decide between two of them, up to the first where it can: what follows has another history.
+    """Compare answers up to the rounding of the dtype, because the two sides sum in different orders.
+
+    Log-probabilities differ by less than the tolerance. Tokens are equal while the best token leads by more than
+    rounding can change. The comparison of an answer ends at the first token without such a lead.
     """
     tolerance = {"float16": 0.05, "bfloat16": 0.4}[dtype]
     sure = 0
@@ -156,7 +158,8 @@ def test_operators_of_older_torch_npu(models: dict[str, Path], monkeypatch: pyte
 
 
 def test_pooling_to_any_shape() -> None:
-    backend, grid = get_backend("ascend"), torch.randn(5, 7, 6, 32).half()
+    backend = get_backend("ascend")
+    grid = torch.randn(5, 7, 6, 32).half()
     for shape in ((5, 7, 6), (1, 7, 3), (8, 4, 5)):
         expected = F.adaptive_avg_pool3d(grid.float().permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0).reshape(-1, 32)
         pooled = backend.pool_video(grid.to(backend.device), shape)
@@ -167,9 +170,11 @@ def test_linear_with_bias() -> None:
     """The operator wants a float32 bias beside bfloat16."""
     from atb_pllava.ops.int8 import quantise
 
-    backend, cpu = get_backend("ascend"), TorchBackend()
+    backend = get_backend("ascend")
+    cpu = TorchBackend()
     for dtype in (getattr(torch, name) for name in DTYPES):
-        x, bias = torch.randn(2, 3, 64).to(dtype), torch.randn(16).to(dtype)
+        x = torch.randn(2, 3, 64).to(dtype)
+        bias = torch.randn(16).to(dtype)
         weight = quantise(torch.randn(16, 64) + 0.5, symmetric=False, scale_dtype=dtype)
         on_npu = type(weight)(*(t.to(backend.device) for t in (weight.values, weight.scale, weight.zero_point)))
         got = backend.linear(x.to(backend.device), backend.pack(on_npu), bias.to(backend.device))

@@ -40,7 +40,7 @@ from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
 from precision.error_plot import plot_errors
-from tests.support import ROOT, convert_checkpoint, raw_config, table_rows, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, load_llm, raw_config, table_rows, write_checkpoint
 
 SMALL = config_from_json(raw_config())
 
@@ -69,7 +69,7 @@ def test_int8_weights_are_the_bytes_of_the_file(group_size: int, tmp_path: Path)
     (path,) = (tmp_path / "int8").glob("*.safetensors")
     stored = load_file(path)
     assert any(tensor.dtype == torch.int8 for tensor in stored.values())
-    with LLM(tmp_path / "int8", dtype="float32", backend="cpu") as llm:
+    with load_llm(tmp_path / "int8") as llm:
         assert costs_of(llm).weight_bytes == sum(tensor.nbytes for tensor in stored.values())
 
 
@@ -100,7 +100,7 @@ def test_decode_of_7b_by_hand() -> None:
 
 def test_communication_of_7b_by_hand() -> None:
     cost = Costs(shape_config("7b"), parallel=TensorParallel(0, 4)).decode([100, 200])
-    # A ring: each of 65 sums goes round twice but for one hop; then the float32 logits once.
+    # A ring all-reduce passes each of 65 sums round twice but for one hop. The float32 logits are gathered once.
     assert cost.sent == 65 * 2 * 3 / 4 * 2 * 4096 * 2 + 3 / 4 * 2 * 32064 * 4
     assert cost.messages == 66
 
@@ -168,7 +168,7 @@ def test_roofline_by_hand() -> None:
 
 
 def test_prediction_of_7b_is_the_known_one() -> None:
-    # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s; W8A16 reads half the weights: 197.
+    # 13.5 GB of weights and 1.2 GB of KV over 1.6 TB/s: 109 tokens/s. W8A16 reads half of the weights: 197 tokens/s.
     machine = Machine("910B", 1.6e12, 313e12, 64e9)
     for int8, speed in ((QuantConfig(), 109), (dummy_quant_config(shape_config("7b")), 197)):
         found = predict(Costs(shape_config("7b"), int8=int8), machine, 1, 2364)
@@ -432,10 +432,19 @@ def test_refusals(arguments: list[str], message: str, small_shape, tmp_path, mon
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [
-    ["sweep", "--shape", "1b", "--csv"], ["sweep", "--shape", "1b", "--host_csv"], ["sweep", "--shape", "1b", "--plot"],
-    ["cache", "--shape", "1b", "--json"], ["video", "--keep"], ["video", "other.mp4", "--json"], ["scaling", "--json"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sweep", "--shape", "1b", "--csv"],
+        ["sweep", "--shape", "1b", "--host_csv"],
+        ["sweep", "--shape", "1b", "--plot"],
+        ["cache", "--shape", "1b", "--json"],
+        ["video", "--keep"],
+        ["video", "other.mp4", "--json"],
+        ["scaling", "--json"],
+    ],
+    ids=" ".join,
+)
 def test_no_table_replaces_a_medium(command: list[str], media: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("clip2.mp4", "red.png"):
@@ -493,7 +502,7 @@ def test_random_weights_of_a_checkpoint_need_none(tmp_path) -> None:
     (directory / "model.safetensors").unlink()
     from atb_pllava import SamplingParams
 
-    with LLM(directory, load_format="dummy", dtype="float32", backend="cpu") as llm:
+    with load_llm(directory, load_format="dummy") as llm:
         assert len(llm.chat(None, "hi", SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 

@@ -12,22 +12,16 @@ import pytest
 
 from atb_pllava.__main__ import main
 from atb_pllava.cli.command import run_command
-from tests.support import ROOT
+from tests.support import ROOT, model_words, run_main
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = main(["run", *map(str, arguments)])
-    except SystemExit as stop:  # argparse
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    return status, captured.out, captured.err
+    return run_main(capsys, main, "run", *arguments)
 
 
 @pytest.fixture
-def options(checkpoint: Path) -> tuple[object, ...]:
-    return "--model_path", checkpoint, "--dtype", "float32", "--backend", "cpu", "--ignore_eos"
+def options(checkpoint: Path) -> list[str]:
+    return [*model_words(checkpoint), "--ignore_eos"]
 
 
 def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def begun(clone: Path, bare_venv: Path) -> Path:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The part of a clone that find_python.sh needs; its requirements are in the folder of wheels only."""
+    """The part of a clone that find_python.sh needs. Its requirements exist only as wheels in `wheels`."""
     (tmp_path / "clone" / "atb_pllava" / "cli").mkdir(parents=True)
     shutil.copy(ROOT / "atb_pllava" / "cli" / "find_python.sh", tmp_path / "clone" / "atb_pllava" / "cli")
     (tmp_path / "clone" / "requirements.txt").write_text("small_one==1.0  # a comment\nlarge_one==1.0\n")

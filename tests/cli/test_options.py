@@ -15,7 +15,7 @@ from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.verbs import VERBS, main
 from atb_pllava.doctor.required_packages import REQUIRED
-from tests.support import ROOT
+from tests.support import ROOT, run_main
 
 GROUPS = {"bench": KINDS, "mindie": ACTIONS}
 COMMANDS = [[verb] for verb in VERBS if verb not in GROUPS]
@@ -47,11 +47,8 @@ MODULES = [
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """The exit status and stderr of `python -m atb_pllava`."""
-    try:
-        status = main([*arguments])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    return status, capsys.readouterr().err
+    status, _, err = run_main(capsys, main, *arguments)
+    return status, err
 
 
 def parser_of(verb: list[str], monkeypatch: pytest.MonkeyPatch) -> Parser:

@@ -23,20 +23,19 @@ from atb_pllava.cli.loading import load_model
 from atb_pllava.cli.parser import Parser
 from atb_pllava.cli.predict import add_options, given_media
 from atb_pllava.cli.resuming import planned_settings
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, load_llm, model_words, raw_config, run_main, write_checkpoint
 
 PROMPT = "what?"
 
 
 def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = main(["predict", *map(str, arguments)])
-    captured = capsys.readouterr()
-    assert captured.out == "" and "Traceback" not in captured.err
-    return status, captured.err
+    status, out, err = run_main(capsys, main, "predict", *arguments)
+    assert out == ""
+    return status, err
 
 
 def changed(command: Sequence[object], *more: object) -> list[object]:
-    """A command with other options; one that it has already gets the other value, as it may be given once only."""
+    """A command with more options. An option that the command has already gets the new value."""
     words = list(command)
     for place, word in enumerate(more):
         if str(word).startswith("--") and word in words:
@@ -48,18 +47,7 @@ def changed(command: Sequence[object], *more: object) -> list[object]:
 
 @pytest.fixture
 def options(checkpoint: Path) -> tuple[object, ...]:
-    return (
-        "--model_path",
-        checkpoint,
-        "--dtype",
-        "float32",
-        "--backend",
-        "cpu",
-        "--prompt",
-        PROMPT,
-        "--max_output_length",
-        4,
-    )
+    return *model_words(checkpoint), "--prompt", PROMPT, "--max_output_length", 4
 
 
 @pytest.fixture
@@ -78,7 +66,8 @@ def asked(err: str) -> str:
 
 
 def test_the_texts_are_those_of_chat_sorted_and_merged(capsys, options, checkpoint, media: Path, tmp_path) -> None:
-    target, other = tmp_path / "predict_result.json", tmp_path / "zebra"
+    target = tmp_path / "predict_result.json"
+    other = tmp_path / "zebra"
     other.mkdir()
     shutil.copy(media / "clip2.mp4", other / "zebra.mp4")
     assert predict(capsys, *options, "--media", other, "--output_json", target)[0] == 0
@@ -115,9 +104,11 @@ def test_a_bad_file_is_told_and_tried_again(capsys, options, media: Path, clips:
 
 
 def test_a_finished_run_stays_known(capsys, options, media: Path, clips: Path, tmp_path: Path) -> None:
-    target, log = tmp_path / "out.json", tmp_path / "out.json.answers.jsonl"
+    target = tmp_path / "out.json"
+    log = tmp_path / "out.json.answers.jsonl"
     assert predict(capsys, *options, "--media", clips, "--output_json", target)[0] == 0
-    first, rows = target.read_bytes(), log.read_bytes()
+    first = target.read_bytes()
+    rows = log.read_bytes()
     status, err = predict(capsys, *options, "--media", clips, "--output_json", target)
     assert status == 0 and asked(err) == "predictions 2/2 were there already"
     assert target.read_bytes() == first and log.read_bytes() == rows
@@ -255,7 +246,7 @@ def test_a_file_of_another_folder_has_its_own_answer(capsys, checkpoint: Path, t
         "--output_json",
         target,
     ]
-    llm = LLM(checkpoint, dtype="float32", backend="cpu")
+    llm = load_llm(checkpoint)
     black, white = (llm.chat(folder / "001.bmp", PROMPT, SamplingParams(max_tokens=8)).text for folder in (x, y))
     assert black != white
     assert predict(capsys, *common, "--media", x)[0] == 0
@@ -404,7 +395,8 @@ def test_results_of_unknown_origin_are_refused(capsys, options, clips: Path, tmp
 
 
 def test_results_of_an_older_version(capsys, options, clips: Path, tmp_path: Path) -> None:
-    target, manifest_path = tmp_path / "out.json", tmp_path / "out.json.manifest.json"
+    target = tmp_path / "out.json"
+    manifest_path = tmp_path / "out.json.manifest.json"
     command = [*options, "--media", clips, "--output_json", target]
     assert predict(capsys, *command)[0] == 0
     texts = json.loads(target.read_text())
@@ -463,7 +455,7 @@ def test_two_runs_at_once_are_refused_before_the_model_is_loaded(capsys, options
 
 
 def end_early(command: list[str], log: Path, rows: int, end: signal.Signals) -> tuple[str, int]:
-    """Run `predict` and end it when the log has so many rows; its stderr, and how many rows there are then."""
+    """Run `predict` and end it when the log has so many rows. Returns stderr and the number of rows."""
     run = subprocess.Popen(
         [sys.executable, "tests/slowly.py", "0.01", "atb_pllava", "predict", *command], cwd=ROOT, stderr=subprocess.PIPE
     )
@@ -516,7 +508,8 @@ def test_a_run_that_ended_early_goes_on(capsys, slow_options: list[str], tmp_pat
 def test_overwriting_keeps_the_old_until_the_new_is_there(
     capsys, slow_options: list[str], tmp_path: Path, end: signal.Signals
 ) -> None:
-    target, log = tmp_path / "out.json", tmp_path / "out.json.answers.jsonl"
+    target = tmp_path / "out.json"
+    log = tmp_path / "out.json.answers.jsonl"
     assert predict(capsys, *slow_options)[0] == 0
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out.json*")}
     new = [*slow_options, "--prompt", "how many?"]

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from atb_pllava import LLM, RequestError, SamplingParams
 from atb_pllava.batch.row_file import RowFile, read_rows, write_rows
@@ -29,25 +30,23 @@ from atb_pllava.engine.activity import Activity
 from atb_pllava.engine.core import Engine, StepStats
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
 from atb_pllava.prompt.chat_template import CONVERSATIONS
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, load_llm, model_words, raw_config, run_main, write_checkpoint
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture
 def options(checkpoint: Path) -> list[str]:
-    return ["--model_path", str(checkpoint), "--dtype", "float32", "--backend", "cpu", "--ignore_eos"]
+    return [*model_words(checkpoint), "--ignore_eos"]
 
 
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> LLM:
-    return LLM(checkpoint, dtype="float32", backend="cpu", vision_batch=2)
+    return load_llm(checkpoint, vision_batch=2)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main(["run", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_main(capsys, main, "run", *arguments)
 
 
 # Progress
@@ -66,13 +65,14 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
-    encode = Engine._encode_frames
+    runner = llm.engine.executor.runner
+    encode = runner.encode_frames
 
-    def slow_encoder(engine: Engine, *work: object) -> None:
+    def slow_encoder(video: int, pixels: Tensor) -> None:
         time.sleep(0.2)
-        encode(engine, *work)
+        encode(video, pixels)
 
-    monkeypatch.setattr(Engine, "_encode_frames", slow_encoder)
+    monkeypatch.setattr(runner, "encode_frames", slow_encoder)
     slow_steps(monkeypatch, 0.1)
     requests = [
         {"question": "what?", "video": media / f"{name}.mp4", "id": f"[{name}]"} for name in ("clip2", "clip10")
@@ -115,12 +115,18 @@ def test_nothing_is_said_while_the_caller_has_the_answer(llm: LLM, monkeypatch, 
         (Activity("a.mp4", "encoding frames 9 to 16 of 16", 0.0, 90.0), 0, "about 70 s left"),
         (Activity("a.mp4", "encoding frames 9 to 16 of 16", 0.0, 15.0), 0, "for 20 s so far"),
         (Activity("a.mp4", "encoding frames 1 to 8 of 16", 0.0), 0, "for 20 s so far"),
-        (Activity("a.mp4", "token 3 of at most 200", 19.0, 400.0, "at most", 1), 0.25,
-         "at most 7 min left; 1 answer being written, 0.25 tokens/s"),
-        (Activity("a.mp4", "token 3 of at most 200", 19.0, None, "at most", 3), 12.34,
-         "; 3 answers being written, 12.3 tokens/s"),
+        (
+            Activity("a.mp4", "token 3 of at most 200", 19.0, 400.0, "at most", 1),
+            0.25,
+            "at most 7 min left; 1 answer being written, 0.25 tokens/s",
+        ),
+        (
+            Activity("a.mp4", "token 3 of at most 200", 19.0, None, "at most", 3),
+            12.34,
+            "; 3 answers being written, 12.3 tokens/s",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_line(activity: Activity, rate: float, line: str) -> None:
     separator = "" if line.startswith(";") else ", "
     assert activity.line(20.0, rate) == f"a.mp4: {activity.doing}{separator}{line}"
@@ -142,7 +148,7 @@ def test_a_piece_of_work_is_repeated_less_often(monkeypatch, caplog) -> None:
 
 
 def on_terminal(*command: object) -> tuple[int, list[tuple[float, str]]]:
-    """Run a command whose stdout and stderr are one terminal; its status, and (seconds, text) of what came."""
+    """Run a command whose stdout and stderr are one terminal. Returns its status and its output as (seconds, text)."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [*map(str, command)],
@@ -153,7 +159,8 @@ def on_terminal(*command: object) -> tuple[int, list[tuple[float, str]]]:
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )
     os.close(follower)
-    began, came = time.monotonic(), []
+    began = time.monotonic()
+    came = []
     try:
         while select.select([leader], [], [], 120)[0]:
             try:
@@ -483,7 +490,7 @@ def test_fields_of_sampling_params_are_keywords(llm: LLM, checkpoint: Path) -> N
     ]
     assert [out.token_ids for out in outs[:3]] == [wanted.token_ids] * 3 and outs[3].params.seed == 3
     assert "".join(llm.stream(None, "what?", **options)) == wanted.text
-    short = LLM(checkpoint, dtype="float32", backend="cpu", max_output_length=5)
+    short = load_llm(checkpoint, max_output_length=5)
     assert len(short.chat(None, "what?", ignore_eos=True).token_ids) == 5
     for ask in (llm.chat, llm.stream):
         with pytest.raises(RequestError, match="params is given and max_tokens too"):
@@ -599,7 +606,7 @@ def test_training_needs_transformers_for_more_than_help(tmp_path: Path) -> None:
 
 
 def test_the_examples_of_help_are_commands(capsys, monkeypatch) -> None:
-    """Each is parsed as it is printed; what they would load is not there."""
+    """Each command is parsed as it is printed. Its files do not exist."""
     import shlex
 
     from atb_pllava.cli.verbs import parse

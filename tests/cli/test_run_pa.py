@@ -2,28 +2,20 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from atb_pllava.cli.run_pa import DEMO_PROMPTS, command, main
-from tests.support import ROOT
+from tests.support import ROOT, run_script
 
 TINY = f"--model_path={ROOT}/examples/tiny_pllava"
 VIDEOS = f"--media={ROOT}/examples/videos"
 
 
 def script(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", str(ROOT / "run_pa.sh"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "ATB_PLLAVA_PYTHON": sys.executable, **environment},
-        stdin=subprocess.DEVNULL,
-    )
+    return run_script("run_pa.sh", *arguments, **environment)
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -37,7 +29,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """The arguments of `python -m atb_pllava`, asked for elsewhere than in the clone; without the world size."""
+    """The arguments of `python -m atb_pllava` without --world_size. The current directory is not the clone."""
     monkeypatch.chdir(tmp_path)
 
     def ask(*arguments: object) -> list[str]:
@@ -215,7 +207,8 @@ def test_an_npu_and_a_plugin_that_fits_choose_mindie(monkeypatch, capsys) -> Non
 
 
 def test_media_alone_are_asked_about_with_the_tiny_model(words, media: Path, checkpoint: Path, tmp_path: Path) -> None:
-    clip, image = media / "clip2.mp4", media / "red.png"
+    clip = media / "clip2.mp4"
+    image = media / "red.png"
     assert words("--run", clip) == ["run", TINY, f"--media={clip}"]
     assert words("--precision", "gone.MOV") == ["predict", TINY, "--media=gone.MOV"]
     assert words("--run", "https://x.org/a") == ["run", TINY, "--media=https://x.org/a"]

@@ -9,15 +9,11 @@ from safetensors.torch import load_file, save_file
 from atb_pllava.convert import awq, converter
 from atb_pllava.convert.awq import AwqScales, embed_prompts, find_awq_scales, forward_layer
 from atb_pllava.convert.options import ConvertOptions, QuantScheme
-from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, VideoError
-from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import read_config
-from atb_pllava.loader.model_loader import fill_model, plan_model
-from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
-from tests.support import convert_checkpoint, raw_config, write_checkpoint, write_video
+from tests.support import convert_checkpoint, load_llm, load_model, raw_config, write_checkpoint, write_video
 
 
 @pytest.fixture(params=[4, 2], ids=["MHA", "GQA"])
@@ -37,10 +33,6 @@ def clips(media: Path) -> list[str]:
     return [str(media / "clip2.mp4"), str(media / "clip10.mp4")]
 
 
-def load(directory: Path) -> Pllava:
-    return fill_model(*plan_model(ModelOptions(str(directory), dtype="float32", backend="cpu"), TensorParallel()))
-
-
 def outputs(model: Pllava, directory: Path, clips: list[str]) -> torch.Tensor:
     """Hidden states behind the last layer, for all tokens of all clips."""
     hidden = list(embed_prompts(model, str(directory), clips))
@@ -52,7 +44,7 @@ def outputs(model: Pllava, directory: Path, clips: list[str]) -> torch.Tensor:
 
 def find(source: Path, clips: list[str]) -> AwqScales:
     config = read_config(source)
-    model = load(source)
+    model = load_model(source)
     shapes = {name: part.shape for name, part in model.weight_map().items()}
     plan = open_checkpoint(source).check(shapes, unused=unused_vision_layers(config))
     return find_awq_scales(plan, config, str(source), clips, QuantScheme())
@@ -68,7 +60,7 @@ def test_any_scales_leave_the_float_model_as_it_is(
 
     monkeypatch.setattr(awq, "_best_scales", random_scales)
     awq_scales = find(source, clips)
-    model = load(source)
+    model = load_model(source)
     before = outputs(model, source, clips)
     for name, part in model.weight_map().items():
         values = awq_scales.apply(name, part.tensor, range(len(part.tensor)))
@@ -84,10 +76,12 @@ def test_rounding_hurts_less(source: Path, clips: list[str], tmp_path: Path) -> 
     convert_checkpoint(source, tmp_path / "plain", options)
     convert_checkpoint(source, tmp_path / "tuned", options, calibration=clips)
     unseen = [str(write_video(tmp_path / "unseen.mp4", seed=5))]
-    exact = outputs(load(source), source, unseen)
-    plain, tuned = ((outputs(load(tmp_path / n), source, unseen) - exact).square().mean() for n in ("plain", "tuned"))
+    exact = outputs(load_model(source), source, unseen)
+    plain, tuned = (
+        (outputs(load_model(tmp_path / n), source, unseen) - exact).square().mean() for n in ("plain", "tuned")
+    )
     assert tuned < 0.9 * plain
-    answer = LLM(tmp_path / "tuned", dtype="float32", backend="cpu").chat(clips[0], "what?")
+    answer = load_llm(tmp_path / "tuned").chat(clips[0], "what?")
     assert answer.token_ids
 
 

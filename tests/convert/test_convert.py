@@ -22,16 +22,24 @@ from atb_pllava.convert import converter, safetensors_writer
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import ConfigError, PllavaError, WeightError
-from atb_pllava.llm import LLM
 from atb_pllava.loader.checkpoint_config import config_from_json, read_config, read_preprocessor_config
-from atb_pllava.loader.model_loader import fill_model, plan_model
+from atb_pllava.loader.model_loader import plan_model
 from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.problems import CheckpointError
 from atb_pllava.loader.weight_loader import open_checkpoint, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.reference import TorchBackend
-from tests.support import ROOT, convert_checkpoint, load_all, raw_config, tokenizer_definition, write_checkpoint
+from tests.support import (
+    ROOT,
+    convert_checkpoint,
+    load_all,
+    load_llm,
+    load_model,
+    raw_config,
+    tokenizer_definition,
+    write_checkpoint,
+)
 
 RAW = raw_config(num_attention_heads=16, num_key_value_heads=8, intermediate_size=192, hidden_size=128)
 LAYER = "language_model.model.layers.0."
@@ -48,7 +56,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantised(source: Path) -> Path:
-    """A W8A16 directory; tests that change it work on a copy."""
+    """A W8A16 directory. Tests that change the directory work on a copy."""
     convert_checkpoint(source, source.parent / "w8a16", W8A16)
     return source.parent / "w8a16"
 
@@ -77,13 +85,9 @@ def dequantised(content: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def load(directory: Path) -> Pllava:
-    return fill_model(*plan_model(ModelOptions(str(directory), dtype="float32", backend="cpu"), TensorParallel()))
-
-
 def load_error(directory: Path) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        load(directory)
+        load_model(directory)
     return caught.value
 
 
@@ -113,8 +117,7 @@ def test_answers_are_those_of_the_dequantised_model(source: Path, tmp_path: Path
     save_file(dequantised(tensors(tmp_path / "out")), twin / "model.safetensors")
     frames = torch.arange(4 * 60 * 80 * 3).remainder(251).to(torch.uint8).reshape(4, 60, 80, 3).numpy()
     answers = [
-        LLM(path, dtype="float32", backend="cpu").generate({"question": "what?", "frames": frames}).pop()
-        for path in (tmp_path / "out", twin)
+        load_llm(path).generate({"question": "what?", "frames": frames}).pop() for path in (tmp_path / "out", twin)
     ]
     assert answers[0].token_ids == answers[1].token_ids and len(answers[0].token_ids) > 1
 
@@ -146,7 +149,7 @@ def test_the_directory_is_complete(source: Path, quantised: Path) -> None:
     assert config["model_type"] == "pllava" and config["quantize"] == "w8a16"
     for key, value in {**RAW["text_config"], "rope_theta": 10000.0, "eos_token_id": 2}.items():
         assert config[key] == value
-    # MindIE runs no float32; everything else is the source's.
+    # MindIE runs no float32. Everything else is the source's.
     assert read_config(quantised) == replace(read_config(source), dtype="float16")
 
 
@@ -204,7 +207,7 @@ def test_the_layers_of_clip_behind_the_features_stay(source: Path, tmp_path: Pat
     convert_checkpoint(full, tmp_path / "out", W8A16)
     names = tensors(tmp_path / "out").keys()
     assert set(list(extra)[:2]) <= names and "image_newline" not in names
-    load(tmp_path / "out")
+    load_model(tmp_path / "out")
 
 
 def test_shards_stay_below_their_limit(
@@ -266,7 +269,7 @@ def test_every_rank_reads_its_slice_of_the_whole(
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None], flat: bool = False) -> Path:
-    """Change the tensors and the description of a quantised directory; one file as msModelSlim writes it."""
+    """Change the tensors and the description of a quantised directory. Writes one file, as msModelSlim does."""
     content = tensors(directory)
     description = json.loads((directory / "quant_model_description.json").read_text())
     change(content, description)
@@ -279,8 +282,8 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]
 
 
 def same_model(directory: Path, other: Path) -> bool:
-    one = load(directory).weight_map()
-    two = load(other).weight_map()
+    one = load_model(directory).weight_map()
+    two = load_model(other).weight_map()
     return one.keys() == two.keys() and all(torch.equal(one[name].tensor, two[name].tensor) for name in one)
 
 
@@ -334,7 +337,9 @@ def test_float_layers_among_int8_ones(quantised: Path, source: Path, tmp_path: P
     directory = rewrite(copy(quantised, tmp_path / "mixed"), mixed)
     expected = torch.cat([dequantised(tensors(directory))[f"{LAYER}self_attn.{x}_proj.weight"] for x in "qkv"])
     x = torch.randn(3, 128)
-    torch.testing.assert_close(load(directory).language.layers[0].qkv_proj(x), x @ expected.T, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        load_model(directory).language.layers[0].qkv_proj(x), x @ expected.T, atol=1e-3, rtol=1e-4
+    )
 
 
 def change_one(name: str, edit: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
@@ -529,7 +534,7 @@ def test_killed_half_way_and_started_again(source: Path, quantised: Path, tmp_pa
     assert not (tmp_path / "out").exists()
     half = tmp_path / "out.partial"
     with pytest.raises(PllavaError):
-        load(half)
+        load_model(half)
     finished = {file.name: file.stat().st_mtime_ns for file in half.glob("*.safetensors")}
     assert finished
     damaged = sorted(finished)[0]

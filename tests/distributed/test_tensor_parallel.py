@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,9 +25,17 @@ from atb_pllava.executor import worker
 from atb_pllava.loader import weight_loader
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
-from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
+from tests.support import (
+    ROOT,
+    assert_same_outputs,
+    convert_checkpoint,
+    load_llm,
+    random_frames,
+    raw_config,
+    write_checkpoint,
+)
 
-FRAMES = np.random.default_rng(3).integers(0, 255, (4, 60, 80, 3), dtype=np.uint8)
+FRAMES = random_frames(4, 60, 80, 3, seed=3)
 REQUESTS = [
     {"prompt": "USER:<image> what is it? ASSISTANT:", "frames": FRAMES},
     {"prompt": "USER: hello ASSISTANT:"},
@@ -64,24 +71,17 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return write_checkpoint(tmp_path_factory.mktemp(request.param), raw)
 
 
-def load(path: Path, **options) -> LLM:
-    return LLM(path, dtype="float32", backend="cpu", **options)
-
-
 @pytest.mark.parametrize("size", [2, 3, 4, 5, 8])
 def test_every_size_gives_the_answers_of_size_1(model: Path, size: int) -> None:
-    alone = load(model).generate(REQUESTS, GREEDY)
-    with load(model, world_size=size, prefill_chunk=16, max_batch_size=2, block_size=4) as llm:
+    alone = load_llm(model).generate(REQUESTS, GREEDY)
+    with load_llm(model, world_size=size, prefill_chunk=16, max_batch_size=2, block_size=4) as llm:
         together = llm.generate(REQUESTS, GREEDY)
         tokens = llm.encode_video(FRAMES)
         again = llm.generate(REQUESTS, GREEDY)
     assert all(out.num_cached_tokens > 0 for out in again)
     assert [out.token_ids for out in again] == [out.token_ids for out in together]
-    for ours, theirs in zip(together, alone, strict=True):
-        assert ours.token_ids == theirs.token_ids and ours.text == theirs.text
-        for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
-    torch.testing.assert_close(tokens, load(model).encode_video(FRAMES), atol=1e-4, rtol=1e-4)
+    assert_same_outputs(together, alone)
+    torch.testing.assert_close(tokens, load_llm(model).encode_video(FRAMES), atol=1e-4, rtol=1e-4)
     assert not workers()
 
 
@@ -102,13 +102,10 @@ def test_int8_weights_split_alike(tmp_path: Path, size: int, heads: int, options
     convert_checkpoint(
         write_checkpoint(tmp_path / "float", raw), tmp_path / "w8a16", ConvertOptions("pllava_w8a16", **options)
     )
-    alone = load(tmp_path / "w8a16").generate(REQUESTS, GREEDY)
-    with load(tmp_path / "w8a16", world_size=size) as llm:
+    alone = load_llm(tmp_path / "w8a16").generate(REQUESTS, GREEDY)
+    with load_llm(tmp_path / "w8a16", world_size=size) as llm:
         together = llm.generate(REQUESTS, GREEDY)
-    for ours, theirs in zip(together, alone, strict=True):
-        assert ours.token_ids == theirs.token_ids
-        for a, b in zip(ours.logprobs, theirs.logprobs, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4, rtol=0)
+    assert_same_outputs(together, alone)
 
 
 def test_shares_cover_everything_once() -> None:
@@ -176,7 +173,7 @@ def test_a_rank_says_what_memory_it_could_not_have(checkpoint: Path, monkeypatch
 
 
 def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
-    llm = load(model, world_size=3)
+    llm = load_llm(model, world_size=3)
     stream = llm.stream(FRAMES, "what?", SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
     victim = workers()[2]
@@ -190,7 +187,7 @@ def test_a_killed_rank_stops_all_within_seconds(model: Path) -> None:
     with pytest.raises(BackendError, match="rank 2 ended"):
         llm.chat(None, "still there?")
     llm.close()
-    with load(model, world_size=2) as again:
+    with load_llm(model, world_size=2) as again:
         assert again.chat(None, "hello", SamplingParams(max_tokens=1)).token_ids
 
 
@@ -205,7 +202,7 @@ def test_a_rank_that_hangs_at_the_start_is_given_up(model: Path, monkeypatch: py
     monkeypatch.setattr(subprocess, "Popen", sleep_instead)
     began = time.monotonic()
     with pytest.raises(BackendError, match="rank 1 has not moved for 2 s"):
-        load(model, world_size=2)
+        load_llm(model, world_size=2)
     assert time.monotonic() - began < 20
 
 
@@ -213,10 +210,10 @@ def test_a_rank_that_fails_to_load_is_quoted(model: Path, monkeypatch: pytest.Mo
     plain = ModelOptions.to_json
     monkeypatch.setattr(ModelOptions, "to_json", lambda o: plain(o).replace(o.model_path, "/nowhere"))
     with pytest.raises(BackendError, match="rank 1 failed: '/nowhere' is not a readable directory"):
-        load(model, world_size=2)
+        load_llm(model, world_size=2)
     monkeypatch.setattr(ModelOptions, "to_json", lambda o: plain(o).replace('"num_frames": null', '"num_frames": 2'))
     with pytest.raises(BackendError, match="rank 1 has other weights or options than rank 0"):
-        load(model, world_size=2)
+        load_llm(model, world_size=2)
     assert not workers()
 
 
@@ -224,12 +221,12 @@ def test_ranks_have_the_same_working_directory(model: Path, monkeypatch: pytest.
     """A relative path means the same on every rank, and a package in the working directory is not imported."""
     (model.parent / "atb_pllava").mkdir(exist_ok=True)
     monkeypatch.chdir(model.parent)
-    with load(Path(model.name), world_size=2) as llm:
+    with load_llm(Path(model.name), world_size=2) as llm:
         assert llm.chat(None, "hello", SamplingParams(max_tokens=1)).token_ids
 
 
 def test_an_interrupt_of_all_processes_is_for_rank_0(model: Path) -> None:
-    """Ctrl-C reaches every process of the group; a worker must not end with a traceback of its own."""
+    """Ctrl-C reaches every process of the group. A worker must not end with a traceback of its own."""
     run = subprocess.Popen(
         command("--model_path", model, "--world_size", 2, "--prompt", "a", "--max_output_length", 900, "--ignore_eos"),
         cwd=ROOT,
@@ -253,7 +250,7 @@ def test_bad_checkpoints_are_refused_before_ranks_start(model: Path, tmp_path: P
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(WeightError):
-        load(tmp_path, world_size=2)
+        load_llm(tmp_path, world_size=2)
 
 
 def command(*arguments: object) -> list[str]:

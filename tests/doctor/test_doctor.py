@@ -36,15 +36,13 @@ from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import choose_dtype
 from tests.host_sources import write_host
-from tests.support import ROOT, TINY, raw_config, write_checkpoint
+from tests.support import ROOT, TINY, raw_config, run_main, write_checkpoint
 
 laptop = pytest.mark.skipif(bool(device_files()), reason="this machine has NPUs")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_main(capsys, main, *arguments)
 
 
 @laptop
@@ -320,7 +318,7 @@ def shape(size: str, int8: bool = False) -> machine.Model:
 
 
 def memory(free: float, model: machine.Model, world_size: int = 1, **more: object) -> Check:
-    """The line about memory with `free` of 64 GB free; GB are 10^9 bytes."""
+    """The line about memory with `free` of 64 GB free. A GB is 10^9 bytes."""
     room = replace(Room("memory", int(free * 1e9), 64 * 10**9, "cpu"), **more)  # type: ignore[arg-type]
     return next(machine.memory_checks(room, model, world_size))
 

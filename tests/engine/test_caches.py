@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
 from atb_pllava.config import PreprocessorConfig
@@ -20,15 +19,15 @@ from atb_pllava.engine.request import Request
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.media_key import media_key
 from atb_pllava.multimodal.processor import ProcessedVideo, VideoProcessor
-from tests.support import generate_together
+from tests.support import assert_same_output, generate_together, load_llm, random_frames
 
-FRAMES = torch.randint(0, 256, (6, 4, 70, 90, 3), generator=torch.Generator().manual_seed(9), dtype=torch.uint8).numpy()
+FRAMES = random_frames(6, 4, 70, 90, 3, seed=9)
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=3)
 BLOCK = 4  # a video of the random checkpoint is 8 tokens
 
 
 def load(checkpoint, **options) -> LLM:
-    return LLM(checkpoint, dtype="float32", backend="cpu", block_size=BLOCK, **options)
+    return load_llm(checkpoint, block_size=BLOCK, **options)
 
 
 def ask(video: int | tuple[int, ...], text: str = "what is it?") -> dict:
@@ -72,12 +71,6 @@ def cold(checkpoint):
     return answer
 
 
-def assert_same(out, expected) -> None:
-    assert (out.token_ids, out.text) == (expected.token_ids, expected.text)
-    for ours, theirs in zip(out.logprobs, expected.logprobs, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
-
-
 def test_the_second_question_computes_its_own_words_only(checkpoint, cold) -> None:
     llm = load(checkpoint)
     work = count_work(llm)
@@ -89,8 +82,8 @@ def test_the_second_question_computes_its_own_words_only(checkpoint, cold) -> No
     assert work["frames"] == 0 and second.metrics.vision_encode == 0
     assert (begin + 8) // BLOCK * BLOCK <= second.num_cached_tokens < second.metrics.prompt_tokens
     assert work["tokens"] == second.metrics.prompt_tokens - second.num_cached_tokens + PARAMS.max_tokens - 1
-    assert_same(first, cold(ask(0)))
-    assert_same(second, cold(ask(0, "why is it so?")))
+    assert_same_output(first, cold(ask(0)))
+    assert_same_output(second, cold(ask(0, "why is it so?")))
 
 
 def test_the_same_question_again_is_computed_from_its_last_token(checkpoint, cold) -> None:
@@ -99,7 +92,7 @@ def test_the_same_question_again_is_computed_from_its_last_token(checkpoint, col
     length = outs[0].metrics.prompt_tokens
     assert [out.num_cached_tokens for out in outs] == [0, *[(length - 1) // BLOCK * BLOCK] * 2]
     for out in outs:
-        assert_same(out, cold(ask(0)))
+        assert_same_output(out, cold(ask(0)))
 
 
 def test_an_answer_is_part_of_the_next_turns_beginning(checkpoint) -> None:
@@ -122,14 +115,14 @@ def test_another_video_under_the_same_words_is_another_prompt(
     outs = [llm.generate(ask(video), PARAMS)[0] for video in (0, 1, 2, 1, 0)]
     assert outs[1].num_cached_tokens <= len(llm.tokenizer.encode("USER: "))
     for out, video in zip(outs, (0, 1, 2, 1, 0), strict=True):
-        assert_same(out, cold(ask(video)))
+        assert_same_output(out, cold(ask(video)))
     assert len({tuple(out.token_ids) for out in outs[:3]}) > 1, "the videos make a difference at all"
 
 
 def test_the_order_and_place_of_videos_count(checkpoint, cold) -> None:
     llm = load(checkpoint)
     for videos in [(0, 1), (1, 0), (0,), (0, 0), (1, 1), (0, 1)]:
-        assert_same(llm.generate(ask(videos), PARAMS)[0], cold(ask(videos)))
+        assert_same_output(llm.generate(ask(videos), PARAMS)[0], cold(ask(videos)))
     assert llm.generate(ask((0, 1)), PARAMS)[0].num_cached_tokens > 16
 
 
@@ -150,7 +143,7 @@ def test_first_questions_at_the_same_time_encode_and_prefill_once(checkpoint, co
     outs = llm.generate([ask(0, question) for question in questions], PARAMS)
     assert work["frames"] == 4
     for out, question in zip(outs, questions, strict=True):
-        assert_same(out, cold(ask(0, question)))
+        assert_same_output(out, cold(ask(0, question)))
     assert [out.num_cached_tokens > 8 for out in outs] == [False, True, True, True]
     separate = load(checkpoint, max_batch_size=4, prefix_cache=False)
     more = count_work(separate)
@@ -170,7 +163,7 @@ def test_a_waiting_twin_lets_others_pass(checkpoint, cold) -> None:
     while engine.has_work:
         engine.step()
     for request, expected in zip(requests, (ask(0), ask(0, "why?"), other), strict=True):
-        assert_same(request.output(), cold(expected))
+        assert_same_output(request.output(), cold(expected))
 
 
 def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> None:
@@ -187,7 +180,7 @@ def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> 
     engine.abort(dropped)
     while engine.has_work:
         engine.step()
-    assert_same(kept.output(), cold(ask(0, "why?")))
+    assert_same_output(kept.output(), cold(ask(0, "why?")))
 
 
 def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
@@ -198,7 +191,7 @@ def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
     llm = load(checkpoint, max_batch_size=4, kv_cache_bytes=48 * per_block, video_cache_bytes=2 * 8 * 64 * 4)
     outs = generate_together(llm, requests, PARAMS)
     for out, request in zip(outs, requests, strict=True):
-        assert_same(out, cold(request))
+        assert_same_output(out, cold(request))
     assert sum(out.num_cached_tokens for out in outs) > 0
     assert sum(out.metrics.preemptions for out in outs) > 0
     assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
@@ -229,7 +222,7 @@ def test_a_prompt_behind_its_video_needs_no_tokens_of_it(checkpoint, cold) -> No
     work = count_work(llm)
     out = llm.generate(prompt, PARAMS)[0]
     assert work["frames"] == 0
-    assert_same(out, cold(prompt))
+    assert_same_output(out, cold(prompt))
 
 
 def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
@@ -242,7 +235,7 @@ def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
     norm[5] = good
     out = llm.generate(ask(0), PARAMS)[0]
     assert out.num_cached_tokens == 0
-    assert_same(out, cold(ask(0)))
+    assert_same_output(out, cold(ask(0)))
 
 
 def test_block_hashes_cover_everything_before(checkpoint) -> None:
@@ -266,7 +259,7 @@ def test_block_hashes_cover_everything_before(checkpoint) -> None:
 
 
 def test_block_manager_against_a_model_of_it() -> None:
-    """Random use: every block is referenced, cached or empty; a block with references is never allocated again."""
+    """In random use, every block is referenced, cached or empty. A block with references is never allocated again."""
     generator = random.Random(1)
     block_manager = BlockManager(16)
     held: list[list[int]] = []
@@ -327,11 +320,11 @@ def test_frames_of_a_file_are_read_once_until_it_changes(
 
     monkeypatch.setattr(VideoProcessor, "_read", counted_read)
     first = llm.chat(str(clip), "what is it?", PARAMS)
-    assert_same(llm.chat(clip, "what is it?", PARAMS), first)
+    assert_same_output(llm.chat(clip, "what is it?", PARAMS), first)
     assert len(reads) == 1
     data = clip.read_bytes()
     for _ in range(2):
-        assert_same(llm.chat(data, "what is it?", PARAMS), first)
+        assert_same_output(llm.chat(data, "what is it?", PARAMS), first)
     assert len(reads) == 2
     llm.generate({"prompt": "<image>", "video": clip, "frame_indices": [0, 1, 1, 2]}, PARAMS)
     assert len(reads) == 3

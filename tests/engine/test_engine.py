@@ -5,16 +5,15 @@ import time
 import pytest
 import torch
 
-from atb_pllava import LLM, BackendError, RequestError, SamplingParams
-from atb_pllava.engine import core
+from atb_pllava import BackendError, RequestError, SamplingParams
 from atb_pllava.engine.block_manager import BlockManager, plan_blocks
 from atb_pllava.engine.core import Engine
 from atb_pllava.engine.request import Request, RequestStatus
 from atb_pllava.engine.sampler import _penalise, sample
 from atb_pllava.errors import ConfigError
-from tests.support import generate_together
+from tests.support import assert_same_outputs, generate_together, load_llm, random_frames
 
-FRAMES = torch.randint(0, 256, (3, 4, 70, 90, 3), generator=torch.Generator().manual_seed(5), dtype=torch.uint8).numpy()
+FRAMES = random_frames(3, 4, 70, 90, 3, seed=5)
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=3)
 
 
@@ -28,59 +27,50 @@ def prompts(count: int) -> list[dict]:
     return requests
 
 
-def load(checkpoint, **options) -> LLM:
-    return LLM(checkpoint, dtype="float32", backend="cpu", **options)
-
-
 @pytest.fixture(scope="module")
 def alone(checkpoint) -> list:
-    llm = load(checkpoint, max_batch_size=1)
+    llm = load_llm(checkpoint, max_batch_size=1)
     return [llm.generate(request, PARAMS)[0] for request in prompts(9)]
 
 
-def assert_same(outputs: list, expected: list) -> None:
-    assert [out.token_ids for out in outputs] == [out.token_ids for out in expected]
-    assert [out.text for out in outputs] == [out.text for out in expected]
-    for out, other in zip(outputs, expected, strict=True):
-        for ours, theirs in zip(out.logprobs, other.logprobs, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-4)
-
-
 def test_seconds_end_when_the_device_is_done(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = load(checkpoint, vision_batch=2)
+    llm = load_llm(checkpoint, vision_batch=2)
     clock = [0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(core, "finish", lambda device: clock.append(clock.pop() + 1))
+    ops = llm.engine.executor.runner.ops
+    monkeypatch.setattr(ops, "synchronize", lambda: clock.append(clock.pop() + 1))
     (out,) = llm.generate({"prompt": "<image>", "frames": FRAMES[0]}, SamplingParams(max_tokens=3, ignore_eos=True))
     assert (out.metrics.vision_encode, out.metrics.prefill, out.metrics.tpot) == (2, 1, 1)  # 4 frames, 2 at a time
 
 
 def test_batched_equals_alone(checkpoint, alone) -> None:
-    assert_same(load(checkpoint, max_batch_size=9).generate(prompts(9), PARAMS), alone)
+    assert_same_outputs(load_llm(checkpoint, max_batch_size=9).generate(prompts(9), PARAMS), alone)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 100])
 def test_block_size_does_not_matter(checkpoint, alone, block_size: int) -> None:
-    assert_same(load(checkpoint, max_batch_size=3, block_size=block_size).generate(prompts(9), PARAMS), alone)
+    assert_same_outputs(
+        load_llm(checkpoint, max_batch_size=3, block_size=block_size).generate(prompts(9), PARAMS), alone
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
 def test_chunked_prefill_equals_whole(checkpoint, alone, chunk: int) -> None:
-    llm = load(checkpoint, max_batch_size=4, prefill_chunk=chunk, block_size=16, vision_batch=1)
-    assert_same(llm.generate(prompts(9), PARAMS), alone)
+    llm = load_llm(checkpoint, max_batch_size=4, prefill_chunk=chunk, block_size=16, vision_batch=1)
+    assert_same_outputs(llm.generate(prompts(9), PARAMS), alone)
 
 
 def test_preemption_changes_nothing(checkpoint, alone) -> None:
     per_block = 2 * 2 * 2 * 16 * 4 * 16  # 2 layers, 2 KV heads of 16, float32, 16 tokens
-    llm = load(checkpoint, max_batch_size=9, block_size=16, kv_cache_bytes=24 * per_block)
+    llm = load_llm(checkpoint, max_batch_size=9, block_size=16, kv_cache_bytes=24 * per_block)
     outputs = generate_together(llm, prompts(9), PARAMS)
     assert sum(out.metrics.preemptions for out in outputs) > 0
-    assert_same(outputs, alone)
+    assert_same_outputs(outputs, alone)
     assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
 
 
 def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint) -> None:
-    llm = load(checkpoint, prefill_chunk=8)
+    llm = load_llm(checkpoint, prefill_chunk=8)
     engine = llm.engine
     first = llm.prepare(prompts(1)[0], PARAMS)
     engine.add(first)
@@ -98,7 +88,7 @@ def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint
 
 
 def test_abort_gives_everything_back(checkpoint, alone) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     engine = llm.engine
     dropped = [llm.prepare(request, PARAMS) for request in prompts(3)]
     kept = llm.prepare(prompts(4)[3], PARAMS)
@@ -116,7 +106,7 @@ def test_abort_gives_everything_back(checkpoint, alone) -> None:
 
 
 def test_stream_joins_to_the_answer_and_can_be_closed(checkpoint) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     pieces = list(llm.stream(FRAMES[0], "what is it?", params))
     assert "".join(pieces) == llm.chat(FRAMES[0], "what is it?", params).text
@@ -130,7 +120,7 @@ def test_stream_joins_to_the_answer_and_can_be_closed(checkpoint) -> None:
 
 
 def test_interleaved_streams_do_not_mix(checkpoint) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     questions = ["what is it?", "why?", "when is it?"]
     streams = [llm.stream(FRAMES[i], q, params) for i, q in enumerate(questions)]
@@ -138,34 +128,34 @@ def test_interleaved_streams_do_not_mix(checkpoint) -> None:
     for _ in range(60):
         for i, stream in enumerate(streams):
             texts[i] += next(stream, "")
-    assert texts == [load(checkpoint).chat(FRAMES[i], q, params).text for i, q in enumerate(questions)]
+    assert texts == [load_llm(checkpoint).chat(FRAMES[i], q, params).text for i, q in enumerate(questions)]
 
 
 def test_seeded_sampling_does_not_depend_on_the_batch(checkpoint) -> None:
     params = SamplingParams(max_tokens=16, temperature=1.5, top_p=0.9, top_k=50, seed=7, ignore_eos=True)
-    batched = load(checkpoint).generate(prompts(4), params)
-    single = load(checkpoint, max_batch_size=1)
+    batched = load_llm(checkpoint).generate(prompts(4), params)
+    single = load_llm(checkpoint, max_batch_size=1)
     assert [out.token_ids for out in batched] == [single.generate(r, params)[0].token_ids for r in prompts(4)]
     other = SamplingParams(max_tokens=16, temperature=1.5, seed=8, ignore_eos=True)
     assert single.generate(prompts(1), other)[0].token_ids != batched[0].token_ids
 
 
 def test_top_k_1_and_tiny_top_p_are_greedy(checkpoint, alone) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     for narrow in ({"top_k": 1}, {"top_p": 1e-9}):
         params = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, **narrow)
         assert [out.token_ids for out in llm.generate(prompts(3), params)] == [out.token_ids for out in alone[:3]]
 
 
 def test_any_temperature_above_zero_works(checkpoint, alone) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     cold = SamplingParams(max_tokens=24, temperature=1e-40, ignore_eos=True)
     assert llm.generate(prompts(1), cold)[0].token_ids == alone[0].token_ids
     assert llm.generate(prompts(1), SamplingParams(max_tokens=3, temperature=100.0, top_k=5, stop=None))[0].token_ids
 
 
 def test_a_stop_string_in_the_last_token_counts(checkpoint, alone) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     whole = SamplingParams(max_tokens=9, ignore_eos=True)
     text = llm.generate(prompts(1), whole)[0].text
     out = llm.generate(prompts(1), SamplingParams(max_tokens=9, ignore_eos=True, stop=(text[-1:],)))[0]
@@ -173,13 +163,13 @@ def test_a_stop_string_in_the_last_token_counts(checkpoint, alone) -> None:
 
 
 def test_waiting_time_is_never_negative(checkpoint) -> None:
-    llm = load(checkpoint, vision_batch=1, max_batch_size=4)
+    llm = load_llm(checkpoint, vision_batch=1, max_batch_size=4)
     assert all(out.metrics.queue >= -1e-3 for out in llm.generate(prompts(8), SamplingParams(max_tokens=2)))
 
 
 def test_repetition_penalty_equals_transformers(checkpoint, alone) -> None:
     logits_process = pytest.importorskip("transformers.generation.logits_process")
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     params = SamplingParams(max_tokens=12, repetition_penalty=1.7, ignore_eos=True, logprobs=-1)
     request = llm.prepare(prompts(2)[1], params)
     processor = logits_process.RepetitionPenaltyLogitsProcessor(1.7)
@@ -193,7 +183,7 @@ def test_repetition_penalty_equals_transformers(checkpoint, alone) -> None:
 
 
 def test_logprobs_rows(checkpoint) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     rows = llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True, logprobs=-1))
     best = llm.generate(prompts(2), SamplingParams(max_tokens=3, ignore_eos=True, logprobs=2))
     for full, top in zip(rows, best, strict=True):
@@ -206,7 +196,7 @@ def test_logprobs_rows(checkpoint) -> None:
 
 
 def test_end_of_sequence_and_length(checkpoint, alone) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     ids = alone[0].token_ids
     llm.request_parser.config = type(llm.config)(**{**vars(llm.config), "eos_token_ids": (ids[5],)})
     out = llm.generate(prompts(1), SamplingParams(max_tokens=24))[0]
@@ -216,7 +206,7 @@ def test_end_of_sequence_and_length(checkpoint, alone) -> None:
 
 
 def test_stop_strings_end_the_answer_and_never_leak(checkpoint, alone) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     text = alone[0].text
     stop = text[3:6]
     params = SamplingParams(max_tokens=24, ignore_eos=True, stop=(stop, "never there"))
@@ -226,28 +216,28 @@ def test_stop_strings_end_the_answer_and_never_leak(checkpoint, alone) -> None:
 
 
 def test_limits_name_the_numbers(checkpoint) -> None:
-    llm = load(checkpoint, max_input_length=20, max_output_length=10)
+    llm = load_llm(checkpoint, max_input_length=20, max_output_length=10)
     with pytest.raises(RequestError, match=r"prompt is 3\d tokens \(8 of them from video\), the limit is 20"):
         llm.generate({"prompt": "USER:<image> what is going on here?", "frames": FRAMES[0]}, PARAMS)
     with pytest.raises(RequestError, match="max_tokens is 11, the limit is 10"):
         llm.generate({"prompt": "why"}, SamplingParams(max_tokens=11))
-    small = load(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
+    small = load_llm(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
     with pytest.raises(RequestError, match="KV cache holds 64 tokens"):
         small.generate(prompts(1), SamplingParams(max_tokens=100))
     assert not small.engine.has_work
     with pytest.raises(ConfigError, match="one block of 128 tokens takes"):
-        load(checkpoint, kv_cache_bytes=1000)
+        load_llm(checkpoint, kv_cache_bytes=1000)
 
 
 def test_a_request_that_just_fits_is_served(checkpoint) -> None:
-    small = load(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
+    small = load_llm(checkpoint, block_size=16, kv_cache_bytes=2 * 2 * 2 * 16 * 4 * 16 * 4)
     length = len(small.tokenizer.encode("why"))
     out = small.generate({"prompt": "why"}, SamplingParams(max_tokens=64 - length + 1, ignore_eos=True))[0]
     assert len(out.token_ids) == 64 - length + 1
 
 
 def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
-    llm = load(checkpoint, max_batch_size=2)
+    llm = load_llm(checkpoint, max_batch_size=2)
     requests = [prompts(1)[0], {"prompt": "two <image><image>", "frames": FRAMES[0]}, {"prompt": ""}, prompts(4)[3]]
     answers = dict(llm.generate_iter(requests, PARAMS))
     assert answers[0].token_ids == alone[0].token_ids and answers[3].token_ids == alone[3].token_ids
@@ -258,7 +248,7 @@ def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
 
 
 def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
-    llm = load(checkpoint)
+    llm = load_llm(checkpoint)
     llm.engine.executor.runner.model.language.norm.data[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         llm.generate(prompts(1), PARAMS)
@@ -286,7 +276,7 @@ def test_bad_sampling_parameters(name: str, value: object) -> None:
 def test_status_follows_a_request(checkpoint) -> None:
     """Two requests whose answers do not fit into the KV cache together: the younger one is preempted."""
     per_block = 2 * 2 * 2 * 16 * 4 * 16  # 2 layers, 2 KV heads of 16, float32, 16 tokens
-    llm = load(checkpoint, block_size=16, kv_cache_bytes=4 * per_block, max_batch_size=2)
+    llm = load_llm(checkpoint, block_size=16, kv_cache_bytes=4 * per_block, max_batch_size=2)
     old, young, dropped, stopped = (
         llm.prepare({"prompt": text}, SamplingParams(max_tokens=tokens, ignore_eos=True))
         for text, tokens in [("why", 30), ("who", 30), ("he", 9), ("she", 9)]
@@ -324,7 +314,7 @@ def test_block_allocator_and_budget() -> None:
 
 
 def test_the_engine_is_idle_without_work(checkpoint) -> None:
-    engine = load(checkpoint).engine
+    engine = load_llm(checkpoint).engine
     engine.step()
     assert isinstance(engine, Engine) and not engine.has_work
     assert Request.__eq__ is object.__eq__  # requests are kept in sets and dictionaries by identity

@@ -1,4 +1,4 @@
-"""Bytes that a model takes, against the published tensors and a load; bytes that are free, in containers too."""
+"""The bytes of a model equal the published tensors and a real load. Free bytes are right in containers too."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from atb_pllava import LLM
 from atb_pllava.config import EngineConfig, PllavaConfig
 from atb_pllava.engine.memory_estimate import kv_cache_tokens, memory_need, published_bytes
 from atb_pllava.loader.checkpoint_config import config_from_json
@@ -17,7 +16,7 @@ from atb_pllava.ops import interface
 from atb_pllava.ops.host_memory import HostMemory, host_memory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
-from tests.support import SHARED_DATA, raw_config, write_checkpoint
+from tests.support import SHARED_DATA, load_llm, raw_config, write_checkpoint
 
 KEYS = SHARED_DATA / "published_keys.json"
 GB = 1e9
@@ -61,7 +60,7 @@ def test_names_of_published_models() -> None:
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_the_kv_cache_of_a_load_is_the_one_that_is_said(tmp_path: Path, kv_cache_dtype: str) -> None:
     directory = write_checkpoint(tmp_path / "m", raw_config())
-    with LLM(directory, dtype="float32", backend="cpu", kv_cache_dtype=kv_cache_dtype) as llm:
+    with load_llm(directory, kv_cache_dtype=kv_cache_dtype) as llm:
         cache = llm.engine.executor.runner.cache
         held = sum(part.nbytes for layer in cache for part in layer)
         weights = sum(parameter.nbytes for parameter in llm.model.parameters())
@@ -72,7 +71,7 @@ def test_the_kv_cache_of_a_load_is_the_one_that_is_said(tmp_path: Path, kv_cache
 
 
 def test_a_full_batch_by_hand() -> None:
-    # 8 requests of 4096 positions and a block of 128 each; 512 KiB a token for 7B.
+    # 8 requests of 4096 positions and a block of 128 each. A token of 7B takes 512 KiB.
     assert kv_cache_tokens(config("7b"), EngineConfig()) == 8 * (4096 + 128)
     need = memory_need(config("7b"), 2, QuantConfig())
     assert need.batch == 8 * 4224 * 2**19 and need.clip == (2304 + 512 + 128) * 2**19
@@ -94,7 +93,7 @@ def test_ranks_divide_weights_and_keys_and_share_a_machine() -> None:
 
 
 def machine(root: Path, total: int = 64, free: int = 48) -> Path:
-    """A root with /proc/meminfo; sizes in GiB."""
+    """A root with /proc/meminfo. Sizes are in GiB."""
     (root / "proc/self").mkdir(parents=True)
     lines = f"MemTotal: {total * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {free * 2**20} kB\nHugePages_Total: 0\n"
     (root / "proc/meminfo").write_text(lines)

@@ -31,7 +31,7 @@ from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.loader.problems import CheckpointError
 from atb_pllava.loader.weight_loader import LoadPlan
 from precision.parity import main as parity
-from tests.support import ROOT, TINY, convert_checkpoint, raw_config, write_checkpoint
+from tests.support import ROOT, TINY, convert_checkpoint, load_llm, raw_config, write_checkpoint
 
 CLIP = str(ROOT / "examples" / "videos" / "red_circle_moves_left.mp4")
 RIGHT = "A red circle moves to the left."
@@ -96,7 +96,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(*paths: Path, **options: Any) -> str:
-    with LLM(*paths, dtype="float32", backend="cpu", **options) as llm:
+    with load_llm(*paths, **options) as llm:
         return str(llm.chat(CLIP, "Describe the video.", SamplingParams(max_tokens=16)).text)
 
 
@@ -233,7 +233,7 @@ def plan_of(base: Path, adapter: Path, **options: Any) -> LoadPlan:
 
 
 REFUSED = [
-    ("use_dora", True, 'use_dora is true, only null, false or empty is supported'),
+    ("use_dora", True, "use_dora is true, only null, false or empty is supported"),
     ("alpha_pattern", {"q_proj": 8}, 'alpha_pattern is {"q_proj": 8}'),
     ("rank_pattern", {"q_proj": 8}, 'rank_pattern is {"q_proj": 8}'),
     ("fan_in_fan_out", True, "fan_in_fan_out is true"),
@@ -267,7 +267,7 @@ REFUSED = [
     ("r", "4", 'r is "4", only a whole number'),
     ("r", 8, "r is 8, and the LoRA tensors beside it have rank 4"),
     ("use_rslora", 1, "use_rslora is 1, only true or false"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("key", "value", "message"), REFUSED)
@@ -364,7 +364,7 @@ def test_a_file_without_lora_beside_it_means_nothing(
     merged = tmp_path / "merged"
     shutil.copytree(base, merged)
     (merged / "adapter_config.json").write_text(json.dumps(settings(4, 16, use_dora=True)))
-    with caplog.at_level("INFO", logger="atb_pllava"), LLM(merged, dtype="float32", backend="cpu") as llm:
+    with caplog.at_level("INFO", logger="atb_pllava"), load_llm(merged) as llm:
         assert llm.weights.lora_scale is None
     assert "adapter_config.json has no LoRA tensors beside it and is not used" in caplog.text
 

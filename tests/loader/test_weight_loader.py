@@ -25,11 +25,9 @@ from atb_pllava.loader.checkpoint import StoredTensor, WeightDir, canonical_name
 from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.problems import KINDS, CheckpointError
 from atb_pllava.loader.weight_loader import Checkpoint, LoadPlan, open_checkpoint, unused_vision_layers
-from tests.support import ROOT, load_all
-from tests.support import SHARED_DATA as DATA
+from tests.support import REFERENCE, ROOT, SHARED_DATA, load_all, needs_reference
 
-REFERENCE = DATA / "reference" / "checkpoints"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="reference data (../shared/data) is not here")
+CHECKPOINTS = REFERENCE / "checkpoints"
 
 Q = "language_model.model.layers.0.self_attn.q_proj"
 V = "language_model.model.layers.0.self_attn.v_proj"
@@ -126,7 +124,7 @@ def save(path: Path, content: Mapping[str, Tensor], file: str = "model.safetenso
 
 
 def save_sharded(path: Path, content: Mapping[str, Tensor], index: bool = True) -> dict[str, str]:
-    """Two shards and, if wanted, their index; returns the weight map."""
+    """Write two shards and, if wanted, their index. Returns the weight map."""
     names = sorted(content)
     where = {n: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, n in enumerate(names)}
     for file in set(where.values()):
@@ -181,14 +179,14 @@ def found(error: CheckpointError) -> list[tuple[str, str]]:
     ],
 )
 def test_every_reference_layout_fills_every_tensor(model: str, weight_dir: str | None, alpha: float | None) -> None:
-    loaded = load_reference(REFERENCE / model, REFERENCE / weight_dir if weight_dir else None, alpha)
+    loaded = load_reference(CHECKPOINTS / model, CHECKPOINTS / weight_dir if weight_dir else None, alpha)
     assert all(bool(torch.isfinite(t).all()) for t in loaded.values())
 
 
 @needs_reference
 def test_base_with_delta_equals_the_published_directory() -> None:
-    full = load_reference(REFERENCE / "tiny-pllava-7b", alpha=4)
-    split = load_reference(REFERENCE / "tiny-llava-base", REFERENCE / "tiny-pllava-delta", alpha=4)
+    full = load_reference(CHECKPOINTS / "tiny-pllava-7b", alpha=4)
+    split = load_reference(CHECKPOINTS / "tiny-llava-base", CHECKPOINTS / "tiny-pllava-delta", alpha=4)
     assert full.keys() == split.keys()
     assert all(torch.equal(full[name], split[name]) for name in full)
 
@@ -196,8 +194,8 @@ def test_base_with_delta_equals_the_published_directory() -> None:
 @needs_reference
 def test_merged_directory_equals_a_merge_at_its_alpha() -> None:
     # The file was merged at alpha 16 and stored in bfloat16.
-    merged = load_reference(REFERENCE / "tiny-pllava-merged", dtype=torch.bfloat16)
-    ours = load_reference(REFERENCE / "tiny-pllava-7b", alpha=16, dtype=torch.bfloat16)
+    merged = load_reference(CHECKPOINTS / "tiny-pllava-merged", dtype=torch.bfloat16)
+    ours = load_reference(CHECKPOINTS / "tiny-pllava-7b", alpha=16, dtype=torch.bfloat16)
     for name in ours:
         torch.testing.assert_close(ours[name], merged[name], rtol=2**-7, atol=1e-6)
         assert torch.equal(ours[name], merged[name]) or ".self_attn." in name
@@ -207,9 +205,9 @@ def test_merged_directory_equals_a_merge_at_its_alpha() -> None:
 @pytest.mark.parametrize("model", ["tiny-pllava-7b", "tiny-pllava-34b"])
 def test_merge_is_made_in_float32(model: str) -> None:
     stored: dict[str, Tensor] = {}
-    for file in (REFERENCE / model).glob("*.safetensors"):
+    for file in (CHECKPOINTS / model).glob("*.safetensors"):
         stored |= load_file(file)
-    ours = load_reference(REFERENCE / model, alpha=4)
+    ours = load_reference(CHECKPOINTS / model, alpha=4)
     for proj in ("q_proj", "v_proj"):
         name = f"language_model.base_model.model.model.layers.1.self_attn.{proj}."
         w, a, b = (stored[name + x + ".weight"].double() for x in ("base_layer", "lora_A.default", "lora_B.default"))
@@ -274,10 +272,10 @@ def new_style(name: str) -> str:
 @needs_reference
 def test_names_of_newer_transformers(tmp_path: Path) -> None:
     plain: dict[str, Tensor] = {}
-    for file in (REFERENCE / "tiny-llava-base").glob("*.safetensors"):
+    for file in (CHECKPOINTS / "tiny-llava-base").glob("*.safetensors"):
         plain |= load_file(file)
     save(tmp_path / "new", {new_style(name): tensor for name, tensor in plain.items()})
-    (tmp_path / "new" / "config.json").write_bytes((REFERENCE / "tiny-llava-base" / "config.json").read_bytes())
+    (tmp_path / "new" / "config.json").write_bytes((CHECKPOINTS / "tiny-llava-base" / "config.json").read_bytes())
     new = load_reference(tmp_path / "new")
     assert all(torch.equal(tensor, plain[name].float()) for name, tensor in new.items())
 
@@ -314,7 +312,7 @@ PUBLISHED = {
 @needs_reference
 @pytest.mark.parametrize("size", list(PUBLISHED))
 def test_published_names_and_shapes_are_the_ones_expected(size: str) -> None:
-    keys = json.loads((DATA / "published_keys.json").read_text())[size]
+    keys = json.loads((SHARED_DATA / "published_keys.json").read_text())[size]
     config = PllavaConfig(VisionConfig(1024, 4096, 24, 16, 336, 14), PUBLISHED[size])
     stored = [StoredTensor(Path("model.safetensors"), key, "BF16", tuple(shape)) for key, shape in keys.items()]
     checkpoint = Checkpoint(WeightDir.from_stored(Path("."), stored))

@@ -24,7 +24,7 @@ from atb_pllava.mindie.host_files import host_config
 from atb_pllava.mindie.launch import runner_command
 from atb_pllava.mindie.locate import find_atb_llm, find_examples
 from tests.host_sources import HOST, RUNNER_SOURCES, write_host
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, raw_config, run_main, write_checkpoint
 
 REAL = os.environ.get("ATB_LLM_HOME")
 
@@ -65,9 +65,7 @@ def weights(directory: Path, model_type: str) -> Path:
 
 
 def mindie(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main(["mindie", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_main(capsys, main, "mindie", *arguments)
 
 
 def tree(*roots: Path) -> dict[str, object]:

@@ -37,9 +37,9 @@ from atb_pllava.mindie.quirks import QUIRKS
 from atb_pllava.mindie.segments import Segment, read_segment
 from atb_pllava.mindie.truncation import Truncation
 from atb_pllava.prompt.messages import parse_chat_messages, parse_content_parts
-from tests.support import IMAGE_ID, ROOT, convert_checkpoint, raw_config, write_checkpoint, write_video
+from tests.host_sources import STAND_IN, link_plugin
+from tests.support import IMAGE_ID, convert_checkpoint, raw_config, write_checkpoint, write_video
 
-STAND_IN = ROOT / "tests" / "mindie_host"
 REAL = os.environ.get("ATB_LLM_HOME")
 PLUGIN = Path(atb_pllava.__file__).resolve().parent / "mindie" / "plugin" / "pllava"
 DTYPE = "float16" if REAL else "float32"
@@ -52,23 +52,20 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """MindIE's module with ModelRunner. The plugin is linked into its models."""
     farm = tmp_path_factory.mktemp("host")
     home = Path(REAL) if REAL else STAND_IN
-    (farm / "atb_llm" / "models").mkdir(parents=True)
-    for folder in ("atb_llm", "atb_llm/models"):
-        for entry in (home / folder).iterdir():
-            if entry.name not in ("models" if folder == "atb_llm" else "pllava", "__pycache__"):
-                (farm / folder / entry.name).symlink_to(entry)
-    (farm / "atb_llm" / "models" / "pllava").symlink_to(PLUGIN)
+    link_plugin(home, farm)
     before = set(sys.modules)
-    sys.path[:0] = [str(farm), *([str(home)] if REAL else [])]
-    try:
-        yield importlib.import_module("atb_llm.runner.model_runner")
-    except ModuleNotFoundError as missing:
-        pytest.skip(f"{home}: atb_llm needs {missing.name}", allow_module_level=True)
-    finally:
-        sys.path.remove(str(farm))
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] == "atb_llm":
-                del sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if REAL:
+            patch.syspath_prepend(home)
+        patch.syspath_prepend(farm)
+        try:
+            runner = importlib.import_module("atb_llm.runner.model_runner")
+        except ModuleNotFoundError as missing:
+            pytest.skip(f"{home}: atb_llm needs {missing.name}", allow_module_level=True)
+        yield runner
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] == "atb_llm":
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,11 @@ from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.doctor.required_packages import PLUGIN_REQUIRED, REQUIRED
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.llm import LLM
-from atb_pllava.mindie.install import PLUGIN
 from atb_pllava.mindie.launch import RUNNER, runner_command
 from atb_pllava.multimodal.media import list_media
+from tests.host_sources import STAND_IN, link_plugin
 from tests.support import ROOT, convert_checkpoint, raw_config, write_checkpoint
 
-STAND_IN = ROOT / "tests" / "mindie_host"
 QUESTION = "what is it?"
 
 
@@ -30,13 +29,8 @@ QUESTION = "what is it?"
 def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An atb_llm with the plugin linked into it, its example programs beside it."""
     farm = tmp_path_factory.mktemp("host")
-    (farm / "atb_llm" / "models").mkdir(parents=True)
+    link_plugin(STAND_IN, farm)
     (farm / "examples").symlink_to(STAND_IN / "examples")
-    for folder in ("atb_llm", "atb_llm/models"):
-        for entry in (STAND_IN / folder).iterdir():
-            if entry.name not in ("models" if folder == "atb_llm" else "pllava", "__pycache__"):
-                (farm / folder / entry.name).symlink_to(entry)
-    (farm / "atb_llm" / "models" / "pllava").symlink_to(PLUGIN)
     return farm / "atb_llm"
 
 

@@ -25,7 +25,7 @@ from atb_pllava.model.pllava import Pllava
 from atb_pllava.model.published_sizes import PUBLISHED
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
-from tests.support import ROOT, raw_config, write_checkpoint
+from tests.support import ROOT, raw_config, run_main, write_checkpoint
 
 GIB = 2**30
 B7 = config_from_json(PUBLISHED["7b"])
@@ -43,9 +43,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main(["mindie", "config", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return run_main(capsys, main, "mindie", "config", *arguments)
 
 
 def parts(config: dict) -> tuple[dict, dict, dict]:

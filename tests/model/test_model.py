@@ -18,7 +18,7 @@ def views(model: Pllava) -> dict[str, torch.Tensor]:
 
 
 def fill(module: torch.nn.Module, views: dict[str, torch.Tensor], prefix: str) -> None:
-    """Give a transformers module our weights; every one of its parameters must be among them."""
+    """Give a transformers module our weights. Every parameter of the module must be among our weights."""
     state = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected
@@ -27,7 +27,8 @@ def fill(module: torch.nn.Module, views: dict[str, torch.Tensor], prefix: str) -
 
 def whole_prompt(model: Pllava, ids: list[int], block_size: int) -> torch.Tensor:
     """Logits of every position from one prefill."""
-    count, text = len(ids), model.config.text
+    count = len(ids)
+    text = model.config.text
     blocks = -(-count // block_size)
     cache = model.ops.new_kv_cache(
         text.num_hidden_layers, blocks, block_size, text.num_key_value_heads, text.head_dim, model.dtype

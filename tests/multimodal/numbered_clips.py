@@ -12,7 +12,7 @@ BLOCK = 16  # pixels of a block's side
 X264_LONG = {"g": "250", "bf": "3", "preset": "veryfast"}
 X264_SHORT = {"g": "12", "bf": "2", "preset": "veryfast"}
 OPEN_GOP = {"g": "12", "bf": "2", "preset": "veryfast", "x264-params": "open-gop=1:scenecut=0:b-pyramid=normal"}
-DURATIONS = [40, 60, 100, 100, 100, 100, 200, 100]  # milliseconds; 10 frames a second on average
+DURATIONS = [40, 60, 100, 100, 100, 100, 200, 100]  # milliseconds, for 10 frames a second on average
 
 
 def numbered_frame(number: int, height: int = 2 * BLOCK, width: int = 6 * BLOCK) -> np.ndarray:
@@ -44,7 +44,7 @@ def write_clip(
     container_options=None,
     gop=None,
 ):
-    """Writes `count` numbered frames; `pts` gives each frame's time in milliseconds."""
+    """Writes `count` numbered frames. `pts` gives the time of each frame in milliseconds."""
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height = size

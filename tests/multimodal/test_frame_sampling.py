@@ -6,12 +6,12 @@ import pytest
 
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
-from tests.support import SHARED_DATA, needs_reference
+from tests.support import REFERENCE, needs_reference
 
 
 @needs_reference
 def test_sampling_equals_the_original():
-    rows = json.loads((SHARED_DATA / "reference" / "sampling.json").read_text())
+    rows = json.loads((REFERENCE / "sampling.json").read_text())
     for row in rows["chat"]:
         assert sample_frame_indices(row["num_frames"], row["num_segments"]) == row["idx"]
     for row in rows["eval"]:

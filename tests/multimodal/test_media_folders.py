@@ -87,7 +87,7 @@ def test_links_to_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     before = list_media(tree)
     (tree / "a" / "loop").symlink_to(tree / "a")
     (tree / "a" / "up").symlink_to("../..")  # the folder that holds the tree
-    (tree / "0alias").symlink_to("b c")  # sorts before the folder's own name; media are listed under the own name
+    (tree / "0alias").symlink_to("b c")  # sorts before the folder's own name, under which the media are listed
     assert list_media(tree) == before
     (tree / "out").symlink_to(elsewhere)
     (tree / "out again").symlink_to(elsewhere)
@@ -102,13 +102,9 @@ def test_what_cannot_be_read_is_listed_and_says_why(tree: Path) -> None:
     (tree / "a" / "disk").symlink_to("/nowhere/disk")
     (tree / "gone.txt").symlink_to("/nowhere/gone.txt")
     os.mkfifo(tree / "pipe.mp4")
-    with socket.socket(socket.AF_UNIX) as listener:
-        here = os.getcwd()
-        os.chdir(tree)  # the path of a socket must be short
-        try:
-            listener.bind("socket.mp4")
-        finally:
-            os.chdir(here)
+    with socket.socket(socket.AF_UNIX) as listener, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tree)  # the path of a socket must be short
+        listener.bind("socket.mp4")
     listed = below(tree, [file for file in list_media(tree) if file not in before])
     reasons = {
         "a/disk": "No such file or directory; it is a link to /nowhere/disk",

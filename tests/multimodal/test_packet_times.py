@@ -22,7 +22,7 @@ from atb_pllava.multimodal.packet_times import Packet, measure_length
 from atb_pllava.multimodal.video import read_video
 from atb_pllava.multimodal.video_stream import VideoStream
 from tests.multimodal.numbered_clips import OPEN_GOP, X264_LONG, X264_SHORT, number_of, numbers, write_clip
-from tests.support import TEST_DATA, TINY
+from tests.support import TEST_DATA, TINY, load_llm
 
 NO_B_FRAMES = {"g": "12", "bf": "0", "preset": "veryfast"}
 Change = Callable[[int, float, float], tuple[float, float] | None]  # packet number, pts, dts in seconds
@@ -325,7 +325,7 @@ def test_time_bounds_do_not_count_leaps(name):
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(TINY, dtype="float32", backend="cpu")
+    return load_llm(TINY)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.transforms import normalize, resize_frames
 from atb_pllava.multimodal.video import read_video
-from tests.support import SHARED_DATA, needs_reference
+from tests.support import REFERENCE, SHARED_DATA, needs_reference
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,16 +30,16 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
     ],
 )
 def test_pixels_equal_the_original(case, video, png):
-    facts = json.loads((SHARED_DATA / "reference" / "cases.json").read_text())[case]
+    facts = json.loads((REFERENCE / "cases.json").read_text())[case]
     clip = read_video(SHARED_DATA / "videos" / f"{video}.mp4", facts["num_frames"])
     assert clip.frame_indices == facts["media"][0]["frame_indices"]
     (crops,) = resize_frames([clip.frames])
     if png:
-        expected = np.asarray(Image.open(SHARED_DATA / "reference" / "frames" / f"{png}_demo4.png"))
+        expected = np.asarray(Image.open(REFERENCE / "frames" / f"{png}_demo4.png"))
         np.testing.assert_array_equal(crops.reshape(expected.shape), expected)
     pixels = normalize(crops, CLIP_MEAN, CLIP_STD)
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == facts["pixel_values"]["sha256"]
-    with np.load(SHARED_DATA / "reference" / f"{case}.npz") as stored:
+    with np.load(REFERENCE / f"{case}.npz") as stored:
         np.testing.assert_array_equal(pixels[:, :, ::24, ::24], stored["pixel_sub"])
 
 

@@ -20,7 +20,7 @@ from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media import list_media, read_media
 from atb_pllava.multimodal.video import read_video
 from tests.multimodal.numbered_clips import OPEN_GOP, X264_LONG, X264_SHORT, numbered_frame, numbers, write_clip
-from tests.support import SHARED_DATA, needs_reference
+from tests.support import REFERENCE, SHARED_DATA, needs_reference
 
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 KINDS = {
@@ -126,7 +126,7 @@ def test_time_bounds_choose_a_part(tmp_path):
 @needs_reference
 @pytest.mark.parametrize("video, index", [("yoga", 112), ("jesse_dance", 87)])
 def test_decoded_frame_equals_the_original(video, index):
-    expected = np.asarray(Image.open(SHARED_DATA / "reference" / "frames" / f"raw_{video}_{index}.png"))
+    expected = np.asarray(Image.open(REFERENCE / "frames" / f"raw_{video}_{index}.png"))
     clip = read_video(SHARED_DATA / "videos" / f"{video}.mp4", frame_indices=[index])
     assert clip.total_frames == {"yoga": 300, "jesse_dance": 235}[video]
     np.testing.assert_array_equal(clip.frames[0], expected)

@@ -11,10 +11,10 @@ from torch import Tensor
 from atb_pllava.ops.cpu import build
 from atb_pllava.ops.interface import LayerCache
 from atb_pllava.ops.reference import TorchBackend
+from tests.support import random_tensor
 
 PLAIN = TorchBackend()  # plain torch, the reference
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}  # relative to the largest expected value
 # Levels that this CPU can execute, at most three: the best one, AVX2, and the one for every CPU.
 LEVELS = [
     level
@@ -32,24 +32,13 @@ INT8_SHARDS = [
 
 
 def compile_kernels(level: str | None = None) -> ctypes.CDLL:
-    """The kernels for `level`. Skips the test without a compiler; a compiler that reports an error is a failure."""
+    """The kernels for `level`. Skips the test where there is no compiler. Fails where the compiler reports an error."""
     try:
         return build.load_library(level=level)
     except build.CompilerError:
         raise
     except build.BuildError as error:
         pytest.skip(str(error))
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_near(result: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    """The largest difference is at most `tolerance` (None: that of the dtype) times the largest expected value."""
-    assert result.shape == expected.shape
-    worst = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert float(worst) <= (TOLERANCE[result.dtype] if tolerance is None else tolerance)
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ def filled_caches(native: TorchBackend, lengths: Sequence[int], shape: CacheShap
         shape, garbage_cache(PLAIN, num_blocks, shape), garbage_cache(native, num_blocks, shape), block_tables
     )
     for sequence, length in enumerate(lengths):
-        keys, values = random(2, length, shape.kv_heads, shape.head_dim, seed=sequence).to(shape.dtype)
+        keys, values = random_tensor(2, length, shape.kv_heads, shape.head_dim, seed=sequence).to(shape.dtype)
         slots = filled.slot_mapping(sequence, 0, length)
         PLAIN.write_kv(keys, values, filled.plain, slots)
         native.write_kv(keys, values, filled.native, slots)

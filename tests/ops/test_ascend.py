@@ -1,4 +1,4 @@
-"""The Ascend backend as far as no torch_npu is needed; `tests/ascend` runs it on the real one."""
+"""The parts of the Ascend backend that need no torch_npu. `tests/ascend` tests the rest on the real torch_npu."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -86,18 +86,21 @@ def backend_of(chip: str) -> ascend.AscendBackend:
     """The backend of a chip without its device: what computes with torch alone works on the CPU."""
     backend = ascend.AscendBackend.__new__(ascend.AscendBackend)
     backend.chip = next(c for c in CHIPS if c.name == chip)
-    backend.device, backend._warned_of_groups = torch.device("cpu"), False
+    backend.device = torch.device("cpu")
+    backend._warned_of_groups = False
     return backend
 
 
 @pytest.mark.parametrize(
     ("chip", "name", "stored", "wanted"),
     [
-        ("910B", "auto", "bfloat16", "bfloat16"), ("910B", "auto", "float32", "float16"),
-        ("910B", "bfloat16", "float16", "bfloat16"), ("310P", "auto", "bfloat16", "float16"),
+        ("910B", "auto", "bfloat16", "bfloat16"),
+        ("910B", "auto", "float32", "float16"),
+        ("910B", "bfloat16", "float16", "bfloat16"),
+        ("310P", "auto", "bfloat16", "float16"),
         ("310P", "float16", "bfloat16", "float16"),
     ],
-)  # fmt: skip
+)
 def test_dtypes(chip: str, name: str, stored: str, wanted: str) -> None:
     assert choose_dtype(name, stored, backend_of(chip)) == getattr(torch, wanted)
 
@@ -116,7 +119,9 @@ def test_the_operator_adds_its_offset(symmetric: bool, group_size: int, columns:
     whole = quantise(torch.randn(48, 192, generator=generator) + 0.3, group_size=group_size, symmetric=symmetric)
     weight: Int8Weight = whole.columns(columns)
     packed = backend_of("910B").pack(weight)
-    values, scale, offset = packed.values, packed.scale, packed.antiquant_offset
+    values = packed.values
+    scale = packed.scale
+    offset = packed.antiquant_offset
     assert packed.shape == weight.shape and (packed.group_size, packed.group_offset) == (
         group_size,
         weight.group_offset,
@@ -160,9 +165,13 @@ def test_rows_are_padded_by_a_sequence_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("chip", "size", "dim", "message"),
-    [("910B", 64, 128, "multiples of 128 from 128 to 512"), ("310P", 256, 128, "multiples of 16 from 16 to 128"),
-     ("310P", 128, 256, "product of at most 16384"), ("910B", 128, 24, "multiple of 16")],
-)  # fmt: skip
+    [
+        ("910B", 64, 128, "multiples of 128 from 128 to 512"),
+        ("310P", 256, 128, "multiples of 16 from 16 to 128"),
+        ("310P", 128, 256, "product of at most 16384"),
+        ("910B", 128, 24, "multiple of 16"),
+    ],
+)
 def test_caches_the_operators_cannot_address(chip: str, size: int, dim: int, message: str) -> None:
     with pytest.raises(Exception, match=message):
         backend_of(chip).new_kv_cache(1, 4, size, 2, dim, torch.float16)
@@ -174,12 +183,15 @@ class Recorder(TorchBackend, CapturedGraph):
     def __init__(self, works: bool = True) -> None:
         super().__init__("cpu")
         self.features = frozenset({Feature.GRAPH_CAPTURE})
-        self.works, self.recorded, self.replays = works, 0, 0
+        self.works = works
+        self.recorded = 0
+        self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> "Recorder":
         if not self.works:
             raise BackendError("this device cannot capture")
-        self.recorded, self.step = self.recorded + 1, step
+        self.recorded = self.recorded + 1
+        self.step = step
         return self
 
     def replay(self, context_lens: Sequence[int]) -> Tensor:
@@ -225,7 +237,8 @@ def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
         lens = [c + step + 1 for c in contexts]
         at = [table[(n - 1) // 16] * 16 + (n - 1) % 16 for table, n in zip(tables, lens, strict=True)]
         used = [table[: -(-n // 16)] for table, n in zip(tables, lens, strict=True)]
-        ids, positions = [11 + i for i in range(batch)], [n - 1 for n in lens]
+        ids = [11 + i for i in range(batch)]
+        positions = [n - 1 for n in lens]
         work = ModelInput(batch, ids, positions, at, [1] * batch, lens, used, list(range(batch)), [])
         outs.append(runner.forward(work))
     return outs

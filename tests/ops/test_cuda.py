@@ -1,7 +1,8 @@
 """The Triton kernels against float64 and the plain backend: on a CUDA device where there is one, else interpreted.
 
 Triton's interpreter runs a kernel's programs one after the other with numpy. It shows what a kernel computes and which
-elements it touches, not what happens between threads, nor any speed; and it cuts bfloat16 off where devices round.
+elements it touches. It shows neither what happens between threads nor any speed. It truncates to bfloat16 where devices
+round.
 """
 
 import os
@@ -37,13 +38,12 @@ from atb_pllava.ops.registry import get_backend
 from tests.ops.kernel_support import INT8_SHARDS
 from tests.ops.test_ascend import decode
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, decode_metadata, prefill_metadata, raw_config
+from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, random_tensor, raw_config
 
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = TorchBackend(DEVICE)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 0.01}  # of the largest value expected
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -75,13 +75,7 @@ def fast() -> CudaBackend:
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def assert_near(result: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    assert result.shape == expected.shape
-    worst = (result.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert float(worst) <= (TOLERANCE[result.dtype] if tolerance is None else tolerance)
+    return random_tensor(*shape, seed=seed).to(DEVICE)
 
 
 def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
@@ -94,7 +88,7 @@ def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multiprocessors"),  # 1: one split of a context; 30: as many as there are tiles
+    ("dtype", "multiprocessors"),  # 1: one split of a context, 30: as many splits as tiles
     [(torch.float32, 1), (torch.float32, 30), (torch.float16, 30), (torch.bfloat16, 30)],
 )
 @pytest.mark.parametrize(
@@ -128,7 +122,8 @@ def test_attention_over_pages(
 def test_lengths_of_a_step_that_is_not_recorded(fast: CudaBackend) -> None:
     lengths = [3, 40]
     cache, keys, values, tables = paged(lengths, 16, 1, 16, torch.float32)
-    cache, query = tuple(part.to(DEVICE) for part in cache), random(2, 2, 16)
+    cache = tuple(part.to(DEVICE) for part in cache)
+    query = random(2, 2, 16)
     for lens in (lengths, [2, 39]):  # another batch has other ones
         metadata = decode_metadata(fast, lens, tables.to(DEVICE))
         expected = [dense_attention(query[i : i + 1].cpu(), keys[i][:n], values[i][:n]) for i, n in enumerate(lens)]
@@ -215,7 +210,8 @@ def test_products_of_8_bits(
         symmetric=symmetric,
         scale_dtype=dtype,
     )
-    weight, bias = whole.columns(columns), random(70, seed=1).to(dtype)
+    weight = whole.columns(columns)
+    bias = random(70, seed=1).to(dtype)
     for count in (1, 4, 5, 16, 17, 64, 65):
         x = random(count, weight.shape[1], seed=2).to(dtype)
         expected = F.linear(x.double(), weight.dequantise(torch.float64), bias.double())
@@ -242,7 +238,8 @@ def test_all_8_bit_values_are_exact(fast: CudaBackend) -> None:
 
 
 def test_inputs_of_any_shape_and_stride(fast: CudaBackend) -> None:
-    weight, x = quantise(random(40, 64)), random(3, 5, 128)
+    weight = quantise(random(40, 64))
+    x = random(3, 5, 128)
     float_weight = weight.dequantise()
     for part in (x[..., :64], x[0, :, :64], x[0].T[:64].T, x[0, :0, :64]):
         assert_close(fast.linear(part, weight), F.linear(part, float_weight), atol=1e-4, rtol=1e-4)
@@ -255,7 +252,8 @@ def test_inputs_of_any_shape_and_stride(fast: CudaBackend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 100), (5, 2500), (0, 64)])
 def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int, width: int) -> None:
-    x, weight = (random(rows, 2 * width) * 5).to(dtype), random(2 * width, seed=1).to(dtype)
+    x = (random(rows, 2 * width) * 5).to(dtype)
+    weight = random(2 * width, seed=1).to(dtype)
     for result, expected in (
         (fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5)),
         (fast.rms_norm(x.T.contiguous().T, weight, 1e-2), PLAIN.rms_norm(x, weight, 1e-2)),
@@ -326,7 +324,8 @@ class Noted:
     """Takes a kernel's place: of a launch all is noted that Triton chooses machine code by."""
 
     def __init__(self, kernel: str, launches: list[object]) -> None:
-        self.kernel, self.launches = kernel, launches
+        self.kernel = kernel
+        self.launches = launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments, **options: self.launches.append(
@@ -350,7 +349,7 @@ class OnlyMeta(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 3, 65])
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without values: to ask for one fails; and what is launched has been launched in the warm-up."""
+    """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
     kernels = cuda.import_kernels()
     for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
@@ -377,9 +376,11 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
 def test_a_recorded_graph_follows_its_inputs() -> None:
     ops = CudaBackend()
     cache, _, _, tables = paged([40, 70], 16, 2, 64, torch.bfloat16)
-    cache, lens = tuple(part.to(DEVICE) for part in cache), torch.tensor([40, 7], device=DEVICE)
+    cache = tuple(part.to(DEVICE) for part in cache)
+    lens = torch.tensor([40, 7], device=DEVICE)
     metadata = metadata_of(SequenceBatch((0, 1, 2), (0, 0), tables.to(DEVICE), lens))
-    query, weight = random(2, 4, 64).bfloat16(), quantise(random(40, 256).bfloat16())
+    query = random(2, 4, 64).bfloat16()
+    weight = quantise(random(40, 256).bfloat16())
 
     def step() -> Tensor:
         return ops.linear(ops.decode_attention(query, cache, metadata).flatten(1), weight)

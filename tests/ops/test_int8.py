@@ -20,12 +20,13 @@ def weight(rows: int = 24, columns: int = 256, dtype: torch.dtype = torch.float3
     """Rows of very different sizes, one of them 0 and one above 0 throughout."""
     noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     sized = noise * torch.logspace(-6, 1, rows)[:, None] + 0.001
-    sized[1], sized[2] = 0, sized[-1].abs() + 3
+    sized[1] = 0
+    sized[2] = sized[-1].abs() + 3
     return sized.to(dtype)
 
 
 def steps_off(quantised: Int8Weight, original: Tensor) -> float:
-    """The largest distance from the original, in steps; the formula is written down again here."""
+    """The largest distance from the original, in steps. The formula is written again, not called."""
     each = original.shape[1] // quantised.scale.shape[1]
     scale = quantised.scale.double().repeat_interleave(each, 1)
     zero_point = quantised.zero_point.double().repeat_interleave(each, 1)
@@ -51,7 +52,8 @@ def test_every_weight_is_within_half_a_step(dtype: torch.dtype, group_size: int,
 def test_a_step_is_as_short_as_it_can_be(symmetric: bool) -> None:
     original = torch.randn(16, 512, generator=torch.Generator().manual_seed(1)) + 0.5
     quantised = quantise(original, symmetric=symmetric)
-    low, high = original.amin(1), original.amax(1)
+    low = original.amin(1)
+    high = original.amax(1)
     shortest = torch.maximum(high, -low) / 127 if symmetric else (high - low) / 255
     assert bool((quantised.scale[:, 0] <= shortest * 1.01).all())
 
@@ -83,9 +85,11 @@ def test_slices_are_slices_of_the_whole(size: int, group_size: int, symmetric: b
         for part, expected in [
             (quantised.rows(slice(rows.start, rows.stop)), whole[rows.start : rows.stop]),
             (quantised.columns(slice(columns.start, columns.stop)), whole[:, columns.start : columns.stop]),
-            (quantised.columns(slice(7, 371)).columns(slice(columns.start % 90, columns.start % 90 + 31)),
-             whole[:, 7 + columns.start % 90 : 38 + columns.start % 90]),
-        ]:  # fmt: skip
+            (
+                quantised.columns(slice(7, 371)).columns(slice(columns.start % 90, columns.start % 90 + 31)),
+                whole[:, 7 + columns.start % 90 : 38 + columns.start % 90],
+            ),
+        ]:
             assert torch.equal(part.dequantise(), expected) and part.shape == expected.shape
 
 
@@ -111,7 +115,7 @@ def test_linear_equals_the_dequantised_product(
     expected = F.linear(x.double(), quantised.dequantise(torch.float64), bias.double())
     result = TorchBackend().linear(x, quantised, bias)
     assert result.dtype == dtype
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]  # outputs are about 16; bfloat16 has 8 bits
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]  # outputs are about 16, and bfloat16 has 8 bits
     torch.testing.assert_close(result.double(), expected, atol=tolerance, rtol=tolerance / 10)
     stacked = TorchBackend().linear(x.expand(2, *x.shape), quantised, bias)
     assert stacked.shape == (2, tokens, 37)
@@ -149,8 +153,9 @@ def layer(
 
 
 def fill(linear: ParallelLinear, group_size: int, symmetric: bool) -> dict[str, Tensor]:
-    """Fill every part from whole random tensors, as the loader does; the float weights it stands for."""
-    parts, weights = linear.weight_map(), {}
+    """Fill every part from whole random tensors, as the loader does. Returns the dequantised weights."""
+    parts = linear.weight_map()
+    weights = {}
     for i, name in enumerate(linear.sizes):
         shape = parts[f"{name}.weight"].shape
         original = torch.randn(shape, generator=torch.Generator().manual_seed(i))

@@ -12,17 +12,8 @@ from atb_pllava.errors import BackendError, ConfigError
 from atb_pllava.ops.cpu.backend import NativeBackend
 from atb_pllava.ops.interface import LayerCache
 from atb_pllava.ops.reference import TorchBackend
-from tests.ops.kernel_support import (
-    DTYPES,
-    PLAIN,
-    CacheShape,
-    FilledCaches,
-    assert_near,
-    filled_caches,
-    random,
-    read_cache,
-)
-from tests.support import decode_metadata, prefill_metadata
+from tests.ops.kernel_support import DTYPES, PLAIN, CacheShape, FilledCaches, filled_caches, read_cache
+from tests.support import assert_near, decode_metadata, prefill_metadata, random_tensor
 
 LENGTHS = [1, 15, 16, 17, 128, 129, 290]
 CHUNKS = [1, 2, 16, 5, 128, 1, 30]  # new tokens of each sequence: some are whole prompts, some follow a cached prefix
@@ -63,7 +54,7 @@ def test_decode_attention_over_long_contexts(fast: NativeBackend, cache_dtype: t
 
 
 def assert_decodes_like_torch(fast: NativeBackend, caches: FilledCaches, heads: int, lengths: list[int]) -> None:
-    query = random(len(lengths), heads, caches.shape.head_dim, seed=9).to(caches.shape.dtype)
+    query = random_tensor(len(lengths), heads, caches.shape.head_dim, seed=9).to(caches.shape.dtype)
     result = fast.decode_attention(query, caches.native, decode_metadata(fast, lengths, caches.block_tables))
     metadata = decode_metadata(PLAIN, lengths, caches.block_tables)
     assert_near(result, PLAIN.decode_attention(query.float(), caches.plain, metadata))
@@ -74,7 +65,7 @@ def assert_decodes_like_torch(fast: NativeBackend, caches: FilledCaches, heads: 
 def test_prefill_attention(fast: NativeBackend, heads: int, shape: CacheShape, cache_dtype: torch.dtype) -> None:
     shape = with_dtype(shape, cache_dtype)
     caches = filled_caches(fast, LENGTHS, shape)
-    query = random(sum(CHUNKS), heads, shape.head_dim, seed=8).to(shape.dtype)
+    query = random_tensor(sum(CHUNKS), heads, shape.head_dim, seed=8).to(shape.dtype)
     keys = newest_rows(caches, 0)
     values = newest_rows(caches, 1)
     metadata = prefill_metadata(fast, CHUNKS, LENGTHS, caches.block_tables)
@@ -96,7 +87,7 @@ def in_float32(cache: LayerCache) -> LayerCache:
 
 
 def test_int8_keys_differ_by_half_a_step_at_most() -> None:
-    keys = random(3, 2, 16)
+    keys = random_tensor(3, 2, 16)
     slots = torch.tensor([0, 5, 17])
     (cache,) = PLAIN.new_kv_cache(1, 2, 16, 2, 16, torch.int8)
     PLAIN.write_kv(keys, keys, cache, slots)
@@ -106,7 +97,7 @@ def test_int8_keys_differ_by_half_a_step_at_most() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_int8_cache_shows_what_is_not_finite_and_holds_tiny_numbers(fast: NativeBackend, dtype: torch.dtype) -> None:
-    keys = random(4, 1, 8).to(dtype)
+    keys = random_tensor(4, 1, 8).to(dtype)
     keys[0, 0, 3] = float("nan")
     keys[1, 0, 7] = -float("inf")
     keys[2, 0, :] = 0
@@ -130,18 +121,18 @@ def test_an_int8_cache_is_for_the_cpu() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 64), (77, 3, 80), (577, 1, 64), (33, 2, 17)])
 def test_encoder_attention(fast: NativeBackend, tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
-    query, keys, values = random(2, tokens, 3, heads, dim).to(dtype).unbind(2)
+    query, keys, values = random_tensor(2, tokens, 3, heads, dim).to(dtype).unbind(2)
     expected = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (query, keys, values)))
     assert_near(fast.encoder_attention(query, keys, values), expected.transpose(1, 2))
 
 
 def test_large_scores_do_not_overflow(fast: NativeBackend) -> None:
-    query = random(1, 40, 1, 64) * 100
+    query = random_tensor(1, 40, 1, 64) * 100
     expected = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (query, query, query)))
     assert_near(fast.encoder_attention(query, query, query), expected.transpose(1, 2))
 
 
 def test_not_finite_queries_show_in_the_result(fast: NativeBackend) -> None:
-    query = random(1, 40, 1, 64)
+    query = random_tensor(1, 40, 1, 64)
     query[0, 3] = float("nan")
     assert not bool(fast.encoder_attention(query, query, query).isfinite().all())

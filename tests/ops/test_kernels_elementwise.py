@@ -5,7 +5,8 @@ import torch
 
 from atb_pllava.ops.cpu.backend import NativeBackend
 from atb_pllava.ops.cpu.probe import multiply_add, read_memory
-from tests.ops.kernel_support import DTYPES, PLAIN, assert_near, random
+from tests.ops.kernel_support import DTYPES, PLAIN
+from tests.support import assert_near, random_tensor
 
 SIZES = [(1, 64), (33, 100), (5, 17)]
 
@@ -13,8 +14,8 @@ SIZES = [(1, 64), (33, 100), (5, 17)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SIZES)
 def test_norm_and_activations(fast: NativeBackend, dtype: torch.dtype, rows: int, width: int) -> None:
-    x = (random(rows, 2 * width) * 5).to(dtype)
-    weight = random(2 * width, seed=1).to(dtype)
+    x = (random_tensor(rows, 2 * width) * 5).to(dtype)
+    weight = random_tensor(2 * width, seed=1).to(dtype)
     assert_near(fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5))
     assert_near(fast.swiglu(x), PLAIN.swiglu(x.double()))
     assert_near(fast.quick_gelu(x), PLAIN.quick_gelu(x.double()))
@@ -30,8 +31,8 @@ def test_activations_of_extreme_numbers(fast: NativeBackend, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SIZES)
 def test_rotary(fast: NativeBackend, dtype: torch.dtype, rows: int, width: int) -> None:
-    angles = random(rows, width)
-    heads = random(rows, 3 * 2 * width).to(dtype).unflatten(1, (3, 2 * width))
+    angles = random_tensor(rows, width)
+    heads = random_tensor(rows, 3 * 2 * width).to(dtype).unflatten(1, (3, 2 * width))
     for part in (heads, heads[:, 1:]):
         expected = PLAIN.rotary(part, angles.cos(), angles.sin())
         assert_near(fast.rotary(part, angles.cos(), angles.sin()), expected)

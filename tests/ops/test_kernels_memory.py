@@ -13,39 +13,33 @@ import torch
 from atb_pllava.errors import OutOfMemoryError
 from atb_pllava.ops.cpu import build
 from atb_pllava.ops.cpu.backend import NativeBackend, Panels
-from tests.ops.kernel_support import (
-    PLAIN,
-    CacheShape,
-    assert_near,
-    filled_caches,
-    random,
-)
-from tests.support import ROOT, decode_metadata, prefill_metadata
+from tests.ops.kernel_support import PLAIN, CacheShape, filled_caches
+from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, random_tensor
 
 HUGE = 2**44  # elements: more bytes than the addresses of a process
 
 
 def huge_linear(fast: NativeBackend) -> None:
-    packed = fast.pack(random(32, 64))
+    packed = fast.pack(random_tensor(32, 64))
     assert isinstance(packed, Panels)
     packed.matrix.width = HUGE
-    fast.linear(random(1, 64), packed)
+    fast.linear(random_tensor(1, 64), packed)
 
 
 def huge_decode(fast: NativeBackend) -> None:
     (cache,) = fast.new_kv_cache(1, 1, 4, 2, 64, torch.float32)
-    fast.decode_attention(random(1, 2, 64), cache, decode_metadata(fast, [64 * HUGE], torch.tensor([[0]])))
+    fast.decode_attention(random_tensor(1, 2, 64), cache, decode_metadata(fast, [64 * HUGE], torch.tensor([[0]])))
 
 
 def huge_prefill(fast: NativeBackend) -> None:
     (cache,) = fast.new_kv_cache(1, 1, 4, 2, 64, torch.float32)
-    query = random(1, 2, 64)
+    query = random_tensor(1, 2, 64)
     metadata = prefill_metadata(fast, [1], [64 * HUGE], torch.tensor([[0]]))
     fast.prefill_attention(query, query, query, cache, metadata)
 
 
 def huge_encoder(fast: NativeBackend) -> None:
-    x = random(64)
+    x = random_tensor(64)
     frames = 8  # so that the workers allocate the memory, each its own
     fast._call("atb_encoder", *[x.data_ptr()] * 4, frames, HUGE, 1, 64, 0, 0, 0, 0)
 
@@ -71,16 +65,16 @@ def test_a_failed_allocation_ends_the_call(
 
 def assert_still_works(fast: NativeBackend) -> None:
     """A product, decoding over several splits, and attention in threads have right results."""
-    weight = random(37, 130)
-    x = random(13, 130, seed=1)
+    weight = random_tensor(37, 130)
+    x = random_tensor(13, 130, seed=1)
     assert_near(fast.linear(x, fast.pack(weight)), PLAIN.linear(x, weight))
     lengths = [1500, 1]
     caches = filled_caches(fast, lengths, CacheShape(128, 2, 128, torch.float32, torch.float32))
-    query = random(len(lengths), 2, 128)
+    query = random_tensor(len(lengths), 2, 128)
     result = fast.decode_attention(query, caches.native, decode_metadata(fast, lengths, caches.block_tables))
     metadata = decode_metadata(PLAIN, lengths, caches.block_tables)
     assert_near(result, PLAIN.decode_attention(query, caches.plain, metadata))
-    frames = random(2, 77, 3, 80)
+    frames = random_tensor(2, 77, 3, 80)
     assert_near(fast.encoder_attention(frames, frames, frames), PLAIN.encoder_attention(frames, frames, frames))
 
 

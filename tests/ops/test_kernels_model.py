@@ -11,7 +11,7 @@ from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import LOAD_FORMATS, ModelOptions
 from atb_pllava.model.linear import PackedLinear, pack_weights
-from tests.ops.kernel_support import assert_near, random
+from tests.support import assert_near, random_tensor
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -50,5 +50,5 @@ def test_each_layer_is_packed_when_it_is_loaded(checkpoint: Path, load_format: s
     assert counts[0] == 0 and sorted(set(counts)) == list(range(len(layers) + 1))
     whole = fill_model(*plan_model(options, TensorParallel()))
     pack_weights(whole)
-    pixels = random(2, 3, *[model.config.vision.image_size] * 2)
+    pixels = random_tensor(2, 3, *[model.config.vision.image_size] * 2)
     assert torch.equal(model.encode_frames(pixels), whole.encode_frames(pixels))

@@ -15,16 +15,17 @@ OPS = TorchBackend()
 
 def dense_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Causal softmax in float64: query [L, H, D] at the end of keys, values [C, K, D]."""
-    groups, offset = query.shape[1] // keys.shape[1], keys.shape[0] - query.shape[0]
+    groups = query.shape[1] // keys.shape[1]
+    offset = keys.shape[0] - query.shape[0]
     keys, values = (x.repeat_interleave(groups, 1).double() for x in (keys, values))
     scores = torch.einsum("lhd,chd->hlc", query.double(), keys) / query.shape[-1] ** 0.5
     scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(offset), float("-inf"))
     return torch.einsum("hlc,chd->lhd", scores.softmax(-1), values).to(query.dtype)
 
 
-def paged(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: torch.dtype) -> tuple[
-    LayerCache, list[Tensor], list[Tensor], Tensor
-]:  # fmt: skip
+def paged(
+    lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[LayerCache, list[Tensor], list[Tensor], Tensor]:
     """A cache full of NaN in which sequences of these lengths are stored in shuffled blocks."""
     generator = torch.Generator().manual_seed(sum(lengths))
     blocks = sum(-(-n // block_size) for n in lengths) + 2
@@ -33,7 +34,9 @@ def paged(lengths: list[int], block_size: int, kv_heads: int, dim: int, dtype: t
         part.fill_(float("nan"))
     order = torch.randperm(blocks, generator=generator).tolist()
     columns = max(-(-n // block_size) for n in lengths)
-    tables, all_keys, all_values = [], [], []
+    tables = []
+    all_keys = []
+    all_values = []
     for length in lengths:
         table = [order.pop() for _ in range(-(-length // block_size))]
         keys, values = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
@@ -74,10 +77,15 @@ def test_prefill_behind_a_cached_prefix(heads: int, kv_heads: int, cached: int) 
 @pytest.mark.parametrize(
     ("size", "shape"),
     [
-        ((16, 24, 24), (16, 12, 12)), ((16, 24, 24), (8, 6, 4)), ((4, 24, 24), (16, 12, 12)),  # means; upsampling
-        ((16, 24, 24), (5, 7, 11)), ((7, 9, 5), (7, 9, 5)), ((1, 24, 24), (1, 1, 1)), ((3, 5, 7), (8, 16, 2)),
+        ((16, 24, 24), (16, 12, 12)),
+        ((16, 24, 24), (8, 6, 4)),
+        ((4, 24, 24), (16, 12, 12)),  # more frames than there are
+        ((16, 24, 24), (5, 7, 11)),
+        ((7, 9, 5), (7, 9, 5)),
+        ((1, 24, 24), (1, 1, 1)),
+        ((3, 5, 7), (8, 16, 2)),
     ],
-)  # fmt: skip
+)
 def test_pooling_equals_torch(size: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
     grid = torch.randn(*size, 6)
     expected = torch.nn.functional.adaptive_avg_pool3d(grid.permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0)
@@ -97,7 +105,8 @@ def test_norm_and_rotation_equal_transformers() -> None:
     config = llama.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_theta=5e6)
     positions = torch.tensor([0, 1, 127, 128, 2304, 4000])
     cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    query, keys = torch.randn(1, 4, 6, 16), torch.randn(1, 2, 6, 16)
+    query = torch.randn(1, 4, 6, 16)
+    keys = torch.randn(1, 2, 6, 16)
     expected = llama.apply_rotary_pos_emb(query, keys, cos, sin)
     from atb_pllava.model.llama import rotary_tables
 

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atb_pllava import LLM, ConfigError, PllavaError, SamplingParams, WeightError
+from atb_pllava import ConfigError, PllavaError, SamplingParams, WeightError
 from precision import clip_score as module
 from precision.clip_score import MediaFolder, choose_device, main, read_judge_weights
 from precision.run_reference import main as reference_main
-from tests.support import ROOT, write_video
+from tests.support import ROOT, load_llm, run_main, write_video
 
 KEPT: list[torch.library.Library] = []  # a library's operators exist as long as the library
 COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "grey": (1.0, 1.0, 1.0)}
@@ -49,7 +49,7 @@ def open_clip() -> Any:
 
 
 class ColourJudge:
-    """A judge. Features of a text are the colour that it names; features of an image are its mean colour."""
+    """A judge. Features of a text are the colour that the text names. Features of an image are its mean colour."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -76,13 +76,7 @@ def folder(tmp_path: Path) -> Path:
 def score(capsys: pytest.CaptureFixture[str], folder: Path, *files: Path, **more: object) -> tuple[int, str, str]:
     given = {"model_weights_path": folder / "red.png", "dataset_path": folder, "device": "cpu", **more}
     options = [str(text) for name, value in given.items() for text in (f"--{name}", value)]
-    try:
-        status = main(["--image_info", *map(str, files), *options])
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return status, captured.out, captured.err
+    return run_main(capsys, main, "--image_info", *files, *options)
 
 
 def write(path: Path, answers: object) -> Path:
@@ -367,7 +361,7 @@ def test_the_reference_is_float32_and_alone(capsys, checkpoint: Path, media: Pat
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads((tmp_path / "gpu_coco_predict.json").read_text())
-    llm = LLM(checkpoint, dtype="float32", backend="cpu")
+    llm = load_llm(checkpoint)
     assert answers == {
         f"{media}/{name}": llm.chat(media / name, "what?", SamplingParams(max_tokens=4)).text
         for name in ("clip10.mp4", "clip2.mp4", "red.png")

@@ -33,7 +33,7 @@ from precision.evaluate.questions import Question, picked
 from precision.evaluate.run import BENCHMARKS
 from precision.evaluate.vcgbench import VCGBench
 from precision.evaluate.videoqa import VideoQA
-from tests.support import ROOT, table_rows, write_video
+from tests.support import ROOT, model_words, run_main, table_rows, write_video
 
 
 def write(path: Path, value: Any) -> Path:
@@ -72,7 +72,7 @@ def entry(video: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def options(checkpoint: Path) -> tuple[str, ...]:
-    return "--model_path", str(checkpoint), "--dtype", "float32", "--backend", "cpu", "--max_output_length", "3"
+    return *model_words(checkpoint), "--max_output_length", "3"
 
 
 def without(options: tuple[str, ...], *names: str) -> list[str]:
@@ -82,13 +82,7 @@ def without(options: tuple[str, ...], *names: str) -> list[str]:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = main(list(map(str, arguments)))
-    except SystemExit as stop:  # argparse
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    return status, captured.out, captured.err
+    return run_main(capsys, main, *arguments)
 
 
 def log_of(directory: Path) -> dict[str, dict[str, Any]]:
@@ -161,7 +155,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     assert first["question"] == "Question: What?\nOptions:\n(A) a cat\n(B) a dog" and first["pred"].startswith("(")
     assert set(first) == {"pred", "gt", "task_type", "video_path", "question"}
     assert first == results["result_list"][1] and results["result_list"][3]["pred"] == ""
-    # By hand from the formula of get_index with 4 frames: bounds 4..8 and 0..11 of 12 at 8 fps; 1..6 and 3..9 at 3 fps.
+    # By hand from the formula of get_index with 4 frames: bounds 4..8 and 0..11 of 12 at 8 fps, 1..6 and 3..9 at 3 fps.
     assert log["Action Sequence/0"]["frame_indices"] == log["Action Sequence/1"]["frame_indices"] == [4, 5, 6, 7]
     assert log["Action Sequence/2"]["frame_indices"] == [1, 4, 7, 9]
     assert log["Episodic Reasoning/0"]["frame_indices"] == [1, 2, 3, 5]
@@ -544,6 +538,9 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
             assert part in out.replace("NAME.json", "*.json"), part
 
 
+JUDGED = ["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -564,13 +561,11 @@ def test_help_shows_the_layout_that_is_read(capsys, verb: str, tmp_path: Path) -
         (["videoqa", "--data", "DATA"], "the answers need a judge"),
         (["vcgbench", "--data", "DATA", "--no_judge", "--judge_model", "m"], "--no_judge and --judge_model are given"),
         (["videoqa", "--data", "DATA", "--judge_url", "ftp://x", "--judge_model", "m"], "--judge_url 'ftp://x'"),
-        (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_concurrency", "0"],
-         "--judge_concurrency is 0"),
+        ([*JUDGED, "--judge_concurrency", "0"], "--judge_concurrency is 0"),
         (["recaption", "--data", "DATA", "--judge_url", "http://x"], "unknown option --judge_url"),
-        (["videoqa", "--data", "DATA", "--judge_url", "http://x", "--judge_model", "m", "--judge_key_env", "NO_SUCH"],
-         "names NO_SUCH, which is not set"),
+        ([*JUDGED, "--judge_key_env", "NO_SUCH"], "names NO_SUCH, which is not set"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_message_and_status_2(
     capsys, options, mvbench_data: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:

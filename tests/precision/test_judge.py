@@ -63,8 +63,11 @@ class Endpoint:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a caller that did not wait
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass  # the caller did not wait for its reply
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -206,22 +209,17 @@ def test_transient_failures_are_tried_again(endpoint: Endpoint, tmp_path: Path) 
     assert (row["score"], row["attempts"]) == (3, 6)
 
 
-def test_a_rate_limit_is_waited_for() -> None:
+def test_a_rate_limit_is_waited_for(endpoint: Endpoint) -> None:
     waits: list[float] = []
 
     def wait(seconds: float) -> bool:
         waits.append(seconds)
         return False
 
-    made = Endpoint()
-    try:
-        made.answer = lambda number, _: (
-            (429, {"Retry-After": "7"}, b"") if number == 0 else (500, {}, b"") if number < 4 else says("{'score': 2}")
-        )
-        row = judge(made, attempts=5, backoff=0.1).ask(Case(DETAIL, {}), wait)
-    finally:
-        made.server.shutdown()
-        made.server.server_close()
+    endpoint.answer = lambda number, _: (
+        (429, {"Retry-After": "7"}, b"") if number == 0 else (500, {}, b"") if number < 4 else says("{'score': 2}")
+    )
+    row = judge(endpoint, attempts=5, backoff=0.1).ask(Case(DETAIL, {}), wait)
     assert row["score"] == 2 and waits[0] == 7.0
     assert [0.1 * 2**i <= seconds <= 0.15 * 2**i for i, seconds in enumerate(waits)][1:] == [True] * 3
 
@@ -315,9 +313,14 @@ def test_urls_that_cannot_work(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"attempts": 0}, "attempts is 0"), ({"timeout": 0}, "timeout is 0"), ({"temperature": float("nan")}, "is nan"),
-     ({"model": ""}, "judge_model is empty"), ({"key": "a\nb"}, "characters that no HTTP header")],
-)  # fmt: skip
+    [
+        ({"attempts": 0}, "attempts is 0"),
+        ({"timeout": 0}, "timeout is 0"),
+        ({"temperature": float("nan")}, "is nan"),
+        ({"model": ""}, "judge_model is empty"),
+        ({"key": "a\nb"}, "characters that no HTTP header"),
+    ],
+)
 def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Judge(**{"url": "http://localhost/v1", "model": "judge", **options})
@@ -348,7 +351,7 @@ def test_videoqa_scores_by_hand(endpoint: Endpoint, tmp_path: Path) -> None:
     ]
     summary = judge_results(tmp_path, results, VideoQA(), judge(endpoint, attempts=1), 2)
     everything = json.loads((tmp_path / "all_results.json").read_text())
-    # p2 counts nowhere; the missing video is wrong with score 0; p0 stands twice.
+    # p2 is not counted. The missing video is wrong with score 0. p0 is listed twice.
     assert everything["acc_dict"] == {
         "MSVD_QA": {"correct": 1, "total": 2, "score": 7},
         "TGIF_QA": {"correct": 2, "total": 3, "score": 9},
@@ -440,7 +443,7 @@ def test_the_command_from_videos_to_scores(
     board = json.loads((tmp_path / "out" / "upload_leaderboard.json").read_text())
     assert board["MSRVTT_QA"] == {"acc": 100.0, "score": 4.0}
     assert {call["headers"]["authorization"] for call in endpoint.calls} == {"Bearer secret"}
-    # The failed case again, without the model; then the whole command, which has nothing left to do.
+    # First the failed case again, without the model. Then the whole command, with no work left.
     endpoint.answer = lambda *_: says("{'pred': 'no', 'score': 0}")
     endpoint.calls = []
     assert main(["judge", str(tmp_path / "out"), *judging]) == 0 and len(endpoint.calls) == 1

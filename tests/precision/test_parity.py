@@ -24,7 +24,7 @@ from precision.comparison import Total, compare_recordings, compare_rows
 from precision.error_plot import COLORS, plot_errors
 from precision.parity import find_recorded_media, load_side, main, parse_side, rows_by_file_name
 from precision.recording import KEPT_EVERY, Recording, record
-from tests.support import random_model, raw_config, table_rows, write_checkpoint
+from tests.support import random_model, raw_config, run_main, table_rows, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 LAYERS = 4
@@ -47,13 +47,7 @@ def clip(media: Path) -> str:
 
 
 def parity(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        status = main(list(map(str, arguments)))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return status, captured.out, captured.err
+    return run_main(capsys, main, *arguments)
 
 
 def neighbours(table: str) -> list[list[str]]:
@@ -201,9 +195,15 @@ class NotFinite(Wrong):
 
 @pytest.mark.parametrize(
     ("part", "number", "backend"),
-    [("decoder", 0, WrongSwiglu), ("decoder", 2, WrongSwiglu), ("decoder", 3, WrongSwiglu),
-     ("vision", 0, WrongEncoder), ("vision", 1, WrongEncoder), ("decoder", 1, NotFinite)],
-)  # fmt: skip
+    [
+        ("decoder", 0, WrongSwiglu),
+        ("decoder", 2, WrongSwiglu),
+        ("decoder", 3, WrongSwiglu),
+        ("vision", 0, WrongEncoder),
+        ("vision", 1, WrongEncoder),
+        ("decoder", 1, NotFinite),
+    ],
+)
 def test_a_wrong_operator_shows_as_the_layer_of_the_jump(weights, llm, clip, part, number, backend) -> None:
     left = record(llm, clip, "what?", 6)
     with load_side(parse_side("dtype=float32,backend=cpu", str(weights))) as broken:
@@ -452,11 +452,8 @@ def test_bad_options_are_refused(capsys, arguments: list[str], message: str) -> 
 
 
 ROW = {"media": "a", "prompt": "q", "token_ids": [1], "prompt_token_ids": [1], "frame_indices": [0]}
-NO_FILES_OF_RUN = (
-    *([1], {}, [], [{"media": "a"}], [ROW, ROW]),
-    *([{**ROW, key: value}] for key, value in (
-        ("media", ["a"]), ("token_ids", 3), ("token_ids", []), ("logprobs", [4]), ("logprobs", [{"1": "x"}]))),
-)  # fmt: skip
+BAD_VALUES = [("media", ["a"]), ("token_ids", 3), ("token_ids", []), ("logprobs", [4]), ("logprobs", [{"1": "x"}])]
+NO_FILES_OF_RUN = [[1], {}, [], [{"media": "a"}], [ROW, ROW], *([{**ROW, key: value}] for key, value in BAD_VALUES)]
 
 
 @pytest.mark.parametrize("content", ["x", *map(json.dumps, NO_FILES_OF_RUN)])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atb_pllava import LLM, ConfigError, SamplingParams
+from atb_pllava import ConfigError, SamplingParams
 from atb_pllava.batch.result_log import ResultLog
 from precision.confidence import paired_difference, wilson_interval
 from precision.videobench import answer_questions, extract_dataset, precision_test
@@ -23,9 +23,8 @@ from precision.videobench.dataset import read_questions
 from precision.videobench.prompts import question_text
 from precision.videobench.scoring import accuracy_as_original, read_letter, read_letter_as_original
 from precision.videobench.shapes_dataset import write_dataset
-from tests.support import ROOT, table_rows
+from tests.support import ROOT, TINY, load_llm, model_words, table_rows
 
-TINY = ROOT / "examples" / "tiny_pllava"
 FOLDER = ROOT / "precision" / "videobench"
 
 
@@ -71,26 +70,12 @@ def sampled(egs: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def command(egs: Path, out: Path, *options: object) -> list[str]:
     """The command line of answer_questions.py for the sets of `egs`."""
-    return list(
-        map(
-            str,
-            [
-                "--model_path",
-                TINY,
-                "--dtype",
-                "float32",
-                "--backend",
-                "cpu",
-                "--Eval_QA_root",
-                egs / "Video-Bench",
-                "--Eval_Video_root",
-                egs / "VideoBench",
-                "--chat_conversation_output_folder",
-                out,
-                *options,
-            ],
-        )
-    )
+    folders = [
+        *("--Eval_QA_root", egs / "Video-Bench"),
+        *("--Eval_Video_root", egs / "VideoBench"),
+        *("--chat_conversation_output_folder", out),
+    ]
+    return [*model_words(TINY), *map(str, [*folders, *options])]
 
 
 def answer(egs: Path, out: Path, *options: object) -> int:
@@ -293,7 +278,7 @@ def test_answers_are_the_models_and_right(made: Path, answered: Path) -> None:
     from shape_questions import Question, choice_prompt, chosen_letter
 
     right = json.loads((made / "Video-Bench" / "ANSWER.json").read_text())
-    llm = LLM(TINY, dtype="float32", backend="cpu")
+    llm = load_llm(TINY)
     hits = []
     for name in ("Movement", "Appearance"):
         rows = results(answered, name)
@@ -415,7 +400,7 @@ def test_a_run_that_was_ended_goes_on(made: Path, answered: Path, tmp_path: Path
         ("I choose D. It fits.", "D", "D"),
         ("Option (E) because of the hat", "E", None),
         ("**C**", "C", None),  # five characters
-        ("A. red B. blue C. green", None, "B"),  # " B." comes before " C."; "A." has no blank
+        ("A. red B. blue C. green", None, "B"),  # " B." comes before " C.", and "A." has no blank
         ("A. red B. blue. The answer is B.", "B", "B"),
         ("A or B", None, None),
         ("A, B", None, "A"),
@@ -434,7 +419,7 @@ def test_the_original_counts_what_both_sides_say() -> None:
     answers = {"X": {"1": "A", "2": "B", "3": "F", "5": "A"}, "Y": {"1": "C", "4": "D", "6": "E"}}
     npu = {"1": "C", "2": "The answer is B", "3": "A", "4": "D", "5": "none of them", "6": "E"}
     gpu = {"1": "A", "2": "B", "3": "B", "4": "C", "5": "A"}
-    # 1 counts with Y's answer C; 3 counts and can never be right; 5 is dropped for both; 6 has no second side.
+    # 1 counts with Y's answer C. 3 counts and can never be right. 5 is dropped for both. 6 has no second side.
     assert accuracy_as_original(npu, gpu, answers) == (3 / 4, 1 / 4, 4)
 
 
@@ -502,7 +487,7 @@ def test_a_comparison_worked_out_by_hand(tmp_path: Path, capsys: pytest.CaptureF
     )
     assert compare(npu, gpu, answers, "--output_json", tmp_path / "report.json") == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[:2] == ["gpu 0.6000", "npu 0.6000"]  # of five questions; zz has no right answer
+    assert out[:2] == ["gpu 0.6000", "npu 0.6000"]  # of five questions, of which zz has no right answer
     report = json.loads((tmp_path / "report.json").read_text())
     every = report["all"]
     sets = report["sets"]
@@ -514,7 +499,7 @@ def test_a_comparison_worked_out_by_hand(tmp_path: Path, capsys: pytest.CaptureF
     assert report["without_right_answer"] == ["MV/zz has no right answer"] and report["asked_on_no_side"] == 0
     assert [row["id"] for row in report["differing"]] == ["7", "8"]
     assert (report["npu_minus_gpu"]["only_first"], report["npu_minus_gpu"]["only_second"]) == (1, 1)
-    # The original drops 8 (no letter on the gpu), MOT_0 (it reads no F) and 9; MV_0 and 7 are left.
+    # The original drops 8 (no letter on the gpu), MOT_0 (it reads no F) and 9. MV_0 and 7 are left.
     assert compare(npu, gpu, answers, "--legacy") == 0
     assert capsys.readouterr().out == "gpu 1.0000\nnpu 0.5000\n"
 

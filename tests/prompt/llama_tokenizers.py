@@ -1,7 +1,8 @@
 """Tokenizers with a part of LLaMA's real vocabulary, in both published layouts, and variants of the files.
 
 tests/data/llama_tokenizer holds the part of the vocabulary, texts and their ids. The ids come from the package
-llama-tokenizer-js and from transformers 4.37.1 and 4.46.3; README.md there says how. Pieces of some were read by eye.
+llama-tokenizer-js and from transformers 4.37.1 and 4.46.3. The README.md of that folder says how. Pieces of some were
+read by eye.
 """
 
 import json

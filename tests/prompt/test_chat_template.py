@@ -10,11 +10,6 @@ from atb_pllava.prompt.tokenizer import Piece, Tokenizer
 from tests.support import IMAGE_ID, tokenizer_definition
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(tokenizer_definition(), IMAGE_ID, "tokenizer.json")
-
-
 def text(name: str | None, question: str = "Q", chatml: bool = False, system: str | None = None, **options) -> str:
     conversation = choose_conversation(name, chatml=chatml, system=system, video_caption=options.pop("caption", False))
     return "".join(piece.text for piece in render(conversation, question, **options))

@@ -17,11 +17,6 @@ from tests.support import IMAGE_ID, raw_config, tokenizer_definition, write_chec
 # The small tokenizer of the tests
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(tokenizer_definition(), IMAGE_ID, "tokenizer.json")
-
-
 def byte_ids(text: str) -> list[int]:
     return [3 + byte for byte in text.encode()]
 
