@@ -1,17 +1,16 @@
-// The arithmetics of tile products, and the one that bfloat16 uses at this level of CPU.
+// Selects the micro-kernel ("arithmetic") of tile products for bfloat16 at this level of CPU.
 //
-// A tile is up to MR rows of the input times one panel; its sums stay in registers. An arithmetic is a struct with
-//   A            the type of an element of the input in tiles
-//   B            the type of an element of a panel after `widen`
-//   INT8_EXCESS  the number that a loaded int8 element is larger than the weight's
-//   tile<R>(a, b, pairs, out)  out[R][NV] = R rows of the input times a panel, over `pairs` pairs. Elements of `a` lie
-//   as
-//                              [STEP elements of K][MR rows][STEP]; the panel has elements of B, or of int8 or
-//                              bfloat16.
-//   widen(b, pairs, out)       a panel as elements of B. It pays if many tiles are multiplied with the panel.
+// A tile product multiplies up to MR rows of the input with one panel (panel.h). The sums stay in registers.
+// A micro-kernel is a struct with these members:
+//   A            the element type of packed input tiles
+//   B            the element type of a panel after `widen`
+//   INT8_EXCESS  a loaded int8 element is this much larger than the weight's integer
+//   tile<R>(a, b, pairs, out)  out[R][NV] = R rows of the input times a panel, over `pairs` pairs.
+//                              `a` has the layout [steps of K][MR rows][STEP elements].
+//                              The elements of the panel are of type B, int8 or bfloat16.
+//   widen(b, pairs, out)       converts a panel to elements of B, once for many tiles.
 //
-// A further arithmetic, such as AMX, is one more file gemm_*.h, and one more branch below. Its level also needs a line
-// in LEVELS of ops/cpu/build.py.
+// A new micro-kernel, such as AMX, needs a file gemm_*.h, a branch below, and a level in LEVELS of ops/cpu/build.py.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // Vector types and operations for each level of CPU (LEVELS in ops/cpu/build.py), and conversions of single elements.
 //
-// Vectors are GCC's generic ones, W floats wide; + - * / and comparisons work on them. Intrinsics stand only where GCC
-// makes poor code of the generic form.
+// Vectors are GCC's generic vectors, W floats wide, with the operators + - * / and comparisons. Intrinsics are used
+// only if GCC compiles the generic form poorly.
 
 #pragma once
 
@@ -60,8 +60,8 @@ INLINE void store(void* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
 
-// x in every element. GCC broadcasts the scalar operand of a vector operation. It then drops the subtraction of +0,
-// which changes no float: -0 - 0 is -0. An addition of 0 would stay, because -0 + 0 is +0.
+// x in every element. GCC broadcasts the scalar operand of a vector operation. GCC then drops the subtraction of +0,
+// which changes no float: -0 - 0 is -0. GCC would keep an addition of 0, because -0 + 0 is +0.
 INLINE vf splat(float x) { return x - (vf){}; }
 
 // 2 W bfloat16 elements: those with an even index, and those with an odd index, as float32.
@@ -131,7 +131,7 @@ INLINE void store_floats(vf v, bf16* p) {
 #endif
 }
 
-// x as it is after a store in type T.
+// x rounded to type T.
 template <class T>
 INLINE float round_to(float x) {
     T t;
@@ -171,7 +171,7 @@ INLINE float sum_row(const T* x, int64_t count) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Asks for memory that is read soon, into the second-level cache.
+// Prefetches memory into the L2 cache.
 INLINE void prefetch(const void* from, size_t bytes) {
     for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
 }
