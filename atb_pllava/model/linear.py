@@ -30,7 +30,7 @@ class Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias whose weight is an Int8Weight. Its tensors are buffers, which `to_empty` allocates."""
+    """A linear layer without bias whose weight is an Int8Weight. The tensors are buffers that `to_empty` allocates."""
 
     values: Tensor
     scale: Tensor
