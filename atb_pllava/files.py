@@ -34,8 +34,8 @@ LFS_REMEDY = (
 def check_writable(path: str, option: str, inputs: Iterable[str] = ()) -> None:
     """Check, before long work, that a result can be written to `path`. `option` is the option that named the path.
 
-    Raises ConfigError if no file can be written there. Raises ConfigError if the file exists and is a video, a file of
-    weights, an image that this package did not draw, or one of the `inputs` of this run.
+    Raises ConfigError if no file can be written there. Raises ConfigError if the existing file is a video, a weight
+    file, an image that this package did not draw, or one of the `inputs`.
     """
     folder = os.path.dirname(os.path.realpath(path))
     usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)

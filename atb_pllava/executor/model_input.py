@@ -10,8 +10,8 @@ import msgspec
 class EmbedSlice(msgspec.Struct, frozen=True, array_like=True):
     """Some rows of one video's embeddings in the packed batch.
 
-    Rows first to first + count - 1 of the embeddings of video `video` replace the token embeddings of batch rows `row`
-    to row + count - 1. `video` is the id that `encode_frames` was called with.
+    `count` rows of the embeddings of video `video`, from row `first` on, replace token embeddings of the batch, from
+    row `row` on. `video` is the video id of `ModelRunner.encode_frames`.
     """
 
     video: int

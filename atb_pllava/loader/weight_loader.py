@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 # Rows are merged and cast in pieces of this many elements. A temporary has 4 MiB, and malloc keeps a few temporaries.
 MERGE_ELEMENTS = 2**20
 
-# Tensors of published files that PLLaVA never reads. They are LLaVA-NeXT's line break, the norm after the last CLIP
-# layer, and tables that are computed instead. PLLaVA takes the features before that norm.
+# Tensors of published files that PLLaVA never reads: LLaVA-NeXT's line break, the norm after the last CLIP layer, and
+# tables that are computed instead. PLLaVA takes the CLIP features before that norm.
 UNUSED = re.compile(
     r"image_newline|vision_tower\.vision_model\.post_layernorm\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids"
 )

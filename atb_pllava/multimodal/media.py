@@ -55,8 +55,8 @@ def list_media(*paths: str | os.PathLike[str]) -> list[str]:
     A folder's media are listed in natural order (2 before 10) of their paths. Names that begin with a dot are left out.
     Every folder is entered once. A link to a folder is followed, unless the walk enters that folder under its own name,
     or the folder contains the named folder.
-    Some unreadable paths are listed, so that reading them raises an error: broken links, pipes and sockets with a
-    medium's ending, broken links without an ending, and unreadable subfolders.
+    Unreadable subfolders are listed, so that reading them raises an error. So are broken links, pipes and sockets with
+    a medium's ending, and broken links without an ending.
     Raises VideoError for a path that does not exist, and for a folder without media.
     """
     return list(dict.fromkeys(file for path in paths for file in _media_at(os.fspath(path))))

@@ -1,7 +1,7 @@
 """IncrementalDetokenizer: turns generated token ids into text one by one, and finds stop strings.
 
-`tokenizers.decoders.DecodeStream` is not used for four reasons. DecodeStream needs tokenizers 0.21. It raises an
-exception at some invalid bytes, and takes quadratic time for others. It cannot flush a character that the end cuts.
+`tokenizers.decoders.DecodeStream` is not used, because DecodeStream needs tokenizers 0.21 and cannot flush a character
+that the end cuts. At some invalid bytes DecodeStream raises an exception. At others DecodeStream takes quadratic time.
 """
 
 import codecs
@@ -20,8 +20,8 @@ class IncrementalDetokenizer:
     """Appends the text of each generated id to `text`, which is the answer without blanks at either end.
 
     `text` only grows, and never holds half a character. Special tokens have no text.
-    Three kinds of text are held back, because the next ids may change them: a possible beginning of a stop string,
-    blanks at the end, and a run of byte tokens. A stop string inside a run is found at once.
+    Text that the next ids may change is held back: a possible beginning of a stop string, blanks at the end, and a run
+    of byte tokens. A stop string inside a run is found at once.
     `stopped` becomes True when a stop string is found. `text` then ends before the stop string, and further ids are
     ignored.
     """

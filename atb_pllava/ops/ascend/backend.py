@@ -4,7 +4,7 @@
 between chips. `ops.ascend.attention` has the decoder's attention.
 
 Every operator is called as documented. The tests run each call through torch_npu's real schemas. The tests' reference
-kernels refuse the arguments that the documentation refuses. These questions are open until a test on an NPU:
+kernels refuse the arguments that the documentation refuses. Some questions are open until a test on an NPU:
 - All speeds. Are W8A16 products faster with an NZ weight? The documentation says so for graph mode only.
 - Does graph capture work with several ranks, whose all-reduces are captured too? Does capture work on 310P at all?
 - Does paged attention of 310P accept the padded rows of a captured batch, which read one token of block 0?

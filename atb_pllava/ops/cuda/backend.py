@@ -83,7 +83,7 @@ class CudaBackend(TorchBackend):
         return out
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-        """See `Backend.write_kv`; the kernel skips slots below 0."""
+        """See `Backend.write_kv`. The kernel skips slots below 0."""
         self._kernels.write_kv(keys, values, cache, slot_mapping)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
