@@ -68,9 +68,9 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """LLaMA decoder. The defaults are those of transformers' LlamaConfig; the published 7B config.json omits them.
+    """LLaMA decoder. The defaults are those of transformers' LlamaConfig. The published 7B config.json omits them.
 
-    `num_key_value_heads` and `head_dim` may be left out: 0 becomes the number of attention heads, and
+    0 stands for an omitted value: `num_key_value_heads` becomes num_attention_heads, and `head_dim` becomes
     hidden_size / num_attention_heads.
     """
 
@@ -123,7 +123,7 @@ class PllavaConfig:
     pooling_shape: tuple[int, int, int] = (16, 12, 12)
     vision_feature_layer: int = -2
     eos_token_ids: tuple[int, ...] = (2,)
-    dtype: str = "float32"  # of the stored weights; on an accelerator the option value "auto" means this dtype
+    dtype: str = "float32"  # of the stored weights. On an accelerator, the option value "auto" means this dtype
     notice: str = ""  # one line from the checkpoint's author, shown to users
 
     def __post_init__(self) -> None:
@@ -181,9 +181,9 @@ class PreprocessorConfig:
 
 @dataclass(frozen=True)
 class Option:
-    """How a dataclass field is an option of the command line. `cli/engine_args.py` makes the option from it.
+    """The command line option of a dataclass field. `cli/engine_args.py` makes the option from the field.
 
-    `help` may name the field's default as {default}. `metavar` stands for the value in --help.
+    {default} in `help` becomes the field's default. `metavar` stands for the value in --help.
     """
 
     help: str
@@ -192,23 +192,26 @@ class Option:
 
 
 def option(help: str, metavar: str = "N", choices: Sequence[str] | None = None) -> dict[str, Option]:
-    """The metadata of a dataclass field that is an option."""
+    """The `metadata` of a dataclass field, which makes the field an option of the command line."""
     return {"option": Option(help, metavar, None if choices is None else tuple(choices))}
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs. Every field is the user's choice; nothing comes from the checkpoint.
+    """How the engine runs. Every field is the user's choice. No field comes from the checkpoint.
 
+    `block_size` is the number of tokens in a KV block. `max_batch_size` is the number of requests at a time.
     `max_input_length` and `max_output_length` count tokens of one request. None: the KV cache is the only bound.
     `kv_cache_bytes` bounds the KV cache. None: room for `max_batch_size` requests, but at most half the free memory.
-    `prefill_chunk` is the most prompt tokens of a step while other requests decode. `vision_batch` is the number of
-    frames that each rank encodes at once; it bounds the vision tower's memory. None for either: what suits the
-    backend, 512 tokens and 8 frames on a CPU, 4096 tokens and 16 frames on an accelerator.
-    `video_cache_bytes` bounds two caches: embeddings of earlier videos (18 MiB each for 7B in bfloat16) and, in as
-    much memory again, their frames. `kv_cache_dtype` "int8" keeps keys and values in 8 bits, on the cpu backend only;
-    "auto" is the model's dtype. `prefix_cache` lets prompts with the same beginning, videos included, share keys and
-    values. `decode_graphs` lets a backend that can capture a decode step launch it as one graph.
+    `prefill_chunk` is the largest number of prompt tokens in a step while other requests decode. `vision_batch` is the
+    number of frames that each rank encodes at once, and bounds the vision tower's memory. None for either takes the
+    backend's number: 512 tokens and 8 frames on a CPU, 4096 tokens and 16 frames on an accelerator.
+    `video_cache_bytes` bounds the encoder cache, and separately the frame cache. The encoder cache holds embeddings of
+    earlier videos (18 MiB each for 7B in bfloat16). The frame cache holds their frames.
+    `kv_cache_dtype` "int8" keeps keys and values in 8 bits, on the cpu backend only. "auto" is the model's dtype.
+    `prefix_cache` lets prompts with the same beginning, videos included, share KV blocks.
+    `decode_graphs` lets a backend with graph capture launch a decode step as one graph. Other backends ignore the
+    field.
     """
 
     block_size: int = field(default=128, metadata=option("tokens in a KV block (default {default})"))
@@ -275,19 +278,22 @@ _ENGINE_RANGES = {
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> str:
-    """`value` when it is one of `allowed`; ConfigError names them all otherwise."""
+    """`value`. Raises ConfigError that names all allowed values unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
 
 
 def check_num_frames(num_frames: object) -> int:
-    """A usable number of sampled frames: an integer from 1 to 4096 (reading a file allows fewer, see MediaLimits)."""
+    """`num_frames` as an int. Raises ConfigError unless `num_frames` is a whole number from 1 to 4096.
+
+    Fewer frames may be taken from one file: see `MediaLimits.max_sampled_frames`.
+    """
     return check_whole_number("num_frames", num_frames, 1, 4096)
 
 
 def check_pooling_shape(shape: object) -> tuple[int, int, int]:
-    """`(16, 12, 12)`, `[16, 12, 12]` or `"16-12-12"` as a tuple; ConfigError for anything else."""
+    """`(16, 12, 12)`, `[16, 12, 12]`, `"16-12-12"` or `"16x12x12"` as a tuple. Raises ConfigError for anything else."""
     parts: Any = shape.replace("x", "-").split("-") if isinstance(shape, str) else shape
     try:
         sizes = tuple(int(p) if isinstance(p, str) else p for p in parts)
@@ -300,7 +306,7 @@ def check_pooling_shape(shape: object) -> tuple[int, int, int]:
             "for example 16-12-12"
         )
     if sizes[0] * sizes[1] * sizes[2] > 2**20:
-        raise ConfigError(f"pooling_shape {shape!r} makes more than {2**20} video tokens")
+        raise ConfigError(f"pooling_shape {shape!r} makes more than {2**20} video tokens; choose smaller numbers")
     return (sizes[0], sizes[1], sizes[2])
 
 

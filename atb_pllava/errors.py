@@ -1,7 +1,7 @@
-"""Every error a user can cause, by the place where it is noticed.
+"""The errors that a user can cause, one class for each part of the package that finds them.
 
-Each message names what was given, what is allowed and what to do. The command line prints the message alone
-and exits with status 2; a traceback means a mistake of ours.
+Each message names the given value, the allowed values and the remedy. The command line prints the message alone and
+exits with status 2. A traceback means a bug of this package.
 """
 
 from math import isfinite
@@ -17,7 +17,7 @@ class ConfigError(PllavaError):
 
 
 class WeightError(PllavaError):
-    """A checkpoint that is not what it claims to be."""
+    """A checkpoint whose files contradict each other or the model, or whose values cannot be used."""
 
 
 class VideoError(PllavaError):
@@ -29,11 +29,11 @@ class RequestError(PllavaError):
 
 
 class BackendError(PllavaError):
-    """A device backend that was asked for and is not available here."""
+    """A backend, dtype or feature that this machine does not have, or a rank that failed."""
 
 
 class OutOfMemoryError(BackendError, MemoryError):
-    """Memory that a backend needed for a computation and could not have."""
+    """A backend could not allocate the memory that a computation needs."""
 
 
 def check_whole_number(
@@ -44,9 +44,10 @@ def check_whole_number(
     error: type[PllavaError] = ConfigError,
     note: str = "",
 ) -> int:
-    """`value` as an int. Raises `error` unless it is a whole number from `lowest` to `largest` (None: no upper bound).
+    """`value` as an int.
 
-    numpy's integers are whole numbers; True and False are not. `note` ends the message.
+    Raises `error` unless `value` is a whole number from `lowest` to `largest`. `largest` None sets no upper bound.
+    numpy's integers are whole numbers. True and False are not. The message ends with `note`.
     """
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_whole or int(value) < lowest or (largest is not None and int(value) > largest):  # type: ignore[call-overload]
@@ -65,7 +66,7 @@ def check_number(
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`number` and the noun that fits it; `plural` where that is not the noun with an s."""
+    """`number` with its noun: "1 file", "2 files". `plural` is the plural of a noun that does not take an s."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from atb_pllava.errors import ConfigError
 
-PLOT_TITLE = "atb_pllava plot"  # the title in PNG files that this package draws; a later run may replace these files
+PLOT_TITLE = "atb_pllava plot"  # the title in PNG files that this package draws. A later run may replace such files
 # Endings of the files that are taken from a folder. A file named directly is read by its content.
 IMAGE_ENDINGS = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"]
@@ -18,7 +18,7 @@ VIDEO_ENDINGS = frozenset(
     [".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".f4v", ".flv"]
     + [".gif", ".ts", ".mts", ".m2ts", ".m2t", ".mpg", ".mpeg", ".mpe", ".vob", ".ogv", ".ogg", ".ogm"]
 )
-# Endings of media that cannot be read. Such a file in a folder is reported with an error.
+# Endings of media that cannot be read. A folder with such a file gives an error that names the file.
 REFUSED_ENDINGS = frozenset(
     [".mxf", ".rm", ".rmvb", ".dv", ".wtv", ".nut", ".m1v", ".m2v", ".h264", ".264", ".h265", ".265", ".hevc"]
     + [".jp2", ".jxl"]
@@ -32,10 +32,10 @@ LFS_REMEDY = (
 
 
 def check_writable(path: str, option: str, inputs: Iterable[str] = ()) -> None:
-    """Check before long work that its result can be written to `path`. `option` is the option that named the path.
+    """Check, before long work, that a result can be written to `path`. `option` is the option that named the path.
 
-    Raises ConfigError if no file can be written there. Raises ConfigError for an existing file that no result may
-    replace: a video, an image that this package did not draw, weights, and each of the files `inputs` of this run.
+    Raises ConfigError if no file can be written there. Raises ConfigError if the existing file is a video, a weight
+    file, an image that this package did not draw, or one of the `inputs`.
     """
     folder = os.path.dirname(os.path.realpath(path))
     usable = os.path.isfile(path) or not os.path.lexists(path) or os.path.islink(path)
@@ -53,6 +53,7 @@ def check_writable(path: str, option: str, inputs: Iterable[str] = ()) -> None:
 
 
 def _is_our_plot(path: str) -> bool:
+    """Whether the file is a PNG that this package drew: its title is PLOT_TITLE."""
     try:
         with open(path, "rb") as file:
             head = file.read(256)
@@ -62,12 +63,12 @@ def _is_our_plot(path: str) -> bool:
 
 
 def write_json(path: str | os.PathLike[str], value: object, mode: int | None = None) -> None:
-    """Write a value as JSON; otherwise as `write_bytes`."""
+    """Write a value as JSON, atomically as `write_bytes` does."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", mode)
 
 
 def write_text(path: str | os.PathLike[str], text: str, mode: int | None = None) -> None:
-    """Write a text as UTF-8; otherwise as `write_bytes`.
+    """Write a text as UTF-8, atomically as `write_bytes` does.
 
     Lone surrogates, which come from file names that are not UTF-8, become `\\u` escapes. JSON has the same escapes.
     """
@@ -75,12 +76,12 @@ def write_text(path: str | os.PathLike[str], text: str, mode: int | None = None)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None = None) -> None:
-    """Write a file atomically: a reader never sees half of it, and after an error the old file is still there.
+    """Write a file atomically. A reader sees the old file or the whole new one. After an error the old file remains.
 
-    `mode` are the permissions of the file; None leaves them to the umask. Raises ConfigError that names the file if
-    the file cannot be written.
+    `mode` sets the permissions of the file. None leaves the permissions to the umask.
+    Raises ConfigError that names the file if the file cannot be written.
     """
-    target = Path(os.path.realpath(path))  # of a link, the target is replaced and not the link
+    target = Path(os.path.realpath(path))  # a link stays, and the file that the link points to is replaced
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -93,15 +94,15 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None =
     except OSError as error:
         raise ConfigError(f"{os.fspath(path)} could not be written: {error.strerror}") from None
     finally:
-        with suppress(OSError):  # after a rename, and if it could not be created, it does not exist
+        with suppress(OSError):  # the partial file is gone after the rename, or was never created
             partial.unlink()
 
 
 def read_json(path: str | os.PathLike[str], largest: int | None = None, distinct_keys: bool = False) -> Any:
-    """The value in a JSON file, which may be UTF-8 with or without a byte order mark, UTF-16 or UTF-32.
+    """The value in a JSON file. The file may be UTF-8 with or without a byte order mark, UTF-16 or UTF-32.
 
-    Raises ConfigError that names the file in these cases: the file cannot be read, has more than `largest` bytes, is a
-    Git LFS pointer, is not JSON, or, with `distinct_keys`, has an object with a key twice.
+    Raises ConfigError that names the file if the file cannot be read, is larger than `largest` bytes, is a Git LFS
+    pointer, or is not JSON. With `distinct_keys`, an object that has a key twice raises ConfigError too.
     """
     text = read_text(path, largest)
     try:
@@ -148,9 +149,9 @@ def read_config_json(path: str | os.PathLike[str], distinct_keys: bool = False) 
 
 
 def why_unreadable(path: str | os.PathLike[str], error: OSError) -> str:
-    """The rest of a message "FILE ...": why the file could not be opened.
+    """The end of a message that begins with the file's name: why the file could not be opened.
 
-    An incomplete download leaves links to nothing; such a link is named as that.
+    A broken link is reported as an incomplete download, because such downloads leave broken links.
     """
     if os.path.islink(path) and not os.path.exists(path):
         return f"is a link to {os.readlink(path)}, which does not exist: the download is not complete, run it again"
@@ -158,7 +159,7 @@ def why_unreadable(path: str | os.PathLike[str], error: OSError) -> str:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The JSON object of these pairs. Raises ValueError that names a key which occurs twice."""
+    """The JSON object of these pairs. Raises ValueError that names the first key that occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,10 +1,10 @@
-"""Where the ranks of a tensor-parallel model meet: a key-value store, the processes that rank 0 started, a barrier.
+"""How the ranks of a tensor-parallel model find each other: a key-value store, the worker processes, and a barrier.
 
-Rank 0 is the user's process. Rank 0 starts the other ranks, or torchrun has started all of them. All ranks connect to
-a store on the loopback interface. While a rank loads, it writes a heartbeat to the store. `Rendezvous.barrier` waits
-until every rank has loaded, compares fingerprints of the loaded parts, and makes the process group.
+Rank 0 is the user's process. Rank 0 starts the other ranks, or torchrun has started all ranks. All ranks connect to a
+store on the loopback interface. A loading rank writes heartbeats to the store. `Rendezvous.barrier` waits until every
+rank has loaded, compares fingerprints of the loaded weights, and makes the process group.
 
-This module knows no model: a fingerprint is a string, and `executor.worker` says which program a rank runs.
+The fingerprint is any string. `executor.worker` is the program of the workers.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _HEARTBEAT_INTERVAL = 1.0
 _POLL_INTERVAL = 0.05
 _SECONDS_TO_STOP = 5.0
 _STORE_TIMEOUT = timedelta(seconds=60)
-_COLLECTIVE_TIMEOUT = timedelta(days=7)  # between requests, workers wait in a collective for as long as the user thinks
+_COLLECTIVE_TIMEOUT = timedelta(days=7)  # between two requests of the user, workers wait in a collective
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
@@ -45,12 +45,12 @@ class Rendezvous:
 
     @classmethod
     def start(cls, size: int, module: str, arguments: Sequence[str], port: int | None = None) -> "Rendezvous":
-        """Start ranks 1 to size - 1 on this machine; each runs `python -m module RANK SIZE PORT ARGUMENTS...`.
+        """Start ranks 1 to size - 1 on this machine. Each rank runs `python -m module RANK SIZE PORT ARGUMENTS...`.
 
-        port: the store's port on the loopback interface; None takes a free one. The processes start in the folder
-        that holds this package, so that they import the same code. They get a pipe as stdin, which closes when this
-        process ends. Raises ConfigError when the port is taken, and BackendError when this process already has a
-        process group.
+        port: the store's port on the loopback interface. None takes a free port. The working directory of the ranks is
+        the folder that holds this package, so that all ranks import the same code. The stdin of each rank is a pipe
+        that closes when this process ends.
+        Raises ConfigError if the port is taken. Raises BackendError if this process already has a process group.
         """
         if dist.is_initialized():
             raise BackendError("this process already has a tensor-parallel model; close() it before the next one")
@@ -67,15 +67,15 @@ class Rendezvous:
 
     @classmethod
     def connect(cls, rank: int, size: int, port: int) -> "Rendezvous":
-        """The connection of a rank that `start` started."""
+        """Connect a rank that `start` started to the store of rank 0."""
         store = dist.TCPStore("127.0.0.1", port, size, False, timeout=_STORE_TIMEOUT)
         return cls(TensorParallel(rank, size), store)
 
     @classmethod
     def among_torchrun(cls) -> "Rendezvous":
-        """The connection of a rank that torchrun started; rank, size and address are in the environment.
+        """Connect a rank that torchrun started. Rank, size and address are in the environment variables of torchrun.
 
-        Raises ConfigError when the store cannot be reached.
+        Raises ConfigError if the store cannot be reached.
         """
         try:
             store, rank, size = next(dist.rendezvous("env://"))
@@ -84,9 +84,9 @@ class Rendezvous:
         return cls(TensorParallel(rank, size), store)
 
     def heartbeat(self) -> None:
-        """Call this often while loading. Workers write a heartbeat; rank 0 checks that no worker has ended.
+        """On a worker: write a heartbeat to the store. On rank 0: raise BackendError if a worker has ended or failed.
 
-        Raises BackendError on rank 0 when a worker has ended.
+        Loading calls `heartbeat` after every tensor. At most one call a second has an effect.
         """
         now = time.monotonic()
         if now - self._last_heartbeat < _HEARTBEAT_INTERVAL:
@@ -98,11 +98,11 @@ class Rendezvous:
             self._raise_if_one_ended()
 
     def barrier(self, fingerprint: str, process_group: str) -> None:
-        """Wait until every rank has loaded and compare their fingerprints; afterwards collectives work.
+        """Wait until every rank has loaded, compare the fingerprints, and make the process group for collectives.
 
-        fingerprint: everything that must be equal on all ranks. process_group: the process group's backends, as
-        `torch.distributed.init_process_group` takes them. Raises BackendError naming the rank that failed, ended,
-        hangs or has another fingerprint.
+        fingerprint: a text of everything that must be equal on all ranks. process_group: the `backend` argument of
+        `torch.distributed.init_process_group`.
+        Raises BackendError that names a rank which failed, ended, hangs or has another fingerprint.
         """
         rank = self.parallel.rank
         self.store.set(f"loaded/{rank}", hashlib.sha256(fingerprint.encode()).hexdigest())
@@ -116,11 +116,14 @@ class Rendezvous:
         _init_process_group(self.store, self.parallel, process_group)
 
     def fail(self, reason: str) -> None:
-        """Write to the store why this rank fails, for `failure_reason` on rank 0."""
+        """Write the reason of this rank's failure to the store. Rank 0 reads it with `failure_reason`."""
         self.store.set(f"error/{self.parallel.rank}", reason)
 
     def stop(self) -> None:
-        """Wait for the workers to end, kill them after some seconds, and free ports and memory; safe to call twice."""
+        """Wait for the workers to end, kill those that still run after 5 s, and free ports and memory.
+
+        A second call does nothing.
+        """
         deadline = time.monotonic() + _SECONDS_TO_STOP
         for process in self.processes:
             try:
@@ -135,13 +138,13 @@ class Rendezvous:
             dist.destroy_process_group()
 
     def kill(self) -> None:
-        """End the workers at once: they may wait in a collective that rank 0 will never join."""
+        """Kill the workers at once, because workers may wait in a collective that rank 0 will never join."""
         for process in self.processes:
             process.kill()
         self.stop()
 
     def failure_reason(self) -> str | None:
-        """Which rank failed or ended, and why; None when all ranks live."""
+        """The ranks that failed or ended, with the reason. None if all ranks are alive."""
         ended = {rank: p.returncode for rank, p in enumerate(self.processes, start=1) if p.poll() is not None}
         for rank in range(1, self.parallel.size):
             if self._has(f"error/{rank}"):
@@ -151,7 +154,10 @@ class Rendezvous:
         return ", ".join(f"rank {rank} ended with status {status}" for rank, status in causes.items()) or None
 
     def _compare_ranks(self) -> None:
-        """Rank 0: wait for each worker and write to the store whether all may go on, or which rank differs."""
+        """On rank 0: wait for each worker, compare the fingerprints, and write the result under the key "go".
+
+        The result is "" if all fingerprints are equal, else a message that names the first differing rank.
+        """
         workers = range(1, self.parallel.size)
         for rank in workers:
             self._wait_until_loaded(rank)
@@ -180,7 +186,7 @@ class Rendezvous:
             time.sleep(_POLL_INTERVAL)
 
     def _has(self, key: str) -> bool:
-        """Whether a rank has set `key`."""
+        """Whether a rank has set `key` in the store."""
         if hasattr(self.store, "check"):
             return bool(self.store.check([key]))
         try:  # torch 2.1
@@ -191,7 +197,7 @@ class Rendezvous:
 
 
 def _listen(size: int, port: int | None) -> tuple[Store, int]:
-    """A store that only this machine can reach, and its port."""
+    """A key-value store on the loopback interface, and its port. `port` None takes a free port."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -215,7 +221,7 @@ def _listen(size: int, port: int | None) -> tuple[Store, int]:
 
 
 def _init_process_group(store: Store, parallel: TensorParallel, backends: str) -> None:
-    # Gloo otherwise listens on the interface of the host's name, which other machines can reach.
+    # By default gloo listens on the interface of the host's name, which other machines can reach.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     dist.init_process_group(
         backends,

@@ -1,10 +1,10 @@
-"""Tensor parallelism: which part of each tensor a rank owns, and the collectives that join the parts.
+"""Tensor parallelism: the split rules, the shard of a tensor that a rank owns, and the collectives.
 
-A rank owns whole units. A unit is a KV group of attention (a KV head with the query heads that read it), a column of
-the MLP, or a row of the vocabulary. Where the number of ranks does not divide the units, each of the first ranks owns
-one unit more. So every size up to the number of KV heads is exact: 7B over 3 ranks has 11 + 11 + 10 heads. All other
-tensors are whole on every rank. Each decoder layer has two all-reduces, behind attention and behind the MLP. The frames
-of a video are divided among the ranks.
+Tensors are split by whole units. Attention is split by KV heads, each with its query heads. The MLP is split by
+columns, the vocabulary by rows, and a video by frames. If the number of ranks does not divide the units, the first
+ranks own one unit more. 7B over 3 ranks has 11 + 11 + 10 heads. Every number of ranks up to the number of KV heads is
+possible. All other tensors are whole on every rank. Each decoder layer has two all-reduces, one after attention and
+one after the MLP.
 """
 
 import struct
@@ -19,11 +19,11 @@ from atb_pllava.config import LARGEST_WORLD, TextConfig
 from atb_pllava.errors import ConfigError
 
 _LENGTH = struct.Struct("<Q")
-_FIRST_BYTES = 4096  # of the first collective of `broadcast_bytes`: a decode step of a whole batch fits
+_FIRST_BYTES = 4096  # size of the first collective of `broadcast_bytes`: a decode step of a full batch fits
 
 
 class Collectives(Protocol):
-    """How a device joins the tensors of all ranks; see `ops.interface.Backend`."""
+    """The collectives of a device. See `ops.interface.Backend`."""
 
     def all_reduce(self, x: Tensor) -> Tensor: ...
 
@@ -38,26 +38,29 @@ class TensorParallel:
     size: int = 1
 
     def share(self, units: int, rank: int | None = None) -> range:
-        """The consecutive units that a rank owns (None: this rank); shares differ by at most one unit."""
+        """The consecutive units, out of `units`, that a rank owns. `rank` None means this rank.
+
+        The shares of two ranks differ by at most one unit.
+        """
         rank = self.rank if rank is None else rank
         each, remainder = divmod(units, self.size)
         first = rank * each + min(rank, remainder)
         return range(first, first + each + (rank < remainder))
 
     def all_reduce(self, x: Tensor, device: Collectives) -> Tensor:
-        """Sum over the ranks, in the dtype of x; the backend decides in which dtype the ranks add."""
+        """The sum of x over the ranks, in the dtype of x. The backend decides the dtype of the addition."""
         return x if self.size == 1 else device.all_reduce(x)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's values on every rank; the other ranks pass a tensor of the same shape, which is overwritten."""
+        """Rank 0's x on every rank. The other ranks pass a tensor of the same shape and dtype to receive the values."""
         if self.size > 1:
             dist.broadcast(x, src=0)
         return x
 
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
-        """Rank 0's `data` on every rank; the other ranks pass nothing.
+        """Rank 0's `data` on every rank. The other ranks pass no `data`.
 
-        The first collective has a fixed size and carries the length with the first bytes. Longer data takes a second
+        The first collective has a fixed size, and holds the length and the first bytes. Longer data takes a second
         collective.
         """
         if self.size == 1:
@@ -89,9 +92,9 @@ class TensorParallel:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which part of a checkpoint tensor of `shape` this rank holds in `tensor`.
+    """The shard of a checkpoint tensor that this rank holds. `shape` is the shape of the whole checkpoint tensor.
 
-    `tensor` receives the rows (axis 0) or columns (axis 1) from `start` on, as many as `tensor` has.
+    `tensor` is the destination. `tensor` receives its number of rows (axis 0) or columns (axis 1), from `start` on.
     """
 
     tensor: Tensor
@@ -101,12 +104,12 @@ class ShardSpec:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "ShardSpec":
-        """All of a checkpoint tensor."""
+        """The spec of a tensor that is whole on every rank."""
         return cls(tensor, tuple(tensor.shape))
 
     @classmethod
     def of(cls, tensor: Tensor, axis: int, share: range, units: int) -> "ShardSpec":
-        """The `share` of the `units` equal slices of a checkpoint tensor along `axis`; `tensor` holds that share."""
+        """The spec of a checkpoint tensor cut into `units` equal slices along `axis`. `tensor` holds `share`."""
         per_unit = tensor.shape[axis] // len(share)
         shape = list(tensor.shape)
         shape[axis] = per_unit * units
@@ -114,13 +117,13 @@ class ShardSpec:
 
     @property
     def span(self) -> tuple[slice, ...]:
-        """The index of this part in the whole checkpoint tensor."""
+        """The index of this shard in the whole checkpoint tensor."""
         along = slice(self.start, self.start + self.tensor.shape[self.axis])
         return (slice(None),) * self.axis + (along,)
 
 
 def check_world_size(size: object, text: TextConfig) -> int:
-    """`size`, checked. Raises ConfigError naming the sizes that work: each rank needs at least one KV head."""
+    """`size` as an int. Raises ConfigError that names the allowed sizes: each rank needs at least one KV head."""
     largest = min(LARGEST_WORLD, text.num_key_value_heads)
     if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= largest:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Calls of ModelRunner methods on every rank: `Executor` on rank 0, `worker_loop` on the other ranks.
 
-Rank 0 broadcasts the method's name and its arguments as msgpack, then each tensor among the arguments. The types of
-the arguments are those in the method's signature. Nothing is pickled, and only RANK_METHODS can be called.
+Rank 0 broadcasts the method's name and its arguments as msgpack, then each tensor among the arguments. The method's
+signature states the types of the arguments. Nothing is pickled. Only RANK_METHODS can be called.
 """
 
 from collections.abc import Callable
@@ -19,30 +19,31 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 RANK_METHODS = (ModelRunner.encode_frames, ModelRunner.pool_frames, ModelRunner.forget, ModelRunner.forward)
-"""The methods that every rank runs together; their arguments are numbers, sequences of numbers, structs or tensors."""
+"""The methods that all ranks run together. Arguments are numbers, sequences of numbers, structs or tensors."""
 
-_STOP = "stop"  # in place of a method's name: the workers end
+_STOP = "stop"  # a method's name that ends the workers
 
 
 class RankCall(msgspec.Struct, frozen=True, array_like=True):
-    """One call: the method's name, and its arguments as msgpack, to be decoded by the method's signature."""
+    """One call: the method's name, and the arguments as msgpack. The method's signature states their types."""
 
     method: str
     arguments: msgspec.Raw
 
 
 class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
-    """What stands for a tensor among the arguments; its values are broadcast behind the call."""
+    """The dtype and shape of a tensor argument. The tensor's values are broadcast after the call."""
 
     dtype: str
     shape: list[int]
 
 
 class Executor:
-    """Rank 0's face of all ranks: `call` runs a ModelRunner method on every rank.
+    """Rank 0's handle of all ranks: `call` runs a ModelRunner method on every rank.
 
     If any rank fails, the ranks are no longer in lockstep. The executor then calls `on_failure`, which shuts all ranks
-    down and returns the cause if it is known. This and every later call raise BackendError with that cause.
+    down and returns the cause, or None for an unknown cause. The failed call raises BackendError with the cause in
+    place of a RuntimeError. Every later call raises that BackendError.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Executor:
         *arguments: Arguments.args,
         **named: Arguments.kwargs,
     ) -> Result:
-        """Run one of RANK_METHODS on every rank with the same positional arguments; returns rank 0's result."""
+        """Run one of RANK_METHODS on every rank with the same positional arguments. Returns rank 0's result."""
         assert not named, "arguments are positional"
         own_method: Callable[..., Result] = getattr(self.runner, method.__name__)
         if self.parallel.size == 1:
@@ -77,19 +78,19 @@ class Executor:
             raise
 
     def free_video(self, video_id: int) -> None:
-        """Free what every rank keeps of a video. After a failure nothing happens: the other ranks have ended."""
+        """Free a video's features and embeddings on every rank. After a failure nothing happens."""
         if self._failure is None:
             self.call(ModelRunner.forget, video_id)
 
     def stop(self) -> None:
-        """Let the other ranks end; every later call raises BackendError."""
+        """End the workers. Every later call raises BackendError."""
         if self.parallel.size > 1 and self._failure is None:
             self._failure = BackendError("this model was closed; load it anew")
             _broadcast_call(self.parallel, _STOP)
 
 
 def worker_loop(runner: ModelRunner, parallel: TensorParallel) -> None:
-    """Run each call of rank 0 on this rank's `runner`, until rank 0 stops."""
+    """Run each call of rank 0 on this rank's `runner`, until `Executor.stop` on rank 0."""
     decoders = {method.__name__: _arguments_decoder(method) for method in RANK_METHODS}
     while True:
         call = msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RankCall)
@@ -107,14 +108,14 @@ def _broadcast_call(parallel: TensorParallel, method: str, *arguments: object) -
 
 
 def _broadcast_tensors(parallel: TensorParallel, arguments: tuple[object, ...]) -> None:
-    """Rank 0's tensors among the arguments into those of the other ranks."""
+    """Broadcast the tensors among the arguments. The other ranks receive the values into their own tensors."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             parallel.broadcast(argument.contiguous())
 
 
 def _arguments_decoder(method: Callable[..., object]) -> "msgspec.msgpack.Decoder[tuple[object, ...]]":
-    """A decoder of a method's arguments, by the types in its signature."""
+    """A msgpack decoder of a method's arguments, by the types in the method's signature."""
     types = [kind for name, kind in get_type_hints(method).items() if name != "return"]
     return msgspec.msgpack.Decoder(tuple[tuple(types)], dec_hook=_empty_tensor)  # type: ignore[misc]
 
@@ -126,6 +127,6 @@ def _tensor_header(value: object) -> TensorHeader:
 
 
 def _empty_tensor(_: type, header: object) -> Tensor:
-    """A contiguous tensor on the CPU to receive values into."""
+    """A contiguous CPU tensor of the header's dtype and shape, to receive values into."""
     described = msgspec.convert(header, TensorHeader)
     return torch.empty(described.shape, dtype=getattr(torch, described.dtype))

@@ -1,7 +1,8 @@
-"""Decode steps that the device has captured once and launches as one: hundreds of small kernels cost one launch.
+"""CUDA and NPU graphs of decode steps: a captured step launches hundreds of small kernels at once.
 
 A graph has one batch size, so batches are padded to powers of two. A graph reads the same tensors at each replay, so
-every step is written into these. For backends with Feature.GRAPH_CAPTURE; called by `executor.model_runner`.
+every step is copied into these tensors. `executor.model_runner` uses a GraphRunner for backends with
+Feature.GRAPH_CAPTURE. `Backend.capture` records the graph.
 """
 
 import logging
@@ -20,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class GraphRunner:
-    """The captured graphs of one model and KV cache, one for each padded batch size, made when a size first occurs.
+    """The captured graphs of one model and KV cache, one for each padded batch size.
 
-    max_blocks_per_seq: blocks of the longest sequence that a graph has room for. When a capture fails, the failure is
-    logged and every later step runs operator by operator.
+    A graph is captured when its batch size first occurs. If a capture fails, a warning is logged, and every later step
+    runs without graphs. max_blocks_per_seq: columns of a graph's block table, the bound on the blocks of a sequence.
     """
 
     def __init__(self, model: Pllava, cache: Sequence[LayerCache], max_blocks_per_seq: int) -> None:
@@ -39,7 +40,7 @@ class GraphRunner:
         return self._works and only_decodes and max(map(len, step.block_tables)) <= self._max_blocks_per_seq
 
     def forward(self, step: ModelInput) -> Tensor:
-        """Run a step that `fits`: float32 logits [B, vocabulary]."""
+        """Run a step for which `fits` is True: float32 logits [B, vocabulary]."""
         size = 1 << (step.decoding - 1).bit_length()
         if size not in self._captured:
             return self._capture(size, step)[: step.decoding]
@@ -48,7 +49,7 @@ class GraphRunner:
         return graph.replay(lens)[: step.decoding].clone()
 
     def _capture(self, size: int, step: ModelInput) -> Tensor:
-        """Compute the step's logits [size, vocabulary] operator by operator, which also warms up; then capture it."""
+        """Run the step without a graph, as a warm-up, then capture the step. Returns the logits [size, vocabulary]."""
         inputs = _DecodeInputs(size, self._max_blocks_per_seq, self._model.ops.device)
         batch = inputs.batch(inputs.fill(step))
         logits: Tensor = self._model(batch, self._cache)
@@ -64,7 +65,10 @@ class GraphRunner:
 
 
 class _DecodeInputs:
-    """All inputs of a decode step in one int64 tensor [4 + max_blocks_per_seq, size]: one copy to the device a step."""
+    """All inputs of a decode step in one int64 tensor [4 + max_blocks_per_seq, size], so that a step needs one copy.
+
+    Rows 0 to 3 are token ids, positions, slot mapping and context lengths. The other rows are the block tables.
+    """
 
     def __init__(self, size: int, max_blocks_per_seq: int, device: torch.device) -> None:
         self._host = torch.zeros(4 + max_blocks_per_seq, size, dtype=torch.int64)
@@ -73,7 +77,7 @@ class _DecodeInputs:
         self._no_prompts = SequenceBatch.of([], [], self._device[4:].T[:0])
 
     def fill(self, step: ModelInput) -> list[int]:
-        """Write a step and its padding (see `Backend.capture`) to the device; the context lengths [size]."""
+        """Copy a step and its padding (see `Backend.capture`) to the device. Returns the context lengths [size]."""
         used = step.decoding
         size = self._host.shape[1]
         self._host.zero_()
@@ -86,7 +90,7 @@ class _DecodeInputs:
         return step.context_lens + [0] * (size - used)
 
     def batch(self, lens: Sequence[int]) -> ForwardBatch:
-        """The inputs as a batch; `lens` are the context lengths that the host knows at this moment."""
+        """The inputs as a ForwardBatch. `lens` are the context lengths [size] of the step being captured."""
         token_ids, positions, slot_mapping, context_lens = self._device[:4]
         decode = SequenceBatch(tuple(range(len(lens) + 1)), tuple(lens), self._device[4:].T, context_lens)
         return ForwardBatch(token_ids, positions, slot_mapping, decode, self._no_prompts, self._logits_indices)

@@ -1,4 +1,4 @@
-"""Loads one model on all of its ranks, and starts their executor. With one rank, no process is started."""
+"""Launcher: starts the ranks, loads the model on all ranks, and makes the executor. One rank needs no new process."""
 
 import logging
 import os
@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """`world_size` processes hold the model. None means 1, or as many as torchrun started.
+    """The number of processes that hold the model, and the port of their rendezvous.
 
-    They meet at `master_port` of the loopback interface. None means a free port.
+    `world_size` None means 1, or the number of processes that torchrun started. `master_port` is a port of the loopback
+    interface. None means a free port.
     """
 
     world_size: int | None = field(default=None, metadata=option("devices to split the model over (default 1)"))
@@ -33,10 +34,10 @@ class ParallelOptions:
 
 
 class Launcher:
-    """Rank 0's part in the life of all ranks: plan, load, start, stop.
+    """Starts, loads and stops all ranks, from rank 0.
 
-    `rendezvous` is the link to ranks that torchrun started. None: this process starts ranks 1 to world_size - 1.
-    Constructing a Launcher reads the checkpoint's headers and reserves no memory.
+    `rendezvous` is the connection to ranks that torchrun started. None: `launch` starts ranks 1 to world_size - 1.
+    The constructor reads the checkpoint's headers and allocates no memory for the model.
     """
 
     def __init__(self, options: ModelOptions, parallel: ParallelOptions, rendezvous: Rendezvous | None = None) -> None:
@@ -53,7 +54,7 @@ class Launcher:
     def launch(self, config: EngineConfig, plan_blocks: Callable[[Pllava], int]) -> Executor:
         """Load the model on every rank. Returns the executor, whose KV cache has `plan_blocks(model)` blocks.
 
-        `plan_blocks` is called after loading: the weights are then part of the memory in use.
+        `plan_blocks` is called after loading, so that the weights count as used memory.
         """
         if self.parallel.size > 1 and self.rendezvous is None:
             self.rendezvous = start_workers(self.parallel.size, self.options, self._port)
@@ -68,9 +69,9 @@ class Launcher:
         return self.executor
 
     def close(self) -> None:
-        """Stop the other ranks, if there are any, and free their memory. Safe to call twice.
+        """Stop the other ranks, if there are any, and free their memory. A second call does nothing.
 
-        A forked child has a copy of this object, and the ranks are not its own: there the call does nothing.
+        The call also does nothing in a forked child, because the ranks belong to the parent process.
         """
         if self.rendezvous is None or os.getpid() != self._owner:
             return
@@ -83,7 +84,7 @@ class Launcher:
         self._restore_threads()
 
     def _load(self) -> None:
-        """Fill this rank's part of the model, and wait until every other rank has filled its own."""
+        """Load this rank's shard of the model, and wait until every other rank has loaded its shard."""
         if self.rendezvous is None:
             fill_model(self.model, self.plan, pack=True)
             return
@@ -102,7 +103,7 @@ class Launcher:
 
     @contextmanager
     def _stopped_on_error(self) -> Iterator[None]:
-        """Kill the other ranks when the body raises: they would wait for rank 0 in a collective."""
+        """Kill the other ranks if the body raises. Otherwise they would wait for rank 0 in a collective."""
         try:
             yield
         except BaseException:
@@ -112,7 +113,7 @@ class Launcher:
             raise
 
     def _stop_after_loss(self) -> PllavaError | None:
-        """A rank was lost: kill the others. Returns the error that names the lost rank, None where it is unknown."""
+        """Kill all other ranks after one rank was lost. Returns an error that names the lost rank, None if unknown."""
         if self.rendezvous is None:
             return None
         time.sleep(0.2)  # a process that has just died needs a moment to be seen as dead

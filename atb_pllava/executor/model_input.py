@@ -1,16 +1,17 @@
-"""The host half of a forward batch: one step's work as lists of whole numbers, sent unchanged to every rank.
+"""ModelInput: the work of one step as lists of integers on the host. Rank 0 sends one ModelInput to every rank.
 
-`engine.input_builder` makes a ModelInput from requests; `ModelRunner.forward` makes tensors from a ModelInput.
+`engine.input_builder` makes a ModelInput from requests. `ModelRunner.forward` makes a ForwardBatch of tensors from a
+ModelInput.
 """
 
 import msgspec
 
 
 class EmbedSlice(msgspec.Struct, frozen=True, array_like=True):
-    """Rows of one video's embeddings in the packed batch.
+    """Some rows of one video's embeddings in the packed batch.
 
-    Embeddings first .. first + count - 1 of the video with id `video` replace the token embeddings of batch rows
-    row .. row + count - 1.
+    `count` rows of the embeddings of video `video`, from row `first` on, replace token embeddings of the batch, from
+    row `row` on. `video` is the video id of `ModelRunner.encode_frames`.
     """
 
     video: int
@@ -22,8 +23,8 @@ class EmbedSlice(msgspec.Struct, frozen=True, array_like=True):
 class ModelInput(msgspec.Struct, frozen=True, array_like=True):
     """N packed tokens of B sequences. The first `decoding` sequences have one token each.
 
-    token_ids, positions, slot_mapping: [N]; query_lens, context_lens: [B]; block_tables: [B] lists of block numbers.
-    logits_indices: the rows whose next token is wanted. `ops.interface.ForwardBatch` defines each of these fields.
+    token_ids, positions, slot_mapping: [N]. query_lens, context_lens: [B]. block_tables: [B] lists of block numbers.
+    logits_indices: the rows whose next token is sampled. `ops.forward_batch.ForwardBatch` defines these fields.
     """
 
     decoding: int

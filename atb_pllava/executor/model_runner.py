@@ -1,4 +1,4 @@
-"""One rank's part of the model with its KV cache and its video embeddings; it runs one packed batch a step."""
+"""ModelRunner: one rank's model, KV cache and video embeddings. A model runner runs one packed batch a step."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ from atb_pllava.ops.interface import Feature, LayerCache
 
 
 class ModelRunner:
-    """Owns the model, its KV cache, and the embeddings of the videos that running requests refer to by number.
+    """Owns the model, the KV cache, and the embeddings of videos by video id.
 
-    The model's weights are packed by then: loading does that, and `pack_weights` for models that are filled otherwise.
+    The caller has packed the model's weights: `fill_model` with pack=True does so, or `pack_weights`.
     """
 
     def __init__(
@@ -43,19 +43,22 @@ class ModelRunner:
         self._features: dict[int, list[Tensor]] = {}
         self._video_embeds: dict[int, Tensor] = {}
 
-    # Not inference_mode: torch 2.1 lets no collective write into the tensors that are made in it.
+    # Not inference_mode, because collectives of torch 2.1 cannot write into its tensors.
     @torch.no_grad()
     def encode_frames(self, video: int, pixels: Tensor) -> None:
-        """Put some frames of a video, pixels [U, 3, size, size], through the vision tower and the projector."""
+        """Run the vision tower and the projector on some frames of a video, pixels [frames, 3, size, size].
+
+        The features are kept until `pool_frames`. Calls for one video append.
+        """
         self._features.setdefault(video, []).append(self.model.encode_frames(pixels.to(self.device)))
 
     @torch.no_grad()
     def pool_frames(self, video: int, inverse_indices: Sequence[int]) -> None:
-        """Pool the distinct frames of a video to its embeddings; inverse_indices [T] says which of them frame t is."""
+        """Pool the features of a video to its embeddings, which are kept. See `Pllava.pool_frames`."""
         self._video_embeds[video] = self.model.pool_frames(torch.cat(self._features.pop(video)), inverse_indices)
 
     def forget(self, video: int) -> None:
-        """Free the features and the embeddings of a video; nothing happens for an unknown one."""
+        """Free the features and the embeddings of a video. An unknown video is ignored."""
         self._features.pop(video, None)
         self._video_embeds.pop(video, None)
 
@@ -85,7 +88,7 @@ class ModelRunner:
         return logits
 
     def _sequences(self, step: ModelInput, which: slice) -> SequenceBatch:
-        """Some of the step's sequences; block tables are padded with 0 to the longest."""
+        """The sequences `which` of the step as a SequenceBatch. Block tables are padded with 0 to the longest."""
         tables = step.block_tables[which]
         columns = max(map(len, tables), default=0)
         padded = [table + [0] * (columns - len(table)) for table in tables]

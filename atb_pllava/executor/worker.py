@@ -1,8 +1,8 @@
-"""The life of a rank other than 0: load this rank's part of the model, then run what rank 0 calls until it stops.
+"""A worker is a rank other than 0: loads its shard of the model, then runs the calls of rank 0 until rank 0 stops.
 
 Rank 0 starts workers as `python -m atb_pllava.executor.worker RANK SIZE PORT DIRECTORY OPTIONS`. Under torchrun the
-command line calls `run_worker` in the process that torchrun started. When a rank ends, its sockets close, the next
-collective of every other rank fails, and all ranks end.
+command line calls `run_worker` in the process that torchrun started. If a rank ends, its sockets close. The next
+collective of every other rank then fails, and all ranks end.
 """
 
 if __name__ == "__main__":
@@ -36,7 +36,7 @@ _MODULE = "atb_pllava.executor.worker"  # __name__ is "__main__" in a worker's p
 
 
 class RunnerOptions(msgspec.Struct, frozen=True):
-    """What `ModelRunner` takes besides the model. Rank 0 chooses them; the workers receive them."""
+    """The arguments of `ModelRunner` after the model. Rank 0 chooses the values and sends them to the workers."""
 
     blocks: int
     block_size: int
@@ -45,14 +45,14 @@ class RunnerOptions(msgspec.Struct, frozen=True):
 
 
 def start_workers(size: int, options: ModelOptions, port: int | None = None) -> Rendezvous:
-    """Start ranks 1 to size - 1 with the same options; raises as `Rendezvous.start`."""
+    """Start ranks 1 to size - 1 with the same options. Raises as `Rendezvous.start` does."""
     return Rendezvous.start(size, _MODULE, [os.getcwd(), options.to_json()], port)
 
 
 def worker_main(rank: str, size: str, port: str, directory: str, options: str) -> int:
-    """The whole life of a process that `start_workers` started; returns its exit status.
+    """The main function of a process that `start_workers` started. Returns the exit status.
 
-    directory: the working directory of rank 0, which relative paths in the options refer to.
+    directory: the working directory of rank 0. Relative paths in the options refer to this directory.
     """
     threading.Thread(target=_exit_with_rank_0, daemon=True).start()
     os.chdir(directory)
@@ -60,19 +60,19 @@ def worker_main(rank: str, size: str, port: str, directory: str, options: str) -
 
 
 def _exit_with_rank_0() -> None:
-    """End this process when rank 0 ends, however rank 0 ends.
+    """End this process when rank 0 ends, even by a crash.
 
-    Rank 0 holds the other end of the stdin pipe and never writes to it, so the read returns when rank 0 is gone.
+    Rank 0 holds the other end of the stdin pipe and never writes. The read therefore returns when rank 0 has ended.
     """
     os.read(0, 1)
     os._exit(EXIT_PEER_LOST)
 
 
 def run_worker(rendezvous: Rendezvous, options: ModelOptions) -> int:
-    """Load this rank's part and run `worker_loop` until rank 0 stops; returns the exit status.
+    """Load this rank's shard and run `worker_loop` until rank 0 stops. Returns the exit status.
 
-    Exit status 2: this rank failed, and rank 0 reads the reason from the store and reports it. EXIT_PEER_LOST: another
-    rank ended. Only errors are logged here, because rank 0 logs for all ranks.
+    Status 0: rank 0 stopped. Status 2: this rank failed, and rank 0 reports the reason that the store holds. Status
+    EXIT_PEER_LOST: another rank ended. Workers log errors only, because rank 0 logs for all ranks.
     """
     logging.getLogger("atb_pllava").setLevel(logging.ERROR)
     try:
@@ -98,26 +98,26 @@ def run_worker(rendezvous: Rendezvous, options: ModelOptions) -> int:
 
 
 def load_fingerprint(model: Pllava, plan: LoadPlan | DummyWeights, options: ModelOptions) -> str:
-    """Everything that must be equal on all ranks: weights, LoRA scale, options without paths, config and dtype."""
+    """A text of all that must be equal on all ranks: weights, LoRA scale, options without paths, config and dtype."""
     return f"{plan.fingerprint()} {plan.lora_scale} {options.described()} {model.config} {model.dtype}"
 
 
 def send_worker_options(
     parallel: TensorParallel, blocks: int, block_size: int, kv_cache_dtype: str, decode_graphs: bool
 ) -> None:
-    """Rank 0: tell the workers what their `ModelRunner` takes besides the model."""
+    """On rank 0: send the arguments of `ModelRunner` after the model to the workers."""
     options = RunnerOptions(blocks, block_size, kv_cache_dtype, decode_graphs)
     parallel.broadcast_bytes(msgspec.msgpack.encode(options))
 
 
 def receive_worker_options(parallel: TensorParallel) -> tuple[int, int, str, bool]:
-    """A worker: the arguments of `ModelRunner` behind the model, in their order, from rank 0."""
+    """On a worker: receive the arguments of `ModelRunner` after the model, in order, from rank 0."""
     options = msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RunnerOptions)
     return options.blocks, options.block_size, options.kv_cache_dtype, options.decode_graphs
 
 
 def share_threads(size: int) -> Callable[[], None]:
-    """Divide the threads of torch among the ranks of this machine; the returned function restores their number."""
+    """Divide torch's threads among the ranks of this machine. The returned function restores the old number."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // size))
     return lambda: torch.set_num_threads(before)

@@ -1,7 +1,8 @@
-"""PEFT's adapter_config.json: the scale of the LoRA tensors beside it, and settings that are refused.
+"""Reads PEFT's adapter_config.json: the LoRA scale, and the settings that are refused.
 
-This package computes W + scale * B @ A. A file that asks for more is refused, and the message names the key. Keys and
-defaults are those of `LoraConfig` in PEFT up to 0.21. Published PLLaVA directories have no such file.
+The merge in `weight_loader.py` computes W + scale * B @ A. A file that needs another formula is refused, and the
+message names the key. Keys and defaults are those of `LoraConfig` in PEFT up to 0.21. Published PLLaVA directories have
+no adapter_config.json.
 """
 
 import json
@@ -16,16 +17,16 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_config_json
 from atb_pllava.loader.directory import ADAPTER_CONFIG
 
-DEFAULT_ALPHA = 4.0  # of PLLaVA's published scores; used if no file states an alpha
+DEFAULT_ALPHA = 4.0  # alpha of PLLaVA's published scores, used if no file states an alpha
 
-# Keys that change what the tensors mean, with the values for which W + scale * B @ A is right. null is allowed too.
+# Keys that change the formula, with the values for which W + scale * B @ A is right. null is allowed too.
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),  # with other values biases were trained
-    # Other initialisations subtract the initial B @ A from the frozen weight. PEFT writes true after it undid that.
+    # Other initialisations subtract the initial B @ A from the frozen weight. PEFT writes true after undoing that.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-# Keys about the training of the adapter, or about the layers that have one. The tensors themselves show the layers.
+# Keys about the adapter's training, or about the layers with LoRA. The names of the tensors show these layers.
 _NO_EFFECT = frozenset(
     ["task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"]
     + ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core"]
@@ -33,10 +34,10 @@ _NO_EFFECT = frozenset(
     + ["runtime_config", "merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"]
 )
 _OWN_CHECKS = frozenset(["r", "lora_alpha", "use_rslora", "modules_to_save"])
-# All other keys must be false or empty. Known ones among them are use_dora, rank_pattern and fan_in_fan_out.
+# All other keys must be null, false or empty, such as use_dora, rank_pattern and fan_in_fan_out.
 _REMEDY = (
-    "merge the adapter with PEFT (merge_and_unload) and load the merged model; --ignore_adapter_config takes the "
-    "tensors as plain LoRA all the same"
+    "merge the adapter with PEFT (merge_and_unload) and load the merged model, or add --ignore_adapter_config to use "
+    "the tensors as plain LoRA"
 )
 
 
@@ -51,7 +52,7 @@ class LoraScale:
 
     @property
     def scale(self) -> float:
-        """alpha / r; alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
+        """alpha / r. Rank-stabilised LoRA (arXiv 2312.03732) has alpha / sqrt(r)."""
         return self.alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
 
     def __str__(self) -> str:
@@ -61,7 +62,7 @@ class LoraScale:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The part of one adapter_config.json that decides the scale. `rank` is None if the file does not state one."""
+    """The settings of one adapter_config.json that decide the LoRA scale. `rank` is None if the file states no rank."""
 
     path: Path
     alpha: float
@@ -70,7 +71,7 @@ class AdapterConfig:
 
     @classmethod
     def from_dir(cls, directory: Path, names: Collection[str]) -> "AdapterConfig | None":
-        """Read the file of a directory whose tensors have the canonical names `names`. None if there is no file.
+        """Read adapter_config.json of a directory whose tensors have the canonical names `names`. None without a file.
 
         Raises ConfigError with one line that names every unsupported key, its value and the allowed values.
         """
@@ -88,7 +89,8 @@ class AdapterConfig:
     def scale(self, rank: int, given: float | None) -> LoraScale:
         """The scale of LoRA tensors of rank `rank`.
 
-        Raises ConfigError if the file states another rank, or another alpha than `given`, which is --lora_alpha.
+        given: the value of --lora_alpha. Raises ConfigError if the file states another rank than `rank` or another
+        alpha than `given`.
         """
         if self.rank is not None and self.rank != rank:
             raise ConfigError(
@@ -104,7 +106,7 @@ class AdapterConfig:
 
 
 def plain_scale(rank: int, given: float | None) -> LoraScale:
-    """alpha / r, the scale of LoRA tensors if there is no adapter_config.json or if the file is ignored."""
+    """The scale alpha / r, for LoRA tensors without adapter_config.json or with an ignored one. given: --lora_alpha."""
     if given is None:
         return LoraScale(DEFAULT_ALPHA, rank, False, "PLLaVA's published scores")
     return LoraScale(float(given), rank, False, "--lora_alpha")
@@ -116,7 +118,7 @@ def is_alpha(value: object) -> bool:
 
 
 def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Each key that asks for more than a scaled LoRA, with its value and the allowed values."""
+    """A message for each key whose value does not fit W + scale * B @ A, with the allowed values."""
     for key, value in raw.items():
         if key in _NO_EFFECT or key in _OWN_CHECKS or value is None:
             continue
@@ -128,9 +130,9 @@ def _refused(raw: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unsaved_modules(raw: Mapping[str, Any], names: Collection[str]) -> Iterator[str]:
-    """Each module of modules_to_save without a tensor in the directory.
+    """A message for each module of modules_to_save that has no tensor in the directory.
 
-    Such modules were trained as a whole. Without their tensors the base model's would be used, and nobody would know.
+    PEFT trains such modules as a whole. Without the trained tensors, the base model's tensors would silently be used.
     """
     modules = raw.get("modules_to_save") or []
     modules = [modules] if isinstance(modules, str) else modules

@@ -1,6 +1,7 @@
-"""The tensors of a checkpoint directory by the headers of its files: which files, which tensors, what is wrong.
+"""Reads the headers of a checkpoint directory's files: which files, which tensors, and which problems.
 
-No tensor is read here; `tensor_values.py` reads them. Pickle files are never opened.
+`tensor_values.py` reads the values of tensors. Pickle files are never opened. The canonical name of a tensor is its
+name in a plain LLaVA state dict.
 """
 
 import math
@@ -20,7 +21,7 @@ from atb_pllava.loader.problems import Problem
 from atb_pllava.ops.int8 import QuantConfig
 
 INDEX_FILE = "model.safetensors.index.json"
-QUANT_STEM = "quant_model_weight"  # msModelSlim's weight files begin with it, sharded or not
+QUANT_STEM = "quant_model_weight"  # the beginning of msModelSlim's weight file names, sharded or not
 WEIGHT_FILE = re.compile(rf"(?:(?:adapter_)?model|{QUANT_STEM}).*\.safetensors")
 INDEX = re.compile(rf"(?:model|{QUANT_STEM}\w*)\.safetensors\.index\.json")
 PICKLES = (".bin", ".pt", ".pth")
@@ -29,11 +30,11 @@ PICKLES = (".bin", ".pt", ".pth")
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000
 
-# Types by their names in safetensors files.
+# torch dtypes by their names in safetensors files.
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INT8 = "I8"
 
-# Applied in this order to every tensor name in a file. The result is the name in a plain LLaVA state dict.
+# Applied in this order to every tensor name in a file. The result is the canonical name.
 RENAMES = (
     (r"\bbase_model\.model\.", ""),  # PEFT around the language model (published PLLaVA) or around the whole model
     (r"\.base_layer\.", "."),  # PEFT: the frozen weight beside its LoRA
@@ -47,7 +48,7 @@ RENAMES = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file by the file's header. `key` is its name there, `dtype` the name of its type ("BF16")."""
+    """One tensor in a safetensors file, from the header. key: the name in the file. dtype: "BF16" for example."""
 
     file: Path
     key: str
@@ -78,7 +79,7 @@ class WeightDir:
         int8: QuantConfig | None = None,
         problems: Iterable[Problem] = (),
     ) -> "WeightDir":
-        """The directory of these tensors. A canonical name that two tensors have is a problem more."""
+        """The WeightDir of these tensors. Two tensors with the same canonical name add a problem."""
         tensors: dict[str, StoredTensor] = {}
         all_problems = list(problems)
         for tensor in stored:
@@ -91,12 +92,12 @@ class WeightDir:
 
     @property
     def lora_targets(self) -> set[str]:
-        """The weights that the LoRA tensors of this directory belong to."""
+        """The canonical names of the weights that have LoRA tensors in this directory."""
         return {lora_target(name) for name in self.tensors if is_lora(name)}
 
     @property
     def is_adapter(self) -> bool:
-        """Whether an adapter_config.json in this directory belongs to its tensors."""
+        """Whether an adapter_config.json in this directory describes the directory's tensors."""
         return bool(self.lora_targets) or any(t.file.name.startswith("adapter_model") for t in self.tensors.values())
 
     def describe(self) -> str:
@@ -120,7 +121,7 @@ class WeightDir:
 
 
 def canonical_name(key: str) -> str:
-    """The name that a tensor called `key` in a file has in a plain LLaVA state dict."""
+    """The name in a plain LLaVA state dict of the tensor that a file calls `key`."""
     for pattern, replacement in RENAMES:
         key = re.sub(pattern, replacement, key)
     return key
@@ -132,7 +133,7 @@ def is_lora(name: str) -> bool:
 
 
 def lora_target(name: str) -> str:
-    """The weight that a LoRA matrix belongs to: `x.weight` for `x.lora_A.weight` and `x.lora_B.weight`."""
+    """The name of a LoRA matrix's weight: `x.weight` for `x.lora_A.weight` and `x.lora_B.weight`."""
     return name[: -len("lora_A.weight")] + "weight"
 
 
@@ -170,7 +171,7 @@ def _find_index(path: Path, names: Sequence[str], problems: list[Problem]) -> di
 
 
 def _read_index(file: Path, problems: list[Problem]) -> dict[str, str]:
-    """Tensor name to file name. Entries that do not name a file of the directory are left out, and are problems."""
+    """Tensor name to file name. An entry that does not name a file of the directory is left out, and adds a problem."""
     try:
         weight_map = read_config_json(file).get("weight_map")
     except ConfigError as error:
@@ -179,7 +180,7 @@ def _read_index(file: Path, problems: list[Problem]) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         problems.append(Problem("file", str(file), "has no weight_map of tensor names to files"))
         return {}
-    # The file may be a link: the cache of the Hugging Face Hub consists of links. A path in the index is refused.
+    # A file name with a folder is refused. The file itself may be a link, as in the cache of the Hugging Face Hub.
     good = {key: name for key, name in weight_map.items() if isinstance(name, str) and _is_plain_file_name(name)}
     for key in weight_map.keys() - good.keys():
         detail = f"{weight_map[key]!r} (for {key}) is not the name of a safetensors file in this directory"
@@ -228,7 +229,7 @@ def _missing_files(path: Path, names: Sequence[str], chosen: Sequence[str]) -> I
 
 
 def _left_over_files(path: Path, candidates: Sequence[str], chosen: Sequence[str], why: str) -> Iterator[Problem]:
-    """A problem for each weight file that is not read; `why` says how the files to read were found."""
+    """A problem for each weight file that is not read. `why` is the reason."""
     is_quantised = any(name.startswith(QUANT_STEM) for name in chosen)
     for name in sorted(set(candidates) - set(chosen)):
         detail = why
@@ -238,7 +239,7 @@ def _left_over_files(path: Path, candidates: Sequence[str], chosen: Sequence[str
 
 
 def _explain_absence(names: Sequence[str]) -> str:
-    """Why a directory with these files has no weights to read."""
+    """The problem's text for a directory with these files and no weights to read."""
     pickles = [name for name in names if name.endswith(PICKLES)]
     if not pickles:
         what = f"{counted(len(names), 'other file')}" if names else "nothing at all"
@@ -251,7 +252,10 @@ def _explain_absence(names: Sequence[str]) -> str:
 
 
 def _numbered_siblings(shard: str) -> list[str]:
-    """The names of all shards for one of them: three for `model-00001-of-00003.safetensors`. Other names have none."""
+    """The names of all shards, from the name of one shard: `model-00001-of-00003.safetensors` gives three names.
+
+    A name without shard numbers gives no names.
+    """
     match = re.fullmatch(r"(\w+-)(\d{1,5})(-of-)(\d{1,5})(\.safetensors)", shard)
     if match is None:
         return []
@@ -260,7 +264,7 @@ def _numbered_siblings(shard: str) -> list[str]:
 
 
 def _read_header(file: Path, problems: list[Problem]) -> list[StoredTensor] | None:
-    """The tensors of one file by its header. None if the file cannot be used; the reason is added to `problems`."""
+    """The tensors of one file, from its header. For an unusable file, None, and the reason is added to `problems`."""
     try:
         reason = _why_unusable(file)
         if reason is None:
@@ -276,9 +280,9 @@ def _read_header(file: Path, problems: list[Problem]) -> list[StoredTensor] | No
 
 
 def _why_unusable(file: Path) -> str | None:
-    """Why a file is not given to the safetensors library; None if it may be.
+    """The reason not to open a file with the safetensors library. None for a file that may be opened.
 
-    A pipe would block the library, a Git LFS pointer has no weights, and a huge header fills the memory.
+    A pipe would block the library. A Git LFS pointer has no weights. A huge header would fill the memory.
     """
     if not stat.S_ISREG(os.stat(file).st_mode):
         return "is not a regular file"
@@ -293,7 +297,7 @@ def _why_unusable(file: Path) -> str | None:
 
 
 def _compare_index(file: Path, keys: set[str], index: Mapping[str, str]) -> Iterator[Problem]:
-    """Problems where the tensors `keys` of a file are not those that the index has for this file."""
+    """A problem for each difference between the tensors `keys` of a file and the tensors that the index has for it."""
     listed = {key for key, name in index.items() if name == file.name}
     for key in listed - keys:
         yield Problem("file", str(file), f"lacks {key}, which the index says it holds")

@@ -1,8 +1,8 @@
-"""Reads a checkpoint's JSON files into PllavaConfig and PreprocessorConfig.
+"""Reads config.json and the other JSON files of a checkpoint into PllavaConfig and PreprocessorConfig.
 
-The files are config.json, generation_config.json, preprocessor_config.json, video_preprocessor_config.json and
-processor_config.json. Keys that do not change what PLLaVA computes are ignored; published files carry many. Keys that
-ask for something PLLaVA does not have raise ConfigError.
+The other files are generation_config.json, preprocessor_config.json, video_preprocessor_config.json and
+processor_config.json. Keys without effect on PLLaVA's results are ignored. Published files have many such keys. Keys
+for features that PLLaVA does not have raise ConfigError.
 """
 
 import os
@@ -83,8 +83,8 @@ def config_from_json(raw: Mapping[str, Any], generation: Mapping[str, Any] | Non
 def read_preprocessor_config(model_dir: str | os.PathLike[str], image_size: int) -> PreprocessorConfig:
     """Read the image settings and PLLaVA's shortest_edge of a checkpoint directory. CLIP's values are the defaults.
 
-    Raises ConfigError in three cases: a setting that PLLaVA's pipeline does not have, a crop that is not `image_size`
-    pixels, and two places in the directory that disagree (see `_image_settings`).
+    Raises ConfigError for a setting that PLLaVA's pipeline does not have, and for a crop that is not `image_size`
+    pixels. Raises ConfigError if two places in the directory state different values (see `_image_settings`).
     """
     directory = Path(model_dir)
     stated = {where: _normalised(raw, image_size) for where, raw in _image_settings(directory)}
@@ -121,11 +121,12 @@ def _fields_of(cls: type[TextConfig] | type[VisionConfig], section: Mapping[str,
 
 
 def _first_stated(key: str, *sources: Mapping[str, Any], default: Any) -> Any:
-    """The value of `key` in the first of the sources that has one; null means absent."""
+    """The value of `key` in the first source that has one, else `default`. null means absent."""
     return next((source[key] for source in sources if source.get(key) is not None), default)
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key with a value that this package does not support."""
     only_values = [
         (text, "text_config.model_type", "llama"),
         (text, "text_config.hidden_act", "silu"),
@@ -147,17 +148,17 @@ def _refuse_unsupported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None
 
 
 def _nested_rope_theta(raw: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"rope_theta": value}` if rope_scaling or rope_parameters of text_config state one, else an empty dict.
+    """`{"rope_theta": value}` if rope_scaling or rope_parameters of text_config has a rope_theta, else an empty dict.
 
-    transformers 5 prefers the nested value to rope_theta beside it. Raises ConfigError if any RoPE setting scales
-    positions, and if two nested values differ.
+    As in transformers 5, the nested value overrides rope_theta of text_config. Raises ConfigError if any RoPE setting
+    scales positions, and if two nested values differ.
     """
     found: dict[str, Any] = {}
     for section, prefix in ((raw, ""), (text, "text_config.")):
         for name in ("rope_scaling", "rope_parameters"):
             for where, settings in _rope_settings(section.get(name), prefix + name):
                 _refuse_rope_scaling(settings, where)
-                # The decoder's theta is that of text_config. The top level only repeats it.
+                # The decoder uses the rope_theta of text_config, and the top level repeats the value.
                 if prefix and settings.get("rope_theta") is not None:
                     found[where] = settings["rope_theta"]
     thetas = list(found.values())
@@ -253,7 +254,10 @@ def _shortest_edge(directory: Path, image_size: int) -> int:
 
 
 def _normalised(raw: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Image settings in one form: defaults filled in, and each size a number if transformers reads it as one."""
+    """Image settings with defaults filled in. A size such as {"shortest_edge": 336} becomes a number.
+
+    Other dicts of sizes stay as they are, and `_mean_and_std` refuses them.
+    """
     crop = raw.get("crop_size", image_size)
     if isinstance(crop, dict) and {"height"} <= crop.keys() and all(side == crop["height"] for side in crop.values()):
         crop = crop["height"]

@@ -1,6 +1,6 @@
-"""Checks that a path is a checkpoint directory. The error says what the path probably is instead.
+"""Checks that a path is a checkpoint directory. The error message says what kind of path was given instead.
 
-Nothing is downloaded. For a name on the Hugging Face Hub the message has the command that downloads it.
+Nothing is downloaded. For a name on the Hugging Face Hub, the message has the download command.
 """
 
 import os
@@ -22,10 +22,10 @@ _FOLDERS_SEARCHED = 50  # for media: enough for a folder of clips, few enough fo
 
 
 def check_directory(path: str | os.PathLike[str], option: str = "--model_path") -> Path:
-    """The path, if it is a directory. `option` is the command line option that named it, for messages.
+    """The path of a directory. `option` is the command line option that named the path, for messages.
 
-    Raises ConfigError otherwise. The message names videos, files and names on the Hugging Face Hub as such, and says
-    what to do.
+    Raises ConfigError if the path is not a directory. The message recognises videos, other files and names on the
+    Hugging Face Hub, and has a remedy.
     """
     name = os.fspath(path)
     if name and os.path.isdir(name):
@@ -48,9 +48,9 @@ def check_directory(path: str | os.PathLike[str], option: str = "--model_path") 
 
 
 def check_has_config(directory: Path, option: str = "--model_path") -> Path:
-    """The path of config.json in a checkpoint directory. Raises ConfigError if there is none.
+    """The path of config.json in a checkpoint directory. Raises ConfigError if the file does not exist.
 
-    The message recognises a PEFT adapter alone and a folder of videos or images.
+    The message recognises a directory with only a PEFT adapter, and a folder of videos or images.
     """
     config = directory / "config.json"
     if os.path.lexists(config):
@@ -77,16 +77,16 @@ def config_directory(
 ) -> tuple[Path, str]:
     """The directory whose config.json is read, and the option that named the directory.
 
-    `weight_dir` is taken if it has a config.json, else `model_path`: PEFT saves adapters without a config.json.
-    `options` are the options that named the two paths. Raises ConfigError if one of the two is no directory, and if
-    the two are swapped.
+    The directory is `weight_dir` if `weight_dir` has a config.json, else `model_path`. PEFT saves adapters without a
+    config.json. `options` are the command line options that named the two paths.
+    Raises ConfigError if one of the two paths is no directory, and if the two paths are swapped.
     """
     base = check_directory(model_path, options[0])
     if weight_dir is not None:
         upper = check_directory(weight_dir, options[1])
         if os.path.lexists(upper / "config.json"):
             if os.path.lexists(base / ADAPTER_CONFIG):
-                check_has_config(base, options[0])  # raises for an adapter alone: the two paths are swapped
+                check_has_config(base, options[0])  # raises if `base` is only an adapter: the two paths are swapped
             return upper, options[1]
     return base, options[0]
 

@@ -1,10 +1,10 @@
 """Dummy weights: random values in a model's real sizes and types, for benchmarks without a checkpoint.
 
-Filling is as fast as memory is written. A few million random numbers are repeated over every tensor, and each tensor
-begins at another of these numbers. The values are scaled so that activations stay around 1 through all layers.
+Filling is limited by memory bandwidth only. Every tensor repeats the same few million random numbers, from another
+start. The values are scaled so that activations stay around 1 through all layers.
 
-The values of a tensor depend on its name only. All numbers of ranks have the same weights. A peer implementation whose
-tensors have the same names has the same weights too.
+The values of a tensor depend on its name only. The weights are therefore the same for every world size. Another
+implementation with the same tensor names gets the same weights.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from atb_pllava.ops.int8 import QuantConfig
 
 logger = logging.getLogger(__name__)
 
-# A prime number: otherwise rows of a matrix would repeat in the rows below.
+# A prime number, so that the rows of a matrix do not repeat.
 _NUM_RANDOM_VALUES = 4_194_301
 _ELEMENTS_PER_COPY = 2**22  # bounds the rows that are made at once
 _SEED = 1
@@ -39,7 +39,7 @@ _LINEAR = (
 
 @dataclass(frozen=True)
 class DummyWeights:
-    """Stands in for a `weight_loader.LoadPlan` if there is no checkpoint. Dummy weights have no LoRA."""
+    """The counterpart of `weight_loader.LoadPlan` without a checkpoint. Dummy weights have no LoRA."""
 
     bytes_total: int
     lora: None = None
@@ -55,7 +55,8 @@ class DummyWeights:
         start_time = time.perf_counter()
         numbers = _random_numbers()
         scaled: dict[tuple[torch.dtype, float], Tensor] = {}
-        # Before the first yield: the scale of an int8 weight depends on a destination that the caller may drop.
+        # Computed before the first yield, because the scale of an int8 weight needs the destination of the weight. The
+        # caller may drop that destination later.
         moments = {name: _mean_and_std(name, destinations) for name in destinations}
         for name, (mean, std) in moments.items():
             dtype = destinations[name].tensor.dtype
@@ -78,7 +79,7 @@ def _random_numbers() -> Tensor:
 
 
 def dummy_quant_config(config: PllavaConfig) -> QuantConfig:
-    """The layers that a conversion to W8A16 makes int8: all linear layers of the decoder, with one scale a row."""
+    """The int8 weights after a conversion to W8A16: all linear layers of the decoder, with one scale a row."""
     layers = range(config.text.num_hidden_layers)
     names = (f"language_model.model.layers.{i}.{name}.weight" for i in layers for name in _LINEAR)
     return QuantConfig(frozenset(names))
@@ -99,7 +100,7 @@ def plan_dummy_weights(destinations: Mapping[str, ShardSpec], ranks_here: int, f
 
 
 def _mean_and_std(name: str, destinations: Mapping[str, ShardSpec]) -> tuple[float, float]:
-    """Mean and standard deviation of a tensor's values. A sum over the columns of a matrix stays around 1."""
+    """Mean and standard deviation of a tensor's values. With inputs around 1, the outputs of a matrix are around 1."""
     part = destinations[name]
     if name.endswith(".weight_offset"):
         return 0.0, 0.0
@@ -125,7 +126,7 @@ def _first_number(name: str) -> int:
 
 
 def _fill(part: ShardSpec, mean: float, values: Tensor, first_number: int) -> None:
-    """Fill this rank's part of a tensor with the values that a single rank has there.
+    """Fill this rank's shard of a tensor with the values that the whole tensor has there.
 
     If the columns are split, whole rows are made and cut.
     """
@@ -145,7 +146,7 @@ def _fill(part: ShardSpec, mean: float, values: Tensor, first_number: int) -> No
 
 
 def _stretch(values: Tensor, begin: int, count: int) -> Tensor:
-    """`count` of the values from index `begin` on. The first value follows the last."""
+    """`count` values from index `begin` on. After the last value, the first value follows."""
     begin %= len(values)
     first = values[begin : begin + count]
     missing = count - len(first)

@@ -16,7 +16,7 @@ LoraPairs = dict[str, tuple[StoredTensor, StoredTensor]]
 
 
 def compare_names(weights: Tensors, shapes: Shapes) -> Iterator[Problem]:
-    """Tensors that the model needs and the checkpoint lacks, and tensors that the model does not have."""
+    """Problems: tensors that the checkpoint lacks, and tensors of the checkpoint that the model does not have."""
     for name in shapes.keys() - weights.keys():
         yield Problem("missing", name, f"{list(shapes[name])} is needed")
     for name in weights.keys() - shapes.keys():
@@ -25,7 +25,7 @@ def compare_names(weights: Tensors, shapes: Shapes) -> Iterator[Problem]:
 
 
 def compare_shapes(weights: Tensors, shapes: Shapes) -> Iterator[Problem]:
-    """Tensors of another shape than the model's."""
+    """Problems: tensors whose shape differs from the model's."""
     for name in weights.keys() & shapes.keys():
         tensor = weights[name]
         if not fits(tensor.shape, shapes[name]):
@@ -34,7 +34,7 @@ def compare_shapes(weights: Tensors, shapes: Shapes) -> Iterator[Problem]:
 
 
 def check_dtypes(tensors: Tensors, shapes: Shapes) -> Iterator[Problem]:
-    """Tensors of another type than the model takes: int8 for a weight with scales, a float type for all others."""
+    """Problems: unsupported dtypes. A weight with scales must be int8, and every other tensor float."""
     for name, tensor in tensors.items():
         scale_name, _ = scale_and_zero_names(name)
         is_int8 = name in shapes and scale_name in shapes
@@ -50,14 +50,14 @@ def fits(stored: Sequence[int], wanted: Sequence[int]) -> bool:
 
 
 def check_zero(biases: Tensors) -> Iterator[Problem]:
-    """Biases of norms that are not 0. LLaMA's norms have no bias, so a bias of 0 changes nothing. Reads the values."""
+    """Problems: biases of norms that are not 0. LLaMA's norms have no bias. The values are read from the files."""
     for name, tensor in biases.items():
         if tensor.dtype not in FLOAT_DTYPES or bool(read_tensor(tensor).any()):
             yield Problem("value", name, f"is not 0 in {tensor.file}; LLaMA's norms have no bias")
 
 
 def pair_loras(loras: Tensors, shapes: Shapes) -> tuple[LoraPairs, list[Problem]]:
-    """The lora_A [r, in] and lora_B [out, r] of each weight name, and the LoRA tensors that do not fit."""
+    """The pair lora_A [r, in], lora_B [out, r] for each weight name, and the problems with LoRA tensors."""
     pairs: LoraPairs = {}
     problems = []
     for target in sorted({lora_target(name) for name in loras}):
@@ -77,7 +77,7 @@ def pair_loras(loras: Tensors, shapes: Shapes) -> tuple[LoraPairs, list[Problem]
 
 
 def _why_not_a_pair(target: str, a: StoredTensor | None, b: StoredTensor | None, shapes: Shapes) -> str | None:
-    """Why lora_A and lora_B cannot be merged into the weight `target`; None if they can."""
+    """The reason why lora_A and lora_B cannot be merged into the weight `target`. None if they can."""
     if target not in shapes:
         return "LoRA for a tensor this model does not have"
     if not LORA_TARGET.fullmatch(target):
@@ -90,12 +90,12 @@ def _why_not_a_pair(target: str, a: StoredTensor | None, b: StoredTensor | None,
 
 
 def _makes_weight(a: Sequence[int], b: Sequence[int], weight: Sequence[int]) -> bool:
-    """Whether lora_A [r, in] and lora_B [out, r] make a weight [out, in], with r of at least 1."""
+    """Whether the shapes a [r, in] and b [out, r] fit a weight [out, in], with r of at least 1."""
     return len(a) == len(b) == 2 and a[0] == b[1] >= 1 and [b[0], a[1]] == list(weight)
 
 
 def check_directories(base: WeightDir, delta: WeightDir | None) -> Iterator[Problem]:
-    """The problems of each directory alone, and combinations of two directories that have no meaning."""
+    """The problems of each directory, and of meaningless combinations: two LoRAs, or int8 weights with a LoRA."""
     yield from base.problems
     if delta is not None:
         yield from delta.problems

@@ -1,4 +1,8 @@
-"""From a checkpoint directory to a model on this rank's device. Every rank does the same with the same options."""
+"""Loads a checkpoint directory into a model on this rank's device, or fills the model with dummy weights.
+
+Every rank calls `plan_model` and `fill_model` with the same options. `weight_loader.py` reads the tensors and merges
+LoRA.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,10 +22,10 @@ from atb_pllava.ops.registry import choose_dtype, get_backend
 
 
 def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava, LoadPlan | DummyWeights]:
-    """The model without memory, and the plan that fills it. Headers are read, no tensors.
+    """The model on the meta device, and the plan that fills the model. Headers are read, and no tensors.
 
-    Raises CheckpointError with everything that is wrong with the checkpoint's headers, and BackendError or ConfigError
-    for options that this device or model does not allow.
+    Raises CheckpointError with all problems of the checkpoint's headers. Raises BackendError or ConfigError for options
+    that this device or model does not support.
     """
     config = options.config()
     check_world_size(parallel.size, config.text)
@@ -57,10 +61,10 @@ def _plan_random(
 def fill_model(
     model: Pllava, plan: LoadPlan | DummyWeights, each: Callable[[], None] | None = None, pack: bool = False
 ) -> Pllava:
-    """Allocate the model on its device and read its weights; `each` is called after every tensor.
+    """Allocate the model on its device and read its weights. `each` is called after every tensor.
 
-    pack=True packs each part (see `Pllava.modules_by_prefix`) right after its last tensor, and frees what was loaded.
-    Peak memory is the model plus one part: memory that was never written to takes no room.
+    pack=True packs each part (see `Pllava.modules_by_prefix`) right after its last tensor, and frees the unpacked part.
+    Peak memory is the model plus one part, because allocated memory that was never written takes no room.
     """
     model.to_empty(device=model.ops.device)
     parts = model.weight_map()

@@ -1,4 +1,4 @@
-"""The user's choices that decide the numbers a model computes. Rank 0 sends them to every rank as JSON."""
+"""ModelOptions: which checkpoint, LoRA, dtype, backend and kernels. Rank 0 sends the options to every rank as JSON."""
 
 import json
 import os
@@ -18,12 +18,14 @@ LOAD_FORMATS = ("safetensors", "dummy", "dummy_w8a16")
 class ModelOptions:
     """Which checkpoint is loaded, and how its model computes.
 
-    `model_path` is a checkpoint directory in any of the published layouts. `weight_dir` holds LoRA tensors, and
-    possibly others, that are laid on top of it. The LoRA is scaled by `lora_alpha` / rank. None takes the alpha of
-    PEFT's adapter_config.json beside the LoRA, else 4. A value that contradicts that file is an error unless
-    `ignore_adapter_config` is set. `num_frames` and `pooling_shape` default to the checkpoint's. `load_format` "dummy"
-    and "dummy_w8a16" read no tensors and make up weights, for benchmarks. `compiler` is the C++ compiler of the CPU
-    kernels and `kernel_dir` the folder of the compiled ones; None lets the cpu backend choose.
+    `model_path` is a checkpoint directory in any of the published layouts. `weight_dir` is a directory with LoRA
+    tensors and other trained tensors. Its LoRA is merged, and its other tensors override those of `model_path`.
+    The LoRA scale is `lora_alpha` / rank. None takes lora_alpha of PEFT's adapter_config.json beside the LoRA, else 4.
+    A value that contradicts adapter_config.json is an error unless `ignore_adapter_config` is set.
+    `num_frames` and `pooling_shape` None take the checkpoint's values. `load_format` "dummy" and "dummy_w8a16" read no
+    tensors and fill the model with random weights, for benchmarks.
+    `compiler` is the C++ compiler of the CPU kernels, and `kernel_dir` the folder of compiled kernels. For None see
+    `ops.cpu.build.load_library`.
     """
 
     model_path: str | os.PathLike[str] = field(
@@ -95,7 +97,7 @@ class ModelOptions:
             self._refuse_lora()
 
     def _refuse_lora(self) -> None:
-        """Raises ConfigError for an option about trained weights, which made-up weights leave without effect."""
+        """Raises ConfigError for a LoRA option, because dummy weights have no LoRA."""
         for name in ("weight_dir", "lora_alpha", "ignore_adapter_config"):
             if getattr(self, name) not in (None, False):
                 raise ConfigError(f"{name} has no effect on load_format {self.load_format!r}; leave one of them out")
@@ -113,6 +115,6 @@ class ModelOptions:
         return json.dumps({**asdict(self), **here})
 
     def config(self) -> PllavaConfig:
-        """The model's configuration: weight_dir's own config.json where it has one, else model_path's."""
+        """The model's configuration, from config.json of `weight_dir` if that file exists, else of `model_path`."""
         directory, named_by = config_directory(self.model_path, self.weight_dir)
         return read_config(directory, named_by).with_video(self.num_frames, self.pooling_shape)

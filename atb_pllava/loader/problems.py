@@ -1,13 +1,13 @@
-"""Everything that is wrong with a checkpoint, in one report: kinds of problems and the error that lists them."""
+"""The problems of a checkpoint: Problem, its kinds, and CheckpointError, which reports all problems at once."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from atb_pllava.errors import WeightError
 
-NAMES_PER_GROUP = 20  # of one kind are listed by name, the rest is counted
+NAMES_PER_GROUP = 20  # problems of one kind that are listed. The others are counted
 
-# Kind of problem: its heading in the report, and what to do about it. The report has the kinds in this order.
+# Each kind of problem has a heading in the report, and a remedy. The report has the kinds in this order.
 KINDS = {
     "file": ("files", "download the directory again, and check that --model_path and --weight_dir name the right ones"),
     "quant": (
@@ -41,7 +41,7 @@ KINDS = {
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One problem: its kind (a key of KINDS), the tensor or file, and what was found there."""
+    """One problem. kind: a key of KINDS. name: of the tensor or file. detail: the finding."""
 
     kind: str
     name: str
@@ -49,7 +49,7 @@ class Problem:
 
 
 class CheckpointError(WeightError):
-    """A checkpoint that cannot be loaded. `problems` is the whole list; the message shows a readable part of the list.
+    """A checkpoint that cannot be loaded. `problems` has all problems. The message lists at most 20 of each kind.
 
     Problems are sorted by kind, name and detail. Equal problems are listed once.
     """
@@ -77,12 +77,12 @@ class CheckpointError(WeightError):
 
 
 def raise_if_any(where: str, problems: Sequence[Problem]) -> None:
-    """Raises CheckpointError about the directories `where` if there is a problem."""
+    """Raises CheckpointError if there is a problem. `where` names the directories in the message."""
     if problems:
         raise CheckpointError(where, problems)
 
 
 def _printable(text: str) -> str:
-    """The text without control characters, at most 403 characters: names come from files that nobody vetted."""
+    """The text without control characters, at most 403 characters long. Names come from untrusted files."""
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 400 else text[:400] + "..."

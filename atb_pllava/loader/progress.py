@@ -1,6 +1,6 @@
-"""Log lines for reading or converting weights that takes more than a few seconds.
+"""ShardProgress: log lines while weights are read or converted.
 
-A line reads `loading weights 12/15 shards, 9.8 of 13.5 GB, 1.1 GB/s`.
+Example: `loading weights 12/15 shards, 9.8 of 13.5 GB, 1.1 GB/s`.
 """
 
 import logging
@@ -15,10 +15,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class ShardProgress:
-    """Counts the bytes of stored tensors that are done. `what` begins each line ("loading weights").
+    """Counts the bytes of processed tensors. `what` begins each line ("loading weights").
 
     At most one line is logged every SECONDS_BETWEEN_LINES. The last line has level INFO if the work took longer than
-    that, else DEBUG.
+    SECONDS_BETWEEN_LINES, else DEBUG.
     """
 
     def __init__(self, what: str, tensors: Iterable[StoredTensor]) -> None:
@@ -31,7 +31,7 @@ class ShardProgress:
         self._last_line_time = self._start_time
 
     def add(self, tensors: Iterable[StoredTensor]) -> None:
-        """Count these tensors as done; the first of them names the file that is being read."""
+        """Count these tensors as processed. The file of the first tensor is the current shard."""
         tensors = list(tensors)
         self._bytes_done += sum(tensor.num_bytes for tensor in tensors)
         if time.monotonic() - self._last_line_time >= SECONDS_BETWEEN_LINES:

@@ -1,7 +1,8 @@
-"""quant_model_description.json: which tensors of a quantised directory are int8, checked against the headers.
+"""Reads msModelSlim's quant_model_description.json: which tensors of a quantised directory are int8 weights.
 
-The format is msModelSlim's: one JSON object with the type of every tensor ("FLOAT" or "W8A16") and a few fields about
-the whole directory. Both names that msModelSlim gives the file are read. Values are checked when they are loaded.
+The file is one JSON object with the type of every tensor ("FLOAT" or "W8A16") and a few fields about the directory.
+msModelSlim has two names for the file, and both are read. The types are compared with the headers here. The values of
+tensors are checked during loading. `checkpoint.py` has the names of msModelSlim's weight files.
 """
 
 import os
@@ -25,7 +26,7 @@ VERSION = "1.0.0"
 def describe(int8: Iterable[str], others: Iterable[str], group_size: int) -> dict[str, Any]:
     """The contents of quant_model_description.json.
 
-    `int8` are the names of the int8 weights, their scales and zero points, `others` the names of all other tensors.
+    int8: the names of the int8 weights, their scales and their zero points. others: the names of all other tensors.
     """
     types = {**dict.fromkeys(others, FLOAT), **dict.fromkeys(int8, QUANT_TYPE)}
     return {"version": VERSION, "model_quant_type": QUANT_TYPE, "group_size": group_size, **dict(sorted(types.items()))}
@@ -37,10 +38,10 @@ def scale_and_zero_names(name: str) -> tuple[str, str]:
 
 
 def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[QuantConfig, list[Problem]]:
-    """The int8 tensors of a directory by its description, and the problems with the description.
+    """The int8 weights of a directory, from its quant_model_description.json, and the problems with that file.
 
-    A directory without a description has no int8 tensors. Raises CheckpointError for a description that cannot be
-    read: otherwise every int8 tensor would be reported too.
+    A directory without the file has no int8 weights. Raises CheckpointError at once if the file cannot be read, because
+    otherwise the report would also list every int8 tensor.
     """
     files = [path / name for name in DESCRIPTIONS if os.path.lexists(path / name)]
     if not files:
@@ -62,7 +63,7 @@ def read_description(path: Path, stored: Sequence[StoredTensor]) -> tuple[QuantC
 
 
 def _check_fields(file: Path, fields: Mapping[str, Any]) -> Iterator[Problem]:
-    """A problem for each field with an unsupported value. A field that is not known may only be empty or false."""
+    """A problem for each field with an unsupported value. An unknown field must be empty or false."""
     if fields.get("model_quant_type") != QUANT_TYPE:
         detail = f"model_quant_type is {fields.get('model_quant_type')!r}; only {QUANT_TYPE!r} is supported"
         yield Problem("quant", str(file), detail)
@@ -76,7 +77,7 @@ def _check_fields(file: Path, fields: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _compare(file: Path, types: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Iterator[Problem]:
-    """Problems where the types that the description `file` states are not those in the headers of the tensors."""
+    """A problem for each difference between the types in the description `file` and the headers of the tensors."""
     for name in types.keys() - tensors.keys():
         yield Problem("quant", name, f"{types[name]} in {file.name}, but no file holds it")
     for name in tensors.keys() - types.keys():
@@ -95,7 +96,7 @@ def _compare(file: Path, types: Mapping[str, Any], tensors: Mapping[str, StoredT
 def _check_int8(
     file: Path, name: str, types: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> Iterator[Problem]:
-    """Problems of one W8A16 tensor, which must be an int8 weight with scale and zero point, or one of these two."""
+    """The problems of one W8A16 tensor: an int8 weight without scale or zero point, or a scale without its weight."""
     if name.endswith(".weight"):
         if tensors[name].dtype != INT8:
             yield Problem("quant", name, f"{QUANT_TYPE} in {file.name}, {tensors[name].dtype} in its file")

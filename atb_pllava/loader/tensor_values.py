@@ -1,4 +1,4 @@
-"""Reading the values of stored tensors, whole or in part, and the checks of these values."""
+"""Reads the values of stored tensors, whole or in part, and checks the values."""
 
 from collections.abc import Iterator, Mapping
 
@@ -15,10 +15,10 @@ _ELEMENTS_PER_CHECK = 2**20  # a float16 tensor is checked in float32 pieces of 
 
 
 def read_tensor(stored: StoredTensor, span: tuple[slice, ...] = ()) -> Tensor:
-    """The tensor as stored, or the rows and columns in `span`. Only these rows and columns are read.
+    """The tensor as stored, or only the rows and columns in `span`. An empty `span` reads the whole tensor.
 
-    The file is opened for each tensor: the memory mapping ends with the tensor. Otherwise all pages that a long load
-    has touched would stay in memory. Raises CheckpointError if the file cannot be read.
+    The file is opened for each tensor, so that its memory mapping ends with the tensor. Otherwise all pages that a long
+    load has read would stay in memory. Raises CheckpointError if the file cannot be read.
     """
     try:
         with safe_open(str(stored.file), framework="pt") as handle:
@@ -30,9 +30,9 @@ def read_tensor(stored: StoredTensor, span: tuple[slice, ...] = ()) -> Tensor:
 
 
 def find_unusable_values(stored: StoredTensor, values: Tensor) -> Iterator[Problem]:
-    """A problem if `values`, the whole tensor or a part of it, has a value that no model can use.
+    """A problem if `values`, the whole tensor or a part of it, has an unusable value.
 
-    Unusable are NaN and infinity, scales of int8 weights that are not above 0, and zero points outside of int8.
+    Unusable values are NaN, infinity, scales of int8 weights that are not above 0, and zero points outside of int8.
     """
     if values.dtype == torch.int8:
         return  # every value is a weight
@@ -62,8 +62,7 @@ def scan_values(tensors: Mapping[str, StoredTensor]) -> list[Problem]:
 def all_finite(tensor: Tensor) -> bool:
     """Whether the tensor has no NaN and no infinity.
 
-    Only the smallest and largest values are tested: NaN and infinity reach them, and no mask of the tensor's size is
-    made.
+    Only the minimum and the maximum are tested, which needs no mask of the tensor's size. Any NaN makes both NaN.
     """
     if tensor.numel() == 0:
         return True

@@ -1,8 +1,8 @@
-"""From a checkpoint to the parameters of a model, in three steps.
+"""Loads a checkpoint into the parameters of a model and merges LoRA, in three steps.
 
 `open_checkpoint` reads the headers of the files. `Checkpoint.check` compares the headers with the tensors that a model
-needs and makes a LoadPlan. `LoadPlan.load` copies tensor by tensor and merges LoRA. No model class is known here: the
-model states canonical names (those of a plain LLaVA state dict), shapes and destinations.
+needs, and makes a LoadPlan. `LoadPlan.load` copies tensor by tensor and merges LoRA. The model passes canonical names
+(those of a plain LLaVA state dict), shapes and destinations.
 """
 
 import hashlib
@@ -39,11 +39,11 @@ from atb_pllava.ops.int8 import QuantConfig
 
 logger = logging.getLogger(__name__)
 
-# Rows are merged and cast in pieces of this many elements: a temporary has 4 MiB, and malloc keeps a few of them.
+# Rows are merged and cast in pieces of this many elements. A temporary has 4 MiB, and malloc keeps a few temporaries.
 MERGE_ELEMENTS = 2**20
 
-# Tensors of published files that PLLaVA never reads: LLaVA-NeXT's line break, the norm behind the last CLIP layer
-# (features are taken before it), and tables that are computed instead.
+# Tensors of published files that PLLaVA never reads: LLaVA-NeXT's line break, the norm after the last CLIP layer, and
+# tables that are computed instead. PLLaVA takes the CLIP features before that norm.
 UNUSED = re.compile(
     r"image_newline|vision_tower\.vision_model\.post_layernorm\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids"
 )
@@ -66,7 +66,7 @@ class LoadItem:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What to read for each tensor of a model, in reading order. The headers were checked against the model.
+    """The stored tensors to read for each tensor of a model, in reading order. The headers fit the model.
 
     `where` names the directories in messages. `lora` is the scale of the LoRA, None if the checkpoint has no LoRA.
     """
@@ -92,7 +92,7 @@ class LoadPlan:
 
     @property
     def bytes_total(self) -> int:
-        """Bytes to read, LoRA included."""
+        """Bytes of all stored tensors to read, LoRA included. A rank that holds shards reads fewer bytes."""
         return sum(tensor.num_bytes for tensor in self.stored_tensors())
 
     def stored_tensors(self) -> Iterator[StoredTensor]:
@@ -104,12 +104,12 @@ class LoadPlan:
     def load(self, destinations: Mapping[str, ShardSpec]) -> Iterator[str]:
         """Fill the destinations one by one, and yield each name when its destination is filled.
 
-        A destination is a whole tensor or this rank's part of one, of any dtype and on any device. With a LoRA it gets
-        W + scale * B @ A; only the needed rows and columns of W, B and A are read. At most one stored tensor is in
+        A destination is a whole tensor or this rank's shard, of any dtype and on any device. A weight with a LoRA gets
+        W + scale * B @ A. Only the needed rows and columns of W, B and A are read. One weight and its LoRA are in
         memory at a time. The caller may drop a destination once its name was yielded.
 
-        Raises CheckpointError after the last tensor. The error lists all tensors with NaN or infinity, and all with
-        values that float16 destinations cannot hold. The destinations are then useless.
+        Raises CheckpointError after the last tensor. The error lists all tensors with unusable values, and all tensors
+        with values that float16 destinations cannot hold. The destinations are then useless.
         """
         assert destinations.keys() == self.items.keys()
         problems: list[Problem] = []
@@ -124,9 +124,9 @@ class LoadPlan:
             logger.debug("%s, merged into %d tensors", self.lora, len(self.lora_ranks))
 
     def fingerprint(self) -> str:
-        """A hash over name, type, shape and first row of every tensor to be read.
+        """A hash of the name, dtype, shape and first row of every stored tensor to read, for `Rendezvous.barrier`.
 
-        Ranks whose files differ have different fingerprints.
+        Ranks with other tensors have another fingerprint. A difference after the first row is not found.
         """
         digest = hashlib.sha256()
         for name, item in sorted(self.items.items()):
@@ -165,7 +165,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
-        """All tensors by canonical name. Those of `delta` replace those of `base`."""
+        """All tensors by canonical name. A tensor of `delta` replaces the tensor of `base` with the same name."""
         return {**self.base.tensors, **(self.delta.tensors if self.delta else {})}
 
     def check(
@@ -176,15 +176,15 @@ class Checkpoint:
         lora_alpha: float | None = None,
         ignore_adapter_config: bool = False,
     ) -> LoadPlan:
-        """The plan to fill tensors of these shapes, which are keyed by canonical name.
+        """The plan to fill a model whose tensors have these shapes by canonical name.
 
-        `unused` are prefixes of names that may be present and are never read, beside those of UNUSED.
+        `unused` are name prefixes of tensors that are ignored, in addition to UNUSED.
         `lora_alpha` None takes lora_alpha of the adapter_config.json beside the LoRA tensors. Without such a file, and
         with `ignore_adapter_config`, None means 4.
 
-        Raises ConfigError for an adapter_config.json that asks for more than a scaled LoRA, or that contradicts
-        `lora_alpha`. Raises CheckpointError with all other problems. The values are scanned for that report only,
-        because `LoadPlan.load` checks all values it copies.
+        Raises ConfigError for an adapter_config.json with unsupported settings, or one that contradicts `lora_alpha`.
+        Raises CheckpointError with all other problems. If there is a problem, the values of all tensors are scanned for
+        the report. Otherwise `LoadPlan.load` checks the values.
         """
         adapter = None if ignore_adapter_config else self._adapter_config()
         weights, loras, zero_biases = self._sort_tensors(shapes, unused)
@@ -210,7 +210,7 @@ class Checkpoint:
     def _sort_tensors(
         self, shapes: Shapes, unused: Collection[str]
     ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor], dict[str, StoredTensor]]:
-        """The tensors that matter: weights, LoRA matrices, and biases that msModelSlim adds and that must be 0."""
+        """The weights, the LoRA matrices, and the norm biases that msModelSlim adds. Unused tensors are left out."""
         weights: dict[str, StoredTensor] = {}
         loras: dict[str, StoredTensor] = {}
         zero_biases: dict[str, StoredTensor] = {}
@@ -227,10 +227,10 @@ class Checkpoint:
         return weights, loras, zero_biases
 
     def _adapter_config(self) -> AdapterConfig | None:
-        """The adapter_config.json beside the LoRA tensors. None if there is none.
+        """The AdapterConfig of the directory with the LoRA tensors. None if that directory has no adapter_config.json.
 
-        The file of an adapter without LoRA tensors (another method of PEFT) is read for its errors. A merged model may
-        still have the file of the adapter that was merged; that file is not used.
+        The file of an adapter without LoRA tensors, of another method of PEFT, is read only to raise its errors. A
+        merged model may still have the file of the merged adapter. Such a file is not used.
         """
         found = None
         for directory in filter(None, (self.base, self.delta)):
@@ -268,11 +268,11 @@ def _same_directory(a: Path, b: Path) -> bool:
     try:
         return os.path.samefile(a, b)
     except OSError:
-        return False  # a directory that does not exist is reported when it is listed
+        return False  # `read_directory` reports a directory that does not exist
 
 
 def unused_vision_layers(config: PllavaConfig) -> tuple[str, ...]:
-    """Name prefixes of the CLIP layers that PLLaVA does not compute: of layer 23 for 24 layers."""
+    """Name prefixes of the CLIP layers that PLLaVA does not compute. With 24 layers, that is layer 23, the last one."""
     layers = range(config.vision_layers_used, config.vision.num_hidden_layers)
     return tuple(f"vision_tower.vision_model.encoder.layers.{i}." for i in layers)
 
@@ -280,7 +280,7 @@ def unused_vision_layers(config: PllavaConfig) -> tuple[str, ...]:
 def _lora_scale(
     items: Mapping[str, LoadItem], adapter: AdapterConfig | None, lora_alpha: float | None
 ) -> LoraScale | None:
-    """The scale of the LoRA in `items`; None if there is no LoRA. Raises ConfigError as `AdapterConfig.scale` does."""
+    """The scale of the LoRA in `items`. None without LoRA. Raises ConfigError as `AdapterConfig.scale` does."""
     ranks = [item.lora[0].shape[0] for item in items.values() if item.lora]
     if not ranks:
         if lora_alpha is not None:
@@ -290,7 +290,7 @@ def _lora_scale(
 
 
 def _load_tensor(name: str, item: LoadItem, lora_scale: float | None, destination: ShardSpec) -> list[Problem]:
-    """Fill one destination. The result lists values that are not finite in the files or in the destination."""
+    """Fill one destination. Returns the problems: unusable values in the files, and values beyond float16's range."""
     assert fits(item.weight.shape, destination.shape), name
     values = [read_tensor(part, span) for part, span in zip(item.parts, _spans(item, destination), strict=True)]
     problems: list[Problem] = []
@@ -319,10 +319,10 @@ def _load_tensor(name: str, item: LoadItem, lora_scale: float | None, destinatio
 
 
 def _spans(item: LoadItem, destination: ShardSpec) -> list[tuple[slice, ...]]:
-    """What to read of each part of the item: of the weight [out, in], of lora_A [r, in], of lora_B [out, r].
+    """The slices to read of the weight [out, in], of lora_A [r, in] and of lora_B [out, r].
 
-    An empty span reads the whole tensor. Rows of the destination are rows of the weight and of lora_B. Columns are
-    columns of the weight and of lora_A.
+    An empty tuple reads the whole tensor. Rows of the destination are rows of the weight and of lora_B. Columns of the
+    destination are columns of the weight and of lora_A.
     """
     if destination.shape == tuple(destination.tensor.shape):
         return [()] * len(item.parts)

@@ -1,12 +1,12 @@
-"""What each part of a request costs by the model's sizes: FLOPs, bytes read from memory, bytes between ranks.
+"""The cost of each part of a request, from the model's sizes: FLOPs, bytes read from memory, bytes sent between ranks.
 
-The count is that of the model's definition. A multiply-add is 2 FLOPs, in matrix products and in attention. Every
-weight is read once a step, and every cached key and value once a token. Norms, rotary embeddings, activations and the
-rows of the embedding are not counted: together they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
+A multiply-add is 2 FLOPs, in matrix products and in attention. Every weight is read once a step, and every cached key
+and value once a token. Norms, rotary embeddings, activations and the rows of the embedding are not counted. Together
+they are below 1 % of a decode step's bytes and of a prefill's FLOPs.
 
-Weights are counted as their file holds them: an int8 weight's scale and zero point once a row, or once a row and group
-of columns, in the model's dtype. What a backend makes of them is not counted: our CPU kernels read scales and zero
-points in float32, and of symmetric weights no zero points.
+Weights are counted in the form of the checkpoint. An int8 weight has a scale and a zero point in the model's dtype, for
+each row or for each row and group. The form after `Backend.pack` is not counted. The CPU kernels, for example, read
+scales in float32, and read no zero points of symmetric weights.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,10 @@ from atb_pllava.ops.reference import TorchBackend
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one rank. `sent` are bytes that it sends to other ranks, `messages` the collectives it takes part in."""
+    """The work of one rank.
+
+    bytes: read from memory. sent: bytes sent to other ranks. messages: the number of collectives.
+    """
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -35,11 +38,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a model on one of its ranks.
+    """The costs of a model on one of its ranks.
 
-    `element`: bytes of a float of the model, 2 for bfloat16. `int8`: the decoder's linear layers that are W8A16.
-    `int8_kv`: whether keys and values are int8. `reduced`: bytes of a number in an all-reduce, 4 on a CPU, which sums
-    in float32.
+    element: bytes of a float of the model, 2 for bfloat16. int8: the W8A16 layers of the decoder.
+    int8_kv: whether keys and values are int8. reduced: bytes of an element in an all-reduce. A CPU sums in float32 and
+    has 4.
     """
 
     config: PllavaConfig
@@ -50,7 +53,7 @@ class Costs:
     int8_kv: bool = False
 
     def vision(self, frames: int) -> Cost:
-        """CLIP tower, as far as PLLaVA computes it, and projector on this rank's share of `frames`."""
+        """The layers of the CLIP tower that PLLaVA computes, and the projector, on this rank's share of `frames`."""
         vision = self.config.vision
         text = self.config.text
         width = vision.hidden_size
@@ -71,11 +74,11 @@ class Costs:
         return self._decoder(tokens, attended, len(lengths), read=0)
 
     def decode(self, contexts: Sequence[int]) -> Cost:
-        """One step that adds a token to each sequence. `contexts` are the lengths with that token."""
+        """One step that adds a token to each sequence. `contexts` are the context lengths, the new token included."""
         return self._decoder(len(contexts), sum(contexts), len(contexts), read=sum(contexts))
 
     def _decoder(self, tokens: int, attended: float, wanted: int, read: int) -> Cost:
-        """A step over `tokens` new tokens, of which `wanted` get logits.
+        """A step over `tokens` new tokens, of which `wanted` tokens get logits.
 
         Each head computes `attended` query-key pairs. `read` cached tokens are read from memory.
         """
@@ -113,7 +116,7 @@ class Costs:
 
     @property
     def decoder_weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: layers, last norm and lm_head, without the embedding."""
+        """Bytes of the weights that a decode step reads: layers, last norm and lm_head, without the embedding."""
         text = self.config.text
         layers = text.num_hidden_layers
         linears = self._linears()
@@ -126,7 +129,7 @@ class Costs:
 
     @property
     def vision_weight_bytes(self) -> int:
-        """Bytes of tower and projector, which every rank has whole."""
+        """Bytes of the vision tower and the projector, which are whole on every rank."""
         vision = self.config.vision
         text = self.config.text
         width = vision.hidden_size
@@ -143,7 +146,7 @@ class Costs:
         return self.vision_weight_bytes + self.decoder_weight_bytes + embedding
 
     def _linear_bytes(self, rows: int, columns: range, int8: bool) -> int:
-        """A group's scale and zero point are on every rank that has some of its columns."""
+        """Bytes of one linear weight. Every rank with some columns of a group has the group's scale and zero point."""
         if not int8:
             return rows * len(columns) * self.element
         groups = column_groups(slice(columns.start, columns.stop), self.int8.group_size)

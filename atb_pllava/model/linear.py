@@ -1,4 +1,7 @@
-"""Linear layers: one float, int8 or packed matrix each, and the decoder's fused layers, whole or a rank's shard."""
+"""Linear layers. Linear, Int8Linear and PackedLinear hold one weight. ParallelLinear and its subclasses hold a shard.
+
+The split rules are in `distributed/tensor_parallel.py`.
+"""
 
 from collections.abc import Mapping
 
@@ -27,7 +30,7 @@ class Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias whose weight is an Int8Weight, kept as buffers so that `to_empty` finds it."""
+    """A linear layer without bias whose weight is an Int8Weight. The tensors are buffers that `to_empty` allocates."""
 
     values: Tensor
     scale: Tensor
@@ -52,7 +55,7 @@ class Int8Linear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of a Linear or Int8Linear whose weight the backend has packed; nothing can be loaded into it."""
+    """Replaces a Linear or Int8Linear after the backend packed its weight. A PackedLinear cannot be loaded into."""
 
     def __init__(self, ops: Backend, weight: Weight, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -65,10 +68,11 @@ class PackedLinear(nn.Module):
 
 
 def pack_weights(module: nn.Module) -> None:
-    """Replace the linear layers below `module` by their packed form, where the backend has one for them.
+    """Replace each linear layer below `module` by a PackedLinear. Layers that the backend does not pack stay.
 
-    Nothing can be loaded into a packed layer. Model loading packs each part of a model right after its last tensor.
-    Whoever fills a model otherwise calls `pack_weights(model)` before its first step. A second call changes nothing.
+    Nothing can be loaded into a packed layer. `fill_model` packs each part of a model right after its last tensor.
+    Code that fills a model in another way calls `pack_weights(model)` before the first step. A second call does
+    nothing.
     """
     for parent in module.modules():
         for name, child in list(parent.named_children()):
@@ -80,13 +84,14 @@ def pack_weights(module: nn.Module) -> None:
 
 
 class ParallelLinear(nn.Module):
-    """Several linear layers without bias that read the same input, fused, of which this rank holds a shard.
+    """This rank's shard of several fused linear layers, which have the same input and no bias.
 
-    Their outputs lie side by side. All float or all int8 layers are one matrix; a mixture is one matrix a layer.
-    Subclasses say along which `axis` of the weights [out, in] ranks divide them.
+    The outputs of the layers are concatenated. Layers that are all float or all int8 share one matrix. If only some
+    layers are int8, each layer has its own matrix. Subclasses set the split `axis` of the weights [out, in].
 
-    sizes: rows of each layer's whole weight by layer name. columns: of the whole weights. The divided axis consists of
-    `units` equal units, of which this rank holds `share`. quant_config: which of the layers' weights are int8.
+    sizes: rows of each layer's whole weight, by layer name. columns: columns of the whole weights.
+    units: the number of equal units along the split axis. share: the units of this rank.
+    quant_config: the names of the int8 weights.
     """
 
     axis: int
@@ -121,23 +126,23 @@ class ParallelLinear(nn.Module):
             self.matrices = nn.ModuleList(matrix(rows, is_int8[name]) for name, rows in self.sizes.items())
 
     def _own_rows(self, rows: int) -> int:
-        """How many of a layer's `rows` this rank holds."""
+        """The number of a layer's `rows` that this rank holds."""
         return rows if self.axis == 1 else rows // self.units * len(self.share)
 
     def _own_columns(self) -> slice:
-        """Which of the weights' columns this rank holds."""
+        """The columns of the whole weights that this rank holds."""
         if self.axis == 0:
             return slice(0, self.columns)
         unit = self.columns // self.units
         return slice(unit * self.share.start, unit * self.share.stop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, this rank's columns] to [N, this rank's rows of all layers]."""
+        """x [N, this rank's columns] to [N, this rank's rows of all layers]."""
         outs = [matrix(x) for matrix in self.matrices]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
 
     def weight_map(self) -> dict[str, ShardSpec]:
-        """Each layer's tensors by their names in a checkpoint, with what this rank takes of them. Not once packed."""
+        """The ShardSpec of each tensor of the layers, by its name in a checkpoint. Not possible after packing."""
         weights: list[Tensor | Int8Weight] = [matrix.weight for matrix in self.matrices]  # type: ignore[misc]
         sizes = list(self.sizes.values())
         each = weights if len(weights) == len(sizes) else list(weights[0].split(sizes))
@@ -155,18 +160,18 @@ class ParallelLinear(nn.Module):
         return ShardSpec.of(tensor, self.axis, self.share, self.units)
 
     def _scale_shard(self, scale: Tensor, group_size: int) -> ShardSpec:
-        """How scales and zero points [out, groups] are divided; rows like those of the weight."""
+        """The ShardSpec of scales or zero points [out, groups]. The rows are split like those of the weight."""
         return self._shard(scale)
 
 
 class MergedColumnParallelLinear(ParallelLinear):
-    """Layers whose output rows the ranks divide; the outputs of a rank are its rows of each layer in turn."""
+    """Layers that are split by output rows. A rank's output is its rows of the first layer, then of the second, etc."""
 
     axis = 0
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
-    """The projections to queries, keys and values. A unit is a KV head together with the query heads that read it."""
+    """The projections to queries, keys and values. A unit is a KV head with its query heads."""
 
     def __init__(
         self,
@@ -189,7 +194,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """One layer whose input columns the ranks divide; the layer's output is the sum over the ranks."""
+    """One layer that is split by input columns. The caller sums the outputs over the ranks with an all-reduce."""
 
     axis = 1
 
@@ -207,7 +212,7 @@ class RowParallelLinear(ParallelLinear):
         super().__init__(ops, {name: rows}, columns, share, units, dtype, quant_config)
 
     def _scale_shard(self, scale: Tensor, group_size: int) -> ShardSpec:
-        """Whole with one scale a row, else the groups that overlap this rank's columns."""
+        """All scales if each row has one scale. With groups, the groups that overlap this rank's columns."""
         if not group_size:
             return ShardSpec.whole(scale)
         first = column_groups(self._own_columns(), group_size).start

@@ -18,10 +18,10 @@ _LM_HEAD = "language_model.lm_head"
 
 
 class DecoderLayer(nn.Module):
-    """Attention and SwiGLU, each behind an RMSNorm; q, k, v are one matrix, gate and up another.
+    """Pre-norm attention and SwiGLU. The projections q, k, v are one matrix, gate and up another.
 
-    A rank holds some KV heads with their query heads, and some columns of the MLP. A sum over the ranks follows the
-    attention and the MLP.
+    A rank holds some KV heads with their query heads, and some columns of the MLP. An all-reduce follows the attention
+    and the MLP.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
         self.heads = self.kv_heads * (all_heads // all_kv_heads)
         self.attn_norm = nn.Parameter(torch.empty(width, dtype=dtype))
         self.mlp_norm = nn.Parameter(torch.empty(width, dtype=dtype))
-        # The table of split rules: whole KV heads of attention, whole columns of the MLP.
+        # The split rules: attention by whole KV heads, the MLP by columns.
         self.qkv_proj = QKVParallelLinear(
             ops, width, self.head_dim, all_heads, all_kv_heads, kv_heads, dtype, quant_config
         )
@@ -56,9 +56,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, cache: LayerCache, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
-        """x and residual [N, hidden] to the same; the hidden states between layers are their sum.
+        """x and residual [N, hidden] to the x and residual of the next layer. The hidden state is x + residual.
 
-        The addition is left to the next norm, which a backend can fuse with it. The first layer has no residual.
+        The next norm adds the two, because a backend can fuse the addition with the norm. The first layer has no
+        residual.
         """
         eps = self.config.rms_norm_eps
         if residual is None:
@@ -66,16 +67,16 @@ class DecoderLayer(nn.Module):
             x = self.ops.rms_norm(x, self.attn_norm, eps)
         else:
             x, residual = self.ops.fused_add_rms_norm(x, residual, self.attn_norm, eps)
-        x = self._join(self.o_proj(self._attention(x, cache, metadata)))
+        x = self._all_reduce(self.o_proj(self._attention(x, cache, metadata)))
         x, residual = self.ops.fused_add_rms_norm(x, residual, self.mlp_norm, eps)
-        x = self._join(self.down_proj(self.ops.swiglu(self.gate_up_proj(x))))
+        x = self._all_reduce(self.down_proj(self.ops.swiglu(self.gate_up_proj(x))))
         return x, residual
 
-    def _join(self, x: Tensor) -> Tensor:
+    def _all_reduce(self, x: Tensor) -> Tensor:
         return self.parallel.all_reduce(x, self.ops)
 
     def _attention(self, x: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
-        """[N, hidden] to [N, H * D]. Decoding rows read the cache; prompt chunks their own keys and a cached prefix."""
+        """x [N, hidden] to [N, H * D]. Writes the KV cache, then attends with decoding rows and prompt chunks."""
         heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
         query, keys, values = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         query, keys = self.ops.rotary_and_write_kv(query, keys, values, cache, metadata)
@@ -89,7 +90,7 @@ class DecoderLayer(nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
     def weight_map(self, prefix: str) -> dict[str, ShardSpec]:
-        """Names of transformers' LlamaDecoderLayer behind `prefix`, each with what this rank takes of the tensor."""
+        """The ShardSpec of each tensor. The names are `prefix` and those of transformers' LlamaDecoderLayer."""
         linears = (self.qkv_proj, self.o_proj, self.gate_up_proj, self.down_proj)
         parts = {name: part for linear in linears for name, part in linear.weight_map().items()}
         parts["input_layernorm.weight"] = ShardSpec.whole(self.attn_norm)
@@ -98,7 +99,7 @@ class DecoderLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings in, logits out. A rank holds some rows of the vocabulary."""
+    """The LLaMA decoder: embeddings to logits. A rank holds some rows of the vocabulary."""
 
     def __init__(
         self, config: TextConfig, ops: Backend, dtype: torch.dtype, parallel: TensorParallel, quant_config: QuantConfig
@@ -127,7 +128,7 @@ class Llama(nn.Module):
         self.norm = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype))
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[N] to [N, hidden]. One rank has a token's row, the others add zeros."""
+        """token_ids [N] to embeddings [N, hidden]. One rank has the row of a token, and the other ranks add zeros."""
         rows = token_ids - self.vocab_range.start
         here = (rows >= 0) & (rows < len(self.vocab_range))
         found = F.embedding(rows.clamp(0, len(self.vocab_range) - 1), self.embedding)
@@ -143,14 +144,14 @@ class Llama(nn.Module):
             x, residual = layer(x, residual, layer_cache, metadata)
         assert residual is not None, "a model has layers"
         wanted = batch.logits_indices
-        if len(wanted) == 0:  # devices refuse operators and collectives on nothing
+        if len(wanted) == 0:  # devices refuse operators and collectives on empty tensors
             return x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
         x, _ = self.ops.fused_add_rms_norm(x[wanted], residual[wanted], self.norm, self.config.rms_norm_eps)
         logits = self.lm_head(x).float()  # [L, this rank's rows of the vocabulary]
         return self.parallel.all_gather(logits.T, self.config.vocab_size, self.ops).T
 
     def weight_map(self) -> dict[str, ShardSpec]:
-        """Names of transformers' LLaVA, each with what this rank takes of the tensor."""
+        """The ShardSpec of each tensor, by its name in a plain LLaVA state dict."""
         embedding = ShardSpec.of(self.embedding, 0, self.vocab_range, self.config.vocab_size)
         parts = {f"{PREFIX}embed_tokens.weight": embedding, f"{PREFIX}norm.weight": ShardSpec.whole(self.norm)}
         parts.update(self.lm_head.weight_map())
@@ -159,17 +160,17 @@ class Llama(nn.Module):
         return parts
 
     def layers_by_prefix(self) -> dict[str, DecoderLayer]:
-        """Each layer by the beginning of its tensors' names."""
+        """Each layer by the name prefix of its tensors."""
         layers = enumerate(self.layers)
         return {f"{PREFIX}layers.{i}.": layer for i, layer in layers if isinstance(layer, DecoderLayer)}
 
     def modules_by_prefix(self) -> dict[str, nn.Module]:
-        """The parts with linear layers, by the beginning of their tensors' names."""
+        """The modules with linear layers, by the name prefix of their tensors."""
         return {**self.layers_by_prefix(), f"{_LM_HEAD}.": self.lm_head}
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, head_dim / 2] in float32 for positions [N]; frequency i is theta^(-2i / head_dim) (RoFormer)."""
+    """cos and sin [N, head_dim / 2], float32, for positions [N]. Frequency i is theta^(-2i / head_dim) (RoFormer)."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions.float()[:, None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""The whole model: video embeddings in front of a decoder. Knows no files and no requests."""
+"""The whole model: vision tower, projector, pooling and decoder. Files and requests are outside of this folder."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,9 @@ from atb_pllava.ops.interface import Backend, LayerCache
 
 
 class Pllava(nn.Module):
-    """CLIP tower, projector, pooling and LLaMA. Weights are uninitialised; loading fills them through `weight_map`.
+    """CLIP tower, projector, pooling and LLaMA. Weights are uninitialised. Loading fills them through `weight_map`.
 
-    int8: which linear layers of the decoder have int8 weights, as the checkpoint says; none unless given.
+    int8: the names of the checkpoint's int8 weights, which are linear layers of the decoder. None: all are float.
     """
 
     language: Llama
@@ -44,12 +44,15 @@ class Pllava(nn.Module):
         self.requires_grad_(False)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:
-        """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden]; each rank does some frames."""
+        """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden] on every rank.
+
+        Each rank encodes its share of the frames. An all-gather joins the shares.
+        """
         side = self.config.vision.grid
         mine = self.parallel.share(len(pixels))
         if mine:
             features: Tensor = self.projector(self.vision(pixels[mine.start : mine.stop]))  # [share, patches, hidden]
-        else:  # more ranks than frames; devices refuse operators on nothing
+        else:  # there are more ranks than frames, and devices refuse operators on empty tensors
             features = torch.empty(0, side * side, self.config.text.hidden_size, dtype=self.dtype, device=pixels.device)
         features = features.reshape(len(mine), side, side, features.shape[-1])
         return self.parallel.all_gather(features, len(pixels), self.ops)
@@ -57,8 +60,8 @@ class Pllava(nn.Module):
     def pool_frames(self, grid: Tensor, inverse_indices: Sequence[int]) -> Tensor:
         """Features [U, grid, grid, hidden] of the distinct frames to video embeddings [t * h * w, hidden].
 
-        inverse_indices [T] is the position of each of the T frames among the U distinct ones. Short clips repeat
-        frames, and a repeated frame has the same features.
+        inverse_indices [T]: frame t of the T sampled frames is the distinct frame inverse_indices[t]. Short clips
+        repeat frames.
         """
         if list(inverse_indices) != list(range(len(grid))):
             grid = grid[torch.tensor(list(inverse_indices), device=grid.device)]
@@ -73,7 +76,7 @@ class Pllava(nn.Module):
         return logits
 
     def modules_by_prefix(self) -> dict[str, nn.Module]:
-        """The parts with linear layers, by the beginning of their tensors' names: a part can be packed once loaded."""
+        """The modules with linear layers, by the name prefix of their tensors. `fill_model` packs one after another."""
         return {
             **self.vision.layers_by_prefix(),
             projector.PREFIX: self.projector,
@@ -81,6 +84,6 @@ class Pllava(nn.Module):
         }
 
     def weight_map(self) -> dict[str, ShardSpec]:
-        """Every tensor that a checkpoint must hold, by its plain LLaVA name, with what this rank takes of it."""
+        """The ShardSpec of every tensor that a checkpoint must hold, by its name in a plain LLaVA state dict."""
         front = {**self.vision.weight_views(), **self.projector.weight_views()}
         return {**{name: ShardSpec.whole(view) for name, view in front.items()}, **self.language.weight_map()}

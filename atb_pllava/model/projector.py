@@ -11,7 +11,7 @@ PREFIX = "multi_modal_projector."
 
 
 class Projector(nn.Module):
-    """linear, exact GELU, linear (LLaVA's mlp2x_gelu)."""
+    """Two linear layers with exact GELU between them (LLaVA's mlp2x_gelu)."""
 
     def __init__(self, vision_width: int, text_width: int, ops: Backend, dtype: torch.dtype) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Projector(nn.Module):
         self.linear_2 = Linear(ops, text_width, text_width, dtype, bias=True)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[T, patches, vision width] to [T, patches, text width]."""
+        """Patch features [T, patches, vision width] to [T, patches, text width]."""
         projected: Tensor = self.linear_2(F.gelu(self.linear_1(patches)))
         return projected
 

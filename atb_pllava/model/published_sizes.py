@@ -1,6 +1,6 @@
 """The published models: their names on the Hugging Face Hub, and the sizes in their config.json.
 
-Nothing is downloaded. Benchmarks without a checkpoint use the sizes. `doctor` uses them before a checkpoint is there.
+Nothing is downloaded. Benchmarks without a checkpoint use the sizes. `doctor` uses the sizes before a download.
 """
 
 from typing import Any
@@ -20,10 +20,7 @@ _CLIP_L_336 = {
 def sizes_json(
     hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, **text: Any
 ) -> dict[str, Any]:
-    """The part of config.json that decides the shapes of a model with PLLaVA's vision tower, frames and pooling.
-
-    `text` are further keys of text_config.
-    """
+    """The contents of a config.json with PLLaVA's vision tower, frames and pooling. text: more keys of text_config."""
     return {
         "model_type": "llava",
         "torch_dtype": "bfloat16",
@@ -53,7 +50,7 @@ PUBLISHED = {
 
 
 def published_size(name: str) -> str | None:
-    """The size "7b" for `ermu2001/pllava-7b` and for any path or address that ends in `pllava-7b`.
+    """The size in a model's name: "7b" for `ermu2001/pllava-7b` and for any path or URL that ends in `pllava-7b`.
 
     None for names of other models.
     """

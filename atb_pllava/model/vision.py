@@ -14,7 +14,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class VisionLayer(nn.Module):
-    """Pre-norm transformer layer with biases; query, key and value projections are one matrix."""
+    """Pre-norm transformer layer with biases. The projections q, k, v are one matrix."""
 
     def __init__(self, config: VisionConfig, ops: Backend, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class VisionLayer(nn.Module):
         self.fc2 = Linear(ops, width, inner, dtype, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, tokens, hidden] to the same."""
+        """Hidden states [T, tokens, hidden] to the same shape."""
         config = self.config
         normed = F.layer_norm(x, x.shape[-1:], self.norm1_weight, self.norm1_bias, config.layer_norm_eps)
         qkv = self.qkv_proj(normed)
@@ -40,13 +40,13 @@ class VisionLayer(nn.Module):
         x = x + self.out_proj(self.ops.encoder_attention(q, k, v).flatten(2))
         normed = F.layer_norm(x, x.shape[-1:], self.norm2_weight, self.norm2_bias, config.layer_norm_eps)
         inner = self.fc1(normed)
-        # CLIP's quick_gelu is x * sigmoid(1.702 x); with exact GELU most answers stay and all numbers are wrong.
+        # CLIP's quick_gelu is x * sigmoid(1.702 x). Exact GELU would change all numbers and few answers.
         inner = self.ops.quick_gelu(inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
         out: Tensor = x + self.fc2(inner)
         return out
 
     def weight_views(self, prefix: str) -> dict[str, Tensor]:
-        """Names of transformers' CLIPEncoderLayer behind `prefix`, each with the part of a parameter it fills."""
+        """The view of a parameter for each tensor. A name is `prefix` and that of transformers' CLIPEncoderLayer."""
         views: dict[str, Tensor] = {}
         for kind in ("weight", "bias"):
             q, k, v = getattr(self.qkv_proj, kind).chunk(3)
@@ -65,7 +65,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Frames to patch features: class token dropped, no final norm (transformers' hidden_states[layer][:, 1:])."""
+    """CLIP's vision transformer: transformers' hidden_states[layer][:, 1:], without class token and final norm."""
 
     def __init__(self, config: VisionConfig, layers_used: int, ops: Backend, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,13 +91,13 @@ class VisionTower(nn.Module):
         return x[:, 1:]
 
     def weight_views(self) -> dict[str, Tensor]:
-        """Every parameter, or part of one, by its name in a checkpoint."""
+        """The view of a parameter for each tensor, by the tensor's name in a checkpoint."""
         prefix = "vision_tower.vision_model."
         views: dict[str, Tensor] = {
             f"{prefix}embeddings.class_embedding": self.class_embedding,
             f"{prefix}embeddings.patch_embedding.weight": self.patch_embedding,
             f"{prefix}embeddings.position_embedding.weight": self.position_embedding,
-            f"{prefix}pre_layrnorm.weight": self.pre_norm_weight,  # transformers spells it so
+            f"{prefix}pre_layrnorm.weight": self.pre_norm_weight,  # the spelling is transformers'
             f"{prefix}pre_layrnorm.bias": self.pre_norm_bias,
         }
         for name, layer in self.layers_by_prefix().items():
@@ -105,6 +105,6 @@ class VisionTower(nn.Module):
         return views
 
     def layers_by_prefix(self) -> dict[str, VisionLayer]:
-        """Each layer by the beginning of its tensors' names."""
+        """Each layer by the name prefix of its tensors."""
         prefix = "vision_tower.vision_model.encoder.layers."
         return {f"{prefix}{i}.": layer for i, layer in enumerate(self.layers) if isinstance(layer, VisionLayer)}

@@ -1,4 +1,4 @@
-"""Animated PNG and WebP as videos, by Pillow. Animated GIF is read by FFmpeg, in `video.py`."""
+"""Reads animated PNG and WebP as videos, with Pillow. `video.py` reads animated GIF, with FFmpeg."""
 
 import time
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_de
 def read_animation(file: BinaryIO, name: str, selection: FrameSelection, limits: MediaLimits) -> Clip:
     """The selected frames of an animation, as Pillow draws them.
 
-    The animation is decoded twice: once for its length, once for the selected frames. Pillow opens the file anew for
-    the second time, because it loses the palette when it rewinds.
-    Raises VideoError for a file that is damaged or larger than `limits`, and for frames that it does not have.
+    The animation is decoded twice: once for its length, once for the selected frames. The file is opened twice, because
+    Pillow loses the palette when an animation is rewound.
+    Raises VideoError for a damaged file, a file larger than `limits`, and frame numbers outside of the animation.
     """
     deadline = time.monotonic() + limits.max_decode_seconds
     with open_image(file, name, limits) as animation:
@@ -39,12 +39,12 @@ def read_animation(file: BinaryIO, name: str, selection: FrameSelection, limits:
 
 
 def count_frames(animation: Image.Image) -> int:
-    """Frames of the animation. The default image of a PNG, for programs without animations, is not counted."""
+    """The number of frames. An animated PNG may have a default image for other programs, which is not counted."""
     return int(getattr(animation, "n_frames", 1)) - _first_frame(animation)
 
 
 def play_frames(animation: Image.Image) -> Iterator[Image.Image]:
-    """Every frame as it is shown, drawn over the frames before it. `info["duration"]` is in milliseconds."""
+    """Every frame as shown, drawn over the previous frames. `info["duration"]` of a frame is in milliseconds."""
     first = _first_frame(animation)
     if first:
         animation.seek(0)
@@ -66,5 +66,5 @@ def _play_time(animation: Image.Image, name: str, limits: MediaLimits, deadline:
 
 
 def _first_frame(animation: Image.Image) -> int:
-    """Pillow's number of the first frame: 1 when a default image stands before the animation, else 0."""
+    """Pillow's number of the first frame: 1 if the file has a default image, else 0."""
     return int(bool(getattr(animation, "default_image", False)))

@@ -1,4 +1,4 @@
-"""Clip: the frames taken from one video or image. ClipBuffer: the array that a decoder's frames are stored in.
+"""Clip: the frames taken from one video or image. ClipBuffer: collects the decoded frames of a Clip.
 
 `T` frames of `H` x `W` pixels.
 """
@@ -24,15 +24,16 @@ class Clip:
 
 
 class ClipBuffer:
-    """The frames that are wanted of one video, each stored at every place where `indices` names its number.
+    """Collects the wanted frames of one video. `indices` are T frame numbers, which may repeat.
 
-    The first stored frame sets the size of the clip. Frames of another size are scaled to that size.
+    A frame is stored at every place where `indices` has its number. The first stored frame sets the size of the clip.
+    Frames of another size are scaled to that size.
     """
 
     def __init__(self, indices: list[int], name: str, limits: MediaLimits):
         self.indices = indices
         self.missing = set(indices)  # numbers of frames that are not stored yet
-        self.concealed = 0  # stored frames, repeats included, in which the decoder filled in damaged parts
+        self.concealed = 0  # stored frames, repeats included, with damaged parts that the decoder concealed
         self._name = name
         self._limits = limits
         self._pixels: np.ndarray | None = None  # uint8 [T, H, W, 3]

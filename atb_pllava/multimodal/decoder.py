@@ -1,6 +1,7 @@
-"""Decodes the frames of a video that are wanted: seeks to keyframes and decodes as few packets as possible.
+"""Decodes the wanted frames of a video: seeks to keyframes and decodes as few packets as possible.
 
-`plan_ranges` says which packets to decode, `decode_ranges` decodes them. `video.py` calls both.
+`plan_ranges` chooses the packets, and `decode_ranges` decodes them. `video.py` calls both. A position is the number of
+a packet in file order.
 """
 
 from bisect import bisect_right
@@ -13,7 +14,7 @@ from atb_pllava.multimodal.packet_index import Keyframe, SeekIndex
 from atb_pllava.multimodal.packet_times import MAX_REORDERED
 from atb_pllava.multimodal.video_stream import VideoFile, VideoStream, open_stream
 
-SMALLEST_SEEK = 8  # packets; a seek over fewer packets would cost more than decoding them
+SMALLEST_SEEK = 8  # packets: decoding fewer packets is cheaper than a seek over them
 
 
 class ClockError(Exception):
@@ -21,7 +22,7 @@ class ClockError(Exception):
 
 
 class PacketRange(NamedTuple):
-    """Packets that are decoded without a seek between them."""
+    """A range of packets that is decoded without a seek inside the range."""
 
     start: Keyframe | None  # None: the beginning of the file
     last: int  # position of the last packet
@@ -29,10 +30,10 @@ class PacketRange(NamedTuple):
 
 
 def plan_ranges(seek: SeekIndex, frames: Iterable[int]) -> list[PacketRange]:
-    """The ranges that hold these frame numbers, in file order. Each one starts at the keyframe of its first frame.
+    """The ranges that hold the frame numbers `frames`, in file order. A range starts at its first frame's keyframe.
 
-    A range follows without a seek when its keyframe is at most SMALLEST_SEEK packets behind the range before.
-    A frame number behind the last frame stands for the last frame.
+    Two ranges are merged if the second keyframe is at most SMALLEST_SEEK packets after the end of the first range.
+    A frame number beyond the last frame means the last frame.
     """
     ranges: list[PacketRange] = []
     for frame in sorted(min(k, len(seek.pts) - 1) for k in frames):
@@ -54,9 +55,9 @@ def whole_range(seek: SeekIndex) -> PacketRange:
 
 
 def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Generator[Any, None, None]:
-    """The decoded frames of the ranges that have a pts, wanted or not, as the decoder gives them out.
+    """The decoded frames of the ranges, unwanted frames included, in the decoder's order. Frames need a pts.
 
-    Raises ClockError when the pts of two frames in a row of one range decrease.
+    Raises ClockError if the pts decreases between two frames of one range.
     """
     with open_stream(video) as stream:
         for packet_range in ranges:
@@ -71,7 +72,7 @@ def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRang
 
 
 def _keyframe_before(seek: SeekIndex, pts: int, position: int) -> Keyframe:
-    """The last keyframe that is neither shown nor stored behind the frame, else the first keyframe."""
+    """The last keyframe that is neither shown nor stored after the frame. The first keyframe if there is none."""
     number = bisect_right(seek.keyframes, pts, key=lambda key: key.pts) - 1
     while number > 0 and seek.keyframes[number].position > position:
         number -= 1
@@ -79,9 +80,10 @@ def _keyframe_before(seek: SeekIndex, pts: int, position: int) -> Keyframe:
 
 
 def _last_to_decode(seek: SeekIndex, position: int) -> int:
-    """Position of the last packet that a frame needs: its own packet, or a later one where the clock soon jumps.
+    """The position of the last packet to decode for the frame at `position`.
 
-    Near a jump only the decoder knows the order. It has shown the frame at the latest MAX_REORDERED packets further on.
+    The result is `position`, or `position` + MAX_REORDERED if a clock jump follows within MAX_REORDERED packets. Near a
+    jump only the decoder knows the order of frames, and holds back a frame for at most MAX_REORDERED packets.
     """
     soon = bisect_right(seek.jumps, position)
     jumps_soon = soon < len(seek.jumps) and seek.jumps[soon] <= position + MAX_REORDERED
@@ -89,7 +91,7 @@ def _last_to_decode(seek: SeekIndex, position: int) -> int:
 
 
 def _decode_range(stream: VideoStream, seek: SeekIndex, packet_range: PacketRange) -> Iterator[av.VideoFrame]:
-    """The frames of one range. Frames that nothing refers to are skipped unless they are wanted."""
+    """The decoded frames of one range. The decoder skips unwanted frames that are not reference frames."""
     wanted = packet_range.wanted
     for position, packet in _packets_from(stream, seek, packet_range.start):
         is_wanted = wanted is None or position in wanted
@@ -101,12 +103,12 @@ def _decode_range(stream: VideoStream, seek: SeekIndex, packet_range: PacketRang
 
 
 def _packets_from(stream: VideoStream, seek: SeekIndex, start: Keyframe | None) -> Iterator[tuple[int, Any]]:
-    """Packets with their positions, from `start` or an earlier keyframe on. None when the container cannot seek."""
+    """Packets with their positions, from `start` or an earlier keyframe on. No packets if the container cannot seek."""
     if start is None:
         yield from enumerate(stream.packets())
         return
     position_at = {key.pts: key.position for key in seek.keyframes}
-    for timestamp in (start.pts, start.dts):  # containers differ in which of the two they search by
+    for timestamp in (start.pts, start.dts):  # some containers seek by pts, others by dts
         if not stream.seek(timestamp):
             return
         packets = stream.packets()

@@ -1,6 +1,6 @@
 """FrameCache: the processed frames of recent requests in host memory, least recently used first out.
 
-`VideoProcessor` takes a FrameCache as an option. Only callers that have one import this module and cachetools.
+`VideoProcessor` takes a FrameCache as an option. Only callers that make a FrameCache import this module and cachetools.
 """
 
 import threading

@@ -1,6 +1,6 @@
-"""Which frames of a clip the model sees: the index formulas of the published pipelines, or indices that a caller names.
+"""Frame sampling: which frames of a clip the model sees, by the formulas of the published pipelines or by indices.
 
-The functions are plain arithmetic on frame numbers. The readers of videos, images and animations call them.
+The functions are plain arithmetic on frame numbers. The readers of videos, images and animations call the functions.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ def sample_frame_indices(
 ) -> list[int]:
     """Numbers of `wanted` evenly spread frames of a clip of `total` frames, each from 0 to total - 1.
 
-    Numbers repeat when the clip has fewer frames than `wanted`. The frame samplers:
-    "demo": the middles of `wanted` equal segments, PLLaVA `tasks/eval/eval_utils.py` (`load_video`).
-    "eval": PLLaVA `EvalDataset.get_index`, the same spacing between two optional times in seconds, which need `fps`.
-    "npu": floor(i * total / wanted), the starts of the segments, from the original's demo for Ascend.
+    Numbers repeat if the clip has fewer frames than `wanted`. The frame samplers:
+    "demo": the middles of `wanted` equal segments, as in PLLaVA `tasks/eval/eval_utils.py` (`load_video`).
+    "eval": the spacing of "demo" between two optional times in seconds, as in PLLaVA `EvalDataset.get_index`. Times
+    need `fps`.
+    "npu": floor(i * total / wanted), the starts of the segments, as in the original's demo for Ascend.
     Halves round to even, as in numpy.
     Raises VideoError for options out of range and for times that leave no frame.
     """
@@ -77,7 +78,7 @@ class FrameSelection:
             end_seconds=self.end_seconds,
         )
         if self.frame_sampler == "eval" and is_gif:
-            # The original collects the set of indices of a GIF, then repeats the whole sequence.
+            # For a GIF, the original removes repeated indices, then repeats the whole sequence.
             return _repeat(sorted(set(indices)), len(indices))
         return indices
 
@@ -91,7 +92,7 @@ def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[i
 
 
 def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
-    """Raises VideoError for an unknown frame_sampler, and for time bounds that the frame_sampler would ignore."""
+    """Raises VideoError for an unknown frame_sampler, and for times with a frame_sampler other than "eval"."""
     if frame_sampler not in FRAME_SAMPLERS:
         raise VideoError(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
     if frame_sampler != "eval" and (start_seconds is not None or end_seconds is not None):
@@ -103,7 +104,10 @@ def _frame_bounds(
 ) -> tuple[int, int]:
     """First and last frame number between two times. None stands for the clip's own start or end."""
     if (start_seconds is not None or end_seconds is not None) and not fps:
-        raise VideoError("start_seconds and end_seconds need a frame rate, and this clip has none")
+        raise VideoError(
+            "start_seconds and end_seconds need a frame rate, and this clip has none; leave both out, or give "
+            "frame_indices"
+        )
     first = 0 if start_seconds is None else max(0, _frame_at(start_seconds, fps or 0.0, "start_seconds"))
     last = total - 1 if end_seconds is None else min(_frame_at(end_seconds, fps or 0.0, "end_seconds"), total - 1)
     if first > last:
@@ -120,5 +124,5 @@ def _frame_at(seconds: float, fps: float, option: str) -> int:
 
 
 def _repeat(sequence: list[int], length: int) -> list[int]:
-    """The first `length` items of the endlessly repeated sequence."""
+    """The first `length` items of the sequence repeated without end."""
     return (sequence * (length // len(sequence) + 1))[:length]

@@ -1,4 +1,4 @@
-"""Still images to RGB pixels by Pillow: JPEG, PNG, WebP, BMP and TIFF.
+"""Reads still images to RGB pixels with Pillow: JPEG, PNG, WebP, BMP and TIFF.
 
 Files are untrusted. Pillow tries only these formats, and the size is checked before pixels are decoded.
 """
@@ -19,7 +19,7 @@ from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_si
 from atb_pllava.multimodal.media_file import open_media
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-ANIMATED_FORMATS = ("PNG", "WEBP")  # GIF is read as a video, in video.py
+ANIMATED_FORMATS = ("PNG", "WEBP")  # video.py reads GIF as a video
 
 
 def read_image(
@@ -29,7 +29,7 @@ def read_image(
     """Reads a still image as a clip of one frame.
 
     The image is turned upright by its EXIF orientation. Transparency is dropped.
-    Raises VideoError for anything that is not a readable still image or is larger than `limits`.
+    Raises VideoError if the source is not a readable still image or is larger than `limits`.
     """
     with open_media(source, limits) as (file, name), open_image(file, name, limits) as image:
         pixels = _still_pixels(image, name)
@@ -37,7 +37,7 @@ def read_image(
 
 
 def repeat_image(image: Image.Image, name: str, selection: FrameSelection, limits: MediaLimits) -> Clip:
-    """A still image as a clip in which its one frame repeats. The frames share one frame's memory.
+    """A still image as a clip that repeats one frame. The frames of the clip share the memory of one frame.
 
     Raises VideoError for time bounds, for a frame index other than 0, and for a clip larger than `limits`.
     """
@@ -56,7 +56,7 @@ def repeat_image(image: Image.Image, name: str, selection: FrameSelection, limit
 def open_image(file: BinaryIO, name: str, limits: MediaLimits) -> Iterator[Image.Image]:
     """Opens an image or animation with Pillow. Pixels are decoded later, inside the `with` block.
 
-    Raises VideoError for a size over the limits, and for everything that Pillow cannot read inside the block.
+    Raises VideoError for a size over the limits, and for a file that Pillow cannot read, also inside the block.
     """
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:

@@ -1,4 +1,4 @@
-"""MediaLimits, and the checks of a medium's size, length and reading time against them.
+"""MediaLimits, and the checks of a medium's size, length and reading time against the limits.
 
 Every message names the number that was found, the limit, and the field of MediaLimits that sets the limit.
 """
@@ -16,9 +16,7 @@ class MediaLimits:
     max_bytes: int = 512 * 2**20  # size of the file
     max_side: int = 8192  # pixels of the longer side
     max_pixels: int = 36_000_000  # width * height of a frame (8K: 33 to 35 million)
-    max_aspect: float = (
-        20.0  # longer side / shorter side. A resize of the short edge makes the long edge so many times longer
-    )
+    max_aspect: float = 20.0  # longer side / shorter side. The ratio bounds the size after a resize of the short edge
     max_seconds: float = 4 * 3600.0  # duration of the video
     max_frames: int = 1_000_000  # frames in the file
     max_sampled_frames: int = 64  # frames taken from one video or image

@@ -1,7 +1,7 @@
-"""What a user may name as media: a video, an image, an animation, or a folder of them.
+"""Reads a medium of any kind, and lists the media of folders.
 
-`read_media` opens a file once, looks at its first bytes, and hands the open file to the reader for that kind.
-The readers are `video.py`, `image.py` and `animation.py`. `list_media` finds the media of folders by the usual endings.
+`read_media` opens a file once and passes the open file to the reader for its kind. The first bytes decide the kind. The
+readers are `video.py`, `image.py` and `animation.py`. `list_media` finds the media of folders by the file endings.
 """
 
 import os
@@ -33,9 +33,9 @@ def read_media(
     end_seconds: float | None = None,
     limits: MediaLimits = MediaLimits(),  # noqa: B008 -- frozen
 ) -> Clip:
-    """Reads a video, an animated PNG or WebP, or an image as a video of one frame that is repeated `num_frames` times.
+    """Reads a video, an animated PNG or WebP, or an image. An image becomes a clip of `num_frames` equal frames.
 
-    The content decides, not the name. The options are those of `read_video`.
+    The content decides the kind, not the file name. The options are those of `read_video`.
     Raises VideoError as `read_video` and `read_image` do, and for time bounds given with an image.
     """
     selection = FrameSelection(num_frames, frame_sampler, frame_indices, start_seconds, end_seconds)
@@ -50,13 +50,13 @@ def read_media(
 
 
 def list_media(*paths: str | os.PathLike[str]) -> list[str]:
-    """The named files, and the images and videos of the named folders and their subfolders. No file is listed twice.
+    """The named files, and the images and videos of the named folders and their subfolders. No path is listed twice.
 
     A folder's media are listed in natural order (2 before 10) of their paths. Names that begin with a dot are left out.
-    Every folder is entered once. A link to a folder is followed unless that folder is entered under its own name or
-    holds the named folder.
-    Files that cannot be read are listed, too, so that an error says why. These are broken links, pipes and sockets with
-    a medium's ending, broken links without an ending, and subfolders that cannot be listed.
+    Every folder is entered once. A link to a folder is followed, unless the walk enters that folder under its own name,
+    or the folder contains the named folder.
+    Unreadable subfolders are listed, so that reading them raises an error. So are broken links, pipes and sockets with
+    a medium's ending, and broken links without an ending.
     Raises VideoError for a path that does not exist, and for a folder without media.
     """
     return list(dict.fromkeys(file for path in paths for file in _media_at(os.fspath(path))))
@@ -86,7 +86,7 @@ class _FolderWalk:
         self._root = root
         self._folders = [root]
         self._links: deque[str] = deque()  # to folders
-        # A link to a folder that holds the root would bring in the root again, and everything around it.
+        # The parents of the root count as entered: a link to a parent would list the root and its siblings again.
         parents = Path(os.path.realpath(root)).parents
         self._entered = {_identity(parent) for parent in parents if os.path.exists(parent)}
 
@@ -136,7 +136,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_symlink() and entry.is_dir()
-    except OSError:  # a loop, or a place that may not be looked at
+    except OSError:  # a loop of links, or no permission
         return False
 
 

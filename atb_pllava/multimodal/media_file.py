@@ -1,4 +1,4 @@
-"""Opens the file of one medium: only a regular file, not empty, within the size limit.
+"""Opens the file of one medium. Only a regular file that is not empty and within the size limit is opened.
 
 `media.py`, `image.py` and `video.py` call `open_media` once for each medium and hand the open file on.
 """
@@ -54,7 +54,7 @@ def is_image(file: BinaryIO) -> bool:
 
 
 def explain_failure(name: str, error: OSError | ValueError) -> VideoError:
-    """The VideoError for a file or folder that cannot be opened, with a remedy where one is known."""
+    """The VideoError for a file or folder that cannot be opened. The message has a remedy for some known causes."""
     if isinstance(error, ValueError):
         return VideoError(f"{name!r} is not a file name")
     if isinstance(error, FileNotFoundError) and URL.match(name):

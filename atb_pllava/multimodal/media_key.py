@@ -1,4 +1,4 @@
-"""A key that identifies a request's media without decoding them: a file's status, or the hash of given content."""
+"""media_key: the frame cache's key of a request's media, made from file times or content hashes, without decoding."""
 
 import hashlib
 import os
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Kernels stamp files with a clock that ticks every 1 to 10 ms.
+# The kernel's clock for file times ticks every 1 to 10 ms.
 _SECONDS_TO_SETTLE = 0.1
 
 
 def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | None] | None) -> object:
     """A hashable key that is equal for equal media and frame indices, or None.
 
-    One key covers all media of a request, because the size of the first resize depends on all of them.
-    A path stands for its file's device, inode, size and times. Bytes and frames stand for their SHA-256.
-    The key is None for a folder, for a missing file, and for a file that changed in the last 0.1 seconds. The times of
-    such a file might not show a further change.
+    One key covers all media of a request, because the size of the first resize depends on all media.
+    The key has the device, inode, size and times of a path's file, and the SHA-256 of bytes and frames.
+    The key is None for a folder, for a missing file, and for a file that changed in the last 0.1 seconds. A second
+    change within the same clock tick would not change the file's times.
     """
     identities = [_identity(item) for item in media]
     if None in identities:

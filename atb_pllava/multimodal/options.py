@@ -1,4 +1,4 @@
-"""The user's choices about media: which frames are taken, how they become squares, how large a file may be."""
+"""MultimodalOptions: the user's choice of frame sampler, resize mode and media limits."""
 
 from dataclasses import dataclass, field
 
@@ -11,9 +11,10 @@ from atb_pllava.multimodal.transforms import RESIZE_MODES
 
 @dataclass(frozen=True)
 class MultimodalOptions:
-    """How a VideoProcessor reads media. The values of `frame_sampler` and `resize` are the published pipelines'.
+    """How a VideoProcessor reads media.
 
-    `limits` None means `MediaLimits()`.
+    `frame_sampler`: see `frame_sampling.sample_frame_indices`. `resize`: see `transforms.resize_frames`. `limits` None
+    means `MediaLimits()`.
     """
 
     frame_sampler: str = field(

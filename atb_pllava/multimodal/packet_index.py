@@ -1,6 +1,6 @@
-"""PacketIndex: which packet of a video file holds frame k. Built from packet headers, without decoding.
+"""PacketIndex: which packet of a video file holds frame k. The index is made from packet headers, without decoding.
 
-`packet_times.py` decides from the packets' times in which order frames are shown. `decoder.py` seeks by the index.
+`packet_times.py` finds the presentation order of frames from the packets' times. `decoder.py` seeks by the index.
 Times are in the stream's time base.
 """
 
@@ -47,7 +47,7 @@ class PacketIndex:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one pass over the packets finds, and what the header says. 0 stands for numbers that are not known."""
+    """The findings of one pass over the packets, and the numbers of the header. 0 stands for an unknown number."""
 
     shown: list[Packet]  # packets that hold a frame to be shown
     keyframes: list[Packet]
@@ -97,7 +97,7 @@ def _scan_packets(video: VideoFile) -> _Scan:
             if _is_shown(raw, stream.codec_name):
                 shown.append(packet)
                 end = max(end, (packet.pts or 0) + packet.duration)
-        header = stream.info  # read after the packets, because FFmpeg completes it while it reads them
+        header = stream.info  # read after the packets, because FFmpeg completes the header while reading packets
         return _Scan(
             shown=shown,
             keyframes=keyframes,
@@ -126,7 +126,8 @@ def _is_shown(raw: Any, codec: str) -> bool:
 def _count_missing(scan: _Scan, fps: float) -> int:
     """Frames that the header announces and the file does not hold.
 
-    Edit lists lower the duration but not the announced count. Frames are missing only if the duration is short, too.
+    Edit lists lower the duration but not the announced count. Frames therefore count as missing only if the packets
+    also end before the announced end.
     """
     missing_frame_times = float((scan.announced_end - scan.end) * scan.time_base) * (fps or USUAL_FPS)
     if missing_frame_times <= 0.5:
@@ -135,11 +136,11 @@ def _count_missing(scan: _Scan, fps: float) -> int:
 
 
 def _frames_in_order(scan: _Scan) -> list[Packet] | None:
-    """The shown packets in presentation order, or None: their times do not tell the order."""
+    """The shown packets in presentation order. None if the packets' times do not tell the order."""
     if not scan.keyframes:
         return None
     frames = presentation_order(scan.shown, scan.keyframes[0], scan.has_b_frames)
-    # AVI, and AVI's streams inside matroska, store decoding times only; FFmpeg then makes up the presentation times.
+    # AVI, and AVI's streams inside matroska, store no presentation times. FFmpeg then invents them.
     may_be_made_up = scan.has_b_frames and not scan.container_names.isdisjoint({"avi", "matroska"})
     if frames is not None and may_be_made_up and frames == sorted(frames):
         return None

@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
-LONGEST_STEP = 10  # seconds; a longer one is a leap of the clock: ffmpeg's default for -dts_delta_threshold
+LONGEST_STEP = 10  # seconds. A longer step is a leap of the clock: ffmpeg's default for -dts_delta_threshold
 MAX_REORDERED = 16  # frames a decoder holds back at most: the picture buffer's size in H.264 and HEVC
 
 
@@ -32,7 +32,7 @@ class Length(NamedTuple):
     """The length of a video and its frame rate. Leaps of the clock do not count."""
 
     seconds: float
-    rate: float  # frames a second; 0.0: unknown
+    rate: float  # frames a second. 0.0: unknown
 
 
 def presentation_order(packets: Sequence[Packet], first_keyframe: Packet, has_b_frames: bool) -> list[Packet] | None:
@@ -112,9 +112,9 @@ def _can_be_shown(frames: Sequence[Packet], ordered: Sequence[Packet], has_b_fra
 
 
 def _decoding_delay(frames: Sequence[Packet], ordered: Sequence[Packet]) -> int:
-    """How many frames are usually decoded and not yet shown. MAX_REORDERED when no packet has a dts.
+    """The usual number of frames that are decoded and not yet shown. MAX_REORDERED if no packet has a dts.
 
-    The lower quartile is taken, because a wrong pts far ahead raises the number for all frames behind it.
+    The result is the lower quartile, because a wrong pts far ahead raises the number of all later frames.
     """
     times = [_pts(frame) for frame in ordered]
     waiting = sorted(i - bisect_left(times, frame.dts) for i, frame in enumerate(frames) if frame.dts is not None)
@@ -122,9 +122,9 @@ def _decoding_delay(frames: Sequence[Packet], ordered: Sequence[Packet]) -> int:
 
 
 def _is_any_far_ahead(frames: Sequence[Packet]) -> bool:
-    """Whether a frame's pts lies behind the dts of the packet 2 * MAX_REORDERED packets further on.
+    """Whether the pts of a frame is later than the dts of the packet 2 * MAX_REORDERED packets further on.
 
-    No encoder delays a frame so much, so such a pts is wrong. The clock is extrapolated behind the last packet.
+    Such a pts is wrong, because no encoder delays a frame so long. The dts are extrapolated beyond the last packet.
     """
     decoded = [frame for frame in frames if frame.dts is not None]
     clock = [_dts(frame) for frame in decoded]

@@ -1,4 +1,4 @@
-"""VideoProcessor: the media of one request to ProcessedVideos on the host. Media are read, sampled and resized.
+"""VideoProcessor: reads, samples and resizes the media of one request, on the host.
 
 `T` frames, `U` distinct frames among them, `S` crop size.
 """
@@ -55,13 +55,13 @@ class ProcessedVideo:
 
     @cached_property
     def mm_hash(self) -> bytes:
-        """SHA-256 of everything the vision tower sees: equal for equal pixels in the same order."""
+        """SHA-256 of the frames, their order and the preprocessor's numbers: of all input of the vision tower."""
         seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}".encode()
         return hashlib.sha256(seen + self.frames.tobytes()).digest()
 
 
 class ProcessedVideoCache(Protocol):
-    """A cache of processed videos by `media_key`: `frame_cache.FrameCache` is one."""
+    """A cache of processed videos by `media_key`. `frame_cache.FrameCache` implements the protocol."""
 
     def get(self, key: object) -> list[ProcessedVideo] | None:
         """The videos stored under `key`, or None."""
@@ -96,11 +96,11 @@ class VideoProcessor:
     def prepare(
         self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None = None
     ) -> list[ProcessedVideo]:
-        """The processed videos of one request. All of them are resized together, by a size that all of them decide.
+        """The processed videos of one request. The size of the first resize depends on all media of the request.
 
-        `frame_indices` names the frames of each medium; None samples them.
+        `frame_indices` has the frame numbers of each medium. None samples frames.
         Raises VideoError for a medium that cannot be read or is over the limits.
-        Raises VideoError when a medium has, or `frame_indices` names, the wrong number of frames.
+        Raises VideoError if an array of frames or an entry of `frame_indices` has the wrong number of frames.
         """
         key = None if self.cache is None else media_key(media, frame_indices)
         if self.cache is None or key is None:
@@ -151,7 +151,7 @@ class VideoProcessor:
 
 
 def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None, limits: MediaLimits) -> Clip:
-    """A clip of decoded frames. Fewer frames than `num_frames` repeat, by the rule for short clips."""
+    """A clip of an array of decoded frames. Fewer frames than `num_frames` repeat, as `sample_frame_indices` says."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
             f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"

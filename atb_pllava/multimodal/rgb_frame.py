@@ -1,4 +1,4 @@
-"""A decoded video frame to RGB pixels: colour conversion by the frame's own matrix and range, then rotation."""
+"""Converts a decoded video frame to upright RGB pixels, by the frame's own colour matrix, range and rotation."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ ITU601 = 5  # SWS_CS_ITU601
 def to_rgb(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
     """Pixels uint8 [height, width, 3], converted by the frame's own colour matrix and range."""
     is_full_range = frame.color_range == FULL_RANGE or frame.format.name.startswith("yuvj")
-    # PyAV before 17 uses the frame's matrix only when the target has another one; RGB itself has none.
-    # PyAV passes full range on only when told so, and PyAV 12 counts ranges from 0.
+    # PyAV before 17 uses the frame's matrix only if dst_colorspace differs. RGB has no matrix, so any value will do.
+    # PyAV needs the range as an argument, and PyAV 12 counts ranges from 0.
     src_range = int(is_full_range) + (not av.__version__.startswith("12."))
     rgb = frame.reformat(width, height, format="rgb24", dst_colorspace=ITU601, src_color_range=src_range)
     pixels: np.ndarray = rgb.to_ndarray()

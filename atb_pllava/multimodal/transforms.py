@@ -1,4 +1,4 @@
-"""Frames to the vision tower's pixels: the two resizes, the centre crop and the normalisation of PLLaVA.
+"""Turns frames into pixels of the vision tower: the two resizes, the centre crop and the normalisation of PLLaVA.
 
 The pixels are bit-exact with the original's, which resizes 8-bit images with Pillow.
 `T` frames, `H` x `W` source size, `S` crop size.
@@ -86,8 +86,8 @@ def _resize_short_edge(frame: Image.Image, edge: int, resample: Image.Resampling
 
 def _crop_long_edge(frame: Image.Image, long: int) -> Image.Image:
     """Crops the long edge to `long` pixels."""
-    # A quarter of the excess is cut off in front, as in the original, so the crop is not centred. Only requests with
-    # videos of unequal aspect ratio are cropped here.
+    # As in the original, the crop is not centred: a quarter of the excess is cut off at the start. Only requests with
+    # videos of different aspect ratios are cropped here.
     start = ((max(frame.size) - long) // 2) // 2
     if frame.height > frame.width:
         return frame.crop((0, start, frame.width, start + long))

@@ -1,7 +1,7 @@
-"""A video file to the frames that are wanted: exact frame numbers, with as little decoding as possible.
+"""Reads the wanted frames of a video file, by exact frame numbers and with as little decoding as possible.
 
-`packet_index.py` finds the packet of each frame and `decoder.py` decodes it. When packet times do not tell the order
-of frames, the whole file is decoded and its frames are counted. `media.py` reads videos, images and folders alike.
+`packet_index.py` finds the packet of each frame, and `decoder.py` decodes the packets. If packet times do not tell the
+order of frames, the whole file is decoded and its frames are counted. `media.py` reads media of any kind.
 """
 
 import logging
@@ -65,7 +65,7 @@ def read_open_video(file: BinaryIO, name: str, selection: FrameSelection, limits
 
 
 def _read_by_seeking(video: VideoFile, index: PacketIndex, seek: SeekIndex, selection: FrameSelection) -> Clip:
-    """Seeks to the wanted frames and recognises them by their times. Damaged files are read in slower ways.
+    """Seeks to the wanted frames and recognises them by their pts. Damaged files are read in slower ways.
 
     Raises ClockError when the decoder's order contradicts the times.
     """
@@ -141,7 +141,7 @@ def _replace_missing_tail(index: PacketIndex, seek: SeekIndex, latest: Any | Non
 
 
 def _count_decodable_frames(video: VideoFile) -> tuple[int, int]:
-    """How many frames the whole file gives, and how many of its packets cannot be read or decoded."""
+    """The number of frames in the whole file, and the number of packets that cannot be read or decoded."""
     with open_stream(video) as stream:
         total = sum(1 for _ in stream.decode_all())
         return total, stream.faults
@@ -149,7 +149,7 @@ def _count_decodable_frames(video: VideoFile) -> tuple[int, int]:
 
 def _make_clip(video: VideoFile, index: PacketIndex, buffer: ClipBuffer) -> Clip:
     if buffer.concealed:
-        logger.warning("%s: damaged; the decoder filled in what %d frames lack", video.name, buffer.concealed)
+        logger.warning("%s: damaged; the decoder concealed damaged parts of %d frames", video.name, buffer.concealed)
     return Clip(buffer.pixels(), buffer.indices, index.total, index.fps, video.name)
 
 

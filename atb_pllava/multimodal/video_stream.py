@@ -1,7 +1,7 @@
-"""Opens a video file with PyAV, chooses its video stream, and gives that stream's packets and frames.
+"""Opens a video file with PyAV, chooses the video stream, and yields the packets and frames of the stream.
 
-Files are untrusted. Container format, codec, size and stated length are checked before anything is decoded, and
-FFmpeg's own messages never leave this module.
+Files are untrusted. Container format, codec, size and stated length are checked before decoding. FFmpeg's own messages
+never leave this module.
 """
 
 import os
@@ -23,7 +23,7 @@ except TypeError:  # PyAV 12
     av.logging.set_level(av.logging.PANIC)
 
 DEMUXERS = ("mov", "matroska", "avi", "asf", "gif", "mpegts", "mpeg", "flv", "ogg")
-COVER_CODECS = frozenset(["png", "bmp", "webp", "tiff"])  # of covers; films in these codecs are not accepted
+COVER_CODECS = frozenset(["png", "bmp", "webp", "tiff"])  # codecs of cover art. Videos in these codecs are refused
 PICTURE_BRANDS = frozenset(["heic", "heix", "mif1", "avif"])  # of ISO base media files: streams are parts of a picture
 DECODERS = frozenset(
     ["av1", "libdav1d", "libaom-av1", "h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "vp3", "vp6", "vp6f"]
@@ -48,7 +48,7 @@ class VideoFile:
 class VideoStream:
     """The chosen video stream of an open container, in one pass over the file.
 
-    A packet that cannot be read or decoded raises nothing; `faults` counts such packets.
+    A packet that cannot be read or decoded raises no error. `faults` counts such packets.
     """
 
     def __init__(self, video: VideoFile, container: Any, stream: Any) -> None:
@@ -76,7 +76,7 @@ class VideoStream:
             self.faults += 1
 
     def seek(self, timestamp: int) -> bool:
-        """Seeks to the keyframe at or before `timestamp`, in the stream's time base. False when that fails."""
+        """Seeks to the keyframe at or before `timestamp`, in the stream's time base. False if the seek fails."""
         try:
             self._container.seek(timestamp, stream=self.info)
         except FFmpegError:
@@ -130,16 +130,17 @@ def open_stream(video: VideoFile) -> Iterator[VideoStream]:
 
 
 def best_stream(container: Any) -> Any | None:
-    """The stream that FFmpeg calls best, as decord and so the original take it; None without a video stream.
+    """FFmpeg's best video stream (av_find_best_stream), which decord and the original take too.
 
-    Attached pictures are never taken. A stream in a codec of covers is taken only when there is no other stream.
+    Attached pictures are never taken. A stream in one of COVER_CODECS is taken only if there is no other stream.
+    None if the container has no video stream.
     """
-    films = [stream for stream in container.streams.video if not _is_cover(stream)]
+    candidates = [stream for stream in container.streams.video if not _is_cover(stream)]
     find_best = getattr(container.streams, "best", None)  # absent before PyAV 13
     best = find_best("video") if find_best else None
-    if best in films and _codec_name(best) not in COVER_CODECS:
+    if best in candidates and _codec_name(best) not in COVER_CODECS:
         return best
-    return max(films, key=_likeness_to_film, default=None)
+    return max(candidates, key=_preference, default=None)
 
 
 def _choose_stream(container: Any, video: VideoFile) -> Any:
@@ -148,7 +149,7 @@ def _choose_stream(container: Any, video: VideoFile) -> Any:
         raise _not_a_video(video)
     stream = best_stream(container)
     if stream is None:
-        raise VideoError(f"{video.name}: has no video stream")
+        raise VideoError(f"{video.name}: has no video stream; name a file with a video stream, or an image")
     if container.metadata.get("major_brand") in PICTURE_BRANDS and len(container.streams.video) > 1:
         raise VideoError(
             f"{video.name}: holds a picture in tiles, or several pictures; convert it, to JPEG for example"
@@ -166,7 +167,7 @@ def _check_limits(stream: Any, video: VideoFile) -> None:
     if not width or not height:
         raise VideoError(f"{video.name}: the picture size cannot be read; the file is damaged, or the size is absurd")
     check_size(width, height, video.name, video.limits)
-    # A header that counts the frames also states their length; FFmpeg guesses that of others from the clock.
+    # A header with a frame count also states the duration. For other files FFmpeg guesses the duration from the clock.
     stated_seconds = float(stream.duration * stream.time_base) if stream.frames and stream.duration else 0.0
     check_length(stated_seconds, stream.frames, video.name, video.limits)
 
@@ -181,8 +182,8 @@ def _not_a_video(video: VideoFile) -> VideoError:
     )
 
 
-def _likeness_to_film(stream: Any) -> tuple[bool, bool, bool, bool]:
-    """A sort key: a codec of films, the default stream, more than one frame, another codec than mjpeg."""
+def _preference(stream: Any) -> tuple[bool, bool, bool, bool]:
+    """The sort key of `best_stream`: no cover codec, the default stream, more than one frame, no mjpeg."""
     codec = _codec_name(stream)
     is_default = bool(_disposition(stream) & DEFAULT_STREAM)
     return codec not in COVER_CODECS, is_default, stream.frames != 1, codec != "mjpeg"

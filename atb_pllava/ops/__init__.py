@@ -1,4 +1,5 @@
-"""Device backends: one contract (`interface.py`) and one folder a device. `registry.py` chooses a backend by name.
+"""Device backends: one contract (`interface.py`), and one folder for each device.
 
-This file imports nothing, so that `host_memory.py` can be used where torch is missing or broken.
+`registry.py` chooses a backend by name. `__init__.py` imports nothing, so that `host_memory.py` works where torch is
+missing or broken.
 """

@@ -1,6 +1,6 @@
-"""One step's inputs: what the model runner hands to the model, and what a backend makes of it for attention.
+"""The inputs of one step: ForwardBatch goes from the model runner to the model, AttentionMetadata to the backend.
 
-Letters: N packed tokens, B sequences, M columns of a block table, L wanted logits, V rows of video embeddings, D head
+Letters: N packed tokens, B sequences, M columns of a block table, L rows of logits, V rows of video embeddings, D head
 dimension.
 """
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """B sequences, packed one behind the other. Lengths are on the host and on the device: kernels differ in that.
+    """B sequences, packed one behind the other. Some kernels read lengths on the host, others on the device.
 
-    cu_seqlens [B + 1]: first row of each sequence, then the number of rows, counted from 0.
+    cu_seqlens [B + 1]: the first row of each sequence, counted from 0, and at the end the number of rows.
     context_lens [B]: tokens of each sequence after this step, the cached ones and the new ones.
-    block_tables [B, M] int64: the cache blocks of each sequence in order, padded with 0.
-    device_context_lens [B] int64: context_lens as a tensor on the device. A captured graph reads the current ones here.
+    block_tables [B, M] int64: the KV blocks of each sequence in order, padded with 0.
+    device_context_lens [B] int64: context_lens as a tensor on the device. A captured graph reads this tensor.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -39,11 +39,12 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """One step's work: first the decoding sequences with one token each, then prompt chunks of any length.
+    """The work of one step: first the decoding sequences with one token each, then prompt chunks of any length.
 
-    token_ids, positions, slot_mapping: [N] int64; a token's slot is block * block_size + offset in the block.
-    logits_indices [L] int64: the rows whose next token is wanted.
-    video_positions [V] int64: rows whose embedding is a row of video_embeds [V, hidden], not that of their token id.
+    token_ids, positions, slot_mapping: [N] int64. The slot of a token is block * block_size + offset in the block.
+    logits_indices [L] int64: the rows whose next token is sampled.
+    video_positions [V] int64: the rows of placeholder tokens. Row i of video_embeds [V, hidden] replaces the token
+    embedding of row video_positions[i].
     """
 
     token_ids: Tensor
@@ -58,9 +59,9 @@ class ForwardBatch:
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What attention needs of a step, in the form of one backend. `Backend.prepare` makes it once, all layers read it.
+    """The attention inputs of a step in the form of one backend. `Backend.prepare` makes one for all layers.
 
-    The fields mean the same as in ForwardBatch; their integer types are the backend's choice.
+    slot_mapping, decode and prefill are those of ForwardBatch. The backend chooses their integer types.
     cos, sin: the rotary tables of the N tokens, [N, D / 2] float32 unless the backend has a form of its own.
     """
 

@@ -1,6 +1,7 @@
 """Total and free memory of this machine, or of the container that this process runs in. Needs no torch.
 
-A container sees the machine's /proc/meminfo, and is killed at its own limit. Both count here.
+/proc/meminfo in a container shows the machine's memory. The kernel kills the container at the limit of its control
+group (cgroup). Both limits count here.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes. `limited_by` names the file of the control group whose limit counts; None where the machine's own does."""
+    """Total and free bytes. `limited_by` is the file of the cgroup limit that applies, None if no cgroup limit does."""
 
     total: int
     free: int
@@ -19,7 +20,10 @@ class HostMemory:
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory:
-    """The least of what the machine and each control group above this process leave; `root` is /, or a test's."""
+    """The lowest total and the lowest free memory among the machine and all cgroups above this process.
+
+    `root` is the root of the file system. Tests pass a folder.
+    """
     found = [_machine(root), *_control_groups(root)]
     total = min(found, key=lambda memory: memory.total)
     free = min(found, key=lambda memory: memory.free)
@@ -37,10 +41,10 @@ def _machine(root: Path) -> HostMemory:
 
 
 def _control_groups(root: Path) -> Iterator[HostMemory]:
-    """Limits of versions 2 and 1, from this process's group up to the outermost that can be seen.
+    """Limits of cgroup versions 2 and 1, from this process's cgroup up to the outermost visible one.
 
-    Inside a container /proc/self/cgroup may name a path of the host's; the mount itself is then the container's group.
-    Files that were read count as used, though the kernel gives their memory back: `inactive_file` is taken off.
+    In a container, /proc/self/cgroup may name a path of the host. The mount itself is then the container's cgroup.
+    The usage in cgroup files includes the page cache. The kernel reclaims `inactive_file`, so `inactive_file` is free.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,7 +1,7 @@
-"""Linear weights in 8 bits (W8A16): what the integers mean, how they are made and cut.
+"""Int8 weights of linear layers (W8A16): the meaning of the integers, rounding to int8, and slices of int8 weights.
 
-w = (q - zero_point) * scale is written down here alone; it is the convention of msModelSlim's files. This module knows
-no layers and no files. Backends have kernels of their own for such weights.
+The meaning is w = (q - zero_point) * scale, as in msModelSlim's files. Other modules do not repeat the formula, except
+the backends' kernels. The module has no layers and reads no files.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ LOWEST, HIGHEST = -128, 127
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Which tensors of a checkpoint are int8.
+    """Which tensors of a checkpoint are int8 weights.
 
-    names: of the tensors; empty where all are float. group_size: columns that share a scale, 0 for a whole row.
+    names: the names of the int8 weights. A float checkpoint has none.
+    group_size: the number of columns that share a scale. 0: one scale for a whole row.
     """
 
     names: frozenset[str] = frozenset()
     group_size: int = 0
 
     def below(self, prefix: str) -> "QuantConfig":
-        """The part for one module: the names that start with `prefix`, without it."""
+        """The configuration of one module: the names that start with `prefix`, with `prefix` removed."""
         names = frozenset(name[len(prefix) :] for name in self.names if name.startswith(prefix))
         return QuantConfig(names, self.group_size)
 
@@ -37,8 +38,8 @@ class Int8Weight:
     """A weight [out, in] as (values - zero_point) * scale.
 
     values: int8 [out, in]. scale, zero_point: [out, 1], or [out, groups] with one column for every `group_size` columns
-    of values. group_offset: how many columns into its group the first column is; nonzero where a tensor-parallel shard
-    starts inside a group.
+    of values. group_offset: the place of the first column in its group. A tensor-parallel shard that starts inside a
+    group has a nonzero group_offset.
     """
 
     values: Tensor
@@ -49,7 +50,7 @@ class Int8Weight:
 
     @classmethod
     def empty(cls, rows: int, columns: int, dtype: torch.dtype, group_size: int = 0, first: int = 0) -> "Int8Weight":
-        """Uninitialised memory for columns `first` to `first + columns` of a weight; `dtype` is that of the scale."""
+        """Uninitialised memory for columns `first` to `first + columns` of a weight. `dtype` is that of the scale."""
         groups = column_groups(slice(first, first + columns), group_size)
         num_scales = groups.stop - groups.start
         return cls(
@@ -70,16 +71,16 @@ class Int8Weight:
         return not bool(self.zero_point.any())
 
     def rows(self, rows: slice) -> "Int8Weight":
-        """Some of the rows; the tensors are views."""
+        """Some of the rows. The tensors are views."""
         return replace(self, values=self.values[rows], scale=self.scale[rows], zero_point=self.zero_point[rows])
 
     def split(self, sizes: Sequence[int]) -> list["Int8Weight"]:
-        """Consecutive rows, as Tensor.split."""
+        """Parts of consecutive rows, `sizes` rows each, as Tensor.split gives them. The tensors are views."""
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [self.rows(slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
 
     def columns(self, columns: slice) -> "Int8Weight":
-        """Some of the columns, wherever their groups begin and end; the tensors are views."""
+        """Some of the columns. The range may begin and end inside a group. The tensors are views."""
         values = self.values[:, columns]
         if not self.group_size:
             return replace(self, values=values)
@@ -94,9 +95,9 @@ class Int8Weight:
         )
 
     def dequantise(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight [out, in] in `dtype` (the scale's unless said otherwise).
+        """The weight [out, in] in `dtype`. None: the dtype of the scale.
 
-        Integers up to 256 are exact in every float type, so there is one rounding, that of the product.
+        Integers up to 256 are exact in every float type. Only the product with the scale is rounded.
         """
         dtype = dtype or self.scale.dtype
         values = self.values.to(dtype)
@@ -112,19 +113,23 @@ class Int8Weight:
 
 
 def column_groups(columns: slice, group_size: int) -> slice:
-    """The groups that a range of columns touches; of the first and the last perhaps only a part."""
+    """The groups that a range of columns overlaps. The range may cover a part of the first and of the last group."""
     if not group_size:
         return slice(0, 1)
     return slice(columns.start // group_size, -(-columns.stop // group_size))
 
 
 def num_groups(columns: int, group_size: int) -> int:
-    """How many scales a row of `columns` has. Raises ConfigError where the last group would be incomplete."""
+    """The number of scales of a row of `columns` columns.
+
+    Raises ConfigError for a group_size outside of GROUP_SIZES, and for an incomplete last group.
+    """
     if group_size not in GROUP_SIZES:
         raise ConfigError(f"group_size is {group_size!r}; it must be one of {', '.join(map(str, GROUP_SIZES))}")
     if group_size and columns % group_size:
         raise ConfigError(
-            f"group_size is {group_size}, and {columns} columns are no multiple of it; leave it out: one scale a row"
+            f"group_size is {group_size}, and {columns} columns are no multiple of it; leave group_size out: each row "
+            "then has one scale"
         )
     return columns // group_size if group_size else 1
 
@@ -132,13 +137,13 @@ def num_groups(columns: int, group_size: int) -> int:
 def quantise(
     weight: Tensor, *, group_size: int = 0, symmetric: bool = True, scale_dtype: torch.dtype | None = None
 ) -> Int8Weight:
-    """Round a finite float weight [out, in] to 8 bits, by the extremes of each row or group of columns.
+    """Round a finite float weight [out, in] to int8. The extremes of each row or group of columns decide the scale.
 
-    Symmetric: scale = max|w| / 127 and zero_point 0. Asymmetric: 255 steps from the lowest to the highest value, over a
-    range that includes 0, and a whole number as zero_point.
-    Scales are stored in `scale_dtype` (the weight's unless said otherwise). They are rounded up, so that no weight is
-    clipped, and to the precision of bfloat16, so that the same scale is exact in float32, float16 and bfloat16. The
-    error of a weight is at most half the stored scale.
+    Symmetric: scale = max|w| / 127 and zero_point 0. Asymmetric: scale = (high - low) / 255 for the lowest value or 0
+    and the highest value or 0, and zero_point is a whole number.
+    Scales are stored in `scale_dtype`. None: the weight's dtype. Scales are rounded up, so that no weight is clipped.
+    Scales have the precision of bfloat16, so that the same scale is exact in float32, float16 and bfloat16.
+    The error of a weight is at most half the stored scale.
     """
     groups = num_groups(weight.shape[1], group_size)
     dtype = scale_dtype or weight.dtype
@@ -158,11 +163,11 @@ def quantise(
 
 
 def _round_up(step: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least numbers of bfloat16's and `dtype`'s precision that are not below float32 `step`; 1 where step is 0."""
+    """The least numbers, exact in bfloat16 and in `dtype`, that are not below float32 `step`. 1 where `step` is 0."""
     step = torch.where(step == 0, 1.0, step)
     for kind in (torch.bfloat16, dtype):
         rounded = step.to(kind)
-        # Positive floats are ordered as their bits are: one more is the next larger number.
+        # The bits of positive floats have the order of the floats: bits + 1 is the next larger float.
         bits = rounded.view({2: torch.int16, 4: torch.int32}[rounded.element_size()])
         step = torch.where(rounded.float() < step.float(), bits + 1, bits).view(kind).float()
     return step.to(dtype)

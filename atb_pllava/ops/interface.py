@@ -1,7 +1,7 @@
-"""The contract of a device: everything the layers above ask of it is a method of `Backend`.
+"""The contract of a device backend: other folders reach a device only through the methods of `Backend`.
 
-No code outside of `ops/` asks for a device's name or type. Letters: N packed tokens, B sequences, H query heads, K
-key/value heads, D head dimension.
+No code outside of `ops/` asks for the name or type of a device. Letters: N packed tokens, B sequences, H query heads,
+K key/value heads, D head dimension.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ from atb_pllava.ops.int8 import Int8Weight
 LayerCache = tuple[Tensor, ...]
 """Keys and values of one decoder layer, in a layout that only its backend knows."""
 
-# What suits an accelerator: with a CPU's 512 tokens and 8 frames a step of a 7B model leaves an H200 idle. Not measured
-# on an NPU.
+# Defaults of accelerators. Steps of 512 tokens and 8 frames, a CPU's defaults, leave an H200 idle with a 7B model. An
+# NPU was not measured.
 ACCELERATOR_CHUNK = 4096
 ACCELERATOR_VISION_BATCH = 16
 
 DTYPES = ("float32", "bfloat16", "float16")  # of models
 
-# torch.distributed's backends by device type. Messages between ranks travel through gloo on every device.
+# torch.distributed's backends by device type. Calls of the executor are CPU tensors, which gloo sends on every device.
 _PROCESS_GROUPS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 
 
@@ -45,7 +45,7 @@ Weight = Tensor | Int8Weight | PackedWeight
 
 
 class Feature(Enum):
-    """What not every backend can do. The value says who can, for the error message."""
+    """An ability that some backends lack. The value is the error message's text: which backends have the ability."""
 
     INT8_KV_CACHE = "kv_cache_dtype 'int8' works on the cpu backend only"
     TENSOR_PARALLEL = "world_size above 1 works on the cpu and ascend backends only"
@@ -53,25 +53,26 @@ class Feature(Enum):
 
 
 class CapturedGraph(ABC):
-    """A step that the device has recorded."""
+    """A decode step that the device has recorded as a CUDA or NPU graph."""
 
     @abstractmethod
     def replay(self, context_lens: Sequence[int]) -> Tensor:
-        """Run the step with the present contents of its input tensors and with these context lengths [B].
+        """Run the recorded step with the current contents of its input tensors and with these context lengths [B].
 
         The next replay overwrites the result.
         """
 
 
 class Backend(ABC):
-    """One device of one rank. Defaults are plain torch; a subclass has at least a KV cache and its attention.
+    """One device of one rank. The defaults are plain torch. A subclass adds the KV cache and the attention.
 
     Inputs and results of the operators are in the model's dtype. Sums, norms and softmax are in float32.
 
-    name: "cpu", "cuda", "ascend", or the type of another torch device. kernels: "torch" for plain operators, "native"
-    for those compiled for this package or by the device's maker. features: what `supports` answers with.
-    preferred_chunk, preferred_vision_batch: prompt tokens in a step beside decoding requests, and frames encoded at
-    once, where the user names no number.
+    name: "cpu", "cuda", "ascend", or the type of another torch device.
+    kernels: "torch" for plain torch operators, "native" for this package's kernels or the device vendor's operators.
+    features: the features that `supports` confirms.
+    preferred_chunk: default of `EngineConfig.prefill_chunk`, in tokens.
+    preferred_vision_batch: default of `EngineConfig.vision_batch`, in frames.
     """
 
     name: str
@@ -88,26 +89,26 @@ class Backend(ABC):
 
     @property
     def library(self) -> ctypes.CDLL | None:
-        """The kernels compiled for this CPU; benchmarks call their bare loops. None where there are none."""
+        """The shared library of the compiled CPU kernels, for `ops.cpu.probe`. None for backends without one."""
         return None
 
-    # What the device can do, and what suits it
+    # Features, and defaults of the device
 
     def supports(self, feature: Feature) -> bool:
         """Whether this backend has `feature`."""
         return feature in self.features
 
     def require(self, feature: Feature) -> None:
-        """Raises BackendError naming who has `feature` where this backend has it not."""
+        """Raises BackendError unless this backend has `feature`. The message names the backends that have `feature`."""
         if not self.supports(feature):
             raise BackendError(f"{feature.value}, not on {self.name}")
 
     def preferred_dtype(self, stored: str) -> str:
-        """The dtype that "auto" means for a checkpoint stored as `stored`: the same, unless a device overrides it."""
+        """The dtype that "auto" means for a checkpoint stored in `stored`. The default is `stored`."""
         return stored
 
     def check_dtype(self, dtype: str) -> None:
-        """Raises BackendError for a dtype that the device cannot compute in; may log a warning for a slow one."""
+        """Raises BackendError for a dtype that the device cannot compute in. A slow dtype may log a warning."""
         if dtype not in DTYPES:
             raise BackendError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
 
@@ -119,26 +120,26 @@ class Backend(ABC):
         return self.device.type == "cpu"
 
     def ranks_sharing_memory(self, world_size: int) -> int:
-        """How many of the model's ranks divide the memory that `free_memory` counts: all on a CPU, else 1."""
+        """The number of ranks that share the memory of `free_memory`: all ranks on a CPU, 1 on an accelerator."""
         return world_size if self.on_host else 1
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated on the device."""
         if self.on_host:
             return host_memory().free
-        # By number, None being the current one: before torch 2.7 mem_get_info takes no "cuda" without a number.
+        # The index, or None for the current device: mem_get_info of torch before 2.7 refuses a "cuda" without index.
         return int(getattr(torch, self.device.type).mem_get_info(self.device.index)[0])
 
     def reset_peak_memory(self) -> None:
-        """Let `peak_memory` count from now on. Not for a CPU, whose peak the operating system counts."""
+        """Restart the count of `peak_memory`. Not for a CPU: the operating system counts the peak of a process."""
         getattr(torch, self.device.type).reset_peak_memory_stats(self.device)
 
     def peak_memory(self) -> int:
-        """Most bytes that tensors took since `reset_peak_memory`. Not for a CPU."""
+        """The peak of bytes allocated for tensors since `reset_peak_memory`. Not for a CPU."""
         return int(getattr(torch, self.device.type).max_memory_allocated(self.device))
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was asked to. A CPU always has."""
+        """Wait until the device has finished all launched work. On a CPU the call returns at once."""
         if not self.on_host:
             getattr(torch, self.device.type).synchronize()
 
@@ -148,11 +149,11 @@ class Backend(ABC):
         return _PROCESS_GROUPS[self.device.type]
 
     def all_reduce_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which ranks add their parts. On a CPU float32: the sum is rounded once."""
+        """The dtype in which `all_reduce` sums. On a CPU the dtype is float32, so that the sum is rounded once."""
         return torch.float32 if self.on_host else dtype
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of x over all ranks, on every rank; x itself may hold the sum afterwards."""
+        """The sum of x over all ranks, on every rank. The call may overwrite x with the sum."""
         total = x.to(self.all_reduce_dtype(x.dtype)).contiguous()
         dist.all_reduce(total)
         return total.to(x.dtype)
@@ -161,11 +162,11 @@ class Backend(ABC):
         """The parts [rows, ...] of all ranks, one behind the other, on every rank: [ranks * rows, ...]."""
         whole = part.new_empty(ranks * len(part), *part.shape[1:])
         if self.on_host:
-            # As bytes: the gloo of torch 2.1 knows no bfloat16.
+            # Bytes are gathered, because gloo of torch 2.1 does not support bfloat16.
             parts = [place.view(torch.uint8) for place in whole.split(len(part))]
             dist.all_gather(parts, part.view(torch.uint8))
         else:
-            # Into one tensor: a list of parts would be padded and copied, which cannot be captured.
+            # One output tensor: torch would copy a list of parts, and a graph cannot capture that copy.
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
             gather(whole, part)
         return whole
@@ -173,9 +174,9 @@ class Backend(ABC):
     # Weights and products
 
     def pack(self, weight: Weight) -> Weight:
-        """`weight` in the form that `linear` multiplies fastest, or itself. Done once, while a model is loaded.
+        """`weight` in the form that `linear` multiplies fastest. The default returns `weight` itself.
 
-        The result shares no memory with `weight` unless the result is `weight`.
+        Loading calls `pack` once for each weight. A packed weight shares no memory with `weight`.
         """
         return weight
 
@@ -199,19 +200,19 @@ class Backend(ABC):
         return weight * wide.to(x.dtype)
 
     def fused_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The norm of residual + x, and residual + x itself: both [N, hidden]. The sum is rounded before the norm."""
+        """The RMSNorm of residual + x, and residual + x, both [N, hidden]. The sum is rounded before the norm."""
         residual = residual + x
         return self.rms_norm(residual, weight, eps), residual
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [N, heads, D] by cos, sin [N, D / 2] float32; element i is paired with element i + D / 2."""
+        """Rotate x [N, heads, D] by cos, sin [N, D / 2] float32. Element i is paired with element i + D / 2."""
         first, second = x.float().chunk(2, dim=-1)
         cos = cos[:, None]
         sin = sin[:, None]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        """[N, 2 * width] with gate and up side by side: silu(gate) * up, [N, width]."""
+        """silu(gate) * up, [N, width]. Each row of gate_up [N, 2 * width] is gate followed by up."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
@@ -221,15 +222,18 @@ class Backend(ABC):
 
     @abstractmethod
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Adaptive average pooling of [T, h, w, C] to [t * h' * w', C] in frame-row-column order."""
+        """Adaptive average pooling of grid [T, h, w, C] to [t * h' * w', C] in frame-row-column order.
+
+        shape: (t, h', w').
+        """
 
     # The KV cache
 
     @classmethod
     def kv_bytes_per_token(cls, layers: int, kv_heads: int, head_dim: int, element_size: int, int8: bool) -> int:
-        """Bytes that one token's keys and values take in all layers, with floats of `element_size` bytes.
+        """Bytes of one token's keys and values in all layers. `element_size` is the size of a float in bytes.
 
-        int8: keys and values are stored in 8 bits. Raises BackendError where the backend has no such cache.
+        int8: keys and values are stored in 8 bits. Raises BackendError if the backend has no int8 KV cache.
         """
         if int8:
             raise BackendError(f"{Feature.INT8_KV_CACHE.value}, not on {cls.name}")
@@ -239,23 +243,26 @@ class Backend(ABC):
     def new_kv_cache(
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
     ) -> list[LayerCache]:
-        """A cache of `blocks` blocks in each layer; its contents are unspecified.
+        """A KV cache of `blocks` blocks in each layer. The contents are unspecified.
 
         dtype int8: keys and values in 8 bits with a float32 scale for each token and head.
-        Raises BackendError for int8 where the backend does not support it.
+        Raises BackendError for int8 if the backend has no int8 KV cache.
         """
 
     @abstractmethod
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         """Store keys and values [N, K, D] at slot_mapping [N].
 
-        Slots below 0 are skipped where the backend can capture; elsewhere there are none.
+        Backends with Feature.GRAPH_CAPTURE skip slots below 0. Other backends never get such slots.
         """
 
     def rotary_and_write_kv(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
-        """Rotate query [N, H, D] and keys [N, K, D], and store the rotated keys and the values: (query, keys)."""
+        """Rotate query [N, H, D] and keys [N, K, D], and store the rotated keys and the values.
+
+        Returns the rotated query and keys.
+        """
         query = self.rotary(query, metadata.cos, metadata.sin)
         keys = self.rotary(keys, metadata.cos, metadata.sin)
         self.write_kv(keys, values, cache, metadata.slot_mapping)
@@ -264,10 +271,10 @@ class Backend(ABC):
     # Attention
 
     def prepare(self, batch: ForwardBatch, cos: Tensor, sin: Tensor) -> AttentionMetadata:
-        """The attention inputs of a step in this backend's form; cos, sin [N, D / 2] are its rotary tables.
+        """The attention inputs of a step in this backend's form. cos, sin [N, D / 2] are the rotary tables.
 
-        The model calls `prepare` once a step and hands the result to every layer. In a captured step `prepare` is part
-        of the recording: a replay converts the present contents of the batch's tensors anew.
+        The model calls `prepare` once a step and hands the result to every layer. A captured step includes `prepare`:
+        each replay converts the current contents of the batch's tensors.
         """
         return AttentionMetadata(batch.slot_mapping, batch.decode, batch.prefill, cos, sin)
 
@@ -275,35 +282,41 @@ class Backend(ABC):
     def prefill_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
-        """Causal attention of the prompt chunks of `metadata.prefill`; their rows alone are given.
+        """Causal attention of the prompt chunks of `metadata.prefill`: [N, H, D].
 
-        query [N, H, D], keys and values [N, K, D] of the same tokens give [N, H, D]. Where a sequence's context is
-        longer than its chunk, the chunk follows a prefix that is in the cache. The chunk's own keys and values are in
-        the cache too.
+        query [N, H, D], keys and values [N, K, D] have the rows of the chunks, without decoding rows. A context longer
+        than its chunk has a cached prefix. `write_kv` has already stored the chunk's own keys and values.
         """
 
     @abstractmethod
     def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
-        """Attention of one token for each sequence of `metadata.decode` over its cached context: [B, H, D] to same."""
+        """Attention of one query token for each sequence of `metadata.decode` over the cached context.
+
+        query [B, H, D] gives [B, H, D]. `write_kv` has already stored the token's own key and value.
+        """
 
     @abstractmethod
     def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention without mask over [frames, tokens, heads, dim]."""
+        """Attention of each frame's tokens to all tokens of that frame: [frames, tokens, heads, dim] to the same."""
 
     # Graphs
 
     def capture(self, step: Callable[[], Tensor]) -> CapturedGraph:
-        """Record what `step` launches, without running it. The tensors it reads must stay where they are.
+        """Record the kernels that `step` launches, without running them.
 
-        A captured step has a fixed number of rows, so shorter batches are padded. A padded row has slot -1 and context
-        length 0: write_kv stores nothing for it, and its results mean nothing.
-        `step` has run once before: kernels are built and loaded then, which a capture does not allow.
-        Raises BackendError where the device cannot capture.
+        The input tensors of `step` must keep their addresses. A captured step has a fixed number of rows, so shorter
+        batches are padded. A padded row has slot -1 and context length 0. `write_kv` stores nothing for a padded row,
+        and the row's results are meaningless.
+        The caller runs `step` once before, because kernels cannot be compiled or loaded during a capture.
+        Raises BackendError if the device cannot capture.
         """
         self.require(Feature.GRAPH_CAPTURE)
-        raise NotImplementedError(f"{type(self).__name__} names a feature that it does not have")
+        raise NotImplementedError(f"{type(self).__name__} names Feature.GRAPH_CAPTURE and has no capture()")
 
 
 def contiguous_heads(x: Tensor) -> Tensor:
-    """x [N, heads, D] with the heads of a row side by side, as kernels read them; rows may lie apart. Copies if not."""
+    """x [N, heads, D] in memory where the heads of one row are adjacent, as kernels need. Rows may have any stride.
+
+    Returns x itself if its strides allow that, else a copy.
+    """
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

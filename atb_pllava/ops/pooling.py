@@ -11,7 +11,7 @@ def pooling_matrix(size: int, pooled: int) -> Tensor:
     """Averaging matrix [pooled, size] of adaptive average pooling along one axis, float32.
 
     Output i averages inputs floor(i * size / pooled) up to ceil((i + 1) * size / pooled), as torch's
-    AdaptiveAvgPool3d does. With more outputs than inputs, inputs repeat.
+    AdaptiveAvgPool3d does. If there are more outputs than inputs, inputs repeat.
     """
     matrix = torch.zeros(pooled, size)
     for i in range(pooled):
@@ -22,9 +22,9 @@ def pooling_matrix(size: int, pooled: int) -> Tensor:
 
 
 def pool_by_matrices(grid: Tensor, shape: Sequence[int]) -> Tensor:
-    """Adaptive average pooling of [T, h, w, C] to [t, h', w', C] as two matrix products, exact for any sizes.
+    """Adaptive average pooling of grid [T, h, w, C] to [t, h', w', C] as two matrix products, exact for any sizes.
 
-    Pooling is separable: one product over frames, one over the flattened rows and columns.
+    Pooling is separable: one product is over frames, the other over flattened rows and columns. shape: (t, h', w').
     """
     frames, rows, columns, width = grid.shape
     t, h, w = shape

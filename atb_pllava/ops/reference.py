@@ -1,7 +1,7 @@
-"""The backend in plain torch: it runs on any torch device, and every other backend is compared with it.
+"""The backend in plain torch, for any torch device. Tests compare every other backend with this one.
 
-Cache layout: keys and values are [blocks, heads, block, dim], so that one head's block is contiguous. In 8 bits they
-are followed by the scales of both, float32 [blocks, heads, block].
+Layout of the KV cache: keys and values are [blocks, heads, block_size, dim], so that one head's block is contiguous.
+An int8 cache has two more tensors, the scales of keys and of values, float32 [blocks, heads, block_size].
 """
 
 import logging
@@ -25,16 +25,16 @@ from atb_pllava.ops.pooling import pool_by_matrices
 
 logger = logging.getLogger(__name__)
 
-# Rows up to which torch's _weight_int8pack_mm beats a bfloat16 product with the weight dequantised on the way, on an
-# AVX-512 core: it reads half the bytes, but multiplies with a quarter of the speed.
+# The largest number of rows for which torch's _weight_int8pack_mm is faster than dequantising to bfloat16 and
+# multiplying, on an AVX-512 core. The int8 kernel reads half the bytes and multiplies at a quarter of the speed.
 INT8PACK_MM_MAX_ROWS = 16
-# Elements of an int8 weight that are dequantised at once: 2 MiB of bfloat16 stay in a core's cache.
+# Elements of an int8 weight that are dequantised at a time: 2 MiB of bfloat16 stay in a core's cache.
 DEQUANTISED_ELEMENTS = 2**20
 _SCALE_BYTES = 4  # of the float32 scale of an 8-bit key or value
 
 
 class TorchBackend(Backend):
-    """See `ops.interface.Backend`. `name` is the type of the torch device that it computes on."""
+    """See `ops.interface.Backend`. `name` is the type of the torch device."""
 
     name = "cpu"
     features = frozenset({Feature.INT8_KV_CACHE, Feature.TENSOR_PARALLEL})
@@ -48,7 +48,7 @@ class TorchBackend(Backend):
             self.preferred_vision_batch = ACCELERATOR_VISION_BATCH
 
     def preferred_dtype(self, stored: str) -> str:
-        """On a CPU bfloat16 where the CPU multiplies it in hardware, else float32; elsewhere the stored dtype."""
+        """On a CPU: bfloat16 if the CPU has bfloat16 instructions, else float32. On other devices: `stored`."""
         if not self.on_host:
             return stored
         return "bfloat16" if has_native_bfloat16() else "float32"
@@ -59,7 +59,7 @@ class TorchBackend(Backend):
             logger.warning("float16 matrix products have no fast kernel on most CPUs; bfloat16 or float32 is faster")
 
     def _linear_rows(self, x: Tensor, weight: Int8Weight | PackedWeight, bias: Tensor | None) -> Tensor:
-        """By torch's int8 kernel where it fits, else by the float weight, dequantised block by block."""
+        """See `Backend._linear_rows`. Uses torch's int8 kernel if `_fits_int8pack_mm`, else dequantises in blocks."""
         assert isinstance(weight, Int8Weight), "the weight was packed by another backend"
         if _fits_int8pack_mm(x, weight):
             out: Tensor = torch.ops.aten._weight_int8pack_mm(x, weight.values, weight.scale[:, 0])
@@ -67,7 +67,7 @@ class TorchBackend(Backend):
         return self._linear_dequantised(x, weight, bias, DEQUANTISED_ELEMENTS)
 
     def _linear_dequantised(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, elements: int) -> Tensor:
-        """x [R, in] to [R, out], with the float weight of some output rows, about `elements` numbers, at a time."""
+        """x [R, in] times an int8 weight transposed: [R, out]. About `elements` weights are dequantised at a time."""
         rows = max(1, elements // weight.shape[1])
         out = x.new_empty(len(x), weight.shape[0])
         for start in range(0, weight.shape[0], rows):
@@ -124,13 +124,13 @@ class TorchBackend(Backend):
             if context == length and len(cache) == 2:
                 out[rows] = self._attend(query[rows], keys[rows], values[rows], cached=0)
             else:
-                # An 8-bit cache is read for the chunk itself too, so that answers do not depend on the chunks.
+                # With an int8 cache, the chunk's own keys are read back too: answers must not depend on chunk sizes.
                 stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
                 out[rows] = self._attend(query[rows], stored[0], stored[1], cached=context - length)
         return out
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
-        """Causal attention of query [L, H, D] behind `cached` earlier tokens; keys and values [cached + L, K, D]."""
+        """Causal attention of query [L, H, D] after `cached` earlier tokens. keys and values: [cached + L, K, D]."""
         groups = query.shape[1] // keys.shape[1]
         if groups > 1:
             keys = keys.repeat_interleave(groups, dim=1)
@@ -153,9 +153,10 @@ class TorchBackend(Backend):
 
 
 def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:
-    """Whether torch's int8 kernel takes x [R, in] and the weight, and is fast there.
+    """Whether torch's int8 kernel supports x [R, in] and the weight, and is faster than dequantising.
 
-    The kernel is for a CPU; it knows bfloat16 activations, one scale a row and zero points of 0. torch 2.1 has none.
+    The kernel runs on a CPU with bfloat16 activations, one scale for each row, and zero points of 0. torch 2.1 has no
+    such kernel.
     """
     return (
         x.device.type == "cpu"
@@ -169,14 +170,14 @@ def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:
 
 
 def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, K, D] in 8 bits and its scales [N, K], float32: a head's largest element becomes 127."""
+    """x [N, K, D] as int8, and float32 scales [N, K]. The element of largest magnitude in a head becomes ±127."""
     scale = x.float().abs().amax(-1) / HIGHEST
     scale = torch.where(scale == 0, 1.0, scale)
     return (x.float() / scale[..., None]).round().to(torch.int8), scale
 
 
 def _stored(cache: LayerCache, part: int, blocks: Tensor) -> Tensor:
-    """Some blocks of keys (part 0) or values (1), [blocks, K, block, D]; those of an 8-bit cache in float32."""
+    """Some blocks of keys (part 0) or values (1), [blocks, K, block_size, D]. An int8 cache gives float32."""
     stored = cache[part][blocks]
     return stored if len(cache) == 2 else stored.float() * cache[part + 2][blocks][..., None]
 
@@ -188,10 +189,9 @@ def _gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor
 
 
 def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int) -> Tensor:
-    """Attention of query [H, D] over `context` cached tokens: a softmax per block, merged by its log-sum-exp.
+    """Attention of query [H, D] over `context` cached tokens (Flash-Decoding): one softmax per block, then a merge.
 
-    The split is that of flash decoding: blocks are independent until the last line, so a device can run them in
-    parallel. All sums are float32.
+    The log-sum-exp of each block's scores weights the block in the merge. All sums are float32.
     """
     heads, dim = query.shape
     block_size = cache[0].shape[2]
@@ -202,7 +202,7 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
     position = torch.arange(len(used) * block_size, device=query.device).reshape(-1, 1, 1, block_size)
     scores = scores.masked_fill(position >= context, float("-inf"))
     log_sums = scores.logsumexp(dim=-1, keepdim=True)  # [blocks, K, G, 1]
-    # The unused tail of the last block is uninitialised memory; 0 * NaN would be NaN.
+    # The unused tail of the last block is uninitialised memory, and 0 * NaN would be NaN.
     values = _stored(cache, 1, used).float().masked_fill(position.transpose(2, 3) >= context, 0.0)
     parts = (scores - log_sums).exp() @ values  # [blocks, K, G, D]
     merged: Tensor = (parts * log_sums.softmax(dim=0)).sum(dim=0)
@@ -210,5 +210,5 @@ def _flash_decode(query: Tensor, cache: LayerCache, table: Tensor, context: int)
 
 
 def has_native_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; without that, float32 is faster."""
+    """Whether this CPU has bfloat16 instructions. Without such instructions, float32 is faster."""
     return not cpu_features().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

@@ -1,4 +1,4 @@
-"""Device backends: one contract (`ops.interface`), one folder a device, chosen by name."""
+"""Chooses the device backend by name, and the model's dtype. Which GPU or NPU a rank gets is decided here."""
 
 import importlib.util
 import logging
@@ -24,12 +24,15 @@ BACKEND_CLASSES: dict[str, type[Backend]] = {"cpu": NativeBackend, "cuda": CudaB
 def get_backend(
     name: str, rank: int = 0, kernels: str = "auto", compiler: str | None = None, kernel_dir: str | None = None
 ) -> Backend:
-    """The backend called `name`, on the device of this rank. "auto" takes Ascend, else CUDA, else the CPU, and logs it.
+    """The backend called `name`, on the device of this rank. "auto" takes Ascend, else CUDA, else the CPU.
 
-    kernels "native": on a CPU those compiled for this package (see `ops.cpu.build` for compiler and kernel_dir), on
-    CUDA those in Triton. "torch": the plain reference. "auto": native ones, or plain torch with a warning where native
-    ones cannot be had. Ascend has operators of its own and refuses "native".
-    Raises BackendError for a name that does not exist or a device that cannot be used here.
+    A CPU backend of any rank uses the same CPU. CUDA has one rank, on the current device. On Ascend, rank r takes the
+    r-th visible NPU.
+    kernels "native": this package's C++ kernels on a CPU, this package's Triton kernels on CUDA. `compiler` and
+    `kernel_dir` are those of `ops.cpu.build.load_library`. "torch": the plain torch backend.
+    "auto": native kernels. If native kernels are not available, "auto" takes plain torch and logs a warning.
+    Raises BackendError for an unknown name, a device that this machine lacks, and "native" where it is not available.
+    Ascend uses the vendor's operators, and refuses "native".
     """
     if kernels not in KERNELS:
         raise BackendError(f"kernels is {kernels!r}; it must be one of {', '.join(KERNELS)}")
@@ -50,9 +53,9 @@ def get_backend(
 
 
 def choose_dtype(name: str, stored: str, backend: Backend) -> torch.dtype:
-    """The model's dtype: `name`, or for "auto" what `backend` prefers for a checkpoint stored as `stored`.
+    """The model's dtype: `name`. "auto" means the backend's preferred dtype for a checkpoint stored in `stored`.
 
-    Raises BackendError where the device cannot compute in it.
+    Raises BackendError if the device cannot compute in the dtype.
     """
     if name == "auto":
         name = backend.preferred_dtype(stored)
@@ -91,7 +94,7 @@ def _best_backend() -> str:
             import_torch_npu()
         except BackendError as error:
             missing = str(error)
-            level = logging.INFO  # whoever installed it wants to know why it is not used
+            level = logging.INFO  # whoever installed torch_npu wants to know why the NPU is not used
         else:
             logger.debug("backend auto: ascend")
             return "ascend"

@@ -1,4 +1,6 @@
-"""Conversation templates: turns of a dialogue to the pieces of one prompt, with an `<image>` for each video.
+"""Conversation templates: the turns of a dialogue become one prompt, a list of Pieces with an `<image>` per video.
+
+`placeholders.py` expands each `<image>` later.
 
 The formats (roles, separators, place of the media, answer prefixes) are PLLaVA's, tasks/eval/eval_utils.py. The long
 system texts are this project's own words, and a caller can replace them.
@@ -25,7 +27,7 @@ _CAPTION = (
     "viaduct between forested hills in autumn. Steam trails behind it, the low sun throws long shadows over orange "
     "leaves, and a river glitters far below."
 )
-# The second and third sentence stand without a blank between them, as in the format this follows.
+# No blank stands between the second and the third sentence, as in PLLaVA's text.
 _VCG = (
     "You are a video chat assistant that understands both images and language. You watch the video that the user "
     "provides and help with questions about it in natural language.Follow the instructions closely and explain your "
@@ -50,7 +52,7 @@ _VIDEOQA_BEFORE = (
 
 @dataclass(frozen=True)
 class Conversation:
-    """A template that turns become one prompt by."""
+    """A conversation template: separators, the place of the media, and texts around the question."""
 
     system: str = ""
     user: str = "USER:"  # begins a user's turn
@@ -58,11 +60,11 @@ class Conversation:
     user_end: str = " "  # ends a user's turn
     assistant_end: str = "</s>"  # ends an assistant's turn
     media: str = IMAGE_TOKEN  # written once for each video
-    media_alone: bool = False  # True: the media have a turn of their own; False: they precede the question in its turn
+    media_alone: bool = False  # True: the media have a turn of their own. False: the question's turn begins with them
     question_first: bool = False  # True: the turn of the media follows the turn of the question
-    before_question: str = ""
-    after_question: str = ""
-    answer_prefix: str = ""  # the beginning of the answer
+    before_question: str = ""  # stands before every question
+    after_question: str = ""  # stands after every question
+    answer_prefix: str = ""  # the prompt ends with this beginning of the answer
 
 
 def _chatml(system: str, **options: object) -> Conversation:
@@ -93,7 +95,7 @@ CONVERSATIONS: dict[str, Conversation] = {
     "eval_mvbench_llavanext": _chatml(_VCG, media_alone=True),
     "eval_recaption_llavanext": _chatml(_RECAPTION, media_alone=True),
     "eval_videoqa_llavanext": _chatml("<|im_start|>system\nAnswer the question.", **_VIDEOQA),
-    # The published demo, and the NPU port's script, in which the question stands in front of the video.
+    # "demo" is PLLaVA's published demo. "npu" is the NPU port's script, in which the question precedes the video.
     "demo": Conversation(system=_DEMO, media=f"{IMAGE_TOKEN} ", media_alone=True),
     "npu": Conversation(system=_DEMO, media=f"{IMAGE_TOKEN} ", media_alone=True, question_first=True),
 }
@@ -104,9 +106,9 @@ def choose_conversation(
 ) -> Conversation:
     """The template called `name`. Without a name: `plain`, or `eval_vcg_llavanext` for a `chatml` model (34B).
 
-    `system` replaces the template's system text. `video_caption` is the captioning mode of the NPU port. Its system
-    text asks for a description from which the video could be made again. Without a name it takes the template `npu`,
-    or `eval_recaption_llavanext` for a `chatml` model.
+    `system` replaces the template's system text. `video_caption` is the captioning mode of the NPU port. The system
+    text of `video_caption` asks for a description from which the video could be made again. Without a name,
+    `video_caption` takes the template `npu`, or `eval_recaption_llavanext` for a `chatml` model.
     Raises ConfigError for an unknown name, and for a `system` that is no text or contains `<image>`.
     """
     if name is None and video_caption:
@@ -125,10 +127,10 @@ def choose_conversation(
 
 @dataclass(frozen=True)
 class Turn:
-    """A user's question and the assistant's answer to it."""
+    """A user's question and the assistant's answer."""
 
     question: str
-    videos: int = 0  # shown in this turn
+    videos: int = 0  # number of videos shown in this turn
     answer: str | None = None  # None in the last turn of a prompt
 
 
@@ -140,7 +142,7 @@ def render(
     history: Sequence[tuple[str, str]] = (),
     answer_prefix: str | None = None,
 ) -> list[Piece]:
-    """The prompt for `question` after a `history` of (question, answer) turns, up to where the answer begins.
+    """The prompt for `question` after a `history` of (question, answer) turns. The prompt ends where the answer begins.
 
     All videos are shown in the first turn. An `<image>` in a question or an earlier answer is plain text.
     `answer_prefix` replaces the template's own beginning of the answer.
@@ -153,9 +155,9 @@ def render(
 def render_turns(
     conversation: Conversation, turns: Sequence[Turn], *, system: str | None = None, answer_prefix: str | None = None
 ) -> list[Piece]:
-    """The prompt of turns with their own videos, as `render` makes it.
+    """The prompt of turns of which each has its own videos. The other rules are those of `render`.
 
-    `system` replaces the template's system text. It counts as text of a user, in which `<image>` is plain text.
+    `system` replaces the template's system text. `system` is user text, in which `<image>` is plain text.
     """
     given = Piece(conversation.system) if system is None else Piece(system, from_user=True)
     pieces = [given, Piece(conversation.user_end)] if given.text else []

@@ -1,7 +1,7 @@
-"""IncrementalDetokenizer: generated token ids to text as they come, with stop strings.
+"""IncrementalDetokenizer: turns generated token ids into text one by one, and finds stop strings.
 
-`tokenizers.decoders.DecodeStream` is not used, because it needs tokenizers 0.21, raises an exception at some invalid
-bytes, takes quadratic time for others, and cannot flush a character that the end cuts.
+`tokenizers.decoders.DecodeStream` is not used, because DecodeStream needs tokenizers 0.21 and cannot flush a character
+that the end cuts. At some invalid bytes DecodeStream raises an exception. At others DecodeStream takes quadratic time.
 """
 
 import codecs
@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# One invalid byte turns every byte of its run into U+FFFD, so the text of a run is certain only at the run's end.
-# A run without an invalid byte among so many first bytes is released early: whole answers in scripts outside the
-# vocabulary must still stream.
+# A run is a sequence of byte tokens. One invalid byte turns every byte of its run into U+FFFD, so the text of a run is
+# certain only at the run's end. A run whose first 12 bytes are valid is released early, because answers in scripts
+# outside the vocabulary consist of one long run and must stream.
 _LONGEST_HELD_RUN = 12
 
 
 class IncrementalDetokenizer:
     """Appends the text of each generated id to `text`, which is the answer without blanks at either end.
 
-    `text` only grows, and it never holds half a character. Special tokens have no text.
-    Text is held back while the next ids may still change it. Such text is the beginning of a stop string, blanks that
-    may be trailing, and a run of byte tokens. A stop string inside a run is found at once.
-    `stopped` is True once a stop string was found. `text` then ends before the stop string, and further ids are
+    `text` only grows, and never holds half a character. Special tokens have no text.
+    Text that the next ids may change is held back: a possible beginning of a stop string, blanks at the end, and a run
+    of byte tokens. A stop string inside a run is found at once.
+    `stopped` becomes True when a stop string is found. `text` then ends before the stop string, and further ids are
     ignored.
     """
 
@@ -31,7 +31,7 @@ class IncrementalDetokenizer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._last: list[int] = []  # the last id, because a word's leading blank is decoded only behind another token
+        self._last: list[int] = []  # the last id: a word's leading blank is decoded only after another token
         self._run = _ByteRun()
         self._pending = ""  # decoded and certain, but held back
 
@@ -76,29 +76,29 @@ class IncrementalDetokenizer:
 
 
 def _find_stop_string(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins in the text, or None."""
+    """The index in the text at which the first stop string begins, or None."""
     starts = [text.find(string) for string in stop]
     return min((start for start in starts if start >= 0), default=None)
 
 
 def _begun_stop_string(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of the text may be the beginning of a stop string."""
+    """The number of characters at the end of the text that may be the beginning of a stop string."""
     return max((n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])), default=0)
 
 
 class _ByteRun:
     """Consecutive byte tokens: the UTF-8 of characters that the vocabulary lacks.
 
-    A whole run becomes text as in the decoder ByteFallback of tokenizer.json: its characters, or U+FFFD for every byte
-    when one byte is invalid. A run that was released early keeps the characters that went out, and only its invalid
-    bytes become U+FFFD.
+    A whole run becomes text as in the decoder ByteFallback of tokenizer.json. A valid run becomes its characters. A run
+    with an invalid byte becomes one U+FFFD for every byte. In a run that was released early, only the invalid bytes
+    become U+FFFD.
     """
 
     def __init__(self) -> None:
-        self.uncertain = ""  # the characters in `_held`, which an invalid byte would still turn into U+FFFD
+        self.uncertain = ""  # the characters in `_held`, which a later invalid byte would turn into U+FFFD
         self._held = bytearray()
         self._is_broken = False  # an invalid byte was found
-        self._is_released = False  # characters are given out before the end of the run
+        self._is_released = False  # the run is released early: characters are returned before the end of the run
 
     def push(self, byte: int) -> str:
         """Adds a byte and returns the text that is now certain."""
@@ -125,14 +125,14 @@ class _ByteRun:
         return self._held.decode(errors="replace")
 
     def _take_characters(self) -> str:
-        """The held bytes as text, but for an incomplete character at their end, which stays held."""
+        """Returns the held bytes as text. An incomplete character at the end stays held."""
         text, decoded = codecs.utf_8_decode(self._held, "replace")
         del self._held[:decoded]
         self.uncertain = ""
         return text
 
     def _take_bytes(self) -> str:
-        """One U+FFFD for each held byte."""
+        """Returns one U+FFFD for each held byte."""
         text = _REPLACEMENT * len(self._held)
         self._held.clear()
         self.uncertain = ""

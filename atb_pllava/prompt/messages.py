@@ -1,7 +1,7 @@
-"""Chat messages, in the form of OpenAI's API, to the turns of a conversation and the paths of their media.
+"""Parses chat messages in the form of OpenAI's API: messages become a Chat, its turns and the paths of its media.
 
-The caller has already replaced each media URL by the path of a file: a part is `{"video": path}`, `{"image": path}` or
-`{"text": text}`. This file checks what a user wrote. Nothing a user writes becomes a placeholder.
+The caller has already replaced each media URL by the path of a file. A part is `{"video": path}`, `{"image": path}` or
+`{"text": text}`. All text is user text, in which `<image>` is no placeholder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ ROLES = ("system", "user", "assistant")
 class Chat:
     """A parsed request.
 
-    turns: the questions and answers; the last turn has no answer yet. media: the paths of all media, in order. system:
-    the user's own system text; None leaves the template's.
+    turns: the questions and answers. The last turn has no answer yet. media: the paths of all media, in order.
+    system: the text of the system message. None keeps the system text of the conversation template.
     """
 
     turns: tuple[Turn, ...]
@@ -43,7 +43,7 @@ class _Message:
 def parse_content_parts(parts: Sequence[Any]) -> Chat:
     """A chat of one turn from `[{"video": path}, {"image": path}, {"text": text}, ...]`.
 
-    Texts are joined by line breaks. Raises RequestError for any other form, and for parts without text and media.
+    Texts are joined by line breaks. Raises RequestError for any other form, and for a list with neither text nor media.
     """
     message = _Message("user", *_parse_content(parts))
     return Chat((_user_turn(message),), message.media)
@@ -52,8 +52,8 @@ def parse_content_parts(parts: Sequence[Any]) -> Chat:
 def parse_chat_messages(messages: Sequence[Any]) -> Chat:
     """A chat from `[{"role": role, "content": a text or a list of parts}, ...]`.
 
-    The first message may be a system message. User messages in a row become one turn, joined by a line break. Raises
-    RequestError for any other form or order, and where the last message is not a user's.
+    The first message may be a system message. User messages in a row become one turn, joined by a line break.
+    Raises RequestError for any other form or order, and if the last message is not a user's.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise RequestError(f"messages are {messages!r}; a list of at least one message is needed")
@@ -68,7 +68,7 @@ def parse_chat_messages(messages: Sequence[Any]) -> Chat:
             turns.append(_user_turn(message))
             media += message.media
         elif not turns or turns[-1].answer is not None:
-            raise RequestError("an assistant's message must answer a user's message")
+            raise RequestError("an assistant's message answers no user's message; put a user's message before it")
         else:
             turns[-1] = replace(turns[-1], answer=message.text)
     if not turns or turns[-1].answer is not None:
@@ -83,7 +83,7 @@ def _user_turn(message: _Message) -> Turn:
 
 
 def _join_user_messages(messages: Sequence[_Message]) -> list[_Message]:
-    """The messages, each run of user messages joined into one."""
+    """The messages, with user messages in a row joined into one message."""
     joined: list[_Message] = []
     for message in messages:
         if message.role == "user" and joined and joined[-1].role == "user":
@@ -106,7 +106,7 @@ def _parse_message(message: Any) -> _Message:
         return _Message(role, content)
     text, media = _parse_content(content)
     if media and role != "user":
-        raise RequestError(f"a {role} message holds media; videos and images belong into user messages")
+        raise RequestError(f"a {role} message holds media; put videos and images into user messages")
     return _Message(role, text, media)
 
 

@@ -1,4 +1,4 @@
-"""The user's choices about prompts: which conversation format, with which system text."""
+"""PromptOptions: the user's choice of conversation template and system text."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,10 @@ from atb_pllava.prompt.chat_template import CONVERSATIONS, Conversation, choose_
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How questions become prompts. `conversation` None means the format that fits the checkpoint's vocabulary."""
+    """How questions become prompts. `conversation` None means the template that fits the checkpoint's vocabulary.
+
+    `system` replaces the template's system text. `video_caption` is the captioning mode of the NPU port.
+    """
 
     conversation: str | None = field(
         default=None,
@@ -27,7 +30,7 @@ class PromptOptions:
                 raise ConfigError("video_caption has no effect beside conversation and system; leave one of them out")
 
     def choose(self, is_chatml: bool) -> Conversation:
-        """The conversation. `is_chatml` says whether the checkpoint's vocabulary is ChatML's, as in 34B."""
+        """The conversation template. `is_chatml`: the checkpoint's vocabulary has ChatML's turn markers, as in 34B."""
         return choose_conversation(
             self.conversation, chatml=is_chatml, system=self.system, video_caption=self.video_caption
         )

@@ -9,7 +9,7 @@ from atb_pllava.prompt.tokenizer import IMAGE_TOKEN
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where the placeholder tokens of one video stand in the expanded prompt."""
+    """The position of one video's placeholder tokens in the expanded prompt."""
 
     start: int
     length: int
@@ -18,10 +18,10 @@ class VideoSpan:
 def expand_placeholders(
     token_ids: Sequence[int], image_token_id: int, videos: int, tokens_per_video: int
 ) -> tuple[list[int], list[VideoSpan]]:
-    """Replaces each image token by `tokens_per_video` image tokens, so that the prompt has its true length.
+    """Replaces each `<image>` token by `tokens_per_video` placeholder tokens of the same id.
 
     Returns the expanded ids and one span for each video, in the order of the prompt.
-    Raises RequestError when the prompt does not have exactly one image token for each video.
+    Raises RequestError unless the prompt has exactly one `<image>` token for each video.
     """
     found = sum(token == image_token_id for token in token_ids)
     if found != videos:

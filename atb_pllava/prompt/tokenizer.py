@@ -1,8 +1,8 @@
 """The checkpoint's own tokenizer.json: text to ids, and ids to text.
 
-Ids follow tokenizer.json only. A tokenizer rebuilt from tokenizer.model gives other ids for most prompts. Where
+Ids follow tokenizer.json only. A tokenizer rebuilt from tokenizer.model gives other ids for most prompts. If
 tokenizer_config.json contradicts tokenizer.json, a warning is logged.
-`detokenizer.py` decodes answers while they are generated.
+`detokenizer.py` decodes answers during generation.
 """
 
 import json
@@ -32,7 +32,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a prompt. In text that came from a user, `<image>` or `</s>` are just letters."""
+    """Part of a prompt. In user text, `<image>` and `</s>` are plain letters, not special tokens."""
 
     text: str
     from_user: bool = False
@@ -41,7 +41,8 @@ class Piece:
 class Tokenizer:
     """Encodes prompts exactly as tokenizer.json says, and decodes ids.
 
-    `encode_pieces` keeps users from writing markers. Markers are special tokens, and turn markers such as `<|im_end|>`.
+    A marker is a special token, or a turn marker such as `<|im_end|>`. `encode_pieces` encodes markers in user text as
+    plain letters.
     """
 
     def __init__(self, definition: dict[str, Any], image_token_index: int, source: str) -> None:
@@ -62,9 +63,9 @@ class Tokenizer:
         self._special_ids = {token_id for token_id, token in self._added.items() if token.special}
         self._marker_ids = {token.content: token_id for token_id, token in self._added.items() if _is_marker(token)}
         self._markers = _any_of(self._marker_ids)
-        # A second tokenizer, in which every marker has a random alias for a name. Nobody can guess an alias, so users
-        # cannot write markers. The first and last characters stay: `single_word` looks at a token's neighbours, which
-        # may be tokens too.
+        # `_aliased` is a second tokenizer, in which a random alias replaces the text of every marker. Nobody can guess
+        # an alias, so user text cannot contain a marker. An alias keeps the marker's first and last character, because
+        # the flag `single_word` looks at the characters next to a token.
         self._aliases = {text: f"{text[0]}{secrets.token_hex(16)}{text[-1]}" for text in self._marker_ids}
         self._aliased = _load(self._with_aliases(definition), source)
         self._takes_every_alias = not any(token.normalized or token.single_word for token in self._added.values())
@@ -94,19 +95,19 @@ class Tokenizer:
         return self.token_id("<|im_start|>") is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a literal prompt, in which special tokens are special tokens.
+        """Ids of a whole prompt as written: `<image>` and other special tokens in `text` become their ids.
 
-        Raises RequestError for text that is no Unicode: half a surrogate pair, as in undecodable arguments.
+        The post-processor of tokenizer.json adds special tokens, such as a leading `<s>`.
+        Raises RequestError for a lone surrogate, which undecodable command line arguments contain.
         """
         _check_unicode(text)
         return list(self._tokenizer.encode(text).ids)
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
-        """Ids of a prompt in which markers count only outside of user text.
+        """Ids of a prompt. Markers in user text are encoded as plain letters.
 
-        The ids equal `encode` of the joined text, unless user text spells a marker, alone or with its neighbours.
-        Then the ids are those of the joined text with that spelling as plain letters.
-        Raises RequestError like `encode`.
+        The ids equal `encode` of the joined text if user text spells no marker, alone or together with adjacent pieces.
+        Raises RequestError as `encode` does.
         """
         _check_unicode("".join(piece.text for piece in pieces))
         parts, marker_parts = self._split(pieces)
@@ -123,25 +124,25 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def token_id(self, token: str) -> int | None:
-        """Id of a whole token, None when the vocabulary lacks the token."""
+        """The id of a token, or None if the vocabulary lacks the token."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
     def has_text(self, token_id: int) -> bool:
-        """Whether the id stands for text. Special tokens and ids that only pad the vocabulary do not."""
+        """Whether the id has text. Special tokens have none, and padding ids of the vocabulary have none."""
         return token_id not in self._special_ids and self._tokenizer.id_to_token(token_id) is not None
 
     def byte_of(self, token_id: int) -> int | None:
-        """The byte that a byte token stands for, None for any other id.
+        """The byte of a byte token such as `<0x0A>`, or None for any other id.
 
-        Byte tokens spell the UTF-8 of characters that the vocabulary lacks. No id is a byte token when the file's
-        decoder does not join bytes.
+        Byte tokens spell the UTF-8 of characters that the vocabulary lacks. Without the decoder ByteFallback in
+        tokenizer.json, no id is a byte token.
         """
         match = _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token_id) or "") if self._joins_bytes else None
         return int(match[1], 16) if match else None
 
     def _split(self, pieces: Sequence[Piece]) -> tuple[list[str], set[int]]:
-        """The text in parts, and the numbers of the parts that are markers of the template."""
+        """The text cut at the markers outside of user text, and the indices of the parts that are such markers."""
         parts: list[str] = []
         marker_parts = set()
         written = (piece for piece in pieces if piece.text)
@@ -156,9 +157,9 @@ class Tokenizer:
         return parts, marker_parts
 
     def _left_as_letters(self, encoding: tokenizers.Encoding, parts: Sequence[str], marker_parts: set[int]) -> set[int]:
-        """Numbers of the parts that spell a marker in a place where tokenizer.json does not take it for one.
+        """Indices of the marker parts that tokenizer.json would not encode as a marker in their place.
 
-        The flags `single_word` and `normalized` of an added token limit such places.
+        The flags `single_word` and `normalized` of an added token exclude some places.
         """
         letters = set()
         position = 0
@@ -174,7 +175,7 @@ class Tokenizer:
         return letters
 
     def _with_aliases(self, definition: Mapping[str, Any]) -> dict[str, Any]:
-        """tokenizer.json with aliases for its markers under the same ids. The markers' own spelling is just letters."""
+        """tokenizer.json with an alias in place of each marker's text. The ids stay the same."""
         model = dict(definition["model"])
         hidden = {text for text in self._aliases if not _BYTE_TOKEN.fullmatch(text)}  # bytes are needed to spell text
         if isinstance(model["vocab"], dict):
@@ -198,26 +199,26 @@ def _load(definition: Mapping[str, Any], source: str) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
     except Exception as error:  # tokenizers raises bare Exception for a malformed file
         raise ConfigError(f"{source} is not a tokenizer file this version of tokenizers reads: {error}") from None
-    tokenizer.no_truncation()  # a file may carry the settings of its training; prompts are never cut or padded
+    tokenizer.no_truncation()  # tokenizer.json may state truncation and padding. Prompts are never cut or padded
     tokenizer.no_padding()
     return tokenizer
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds the longest of the texts at its first place."""
+    """A pattern that matches any of the texts, the longest text first."""
     longest_first = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _merged(merge: str | list[str]) -> str:
-    """The token that a merge of BPE makes. Files write a merge as "a b" or as ["a", "b"]."""
+    """The token that a BPE merge produces. Files write a merge as "a b" or as ["a", "b"]."""
     return "".join(merge.split(" ") if isinstance(merge, str) else merge)
 
 
 def _is_marker(token: tokenizers.AddedToken) -> bool:
-    """Whether users must not write an added token: a special token, or one with other characters than a word's.
+    """Whether an added token is a marker: a special token, or a token that is not only letters, digits and blanks.
 
-    The turn markers of 34B are not flagged special. A word that somebody added is no marker.
+    The second rule covers the turn markers of 34B, which are not flagged special. An added word is no marker.
     """
     text: str = token.content
     return token.special or (len(text) > 1 and not all(c.isalnum() or c.isspace() or c == _BLANK for c in text))

@@ -1,7 +1,7 @@
-"""Where tokenizer_config.json contradicts tokenizer.json, as warnings for the user.
+"""Finds contradictions between tokenizer_config.json and tokenizer.json, as warnings for the user.
 
-The original reads both files and follows tokenizer_config.json where they differ. This package follows tokenizer.json.
-The files agree when transformers 4 saved them together. They may differ when somebody edited one of them.
+The original follows tokenizer_config.json if the two files differ. This package follows tokenizer.json. Two files that
+transformers 4 saved together agree. The files may differ after an edit of one of them.
 """
 
 import json
@@ -24,7 +24,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def find_contradictions(tokenizer: tokenizers.Tokenizer, config_file: Path) -> Iterator[str]:
     """One sentence for each contradiction between tokenizer_config.json and the `tokenizer` of tokenizer.json.
 
-    There are none when `config_file` does not exist. A file that cannot be read is reported by one sentence.
+    A missing `config_file` gives no sentence. A `config_file` that cannot be read gives one sentence.
     """
     if not os.path.lexists(config_file):
         return
@@ -45,7 +45,7 @@ def find_contradictions(tokenizer: tokenizers.Tokenizer, config_file: Path) -> I
 
 
 def _other_end_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], config_file: Path) -> Iterator[str]:
-    """Contradictions about the tokens in front of a prompt (bos) and behind it (eos)."""
+    """Contradictions about the token before a prompt (bos) and the token after a prompt (eos)."""
     encoding = tokenizer.encode("a")
     pairs = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
     tokens = [token if is_special else "" for token, is_special in pairs]

@@ -177,7 +177,7 @@ def test_prompts_behind_a_cached_prefix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if old_torch:
-        monkeypatch.setattr(cuda, "_knows_groups", lambda: False)
+        monkeypatch.setattr(cuda, "_supports_gqa", lambda: False)
         monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
     lengths = [cached + 1, cached + 33]
     cache, keys, values, tables = paged(lengths, 16, kv_heads, 16, dtype)
@@ -192,7 +192,7 @@ def test_prompts_behind_a_cached_prefix(
 def test_no_mask_is_made() -> None:
     bias = pytest.importorskip("torch.nn.attention.bias")
     assert isinstance(cuda._lower_right(3, 5, torch.device(DEVICE)), bias.CausalBias)
-    assert cuda._lower_right(5, 5, torch.device(DEVICE)) is None and cuda._knows_groups()
+    assert cuda._lower_right(5, 5, torch.device(DEVICE)) is None and cuda._supports_gqa()
 
 
 # Products of 8 bits
@@ -431,14 +431,16 @@ def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.Monke
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
     monkeypatch.setattr(fast._kernels, "write_kv", fail)
-    with pytest.raises(BackendError, match=r"triton \S+ cannot run our kernels here: Failed to find C compiler\.$"):
+    with pytest.raises(
+        BackendError, match=r"cannot run the kernels of this package here: Failed to find C compiler\.$"
+    ):
         CudaBackend(DEVICE, 1)
 
 
 def test_a_triton_that_computes_nonsense(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     right = fast._kernels.int8_linear
     monkeypatch.setattr(fast._kernels, "int8_linear", lambda *arguments: right(*arguments) * 1.01)
-    with pytest.raises(BackendError, match=r"triton \S+ computes wrong results with our kernels: .* 0\.01 of its"):
+    with pytest.raises(BackendError, match=r"triton \S+ miscompiles the kernels of this .* error of 0\.01"):
         CudaBackend(DEVICE, 1)
 
 

@@ -58,7 +58,7 @@ def test_a_failed_allocation_ends_the_call(
     fast: NativeBackend, name: str, call: Callable[[NativeBackend], None]
 ) -> None:
     for _ in range(2):
-        with pytest.raises(OutOfMemoryError, match=rf"{name} needs \d{{8,}}\.\d MB of memory that cannot be had"):
+        with pytest.raises(OutOfMemoryError, match=rf"{name} could not allocate \d{{8,}}\.\d MB: lower"):
             call(fast)
     assert_still_works(fast)
 
@@ -109,7 +109,8 @@ def test_a_limit_on_memory() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED_MEMORY], capture_output=True, text=True, cwd=ROOT)
     asked = 2 * 4 * 2**17 * 64 * 4 / 1e6  # MB: keys and values of four heads, packed
     assert done.stdout == (
-        f"atb_prefill needs {asked:.1f} MB of memory that cannot be had: ask less at a time, or free some\n[0.5]\n"
+        f"atb_prefill could not allocate {asked:.1f} MB: lower --prefill_chunk, --vision_batch or --max_batch_size, "
+        "or free memory\n[0.5]\n"
     ), done.stderr
 
 

@@ -33,7 +33,7 @@ def test_messages_become_turns() -> None:
     [
         ([], "at least one"),
         ([{"role": "user", "content": ""}], "neither text nor media"),
-        ([{"role": "assistant", "content": "a"}], "must answer"),
+        ([{"role": "assistant", "content": "a"}], "answers no user"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "last message"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only as the first"),
         ([{"role": "system", "content": "a"}], "last message"),

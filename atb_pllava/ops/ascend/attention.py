@@ -1,8 +1,9 @@
-"""Attention of the decoder on Ascend: the operators of 910B, those of 310P, and the masks both want.
+"""Attention of the decoder on Ascend: the operators of 910B, the operators of 310P, and their causal masks.
 
-`ops.ascend.backend` calls these classes and hands over torch_npu. Sequence batches come from `AscendBackend.prepare`:
-block tables are int32, and for 310P so are device_context_lens. Lengths are on the host, except where an operator's
-kernel reads them on the device. Letters as in `ops.interface`.
+`ops.ascend.backend` calls both classes and passes torch_npu. `AscendBackend.prepare` makes the sequence batches: block
+tables are int32, and on 310P device_context_lens are int32 too. Letters as in `ops.interface`, with S for the side of
+a mask.
+A chunk with a prefix is a prompt chunk whose context is longer than the chunk.
 """
 
 from collections.abc import Sequence
@@ -16,16 +17,16 @@ from atb_pllava.ops.forward_batch import SequenceBatch
 from atb_pllava.ops.interface import LayerCache
 
 FRACTAL_NZ = 29  # ACL_FORMAT_FRACTAL_NZ
-FRACTAL = 16  # side of a fractal; the rows of unpaged attention on 310P come in multiples of it
-MASK_SIZE = 2048  # side of every compressed causal mask, whatever the lengths
-MASKED = -10000.0  # what paged attention with a compressed mask adds to scores that do not count
+FRACTAL = 16  # side of a fractal. Unpaged attention on 310P needs a multiple of 16 rows
+MASK_SIZE = 2048  # side of a compressed causal mask, for sequences of any length
+MASKED = -10000.0  # value of masked positions in the compressed mask of paged attention
 
 
 class FusedAttention:
-    """910B: npu_fused_infer_attention_score over an ND cache [blocks, block, K, D], lengths on the host.
+    """910B: npu_fused_infer_attention_score over an ND cache [blocks, block_size, K, D]. Lengths are on the host.
 
-    Queries are in layout BSH, the only one documented for every head dimension together with a paged cache. A prompt
-    chunk is a batch of one. q, k, v are passed by position: torch_npu's graph capture looks for them there.
+    Queries are in layout BSH, the only layout that is documented for a paged cache with every head dimension. A prompt
+    chunk is a batch of one. q, k and v are positional arguments, because torch_npu's graph capture needs them so.
     """
 
     def __init__(self, npu: Any, device: torch.device) -> None:
@@ -33,7 +34,7 @@ class FusedAttention:
         self._mask = torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.int8).triu(1).to(device)
 
     def prefix_mask(self, batch: SequenceBatch) -> None:
-        """None: the operator's own mask serves chunks behind a prefix too."""
+        """None. The compressed mask also serves chunks with a prefix."""
 
     def prefill(
         self,
@@ -44,7 +45,7 @@ class FusedAttention:
         batch: SequenceBatch,
         prefix_mask: Tensor | None,
     ) -> Tensor:
-        """See `Backend.prefill_attention`, chunk by chunk."""
+        """See `Backend.prefill_attention`. One operator call for each chunk."""
         parts = []
         for i, (first, end) in enumerate(pairwise(batch.cu_seqlens)):
             rows = slice(first, end)
@@ -75,9 +76,12 @@ class FusedAttention:
         return attended
 
     def _causal(self, query: Tensor, keys: Tensor, values: Tensor, paged: dict[str, Any]) -> Tensor:
-        """query [L, H, D] at the end of its context; sparse_mode 3 aligns the mask with the last key."""
+        """Causal attention of query [L, H, D], the last L tokens of a context. sparse_mode 3 aligns the mask right.
+
+        keys, values: [1, context, K * D], or the cache [blocks, block_size, K * D] with `paged` arguments.
+        """
         rows, heads, dim = query.shape
-        # With one row the operator decodes: it attends to all keys and takes no mask.
+        # For a single row the operator runs its decode path, which attends to all keys and takes no mask.
         causal = {"atten_mask": self._mask, "sparse_mode": 3, "actual_seq_lengths": [rows]}
         mask: dict[str, Any] = causal if rows > 1 else {}
         out, _ = self._attend(
@@ -96,11 +100,11 @@ class FusedAttention:
 
 
 class AtbAttention:
-    """310P: ATB's operators over an NZ cache [blocks, K * D / 16, block, 16], float16.
+    """310P: ATB's operators over an NZ cache [blocks, K * D / 16, block_size, 16], float16.
 
-    Lengths of queries are on the host; those of contexts, which the paged kernels read, on the device.
-    Operators with a compressed mask came with torch_npu 26.1 / 2.13. Older ones want the mask in full: it is kept on
-    the host with 2 * S * S bytes for S tokens, S doubled when a longer prompt comes.
+    Query lengths are on the host. Context lengths are on the device, where the paged kernels read them.
+    Operators with a compressed mask came with torch_npu 26.1 / 2.13. Older operators need the full mask [S, S] of S
+    tokens. The host keeps 2 * S * S bytes of full mask. S doubles when a longer prompt arrives.
     """
 
     def __init__(self, npu: Any, device: torch.device) -> None:
@@ -114,9 +118,9 @@ class AtbAttention:
             self._own_mask = self._nz(_causal_mask(MASK_SIZE))
 
     def prefix_mask(self, batch: SequenceBatch) -> Tensor | None:
-        """The full mask of chunks behind a prefix as fractals, one row for each query; None where none is needed.
+        """The full mask of chunks with a prefix, as fractals, with one row for each query. Position p sees keys 0 to p.
 
-        A query at position p sees keys 0 to p.
+        None with compressed masks, and for a batch in which no chunk has a prefix.
         """
         lengths = _query_lens(batch)
         if self._compressed or list(batch.context_lens) == lengths:
@@ -135,11 +139,11 @@ class AtbAttention:
         batch: SequenceBatch,
         prefix_mask: Tensor | None,
     ) -> Tensor:
-        """See `Backend.prefill_attention`, all chunks at once; prefix_mask comes from the method of that name."""
+        """See `Backend.prefill_attention`. One operator call for all chunks. prefix_mask is that of `prefix_mask()`."""
         lengths = _query_lens(batch)
         if list(batch.context_lens) == lengths:
             return self._without_prefix(query, keys, values, lengths)
-        return self._behind_prefix(query, cache, batch, lengths, prefix_mask)
+        return self._with_prefix(query, cache, batch, lengths, prefix_mask)
 
     def decode(self, query: Tensor, cache: LayerCache, batch: SequenceBatch) -> Tensor:
         """See `Backend.decode_attention`."""
@@ -158,7 +162,7 @@ class AtbAttention:
         return out
 
     def _without_prefix(self, query: Tensor, keys: Tensor, values: Tensor, lengths: list[int]) -> Tensor:
-        """Whole prompts: their own keys and values are all there is."""
+        """Attention of whole prompts, which need only the given keys and values and not the cache."""
         rows = len(query)
         query, keys, values, padded = pad_rows(query, keys, values, lengths, FRACTAL)
         out = torch.empty_like(query)
@@ -179,10 +183,10 @@ class AtbAttention:
             self._npu._npu_flash_attention(**shared, mask=self._own_mask)
         return out[:rows]
 
-    def _behind_prefix(
+    def _with_prefix(
         self, query: Tensor, cache: LayerCache, batch: SequenceBatch, lengths: list[int], prefix_mask: Tensor | None
     ) -> Tensor:
-        """Chunks of which at least one follows a prefix: all keys and values come from the cache."""
+        """Attention of chunks of which at least one has a prefix. All keys and values come from the cache."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         shared = {
             "query": query.contiguous(),
@@ -203,13 +207,13 @@ class AtbAttention:
         return out
 
     def _grow_full_mask(self, length: int) -> None:
-        """Make the full masks, on the host and as fractals on the device, fit at least `length` tokens."""
+        """Enlarge the full mask, if needed, to at least `length` tokens. The device gets a copy as fractals."""
         if len(self._full_mask) < length:
             self._full_mask = _causal_mask(max(256, 1 << (length - 1).bit_length()))
             self._own_mask = self._nz(self._full_mask)
 
     def _nz(self, mask: Tensor) -> Tensor:
-        """A mask [rows, S] as fractals [1, S / 16, rows, 16] on the device, rows and S rounded up to 16."""
+        """A mask [rows, S] as fractals [1, S / 16, rows, 16] on the device. Rows and S are rounded up to 16."""
         rows, columns = mask.shape
         mask = torch.nn.functional.pad(mask, (0, -columns % FRACTAL, 0, -rows % FRACTAL))
         fractals = mask.unflatten(1, (-1, FRACTAL)).transpose(0, 1)[None].contiguous().to(self._device)
@@ -220,9 +224,9 @@ class AtbAttention:
 def pad_rows(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int], multiple: int
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Contiguous q, k, v [N, heads, D], filled up with rows of zeros to a multiple, and the sequences' lengths.
+    """q, k, v [N, heads, D], contiguous and padded with zeros to a multiple of `multiple` rows, and the lengths.
 
-    The rows of zeros are one more sequence, behind the others.
+    The rows of zeros count as one more sequence at the end of the returned lengths.
     """
     more = -len(query) % multiple
     packed = [x.contiguous() if not more else _with_zeros(x, more) for x in (query, keys, values)]

@@ -1,16 +1,16 @@
 """The backend of an Ascend NPU, by torch_npu's and ATB's operators.
 
-It is for machines with CANN, NNAL (ATB) and torch_npu, without MindIE. `ops.ascend.chips` lists what differs between
-chips, `ops.ascend.attention` has the decoder's attention.
+`AscendBackend` needs CANN, NNAL (ATB) and torch_npu. MindIE is not needed. `ops.ascend.chips` lists the differences
+between chips. `ops.ascend.attention` has the decoder's attention.
 
-Every operator is called as it is documented. The tests run each call through torch_npu's real schemas, with reference
-kernels that refuse what the documents refuse. Only an NPU can settle:
-- speed of any kind, and whether W8A16 products are faster with an NZ weight (the documents say: graph mode only);
-- graph capture with several ranks, whose all-reduces are captured too, and capture on 310P at all;
-- that paged attention of 310P accepts the padded rows of a captured batch (they read one token of block 0);
-- whether 310P's _npu_flash_attention_unpad wants rows in multiples of 16 as its masked sibling does (they are padded);
-- whether the fused operator insists on a cache of as many blocks as its sequences list, when they share some;
-- how soon the others end when a rank dies within a collective (HCCL waits for HCCL_EXEC_TIMEOUT).
+Every operator is called as documented. The tests run each call through torch_npu's real schemas. The tests' reference
+kernels refuse the arguments that the documentation refuses. Some questions are open until a test on an NPU:
+- All speeds. Are W8A16 products faster with an NZ weight? The documentation says so for graph mode only.
+- Does graph capture work with several ranks, whose all-reduces are captured too? Does capture work on 310P at all?
+- Does paged attention of 310P accept the padded rows of a captured batch, which read one token of block 0?
+- Does 310P's _npu_flash_attention_unpad need a multiple of 16 rows, like _npu_flash_attention? Rows are padded so.
+- Does the fused operator need a cache of at least as many blocks as the block tables list, if sequences share blocks?
+- How soon do the other ranks end if a rank dies within a collective? HCCL waits for HCCL_EXEC_TIMEOUT.
 """
 
 import logging
@@ -42,16 +42,16 @@ from atb_pllava.ops.interface import (
 
 logger = logging.getLogger(__name__)
 
-_MAX_ELEMENTS = 2**31 - 1  # of one layer's keys: the fused operator counts them in 32 bits
+_MAX_ELEMENTS = 2**31 - 1  # of one layer's keys: the fused operator has 32-bit indices
 _MAX_BLOCK_ELEMENTS = 128 * 128  # block size * head dimension of ATB's paged attention
 
 
 @dataclass(frozen=True)
 class AscendMetadata(AttentionMetadata):
-    """Slots and block tables are int32. On 310P so are device_context_lens, at least 1.
+    """slot_mapping and block tables are int32. On 310P, device_context_lens are int32 too, and at least 1.
 
-    cos, sin: [1, N, 1, D] float32 for npu_rotary_mul, or as usual where the chip has no such operator.
-    prefix_mask: the mask of prompt chunks behind a prefix, where the operator wants it in full, else None.
+    cos, sin: [1, N, 1, D] float32 for npu_rotary_mul. Chips without npu_rotary_mul take [N, D / 2] float32.
+    prefix_mask: the full mask of prompt chunks with a prefix. None if the operator does not need a full mask.
     """
 
     prefix_mask: Tensor | None = None
@@ -60,7 +60,7 @@ class AscendMetadata(AttentionMetadata):
 class AscendBackend(Backend):
     """See `ops.interface.Backend`. Rank r of a tensor-parallel model takes the r-th visible NPU.
 
-    Raises BackendError naming what is missing: torch_npu, CANN, a device, or support for its chip.
+    Raises BackendError that names the missing part: torch_npu, CANN, a device, or support for the chip.
     """
 
     name = "ascend"
@@ -80,7 +80,7 @@ class AscendBackend(Backend):
         super().__init__(torch.device("npu", rank))
         self._npu.npu.set_device(self.device)
         self.chip: Chip = chip_of(self._npu._C._npu_get_soc_version())
-        # Compiled operators are built anew for every shape; only the precompiled ones are used here.
+        # Without JIT compilation: JIT would compile an operator for every new shape. CANN has precompiled operators.
         self._npu.npu.set_compile_mode(jit_compile=False)
         self._npu.npu.config.allow_internal_format = self.chip.nz_cache
         attention = FusedAttention if self.chip.fused_attention else AtbAttention
@@ -90,7 +90,7 @@ class AscendBackend(Backend):
         logger.debug("NPU %d: %s, Ascend %s", rank, self._npu.npu.get_device_name(rank), self.chip.name)
 
     def preferred_dtype(self, stored: str) -> str:
-        """The stored dtype where the chip computes in it, else the chip's first."""
+        """`stored` if the chip computes in that dtype, else the chip's preferred dtype."""
         return stored if stored in self.chip.dtypes else self.chip.dtypes[0]
 
     def check_dtype(self, dtype: str) -> None:
@@ -101,7 +101,10 @@ class AscendBackend(Backend):
             )
 
     def pack(self, weight: Weight) -> Weight:
-        """An int8 weight as its operator takes it, or dequantised where the chip has no int8 groups. Floats stay."""
+        """The Int8Operands of an int8 weight. A float weight is returned as given.
+
+        A grouped int8 weight is dequantised if the chip has no operator for groups.
+        """
         if not isinstance(weight, Int8Weight):
             return weight
         if weight.scale.shape[1] > 1 and not self.chip.int8_groups:
@@ -121,7 +124,7 @@ class AscendBackend(Backend):
         if weight.group_offset:
             x = F.pad(x, (weight.group_offset, 0))
         if bias is not None and x.dtype == torch.bfloat16:
-            bias = bias.float()  # the operator's rule
+            bias = bias.float()  # with bfloat16 activations the operator takes a float32 bias
         out: Tensor = self._npu.npu_weight_quant_batchmatmul(
             x,
             weight.values.t(),
@@ -144,7 +147,7 @@ class AscendBackend(Backend):
     def _rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate x [N, heads, D] by cos, sin [1, N, 1, D] in layout BSND, [1, N, heads, D].
 
-        In float32, as the operator allows: a cosine rounded to bfloat16 would be off by a thousandth.
+        The rotation is in float32, because bfloat16 would round a cosine by up to a thousandth.
         """
         rotated: Tensor = self._npu.npu_rotary_mul(x.float()[None], cos, sin)
         return rotated[0].to(x.dtype)
@@ -156,7 +159,10 @@ class AscendBackend(Backend):
         return out
 
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """Separable means in float32: AdaptiveAvgPool3d is limited or missing, float32 products are slow on 310P."""
+        """See `Backend.pool_video`. Pools one axis at a time by means in float32.
+
+        The NPU's AdaptiveAvgPool3d is limited or missing, and float32 matrix products are slow on 310P.
+        """
         pooled = grid.float()
         for axis, size in enumerate(shape):
             pooled = _pool_axis(pooled, axis, size)
@@ -165,8 +171,9 @@ class AscendBackend(Backend):
     def new_kv_cache(
         self, layers: int, blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
     ) -> list[LayerCache]:
-        """A cache of zeros: paged kernels may load the unused tail of a block, and 0 * NaN would be NaN.
+        """See `Backend.new_kv_cache`. The cache is filled with zeros, and is ND on 910B and NZ on 310P.
 
+        Paged kernels may load the unused tail of a block, and 0 * NaN would be NaN.
         Raises ConfigError for sizes that the operators cannot address.
         """
         if dtype == torch.int8:
@@ -183,7 +190,7 @@ class AscendBackend(Backend):
         return [(zeros(), zeros()) for _ in range(layers)]
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-        """See `Backend.write_kv`; slot_mapping is int32, and the operator skips slots below 0."""
+        """See `Backend.write_kv`. slot_mapping is int32. The operator skips slots below 0."""
         self._npu._npu_reshape_and_cache(
             key=keys.contiguous(),
             value=values.contiguous(),
@@ -215,12 +222,13 @@ class AscendBackend(Backend):
         )
 
     def _on_device(self, batch: SequenceBatch) -> SequenceBatch:
-        """Block tables, and for 310P context lengths, as int32; the operators of 910B read lengths on the host.
+        """The batch with int32 block tables. On 310P, device_context_lens are int32 too, and at least 1.
 
-        A padded row has context length 0, for which 310P's paged attention is not documented: it gets 1.
+        310P's paged attention is not documented for the context length 0 of a padded row. The operators of 910B read
+        the lengths on the host.
         """
         if not len(batch):
-            return batch  # devices refuse operators on nothing
+            return batch  # NPU operators refuse empty tensors
         tables = batch.block_tables.int().contiguous()
         if self.chip.fused_attention:
             return replace(batch, block_tables=tables)
@@ -254,9 +262,11 @@ class AscendBackend(Backend):
         return out[: frames * tokens].reshape(query.shape)
 
     def capture(self, step: Callable[[], Tensor]) -> NpuGraph:
-        """See `Backend.capture`. Raises BackendError where this torch_npu, driver or chip cannot."""
+        """See `Backend.capture`. Raises BackendError if this torch_npu, driver or chip cannot capture."""
         if not can_update_lengths(self._npu):
-            raise BackendError(f"torch_npu {self._npu.__version__} has no graphs whose lengths can be updated")
+            raise BackendError(
+                f"torch_npu {self._npu.__version__} has no graphs whose lengths can be updated; install a newer one"
+            )
         self._pool = self._pool or self._npu.npu.graph_pool_handle()
         return capture(self._npu, self._pool, step, has_host_lengths=self.chip.fused_attention)
 
@@ -269,8 +279,9 @@ class AscendBackend(Backend):
             )
         if head_dim % 16 or (self.chip.nz_cache and block_size * head_dim > _MAX_BLOCK_ELEMENTS):
             raise ConfigError(
-                f"head dimension {head_dim} with --block_size {block_size}: Ascend {self.chip.name} needs a multiple "
-                f"of 16{f' and a product of at most {_MAX_BLOCK_ELEMENTS}' if self.chip.nz_cache else ''}"
+                f"head dimension {head_dim} with --block_size {block_size}: Ascend {self.chip.name} needs a head "
+                "dimension that is a multiple of 16"
+                f"{f' and a product of at most {_MAX_BLOCK_ELEMENTS}' if self.chip.nz_cache else ''}"
             )
         if blocks * block_size * heads * head_dim > _MAX_ELEMENTS:
             most = _MAX_ELEMENTS // (heads * head_dim)
@@ -281,12 +292,15 @@ class AscendBackend(Backend):
 
 
 def _for_rotary_mul(table: Tensor) -> Tensor:
-    """A rotary table [N, D / 2] as npu_rotary_mul takes it: [1, N, 1, D], both halves alike."""
+    """A rotary table [N, D / 2], repeated to [1, N, 1, D] for npu_rotary_mul."""
     return torch.cat((table, table), dim=-1)[None, :, None]
 
 
 def _pool_axis(x: Tensor, axis: int, size: int) -> Tensor:
-    """Means over the windows floor(i * n / size) to ceil((i + 1) * n / size) of an axis of n, as adaptive pooling's."""
+    """Adaptive average pooling of one axis of length n to `size`.
+
+    Output i is the mean of inputs floor(i * n / size) to ceil((i + 1) * n / size), the end excluded.
+    """
     length = x.shape[axis]
     if length % size == 0:
         return x if length == size else x.unflatten(axis, (size, length // size)).mean(axis + 1)

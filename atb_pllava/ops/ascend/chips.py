@@ -1,4 +1,4 @@
-"""What differs between Ascend chips, in one table. Knows no torch_npu; read by `ops.ascend.backend`."""
+"""The table of differences between Ascend chips. `ops.ascend.backend` reads the table. torch_npu is not imported."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,12 @@ from atb_pllava.errors import BackendError
 class Chip:
     """One family of NPUs. The numbers are documented limits of torch_npu's and ATB's operators.
 
-    soc_versions: torch_npu's numbers of the members (c10_npu's SocVersion). dtypes: of the model, preferred first.
-    block_sizes: tokens in a block of the KV cache. nz_cache: keys and values are stored as 16-wide fractals (NZ).
-    fused_attention: the chip has npu_fused_infer_attention_score. row_multiple: the number of rows of unpaged ATB
-    attention is a multiple of it. fused_rotary, fused_swiglu: npu_rotary_mul and npu_swiglu exist. int8_groups:
-    npu_weight_quant_batchmatmul takes a scale for a group of columns.
+    soc_versions: the SoC versions of the family (c10_npu's SocVersion). dtypes: of the model, preferred first.
+    block_sizes: allowed tokens in a KV block. nz_cache: keys and values are stored as 16-wide fractals (NZ).
+    fused_attention: the chip has npu_fused_infer_attention_score.
+    row_multiple: unpaged ATB attention needs a multiple of row_multiple rows.
+    fused_rotary: the chip has npu_rotary_mul. fused_swiglu: the chip has npu_swiglu.
+    int8_groups: npu_weight_quant_batchmatmul takes one scale for each group of columns.
     """
 
     name: str
@@ -43,12 +44,14 @@ CHIPS = (
 
 
 def chip_of(soc_version: int) -> Chip:
-    """The table's row for a device; 910B is Atlas A2 (Atlas 800I A2), and A3 has the same operators.
+    """The Chip of a SoC version. 910B is Atlas A2 (Atlas 800I A2). A3 has the operators of 910B.
 
-    Raises BackendError for any other device: the first Ascend 910, 310, 310B and 950 are not supported.
+    Raises BackendError for any other chip. The first Ascend 910, 310, 310B and 950 are not supported.
     """
     for chip in CHIPS:
         if any(soc_version in versions for versions in chip.soc_versions):
             return chip
     names = " and ".join(f"Ascend {chip.name}" for chip in CHIPS)
-    raise BackendError(f"backend 'ascend': this NPU has SoC version {soc_version}; {names} are supported")
+    raise BackendError(
+        f"backend 'ascend': this NPU has SoC version {soc_version}; {names} are supported; use --backend cpu"
+    )

@@ -1,4 +1,4 @@
-"""Capturing a decode step with torch_npu's graphs."""
+"""Capture and replay of a decode step with torch_npu's NPUGraph."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from atb_pllava.ops.interface import CapturedGraph
 
 
 class NpuGraph(CapturedGraph):
-    """A recorded decode step. On 910B the host's context lengths are part of the record: each replay replaces them."""
+    """A captured decode step. On 910B the graph contains the host's context lengths, and each replay replaces them."""
 
     def __init__(self, graph: Any, out: Tensor, has_host_lengths: bool) -> None:
         self._graph = graph
@@ -27,10 +27,10 @@ class NpuGraph(CapturedGraph):
 
 
 def capture(torch_npu: Any, pool: Any, step: Callable[[], Tensor], has_host_lengths: bool) -> NpuGraph:
-    """Record what `step` launches, with memory from `pool`; see `ops.interface.Backend.capture`.
+    """Capture `step` with memory from `pool`. See `ops.interface.Backend.capture`.
 
-    has_host_lengths: the attention operator takes the context lengths from the host (910B). On 310P they are device
-    tensors: there is nothing to update, and the operators that update are 910B's.
+    has_host_lengths: the attention operator takes the context lengths from the host, as on 910B. The lengths of 310P
+    are device tensors, which need no update.
     """
     npu = torch_npu.npu
     graph = npu.NPUGraph()
@@ -52,7 +52,7 @@ def can_update_lengths(torch_npu: Any) -> bool:
 
 
 def _leave_capture(graph: Any) -> None:
-    """Undo what torch_npu's context manager leaves behind when ending a capture fails: operators stay intercepted."""
+    """End torch_npu's dispatch mode after a failed capture. Otherwise torch_npu would keep intercepting operators."""
     mode = _get_current_dispatch_mode()
     if mode is not None and mode is graph.graph_dispatch_mode:
         mode.__exit__(None, None, None)

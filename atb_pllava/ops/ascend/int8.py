@@ -1,4 +1,4 @@
-"""Int8 weights as npu_weight_quant_batchmatmul takes them."""
+"""Int8 weights in the form of npu_weight_quant_batchmatmul."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from atb_pllava.ops.interface import PackedWeight
 class Int8Operands(PackedWeight):
     """The operands of npu_weight_quant_batchmatmul.
 
-    values: int8 [out, group_offset + in]. scale, antiquant_offset: [out], or [groups, out] with groups of `group_size`
-    columns. antiquant_offset is None where all zero points are 0, which saves work. The first group_offset columns of
-    values are zeros.
+    values: int8 [out, group_offset + in]. The first group_offset columns are zeros.
+    scale, antiquant_offset: [out], or [groups, out] with groups of `group_size` columns. antiquant_offset is None if
+    all zero points are 0.
     """
 
     values: Tensor
@@ -26,10 +26,10 @@ class Int8Operands(PackedWeight):
 
 
 def int8_operands(weight: Int8Weight) -> Int8Operands:
-    """The operands of a weight, the columns missing at the left of the first group filled with zeros.
+    """The operands of a weight. If the weight starts inside a group, columns of zeros complete the group on the left.
 
-    Files store (q - zero_point) * scale, the operator computes (q + offset) * scale: the sign turns here and nowhere
-    else.
+    Files store (q - zero_point) * scale. The operator computes (q + antiquant_offset) * scale. The sign turns here and
+    nowhere else.
     """
     shape = (weight.shape[0], weight.shape[1])
     offset = None if weight.is_symmetric else -weight.zero_point

@@ -1,4 +1,4 @@
-"""Finding torch_npu and an NPU. Only this file imports torch_npu."""
+"""Imports torch_npu and checks for an NPU. Only this file imports torch_npu."""
 
 import importlib.util
 from typing import Any
@@ -9,7 +9,7 @@ from atb_pllava.errors import BackendError
 
 
 def import_torch_npu() -> Any:
-    """The module torch_npu, where it and an NPU are there. Raises BackendError naming what is missing."""
+    """The module torch_npu. Raises BackendError that names the missing part: torch_npu, CANN, NNAL or an NPU."""
     version = ".".join(torch.__version__.split(".")[:2])
     if importlib.util.find_spec("torch_npu") is None:
         raise BackendError(

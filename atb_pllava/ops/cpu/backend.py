@@ -1,7 +1,8 @@
-"""The CPU backend on the compiled kernels: the same operators as plain torch, near the limits of the machine.
+"""The CPU backend: calls the C++ kernels in csrc/ through ctypes. `build.py` compiles and loads the kernels.
 
-Plain torch (`ops.reference`) stays the reference. It also computes what the kernels do not know: float16, and heads
-above 256 elements. The layout of the KV cache is the same in both.
+`NativeBackend` falls back to plain torch (`ops.reference`) for float16, and for prefill and vision attention with
+heads above 256 elements. Both have the same layout of the KV cache. Paged decode attention is in
+csrc/decode_attention.h.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import LayerCache, PackedWeight, Weight, contiguous_heads
 from atb_pllava.ops.reference import TorchBackend
 
-_PANEL = 32  # rows of a weight that lie side by side; PANEL in csrc/panel.h
+_PANEL = 32  # rows of a weight in one panel: PANEL in csrc/panel.h
 _LARGEST_HEAD = 256  # STEP in csrc/panel.h
 _LARGE_PAGE = 2**21
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -40,12 +41,12 @@ _SIGNATURES = {
 }
 
 
-# Those that need scratch memory: they return 0, or the bytes that could not be had.
+# Kernels that allocate scratch memory return 0, or the number of bytes that could not be allocated.
 _MAY_FAIL = ("atb_linear", "atb_decode", "atb_prefill", "atb_encoder")
 
 
 class _Matrix(ctypes.Structure):
-    """A packed weight; the fields are those of Matrix in csrc."""
+    """A packed weight for the kernels. The fields equal `struct Matrix` in csrc/types.h."""
 
     _fields_ = [
         ("data", _pointer),
@@ -61,7 +62,7 @@ class _Matrix(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    """One layer's KV cache; the fields are those of Cache in csrc."""
+    """One layer's KV cache for the kernels. The fields equal `struct Cache` in csrc/types.h."""
 
     _fields_ = [
         ("keys", _pointer),
@@ -77,7 +78,10 @@ class _Cache(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Panels(PackedWeight):
-    """A weight as the kernels read it, of float type `dtype`. `tensors` hold the memory that `matrix` points to."""
+    """A packed weight in the layout of csrc/panel.h. `tensors` own the memory that `matrix` points to.
+
+    dtype: of the activations: float32 or bfloat16. An int8 weight has the dtype of its scale.
+    """
 
     dtype: torch.dtype
     tensors: tuple[Tensor | None, ...]
@@ -85,7 +89,7 @@ class Panels(PackedWeight):
 
 
 class NativeBackend(TorchBackend):
-    """See `ops.interface.Backend`; `library` is what `ops.cpu.build.load_library` returns."""
+    """See `ops.interface.Backend`. `library` is the result of `ops.cpu.build.load_library`."""
 
     kernels = "native"
 
@@ -98,9 +102,9 @@ class NativeBackend(TorchBackend):
         self._library = library
 
     def pack(self, weight: Weight) -> Weight:
-        """`weight` in panels, or itself where plain torch has to multiply it. The memory of the original can be freed.
+        """`weight` as Panels. Returns `weight` itself for a dtype or strides that the kernels do not support.
 
-        Panels hold rows filled up to a multiple of 32 and columns to an even number; scales and zero points in float32.
+        Panels pad rows to a multiple of 32 and columns to an even number. Scales and zero points become float32.
         """
         if isinstance(weight, PackedWeight):
             return weight
@@ -144,7 +148,7 @@ class NativeBackend(TorchBackend):
         for cache in caches:
             for part in cache:
                 self._library.atb_large_pages(part.data_ptr(), part.numel() * part.element_size())
-        # The model is loaded by now: memory that is freed from here on belonged to activations and is needed again.
+        # The model is loaded by now. Memory that is freed from here on belonged to activations, and is needed again.
         self._library.atb_keep_freed_memory()
         return caches
 
@@ -169,7 +173,7 @@ class NativeBackend(TorchBackend):
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not _knows(x):
+        if not _has_kernels(x):
             return super().rms_norm(x, weight, eps)
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -179,7 +183,7 @@ class NativeBackend(TorchBackend):
         return out
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not _knows(x):
+        if not _has_kernels(x):
             return super().rotary(x, cos, sin)
         x = contiguous_heads(x)
         cos = cos.contiguous()
@@ -201,7 +205,7 @@ class NativeBackend(TorchBackend):
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        if not _knows(gate_up):
+        if not _has_kernels(gate_up):
             return super().swiglu(gate_up)
         gate_up = gate_up.contiguous()
         rows = gate_up.shape[0]
@@ -211,7 +215,7 @@ class NativeBackend(TorchBackend):
         return out
 
     def quick_gelu(self, x: Tensor) -> Tensor:
-        if not _knows(x):
+        if not _has_kernels(x):
             return super().quick_gelu(x)
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -219,7 +223,7 @@ class NativeBackend(TorchBackend):
         return out
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-        if not _knows(keys):
+        if not _has_kernels(keys):
             return super().write_kv(keys, values, cache, slot_mapping)
         keys = contiguous_heads(keys)
         values = contiguous_heads(values)
@@ -239,7 +243,7 @@ class NativeBackend(TorchBackend):
     def prefill_attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
-        if not _knows(query) or query.shape[-1] > _LARGEST_HEAD:
+        if not _has_kernels(query) or query.shape[-1] > _LARGEST_HEAD:
             return super().prefill_attention(query, keys, values, cache, metadata)
         batch = metadata.prefill
         query = contiguous_heads(query)
@@ -263,7 +267,7 @@ class NativeBackend(TorchBackend):
         return out
 
     def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
-        if not _knows(query):
+        if not _has_kernels(query):
             return super().decode_attention(query, cache, metadata)
         batch = metadata.decode
         query = contiguous_heads(query)
@@ -286,7 +290,7 @@ class NativeBackend(TorchBackend):
 
     def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         same_strides = query.stride() == keys.stride() == values.stride() and query.stride(3) == 1
-        if not _knows(query) or query.shape[-1] > _LARGEST_HEAD or not same_strides:
+        if not _has_kernels(query) or query.shape[-1] > _LARGEST_HEAD or not same_strides:
             return super().encoder_attention(query, keys, values)
         out = query.new_empty(query.shape)
         self._call(
@@ -307,29 +311,30 @@ class NativeBackend(TorchBackend):
         return self._library
 
     def _call(self, name: str, *arguments: object) -> None:
-        """Call a kernel with all threads. Raises OutOfMemoryError; the kernel's results are undefined then."""
+        """Call a kernel with all threads. Raises OutOfMemoryError if the kernel cannot allocate scratch memory."""
         function: Callable[..., int | None] = getattr(self._library, name)
         missing = function(*arguments, torch.get_num_threads())
         if missing:
             raise OutOfMemoryError(
-                f"{name} needs {missing / 1e6:.1f} MB of memory that cannot be had: ask less at a time, or free some"
+                f"{name} could not allocate {missing / 1e6:.1f} MB: lower --prefill_chunk, --vision_batch or "
+                "--max_batch_size, or free memory"
             )
 
     def _large(self, size: int) -> Tensor:
-        """`size` uninitialised bytes, in large pages from 2 MiB on: a weight is read from end to end."""
+        """`size` uninitialised bytes. From 2 MiB on, the bytes are in huge pages, because weights are read in order."""
         room = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)
         room = room[-room.data_ptr() % _LARGE_PAGE :][:size] if size >= _LARGE_PAGE else room[:size]
         self._library.atb_large_pages(room.data_ptr(), size)
         return room
 
 
-def _knows(x: Tensor) -> bool:
-    """Whether there are kernels for the dtype of x."""
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the kernels support the dtype of x."""
     return x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _cache_of(cache: LayerCache) -> _Cache:
-    """The struct that describes a layer's cache to the kernels."""
+    """The struct that describes a layer's KV cache to the kernels."""
     keys, values, *scales = cache
     addresses = [_address(scale) for scale in scales] or [None, None]
     _, heads, block, dim = keys.shape
@@ -346,5 +351,5 @@ def _filled(size: int, unit: int) -> int:
 
 
 def _by_group(x: Tensor, rows: int) -> Tensor:
-    """Scales or zero points [out, groups] as float32 [groups, rows], filled with zeros."""
+    """Scales or zero points [out, groups] as float32 [groups, rows], padded with zeros from `out` to `rows`."""
     return F.pad(x.float().T, (0, rows - len(x))).contiguous()

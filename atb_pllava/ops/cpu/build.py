@@ -1,8 +1,8 @@
-"""Compile the CPU kernels once on each machine, keep the library, and load it.
+"""Compiles the CPU kernels once on each machine, keeps the shared library, and loads the library.
 
 Libraries are kept in a directory that only its owner can read and write. The name of a library is a hash of its
-sources, its compiler and its flags, so a library of other sources is never loaded. This module does not know which
-functions the library has.
+sources, its compiler and its flags, so a library of other sources is never loaded. `backend.py` declares the functions
+of the library.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ SOURCES = Path(__file__).with_name("csrc")
 TRANSLATION_UNIT = SOURCES / "api.cpp"  # includes all other sources
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-O2", "-ftree-vectorize", "-std=c++17", "-fPIC", "-shared", "-pthread")
-# Instruction sets from the best to the one that every CPU has, each with the CPU features that it needs. The features
-# have the names of /proc/cpuinfo. Without underscores they are the names of the compiler's -m options.
+# Instruction sets, best first, each with the CPU features that the set needs. Features have the names of /proc/cpuinfo.
+# A feature's name without underscores is the compiler's -m option.
 LEVELS = {
     "avx512bf16": ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"),
     "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -45,7 +45,7 @@ extern "C" std::int64_t trial(std::int64_t n) { return std::vector<std::int64_t>
 
 
 class BuildError(Exception):
-    """There is no library; the message is the reason. Whether that ends the program is up to the caller."""
+    """The kernels cannot be compiled or loaded, for the reason in the message. Callers may fall back to plain torch."""
 
 
 class CompilerError(BuildError):
@@ -107,7 +107,7 @@ def load_library(
     try:
         folder = _private_directory(Path(directory) if directory is not None else default_directory())
     except OSError as error:
-        logger.warning("CPU kernels cannot be kept (%s); they are compiled anew by every start", error)
+        logger.warning("the compiled CPU kernels cannot be kept (%s); every start compiles the kernels anew", error)
         with tempfile.TemporaryDirectory(prefix="atb_pllava_") as temporary:
             return _open(_compile(command, flags, Path(temporary) / name))
     path = folder / name
@@ -119,7 +119,7 @@ def load_library(
 
 
 def find_library(compiler: str | None = None, directory: str | os.PathLike[str] | None = None) -> Path | None:
-    """The library that `load_library` would load without compiling. None if it would have to compile.
+    """The library that `load_library` would load without compiling. None if `load_library` would compile.
 
     Raises BuildError without a compiler, because the name of a library depends on the compiler.
     """
@@ -178,9 +178,9 @@ def _library_name(command: Sequence[str], flags: Sequence[str]) -> str:
 
 
 def _private_directory(path: Path) -> Path:
-    """`path` without symbolic links, created if it does not exist.
+    """The real path of a directory. A missing directory is created with permissions 0700.
 
-    Raises OSError unless the directory belongs to this user and nobody else can read, write or replace files in it.
+    Raises OSError unless the directory belongs to this user, has permissions 0700, and is writable.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = path.resolve()
@@ -201,7 +201,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _compile(command: Sequence[str], flags: Sequence[str], path: Path) -> Path:
-    """Compile the kernels to `path` and return `path`. The file is complete as soon as it exists."""
+    """Compile the kernels to `path` and return `path`. Other processes see no file or the complete file."""
     logger.info("compiling the CPU kernels with %s, once for this machine (about 10 s)", command[0])
     began = time.perf_counter()
     descriptor, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
@@ -217,10 +217,10 @@ def _compile(command: Sequence[str], flags: Sequence[str], path: Path) -> Path:
 
 
 def _run(command: Sequence[str], failure: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command and capture its output. `failure` is what error messages say of a command that fails.
+    """Run a command and capture its output. `failure` is the verb of error messages, "failed" for example.
 
-    Raises CompilerError with the first error line if the exit status is not 0, and BuildError if the command cannot be
-    started or takes longer than _SECONDS_TO_COMPILE.
+    Raises CompilerError with the first error line if the exit status is not 0. Raises BuildError if the command cannot
+    be started or takes longer than _SECONDS_TO_COMPILE.
     """
     try:
         done = subprocess.run(
@@ -241,7 +241,7 @@ def _run(command: Sequence[str], failure: str) -> "subprocess.CompletedProcess[s
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    """Load a library. Raises BuildError unless the file belongs to this user and nobody else can write it."""
+    """Load a library. Raises BuildError if another user owns or can write the file, or if loading fails."""
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise BuildError(f"{path} is not a file that only this user can write; delete it")

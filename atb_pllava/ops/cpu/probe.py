@@ -1,6 +1,6 @@
-"""Bare loops of the compiled kernels that reach a limit of this CPU. Only benchmarks call them, and time them.
+"""Probes of the CPU's limits for benchmarks: memory bandwidth, and FLOPs of vector multiply-adds.
 
-`library` is what `ops.cpu.build.load_library` returns. All functions use as many threads as torch does.
+`library` is the result of `ops.cpu.build.load_library`. All functions use as many threads as torch does.
 """
 
 import ctypes
@@ -8,9 +8,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-_PIECE = 2**20  # bytes; READ_PIECE in csrc/probe.h
-_CHAINS = 12  # sums of a task; CHAINS in csrc/probe.h
-_VECTOR = 64  # bytes of the widest vector, so of the result of a piece or a task
+_PIECE = 2**20  # bytes: READ_PIECE in csrc/probe.h
+_CHAINS = 12  # sums of a task: CHAINS in csrc/probe.h
+_VECTOR = 64  # bytes of the widest vector, and of the result of a piece or a task
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # Kind in csrc/types.h
 
 
@@ -29,7 +29,7 @@ def multiply_add(library: ctypes.CDLL, dtype: torch.dtype, rounds: int = 200_000
     """Multiply and add vectors of `dtype` (float32 or bfloat16) in registers. Returns the number of FLOPs done.
 
     Every task has twelve vectors, whose elements start at 0 to 11. Every multiply-add adds 1 to an element. The sum of
-    the vectors is therefore known, and a smaller one would show that the compiler left out some of the work.
+    the vectors is checked, because the compiler could leave out work whose result is unused.
     """
     tasks = 16 * torch.get_num_threads()
     out = torch.ones(tasks, _VECTOR // 4)

@@ -1,7 +1,7 @@
-"""The CUDA backend: Triton kernels for attention over pages, few rows of int8 weights, and what lies between products.
+"""The CUDA backend: Triton kernels for paged decode attention, int8 products with few rows, and element-wise operators.
 
-All else is torch. Plain torch (`ops.reference`) on a CUDA device stays the reference; the layout of the KV cache is the
-same in both.
+All other operators are torch's. The KV cache has the layout of plain torch (`ops.reference`), which is the reference
+for tests.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,20 +25,20 @@ from atb_pllava.ops.interface import (
 )
 from atb_pllava.ops.reference import TorchBackend
 
-# Rows up to which the int8 kernel is used. Dequantising first moves 5 bytes a weight, the kernel 1. At 64 rows the
-# kernel's 128 operations a byte keep pace with the memory of an H200 (4.8 TB/s) on its dense 990 TFLOP/s.
+# The largest number of rows for the int8 kernel. Dequantising first moves 5 bytes a weight, the kernel moves 1. At 64
+# rows the kernel does 128 operations a byte. An H200 (990 TFLOP/s dense, 4.8 TB/s) can do 206 operations a byte.
 INT8_LINEAR_MAX_ROWS = 64
-INT8_LINEAR_MAX_FLOAT32_ROWS = 16  # the matrix unit does not multiply float32
-# Elements of an int8 weight that are dequantised at once: products wide enough for all SMs, 128 MiB of float16.
+INT8_LINEAR_MAX_FLOAT32_ROWS = 16  # tensor cores do not multiply in float32
+# Elements of an int8 weight that are dequantised at a time: 128 MiB of float16, enough for a product on all SMs.
 DEQUANTISED_ELEMENTS = 2**26
 PROGRAMS_PER_SM = 4
-_FLOAT32_ERROR = 1e-4  # of the largest value: sums of some hundred float32 products are a hundred times nearer
+_FLOAT32_ERROR = 1e-4  # relative to the largest value. A right sum of some hundred float32 products is within 1e-6
 
 
 class CudaBackend(TorchBackend):
-    """See `ops.interface.Backend`. `device` is a CPU only where Triton interprets its kernels, for tests.
+    """See `ops.interface.Backend`. `device` may be a CPU for tests, if Triton interprets the kernels.
 
-    Raises BackendError where there is no Triton, or where Triton cannot run the kernels.
+    Raises BackendError if Triton is not installed or cannot run the kernels.
     """
 
     name = "cuda"
@@ -83,18 +83,18 @@ class CudaBackend(TorchBackend):
         return out
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-        """See `Backend.write_kv`; the kernel skips slots below 0."""
+        """See `Backend.write_kv`. The kernel skips slots below 0."""
         self._kernels.write_kv(keys, values, cache, slot_mapping)
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
-        """As the reference, by torch's flash attention where it has one.
+        """See `TorchBackend._attend`. Uses torch's flash attention for float16 and bfloat16.
 
-        Flash attention takes float16 and bfloat16 with fewer key heads than query heads. torch has no flash kernel for
-        float32, and its other kernels want as many key heads as query heads.
+        torch's flash attention takes fewer key heads than query heads. float32 has no flash kernel, and torch's other
+        kernels need as many key heads as query heads.
         """
         options: dict[str, Any] = {}
         if query.shape[1] > keys.shape[1]:
-            if _knows_groups() and query.dtype != torch.float32:
+            if _supports_gqa() and query.dtype != torch.float32:
                 options["enable_gqa"] = True
             else:
                 groups = query.shape[1] // keys.shape[1]
@@ -128,11 +128,11 @@ class CudaBackend(TorchBackend):
         return CudaGraph(graph, out)
 
     def _try_kernels(self) -> None:
-        """Run kernels once before a step needs them, and compare an int8 product with plain torch.
+        """Run some kernels once, and compare an int8 product with plain torch.
 
-        Triton needs a C compiler and a device that it knows, and the kernels need a recent Triton. The first column of
-        the product lies inside a group, and the number of columns is odd: some Tritons have compiled that wrongly.
-        Raises BackendError when a kernel cannot run or its result is wrong.
+        Triton needs a C compiler and a supported device, and the kernels need a recent Triton. The tested product
+        starts inside a group and has an odd number of columns, because some Triton versions miscompile that case.
+        Raises BackendError if a kernel cannot run or its result is wrong.
         """
         (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, torch.float32)
         one = torch.ones(1, 1, 16, device=self.device)
@@ -146,20 +146,22 @@ class CudaBackend(TorchBackend):
             batch = SequenceBatch.of([1], [1], zero)
             self.decode_attention(one, cache, AttentionMetadata(zero[0], batch, batch, zero, zero))
             product = self.linear(x, weight, bias)
-        except Exception as error:  # of no common class: a compiler's exit status, a linker's, Triton's own errors
+        except Exception as error:  # errors of the compiler, the linker and Triton have no common class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BackendError(f"triton {self._kernels.VERSION} cannot run our kernels here: {reason}") from error
+            raise BackendError(
+                f"triton {self._kernels.VERSION} cannot run the kernels of this package here: {reason}"
+            ) from error
         expected = F.linear(x.double(), weight.dequantise(torch.float64), bias.double())
         worst = float((product - expected).abs().max() / expected.abs().max())
         if not worst <= _FLOAT32_ERROR:
             raise BackendError(
-                f"triton {self._kernels.VERSION} computes wrong results with our kernels: a product of 8-bit weights "
-                f"is {worst:.1g} of its largest value off; install another triton"
+                f"triton {self._kernels.VERSION} miscompiles the kernels of this package: a product of int8 weights "
+                f"has a relative error of {worst:.1g}; install another triton"
             )
 
 
 class CudaGraph(CapturedGraph):
-    """A recorded decode step. Its kernels read the lengths on the device, from the batch it was captured with."""
+    """A captured decode step. The kernels read the context lengths on the device, in the tensors of the batch."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, out: Tensor) -> None:
         self._graph = graph
@@ -171,7 +173,7 @@ class CudaGraph(CapturedGraph):
 
 
 def import_kernels() -> ModuleType:
-    """The module `ops.cuda.kernels`. Raises BackendError where triton cannot be imported."""
+    """The module `ops.cuda.kernels`. Raises BackendError if triton cannot be imported."""
     try:
         from atb_pllava.ops.cuda import kernels as cuda_kernels
     except ImportError as error:
@@ -182,10 +184,10 @@ def import_kernels() -> ModuleType:
 
 
 def _lower_right(rows: int, context: int, device: torch.device) -> Tensor | None:
-    """The causal mask of `rows` tokens at the end of a context; None where the rows are the whole context.
+    """The causal mask of the last `rows` tokens of a context. None if the rows are the whole context.
 
-    The mask is torch's symbolic `causal_lower_right` from torch 2.3 on, else a boolean tensor [rows, context]. A tensor
-    costs a byte or more for each score, and rules out the flash kernel, which takes none.
+    From torch 2.3 on, the mask is torch's symbolic `causal_lower_right`. Before, the mask is a boolean tensor
+    [rows, context], which takes a byte or more for each score and excludes the flash kernel.
     """
     if rows == context:
         return None
@@ -196,6 +198,6 @@ def _lower_right(rows: int, context: int, device: torch.device) -> Tensor | None
     return causal_lower_right(rows, context)
 
 
-def _knows_groups() -> bool:
+def _supports_gqa() -> bool:
     """Whether torch's attention takes fewer key heads than query heads: torch 2.5 and later."""
     return "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")

@@ -1,9 +1,10 @@
 """The Triton kernels of the CUDA backend, each with its launch.
 
-Only this file imports triton; `ops.cuda.backend` imports this file where triton is installed.
+Only this file imports triton. `ops.cuda.backend` imports this file if triton is installed.
 No launch waits for the device or depends on a sequence length, so a captured CUDA graph can be replayed with other
-lengths. Tiles have sides that are powers of two, as Triton wants them; masks cut them to the real sizes. Sums are
-float32. Letters as in `ops.interface`; M columns of a block table, R rows of x.
+lengths. Triton needs tiles whose sides are powers of two. Masks cut the tiles to the real sizes. Sums are float32.
+Letters are those of `ops.interface`, with M columns of a block table and R rows of x. WIDTH, HEIGHT and ROWS are sides
+of tiles.
 """
 
 import torch
@@ -15,22 +16,23 @@ from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import LayerCache, contiguous_heads
 
 VERSION: str = triton.__version__
-_TILE_BYTES = 8192  # of keys, and as many of values; an SM has shared memory for five programs with two tiles each
-# Stages of the attention loop's pipeline. The block table says where the keys are, so reading it takes some of the
-# stages; with fewer than 5, tiles are loaded one by one.
+_TILE_BYTES = 8192  # of a tile of keys, and of one of values. An SM has shared memory for both tiles of five programs
+# Pipeline stages of the attention loop. Reading the block table takes some of the stages, because the table holds the
+# address of the keys. With fewer than 5 stages, the loads of two tiles do not overlap.
 _STAGES = 5
-_MAX_SPLITS = 64  # the merge holds the results of all splits in registers
-_LOG2_E = 1.4426950408889634  # the hardware computes powers of 2
-_FEW_ROWS = 4  # rows up to which an int8 product prefers many small programs
+_MAX_SPLITS = 64  # `_merge` holds the results of all splits in registers
+_LOG2_E = 1.4426950408889634  # e^x is 2^(x * log2(e)), and the hardware computes powers of 2
+_FEW_ROWS = 4  # the largest number of rows for which an int8 product is faster with many small programs
 
 
-# Between the products plain torch launches some 30 small kernels a layer. In a captured step each takes about 2 us. In
-# the 32 layers of a 7B model that is longer than an H200 takes to read the int8 weights (1.4 ms). Here they are 5.
+# Between the matrix products, plain torch launches some 30 small kernels a layer. Each kernel takes about 2 us in a
+# captured step, so the 32 layers of a 7B model take 2 ms. An H200 reads the int8 weights in 1.4 ms. The kernels below
+# need 5 launches a layer.
 
 
 @triton.jit
 def _rms_norm(x, weight, out, eps, D: tl.constexpr, WIDTH: tl.constexpr):
-    """One row. The normed row is rounded before the product with the weight, as in the reference."""
+    """One program computes one row. The normed row is rounded before the product with the weight, as in plain torch."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDTH)
     wide = tl.load(x + row * D + d, d < D, 0.0).to(tl.float32)
@@ -50,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _rotary(x, cos, sin, out, stride, H: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr):
-    """One head of one token."""
+    """One program rotates one head of one token."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, WIDTH)
@@ -79,7 +81,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @triton.jit
 def _swiglu(gate_up, out, width, TILE: tl.constexpr):
-    """A tile of one row. The activation is rounded before the product with up, as in the reference."""
+    """One program computes a tile of one row. silu(gate) is rounded before the product with up, as in plain torch."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     gate = tl.load(gate_up + row * 2 * width + d, d < width, 0.0).to(tl.float32)
@@ -112,7 +114,7 @@ def _write_kv(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One head of one token; nothing is stored where the slot is below 0."""
+    """One program stores one head of one token. A slot below 0 is skipped."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, WIDTH)
@@ -124,7 +126,7 @@ def _write_kv(
 
 
 def write_kv(keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
-    """See `ops.interface.Backend.write_kv`; slots below 0 are skipped."""
+    """See `ops.interface.Backend.write_kv`. Slots below 0 are skipped."""
     keys = contiguous_heads(keys)
     values = contiguous_heads(values)
     rows, heads, dim = keys.shape
@@ -145,7 +147,7 @@ def write_kv(keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tens
 
 @triton.jit
 def _span(lens, sequence, splits, TILE: tl.constexpr):
-    """A sequence's context, and the tokens that each split takes: whole tiles, so the last splits may be empty."""
+    """The context length of a sequence, and the tokens in a split. Splits are whole tiles, so the last may be empty."""
     context = tl.load(lens + sequence).to(tl.int32)
     return context, tl.cdiv(tl.cdiv(context, splits), TILE) * TILE
 
@@ -171,9 +173,10 @@ def _attend(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Softmax over one split of one sequence's context for the G query heads of one key head; `scale` has log2(e).
+    """One program attends to one split of one sequence's context, for the G query heads of one key head.
 
-    parts [B, H, splits, D] and log_sums [B, H, splits] (base 2) are written where the split has tokens.
+    `scale` includes log2(e). parts [B, H, splits, D] are the weighted values, log_sums [B, H, splits] the base-2
+    log-sum-exp of the scores. An empty split writes nothing.
     """
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -196,7 +199,7 @@ def _attend(
     out = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(first, last, TILE):
         position = start + column
-        used = position < last  # blocks beyond are not in the table, and a block's unused tail may hold NaN
+        used = position < last  # later blocks are not in the table, and the unused tail of a block may hold NaN
         block = tl.load(tables + sequence * table_row + position // BLOCK * table_column, used, 0)
         place = ((block * K + head) * BLOCK + position % BLOCK)[:, None] * D + d[None, :]
         mask = used[:, None] & (d < D)[None, :]
@@ -228,7 +231,7 @@ def _merge(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One head of one sequence: its splits weighted by their share of the sum; zeros where the context is 0."""
+    """One program merges the splits of one head of one sequence, weighted by log_sums. A context of 0 gives zeros."""
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.arange(0, SPLITS)
@@ -244,11 +247,11 @@ def _merge(
 
 
 def decode_attention(query: Tensor, cache: LayerCache, tables: Tensor, lens: Tensor, programs: int) -> Tensor:
-    """Flash decoding: query [B, H, D] over lens [B] cached tokens in the blocks of tables [B, M]: [B, H, D].
+    """Flash-Decoding: query [B, H, D] over lens [B] cached tokens in the blocks of tables [B, M]: [B, H, D].
 
-    A program takes a span of the context for all query heads of a key head, so keys and values are read once. It reads
-    2 D numbers a token and needs 4 D operations on them a head: the speed of the memory decides, although rows of zeros
-    fill the matrix unit up to 16. The context is cut so that about `programs` run. The device computes the cut.
+    A program attends to one split of the context for all query heads of a key head, so keys and values are read once.
+    The kernel is bound by memory: 2 D numbers and 4 D operations a head for each token. Rows of zeros fill the query
+    tile up to the 16 rows of the tensor cores. About `programs` programs run. The device computes the splits.
     """
     query = contiguous_heads(query)
     sequences, heads, dim = query.shape
@@ -307,15 +310,18 @@ def _int8_linear(
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """HEIGHT rows of the weight times all rows of x. A tile of TILE columns is a group, or a part of the only one."""
+    """One program multiplies HEIGHT rows of the weight with all rows of x.
+
+    TILE columns are one group. Without groups (GROUP_SIZE 0), TILE columns are a part of the row.
+    """
     n = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
     r = tl.arange(0, ROWS)
     here = n < height
     place = n.to(tl.int64)
     total = tl.zeros((HEIGHT, ROWS), tl.float32)
     plain = tl.zeros((ROWS,), tl.float32)
-    # Column numbers have 64 bits. With 32 bits, the LLVM of Triton 3.5 and 3.6 packs two of them into one register and
-    # shifts them together. Bits of one then reach the other, and a wrong column is read.
+    # Column numbers have 64 bits. With 32 bits, the LLVM of Triton 3.5 and 3.6 packs two numbers into one register and
+    # shifts both together. Bits of one number then reach the other, and a wrong column is read.
     column = tl.arange(0, TILE).to(tl.int64) - GROUP_OFFSET
     for start in range(0, columns + GROUP_OFFSET, TILE):
         k = start + column
@@ -344,19 +350,19 @@ def _int8_linear(
 def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None, programs: int) -> Tensor:
     """Few rows x [R, in] times an int8 weight [out, in] transposed: [R, out]. Each weight is read once, as a byte.
 
-    sum (q - z) s x is s (sum q x - z sum x) within a group: a weight costs one conversion and one multiply-add a row,
-    and nothing is rounded before the sum. q is exact in every float type. The weight is the left operand, whose tile is
-    16 rows a warp, so no two warps convert the same weight.
+    Within a group, sum (q - z) s x is computed as s (sum q x - z sum x). A weight costs one conversion, and one
+    multiply-add a row. q is exact in every float type, so no weight is rounded. The weight is the left operand with 16
+    rows a warp, so no two warps convert the same weight.
     """
     x = x if x.stride(1) == 1 else x.contiguous()
     assert weight.values.stride(1) == 1 and weight.scale.stride() == weight.zero_point.stride()
     rows, columns = x.shape
     height = weight.shape[0]
     padded = max(16, triton.next_power_of_2(rows))
-    # Every program reads all of x, out of the L2 cache: with many rows 64 rows of the weight have to share that. With
-    # few, programs of one warp keep all SMs busy with a short weight.
+    # Every program reads all of x from the L2 cache. With many rows of x, 64 rows of the weight share one such read.
+    # With few rows of x and a short weight, programs of one warp (16 rows of the weight) keep all SMs busy.
     warps = 1 if rows <= _FEW_ROWS and height < 32 * programs else 4
-    tile = 256 if padded == 16 and x.element_size() == 2 else 128  # all there is room for in shared memory, twice
+    tile = 256 if padded == 16 and x.element_size() == 2 else 128  # shared memory has room for two such tiles
     out = x.new_empty(rows, height)
     _int8_linear[(triton.cdiv(height, 16 * warps),)](
         x,
@@ -396,7 +402,7 @@ def _dequantise(
     GROUP_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A tile of one row."""
+    """One program dequantises a tile of one row."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = k < columns
@@ -408,7 +414,7 @@ def _dequantise(
 
 
 def dequantise(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
-    """See `ops.int8.Int8Weight.dequantise`. One pass; torch would read and write the float weight twice more."""
+    """See `ops.int8.Int8Weight.dequantise`. One pass writes the float weight. torch needs two more passes over it."""
     height, columns = weight.shape
     out = torch.empty(height, columns, dtype=dtype, device=weight.values.device)
     _dequantise[(height, triton.cdiv(columns, 1024))](

@@ -7,7 +7,7 @@
 // bfloat16 (arithmetic.h). Sums are float32 everywhere.
 //
 // The argument `kind` is FLOAT or BFLOAT: the type of activations. `threads` is the number of threads to use. Functions
-// that need scratch memory return 0, or the bytes that could not be allocated; the output is incomplete then.
+// that need scratch memory return 0. If an allocation fails, they return its bytes, and the output is incomplete.
 
 #include "decode_attention.h"
 #include "elementwise.h"
@@ -141,8 +141,8 @@ void atb_probe_read(const void* data, int64_t pieces, int32_t* out, int threads)
     read_all((const char*)data, pieces, out, threads);
 }
 
-// Benchmark: rounds * CHAINS vector multiply-adds in each task. `out` has 64 bytes for each task's sum; the factor and
-// the addend are read from out[0] and out[1]. Writes the FLOPs of a round and the floats of a vector to `counts`.
+// Benchmark: rounds * CHAINS vector multiply-adds in each task. `out` has 64 bytes for each task's sum. The factor is
+// out[0], the addend out[1]. Writes the FLOPs of a round and the floats of a vector to `counts`.
 void atb_probe_multiply_add(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* counts, int threads) {
     const vf a = splat(out[0]);
     const vf b = splat(out[1]);

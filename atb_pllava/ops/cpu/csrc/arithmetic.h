@@ -1,4 +1,4 @@
-// The arithmetics of tile products, and the one that bfloat16 uses at this level of CPU.
+// Selects the micro-kernel ("arithmetic") of tile products for bfloat16 at this level of CPU.
 //
 // A tile is up to MR rows of the input. A tile product multiplies a tile with one panel. The sums stay in registers.
 // An arithmetic is a struct with these members:

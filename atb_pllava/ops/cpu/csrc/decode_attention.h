@@ -1,8 +1,7 @@
-// Attention of one query per sequence over the paged KV cache (decoding).
+// Paged decode attention: one query per sequence over the paged KV cache (Flash-Decoding).
 //
-// A sequence is cut into splits of SPLIT tokens, which threads attend to independently. The softmax is computed online:
-// each split has its largest score, its sum of exponentials and its weighted values, and the splits of a sequence are
-// merged at the end (Flash-Decoding).
+// A sequence is cut into splits of SPLIT tokens. Threads attend to the splits independently, with an online softmax.
+// Each split has a largest score, a sum of exponentials and weighted values. `merge` joins the splits of a sequence.
 
 #pragma once
 
@@ -12,12 +11,12 @@
 namespace {
 
 constexpr int64_t SPLIT = 512;
-constexpr int RUN = 32;          // tokens between two corrections of the running maximum
+constexpr int RUN = 32;          // tokens between two updates of the running maximum
 constexpr int MOST_QUERIES = 4;  // query heads of one key head that are computed together
 
 // Products with 2 W elements of a cached row. Q is the element type of queries, Weight that of the softmax weights.
-// query_index: where element i of a query is kept. out_index: where element i of the weighted values comes out.
-// bfloat16 rows are read as their even and their odd elements, because that takes no shuffle.
+// query_index(i) is the place of element i in a stored query. out_index(i) is its place in the weighted values.
+// A bfloat16 row is loaded as a vector of even and a vector of odd elements, which takes no shuffle.
 template <class T>
 struct RowProducts {
     typedef float Q;
@@ -114,7 +113,7 @@ INLINE void compute_scores(const PagedRows<T>& keys, const Run& run, const typen
                            float factor, float (&p)[G][RUN]) {
     const int64_t dim = keys.dim;
     const int64_t whole = dim / (2 * W) * (2 * W);
-    alignas(64) T rest[2 * W] = {};  // the elements behind `whole`, filled with zeros
+    alignas(64) T rest[2 * W] = {};  // the elements from `whole` on, padded with zeros
     const T* first = keys.row(run.start);
     const T* next = run.next ? keys.row(run.start + run.count) : nullptr;
     for (int i = 0; i < run.count; i++) {
@@ -167,7 +166,7 @@ INLINE void add_weighted_values(const PagedRows<T>& values, const Run& run,
                                 int64_t width, float* out) {
     const int64_t dim = values.dim;
     const int64_t whole = dim / (2 * W) * (2 * W);
-    alignas(64) T rest[2][2 * W] = {};  // the elements behind `whole` of two rows, filled with zeros
+    alignas(64) T rest[2][2 * W] = {};  // the elements of two rows from `whole` on, padded with zeros
     const T* first = values.row(run.start);
     const T* next = run.next ? values.row(run.start + run.count) : nullptr;
     // C times 2 W elements of all rows, from column c on. Rows are read from end to end, and sums stay in registers.
@@ -176,7 +175,7 @@ INLINE void add_weighted_values(const PagedRows<T>& values, const Run& run,
         vf acc[C][G][2] = {};
         for (int i = 0; i < run.count; i += 2) {
             const T* even = first + i * dim + c;
-            const T* odd = i + 1 < run.count ? even + dim : even;  // behind the last row: any row, its weight is 0
+            const T* odd = i + 1 < run.count ? even + dim : even;  // after the last row: any row with weight 0
             if (i < run.next) prefetch(next + i * dim + c, C * 2 * W * sizeof(T));
             if (i + 1 < run.next) prefetch(next + (i + 1) * dim + c, C * 2 * W * sizeof(T));
             if (C == 1 && c == whole) {
@@ -205,8 +204,8 @@ INLINE void add_weighted_values(const PagedRows<T>& values, const Run& run,
     for (; c < dim; c += 2 * W) add(std::integral_constant<int, 1>{}, c);
 }
 
-// Attends to tokens [from, to), one split, with G query heads that share a key head. q is [G][width]; width is dim
-// filled to whole vectors. `factor` times a score is an exponent of 2. Writes for each query the largest exponent, the
+// Attends to tokens [from, to), one split, with G query heads that share a key head. q is [G][width], where width is
+// dim padded to whole vectors. The exponentials are 2^(factor * score). Writes for each query the largest exponent, the
 // sum of the exponentials relative to the largest, and the weighted values, out [G][width].
 template <int G, class T>
 void attend_split(const PagedRows<T>& keys, const PagedRows<T>& values, int64_t from, int64_t to,
@@ -255,7 +254,7 @@ class DecodeAttention {
     void run() const {
         static thread_local Scratch first_scratch;
         static thread_local Scratch partial_scratch;
-        int64_t* first = first_scratch.get<int64_t>(call.sequences + 1);  // the number of a sequence's first split
+        int64_t* first = first_scratch.get<int64_t>(call.sequences + 1);  // number of the first split of each sequence
         first[0] = 0;
         for (int64_t s = 0; s < call.sequences; s++) first[s + 1] = first[s] + ceil_div(call.context_lens[s], SPLIT);
         const int64_t splits = first[call.sequences];
@@ -280,7 +279,7 @@ class DecodeAttention {
     const int64_t group = call.heads / c.heads;  // query heads of a key head
     const int64_t partial_size = width + 2;      // of one query head in a split: maximum, sum of exponentials, values
 
-    // The split of sequence s that begins at token `from`, for the query heads of one key head.
+    // Attends to the split of sequence s that begins at token `from`, with the query heads of one key head.
     void attend(int64_t s, int64_t from, int64_t head, float* partials) const {
         const int64_t to = std::min(from + SPLIT, call.context_lens[s]);
         const int64_t* block_table = call.block_tables + s * call.table_stride;
@@ -317,7 +316,7 @@ class DecodeAttention {
         }
     }
 
-    // `count` queries as RowProducts wants them, filled with zeros to `width`.
+    // Stores `count` queries in the order of RowProducts, padded with zeros to `width`.
     void order_queries(const X* query, int count, Q* q) const {
         std::fill(q, q + count * width, Q{});
         for (int h = 0; h < count; h++)
@@ -325,7 +324,7 @@ class DecodeAttention {
                 from_float(to_float(query[h * c.dim + i]), q[h * width + Products::query_index(i)]);
     }
 
-    // The softmax of one sequence and head from its `count` splits.
+    // Merges the `count` splits of one sequence and head.
     void merge(const float* partials, int64_t count, X* out) const {
         const int64_t stride = call.heads * partial_size;
         float max = partials[0];

@@ -1,4 +1,4 @@
-// RMSNorm, rotary position embedding, SwiGLU and QuickGELU. X is float or bf16; the arithmetic is float32.
+// RMSNorm, rotary position embedding, SwiGLU and QuickGELU. X is float or bf16. The arithmetic is float32.
 
 #pragma once
 
@@ -41,7 +41,7 @@ void rms_norm(const X* x, const X* weight, float eps, X* out, int64_t rows, int6
 }
 
 // Rotates each pair (x[i], x[half + i]) of a head by the angle whose cosine and sine are given, [rows, half].
-// x is [rows, heads, 2 * half] with rows `stride` elements apart; out is contiguous.
+// x is [rows, heads, 2 * half] with rows `stride` elements apart. out is contiguous.
 template <class X>
 void rotary(const X* x, int64_t stride, const float* cos, const float* sin, X* out, int64_t rows, int64_t heads,
             int64_t half, int threads) {
@@ -91,7 +91,7 @@ INLINE void sigmoid_product(const X* x, const X* gate, float slope, X* out, int6
     std::memcpy(out + i, a, (count - i) * sizeof(X));
 }
 
-// gate_up is [rows, 2 * width]; out is [rows, width].
+// out = silu(gate) * up. gate_up is [rows, 2 * width], out is [rows, width].
 template <class X>
 void swiglu(const X* gate_up, X* out, int64_t rows, int64_t width, int threads) {
     for_each_row(rows, threads, [&](int64_t row) {

@@ -11,9 +11,9 @@
 
 namespace {
 
-constexpr int64_t QUERY_TILES = 8;  // tiles of queries that share a block of keys while it is in the second-level cache
+constexpr int64_t QUERY_TILES = 8;  // tiles of queries that share a block of keys in the L2 cache
 
-// The rows [dim] of one head's keys or values in an ordinary tensor, by the number of a token. Compare PagedRows.
+// The rows [dim] of one head's keys or values in a strided tensor, indexed by token. PagedRows is the paged form.
 template <class T>
 struct DenseRows {
     const T* start;
@@ -66,7 +66,7 @@ struct PackedHead {
     INLINE_METHOD void pack_keys(const Rows& rows, int64_t panel) const {
         typedef typename std::conditional<std::is_same<B, float>::value, float, uint32_t>::type Unit;  // see `pack`
         constexpr int64_t UNIT = sizeof(Unit) / sizeof(B);
-        const int64_t dim = this->dim;  // copies: for the compiler a store to `out` may change a member
+        const int64_t dim = this->dim;  // copies, because the compiler assumes that stores to `out` change members
         const int64_t tokens = this->tokens;
         const int64_t width = pairs() * 2;
         B* out = key_panel(panel);
@@ -102,13 +102,13 @@ struct PackedHead {
     }
 };
 
-// Which keys the rows of a tensor of queries see: row 0 the first `first` keys, each further row `more` keys more.
+// The mask: row r of the queries sees the first `first + r * more` keys.
 struct Mask {
     int64_t first, more;
     int64_t visible(int64_t row, int64_t tokens) const { return std::min(tokens, first + more * row); }
 };
 
-// The online softmax of up to QUERY_TILES tiles of queries of one head. The memory is kept by the thread.
+// The online softmax of up to QUERY_TILES tiles of queries of one head. Its scratch memory belongs to the thread.
 template <class M>
 class FlashAttention {
     typedef typename M::A A;
@@ -127,7 +127,7 @@ class FlashAttention {
         sum_exp = max + rows;
     }
 
-    // `rows` queries [rows, dim], `stride` elements apart. `to` has their results, to_stride elements apart.
+    // Attends with queries [rows, dim], `stride` elements apart. Writes the results to `to`, to_stride elements apart.
     template <class X>
     void run(const X* query, int64_t stride, int64_t rows, const Mask& mask, X* to, int64_t to_stride) {
         const int64_t tiles = ceil_div(rows, MR);

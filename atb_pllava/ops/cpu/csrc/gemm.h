@@ -121,7 +121,7 @@ class Linear {
     const Matrix& w;
     const int64_t steps = ceil_div(w.width, STEP);
     const int64_t panels = ceil_div(w.rows, PANEL);
-    // A scale is applied after each piece of K: a group of the weight, or as much as is summed in registers.
+    // A piece of K is summed in registers, then scaled. With groups, a piece is a group, at most STEP. Else SPAN.
     const int64_t piece = w.group_size ? std::min<int64_t>(w.group_size, STEP) : SPAN;
     const int64_t pieces = ceil_div(w.width, piece);
 
@@ -147,7 +147,7 @@ class Linear {
         std::fill(row + (to - origin), row + step_length(s), A{});
     }
 
-    // Adds step `s` of a row of a tile to the row's sum of each piece; `sums` are MR apart.
+    // Adds step `s` of a row of a tile to the row's sum of each piece. `sums` are MR elements apart.
     void add_to_sums(const A* row, int64_t s, float* sums) const {
         for (int64_t k = 0; k < step_length(s); k += piece) {
             float& piece_sum = sums[(s * STEP + k) / piece * MR];
@@ -161,7 +161,7 @@ class Linear {
     void multiply(const Input& input) const {
         const int64_t tiles = ceil_div(input.rows, MR);
         const int64_t blocks = ceil_div(tiles, TILES_PER_TASK);
-        // One tile: smaller tasks, so that all threads end at the same time.
+        // With one tile, tasks are smaller, so that all threads end at the same time.
         const int64_t panels_for_one_tile = std::clamp<int64_t>(panels / (4 * call.threads), 1, PANELS_PER_TASK);
         const int64_t panels_per_task = tiles > 1 ? PANELS_PER_TASK : panels_for_one_tile;
         pool()->run(ceil_div(panels, panels_per_task) * blocks, call.threads, [&](int64_t task) {
@@ -180,8 +180,8 @@ class Linear {
         const bool many = block.last_tile - block.first_tile > 1;
         const int64_t spans = ceil_div(w.width, SPAN);
         for (int64_t i = 0; i < spans * block.panels(); i++) {
-            // Many tiles: all panels of one span, so that the tiles' span stays in the cache. One tile: all spans of
-            // one panel, so that the weight is read from end to end.
+            // Many tiles: the inner loop is over panels, so that the span of the tiles stays in the cache. One tile:
+            // the inner loop is over spans, so that the weight is read from end to end.
             const int64_t panel = block.first_panel + (many ? i % block.panels() : i / spans);
             const int64_t start = (many ? i / block.panels() : i % spans) * SPAN;
             const B* b = (const B*)w.data + (panel * w.width + start) * PANEL;

@@ -7,7 +7,7 @@
 
 namespace {
 
-// See gemm.h for the members that every arithmetic has.
+// See arithmetic.h for the members of an arithmetic.
 struct Dot {
     typedef bf16 A;
     typedef bf16 B;

@@ -6,7 +6,7 @@
 
 namespace {
 
-// See gemm.h for the members that every arithmetic has.
+// See arithmetic.h for the members of an arithmetic.
 struct Fma {
     typedef float A;
     typedef float B;

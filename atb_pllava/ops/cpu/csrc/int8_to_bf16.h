@@ -26,8 +26,8 @@ struct Int8ToBf16Table {
 };
 const Int8ToBf16Table int8_to_bf16_table;
 
-// q + 1/2 of a row of PANEL pairs. The pairs do not come in the order of the columns: unpacking works inside 128-bit
-// lanes, so each lane of `low` has the first 4 columns of 8, and that of `high` the other 4. See restore_order.
+// q + 1/2 of a row of PANEL pairs. The pairs are not in the order of the columns, because unpacking works inside
+// 128-bit lanes. Each lane of `low` has the first 4 of 8 columns, each lane of `high` the other 4. See restore_order.
 INLINE void int8_to_bf16(const int8_t* b, __m512bh& low, __m512bh& high) {
     const __m512i x = _mm512_loadu_si512(b);
     const __m512i sign = _mm512_set1_epi8((char)0x80);
@@ -40,7 +40,7 @@ INLINE void int8_to_bf16(const int8_t* b, __m512bh& low, __m512bh& high) {
     high = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
 }
 
-// Puts 32-bit elements that belong to the columns of int8_to_bf16 in the order of the columns.
+// Sorts 32-bit elements from the order of int8_to_bf16 to the order of the columns.
 INLINE void restore_order(vf& low, vf& high) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);

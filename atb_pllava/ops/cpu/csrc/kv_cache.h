@@ -32,8 +32,8 @@ PagedRows<T> value_rows(const Cache& c, const int64_t* block_table, int64_t head
     return {(const T*)c.values, c.value_scale, block_table, c.heads, c.block, c.dim, head};
 }
 
-// One token's row of one head. int8: q = x / scale with scale = max|x| / 127. If max|x| / 127 is 0, the scale is 1, for
-// very small x too. If an element is not finite, the scale is not finite either, so that attention sees it, and q is 0.
+// Writes one token's row of one head. int8: q = x / scale with scale = max|x| / 127. If max|x| / 127 rounds to 0, the
+// scale is 1. If an element is NaN or infinite, the scale is so too and q is 0: attention then gives NaN or infinity.
 template <class T, class X>
 void write_row(const X* from, int64_t dim, T* to, float* scale) {
     if constexpr (std::is_same<T, int8_t>::value) {
@@ -51,7 +51,7 @@ void write_row(const X* from, int64_t dim, T* to, float* scale) {
     }
 }
 
-// Writes keys and values [count, heads, dim], token i at slot_mapping[i] = block number * block size + place in the
+// Writes keys and values [count, heads, dim]. Token i goes to slot_mapping[i] = block * block_size + offset in the
 // block. Tokens are key_stride and value_stride elements apart.
 template <class T, class X>
 void write_kv(const Cache& c, const X* keys, int64_t key_stride, const X* values, int64_t value_stride,

@@ -13,13 +13,13 @@
 
 namespace {
 
-// Memory could not be allocated. The call ends and its results are incomplete. The thread pool catches the exception in
-// a worker and raises it again in the thread that called. The C entry points return it as a number, see missing_bytes.
+// An allocation failed. The call ends and its results are incomplete. The thread pool catches OutOfMemory in a worker
+// and raises OutOfMemory in the calling thread. C entry points return the number of bytes, see missing_bytes.
 struct OutOfMemory {
     size_t bytes;
 };
 
-// Memory that a thread keeps from call to call. Its content is not kept when it grows.
+// Scratch memory that a thread keeps from call to call. Growing loses the contents.
 class Scratch {
   public:
     ~Scratch() { std::free(data); }
@@ -55,8 +55,8 @@ int64_t missing_bytes(F&& work) {
 
 // Tells glibc to keep freed blocks of up to 1 GiB, for the activations of the next step. By default glibc returns them
 // to the system, and getting the pages again takes a tenth of a large product's time. Older versions of glibc accept a
-// threshold of at most 32 MiB. Setting M_TRIM_THRESHOLD also ends glibc's own adjustment of both thresholds, so
-// M_MMAP_THRESHOLD must be set to 32 MiB there: it would stay at its small default otherwise.
+// threshold of at most 32 MiB. M_MMAP_THRESHOLD is set there too, because setting M_TRIM_THRESHOLD ends glibc's own
+// adjustment of both thresholds.
 void keep_freed_memory() {
 #if defined(__GLIBC__)
     if (!mallopt(M_MMAP_THRESHOLD, 1 << 30)) mallopt(M_MMAP_THRESHOLD, 32 << 20);
@@ -64,7 +64,7 @@ void keep_freed_memory() {
 #endif
 }
 
-// Asks for huge pages of 2 MiB, for memory that is read from end to end. No effect where the system has none.
+// Asks for huge pages of 2 MiB, for memory that is read from end to end. Systems without huge pages ignore the call.
 void use_huge_pages(void* start, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = 2 << 20;

@@ -1,7 +1,7 @@
 // The layout of packed matrices, and packing and unpacking of weights.
 //
 // K is the dimension that a product sums over. A panel is PANEL rows of a weight, which are columns of the result. A
-// pair is two neighbouring elements along K. Panels lie one behind the other. Inside a panel the layout is
+// pair is two neighbouring elements along K. Panels follow each other in memory. Inside a panel the layout is
 //   bfloat16 and int8: [pair][PANEL][2]
 //   float32:           [pair][2][PANEL]
 // The bfloat16 layout is the one that AVX-512 BF16 and AMX call VNNI.
@@ -24,7 +24,7 @@ INLINE int64_t panel_index(int64_t pair, int column, int e) {
     return std::is_same<T, float>::value ? (pair * 2 + e) * PANEL + column : (pair * PANEL + column) * 2 + e;
 }
 
-// Packed int8 weights are stored as q ^ 0x7f when q < 0: int8_to_bf16.h says why. The function is its own inverse.
+// A packed int8 weight q < 0 is stored as q ^ 0x7f: int8_to_bf16.h says why. The function is its own inverse.
 template <class T>
 INLINE T encode_sign_magnitude(T q) {
     return q ^ (q >> 7 & 0x7f);
@@ -62,9 +62,8 @@ INLINE void encode_row(const Matrix& w, const T* row, int64_t begin, int64_t cou
     std::fill(out + (to - begin), out + count, T{});
 }
 
-// Packs the row-major weight `from`, whose rows are `stride` elements apart. A panel is a transposition of PANEL rows
-// of units. A unit is a pair, or one float32 element. 64 units of each row are transposed at a time, in the first-level
-// cache.
+// Packs the row-major weight `from`, whose rows are `stride` elements apart. A panel is the transpose of PANEL rows of
+// units. A unit is a pair, or one float32 element. 64 units of each row are transposed at a time, in the L1 cache.
 template <class T, class Unit>
 void pack(const Matrix& w, const T* from, int64_t stride, T* to, int threads) {
     constexpr int64_t UNIT = sizeof(Unit) / sizeof(T);

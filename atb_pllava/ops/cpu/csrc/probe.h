@@ -1,5 +1,5 @@
-// Bare loops at the limits of this machine, for benchmarks to compare with (ops/cpu/probe.py). Their results are
-// written to `out`, so that the compiler cannot leave the work out.
+// Probes of memory bandwidth and of multiply-add throughput, for benchmarks (ops/cpu/probe.py). Each loop writes a
+// result to `out`, so that the compiler cannot remove the work.
 
 #pragma once
 
@@ -28,7 +28,7 @@ void read_all(const char* data, int64_t pieces, int32_t* out, int threads) {
 template <class Step>
 void multiply_add(int64_t tasks, int64_t rounds, float* out, int threads, Step step) {
     pool()->run(tasks, threads, [&](int64_t task) {
-        vf sums[CHAINS];  // with different starts: a compiler would compute equal sums once
+        vf sums[CHAINS];  // the starts differ, because a compiler would compute equal sums once
         for (int j = 0; j < CHAINS; j++) sums[j] = splat(j);
         for (int64_t i = 0; i < rounds; i++) {
 #pragma GCC unroll 16

@@ -18,13 +18,13 @@
 
 namespace {
 
-// Workers take task numbers from a shared counter. A worker that wakes late, on a busy or virtual CPU, therefore delays
-// nobody. After a call workers spin for 60 us before they sleep, because a decode step makes a hundred short calls.
+// Workers take task numbers from a shared counter, so a worker that wakes late does not delay the others. After a call
+// workers spin for 60 us before they sleep, because a decode step makes a hundred short calls.
 class Pool {
   public:
     // Calls task(i) for every i below `count`, in at most `threads` threads, and returns when all calls have returned.
-    // The calling thread works too. It works alone if another thread of the program is using the pool.
-    // Raises OutOfMemory if a task did; some tasks have not run then.
+    // The calling thread works too, and works alone if another thread of the program is using the pool.
+    // Raises OutOfMemory if a task raises OutOfMemory. Some tasks have not run then.
     template <class F>
     void run(int64_t count, int threads, F&& task) {
         threads = (int)std::min<int64_t>(threads, count);
@@ -57,7 +57,7 @@ class Pool {
     std::mutex in_use;
     int num_workers = 0;
 
-    // The current call. Only `tickets` workers may take part in it.
+    // The current call, in which at most `tickets` workers take part.
     void (*call)(void*, int64_t) = nullptr;
     void* context = nullptr;
     int64_t task_count = 0;
@@ -67,7 +67,7 @@ class Pool {
     std::atomic<size_t> missing{0};  // bytes of an OutOfMemory
     std::atomic<bool> open{false};
 
-    // Changes with every call. Workers wait for that.
+    // The number of the call. Workers wait until `generation` changes.
     std::atomic<uint64_t> generation{0};
     std::atomic<int> sleeping{0};
     std::mutex wake_lock;
@@ -125,8 +125,8 @@ class Pool {
     }
 };
 
-// The pool of this process. It is never destroyed, because its threads may outlive static destructors. A forked child
-// has none of the threads and gets a new pool.
+// The pool of this process. The pool is never destroyed, because its threads may outlive static destructors. A forked
+// child inherits no threads and gets a new pool.
 Pool* pool() {
     static Pool* instance = nullptr;
     static std::once_flag once;

@@ -1,4 +1,4 @@
-// Structures that Python passes to the kernels. They equal _Matrix and _Cache in ops/cpu/backend.py.
+// Structures that Python passes to the kernels. Matrix and Cache equal _Matrix and _Cache in ops/cpu/backend.py.
 
 #pragma once
 
@@ -11,10 +11,10 @@ enum Kind : int64_t { FLOAT = 0, BFLOAT = 1, INT8 = 2 };
 
 // A weight [rows, columns] in panels, see panel.h. The result of a product has one column for each row of the weight.
 //
-// An int8 weight is w = (q - zero_point) * scale. scale and zero_point are float32 [groups][rows filled to whole
-// panels]. zero_point is null for a symmetric weight. `group` is the number of columns that share a scale, 0 for one
+// An int8 weight is w = (q - zero_point) * scale. scale and zero_point are float32 [groups][rows padded to whole
+// panels]. zero_point is null for a symmetric weight. group_size is the number of columns that share a scale, 0 for one
 // scale a row. group_offset zeros stand before the first column, so that groups start at multiples of group_size.
-// group_offset is nonzero when a tensor-parallel shard starts inside a group. `width` is group_offset + columns, filled
+// group_offset is nonzero when a tensor-parallel shard starts inside a group. `width` is group_offset + columns, padded
 // to an even number.
 struct Matrix {
     void* data;
@@ -23,8 +23,8 @@ struct Matrix {
     int64_t rows, columns, group_offset, width, group_size, kind;
 };
 
-// One layer's KV cache. keys and values are [blocks, heads, block, dim], `block` tokens each. An int8 cache has a
-// float32 scale for each token and head, [blocks, heads, block]; for other kinds the scales are null.
+// One layer's KV cache. keys and values are [blocks, heads, block, dim], where `block` is the block size in tokens. An
+// int8 cache has float32 scales [blocks, heads, block]. The scales of other kinds are null.
 struct Cache {
     void* keys;
     void* values;

@@ -136,7 +136,7 @@ INLINE void store_floats(vf v, bf16* p) {
 #endif
 }
 
-// x as it is after a store in type T.
+// x rounded to type T.
 template <class T>
 INLINE float round_to(float x) {
     T t;
@@ -176,7 +176,7 @@ INLINE float sum_row(const T* x, int64_t count) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Asks for memory that is read soon, into the second-level cache.
+// Prefetches memory into the L2 cache.
 INLINE void prefetch(const void* from, size_t bytes) {
     for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
 }

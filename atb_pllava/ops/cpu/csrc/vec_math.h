@@ -24,7 +24,7 @@ INLINE vf power_of_two(vf x) {
     return (vf)(((vu)p + ((vu)shifted << 23)) & (vu)~is_zero);
 }
 
-// 1 / (1 + e^-x). It is computed from e^-|x|, which does not overflow.
+// The logistic function 1 / (1 + e^-x), computed from e^-|x|, which does not overflow.
 INLINE vf logistic(vf x) {
     vf minus_abs = (vf)((vi)x | (int32_t)0x80000000);
     vf e = power_of_two(minus_abs * LOG2E);
