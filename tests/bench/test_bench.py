@@ -562,6 +562,15 @@ def test_overhead_is_part_of_a_step(small_shape, tmp_path) -> None:
     assert 0 < float(row["overhead_fraction"].split()[0]) < 100
 
 
+def test_overhead_of_a_checkpoint(checkpoint, tmp_path) -> None:
+    target = tmp_path / "o.json"
+    options = ("--dtype", "float32", "--backend", "cpu", "--quiet", "--json", target)
+    options += ("--max_batch_size", 2, "--max_output_length", 5, "--text_tokens", 20)
+    assert bench("overhead", "--model_path", checkpoint, *options) == 0
+    (row,) = json.loads(target.read_text())
+    assert row["batch_size"] == 2 and 0 < row["engine_overhead_p50_ms"] < row["step_p50_ms"]
+
+
 def test_loading_counts_bytes(checkpoint, tmp_path, capsys) -> None:
     target = tmp_path / "l.json"
     options = ("--dtype", "float32", "--quiet", "--trust_remote_code")

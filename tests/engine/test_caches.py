@@ -333,6 +333,19 @@ def test_frames_of_a_file_are_read_once_until_it_changes(
     assert len(reads) == 4
 
 
+def test_media_without_a_key_are_read_every_time(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that has only just changed has no key. What it held before is never taken for what it holds now."""
+    monkeypatch.setattr("atb_pllava.multimodal.media_key._SECONDS_TO_SETTLE", 3600.0)
+    cache = FrameCache(2**20)
+    processor = VideoProcessor(4, PreprocessorConfig(56, 56), cache=cache)
+    clip = tmp_path / "clip.mp4"
+    hashes = []
+    for name in ("clip2.mp4", "clip10.mp4", "clip2.mp4"):
+        clip.write_bytes((media / name).read_bytes())
+        hashes.append(processor.prepare([clip])[0].mm_hash)
+    assert hashes[0] == hashes[2] != hashes[1] and cache.get(None) is None
+
+
 def test_frame_cache_keeps_to_its_limit() -> None:
     cache = FrameCache(10)
     cache.put("a", videos_of(4))

@@ -118,6 +118,13 @@ def test_features_are_asked_for_before_loading(checkpoint: Any, monkeypatch: pyt
         LLM(checkpoint, dtype="float32", world_size=2)
 
 
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(BackendError, match="kernels is 'fast'; it must be one of auto, native, torch"):
+        get_backend("cpu", kernels="fast")
+    with pytest.raises(BackendError, match="backend is 'tpu'; it must be one of auto, cpu, cuda, ascend"):
+        get_backend("tpu")
+
+
 # The fused operators are their parts
 
 
