@@ -20,7 +20,7 @@ import torch
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert.awq import AwqScales, find_awq_scales
-from atb_pllava.convert.msmodelslim import MsModelSlim
+from atb_pllava.convert.msmodelslim_quantizer import MsModelSlim
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.convert.quantizers import BuiltinQuantizer, MsModelSlimQuantizer, Quantizer
 from atb_pllava.convert.result_files import HostFiles, check_copies, copied_bytes, find_copies, make_json_files

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atb_pllava.convert.awq import AwqScales
-from atb_pllava.convert.msmodelslim import MsModelSlim
+from atb_pllava.convert.msmodelslim_quantizer import MsModelSlim
 from atb_pllava.convert.options import QuantScheme
 from atb_pllava.loader.checkpoint import FLOAT_DTYPES
 from atb_pllava.loader.weight_loader import LoadPlan

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from atb_pllava.config import PllavaConfig
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import LFS_POINTER, LFS_REMEDY, read_config_json, read_json, why_unreadable
-from atb_pllava.loader.adapter import LoraScale
+from atb_pllava.loader.adapter_config import LoraScale
 from atb_pllava.loader.checkpoint import PICKLES
 from atb_pllava.loader.checkpoint_config import config_from_json, read_preprocessor_config
 from atb_pllava.loader.quant_description import DESCRIPTIONS

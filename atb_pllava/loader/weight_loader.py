@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec
-from atb_pllava.loader.adapter import AdapterConfig, LoraScale, is_alpha, plain_scale
+from atb_pllava.loader.adapter_config import AdapterConfig, LoraScale, is_alpha
 from atb_pllava.loader.checkpoint import FLOAT_DTYPES, StoredTensor, WeightDir, is_lora, read_directory
 from atb_pllava.loader.directory import ADAPTER_CONFIG
 from atb_pllava.loader.header_checks import (
@@ -31,6 +31,7 @@ from atb_pllava.loader.header_checks import (
     fits,
     pair_loras,
 )
+from atb_pllava.loader.lora import find_lora_scale, merge_lora
 from atb_pllava.loader.problems import CheckpointError, Problem, raise_if_any
 from atb_pllava.loader.progress import ShardProgress
 from atb_pllava.loader.quant_description import read_description
@@ -205,7 +206,8 @@ class Checkpoint:
             raise CheckpointError(self.where, [*problems, *scan_values(readable)])
         in_file_order = sorted(shapes, key=lambda name: (weights[name].file, weights[name].key))
         items = {name: LoadItem(weights[name], pairs.get(name)) for name in in_file_order}
-        return LoadPlan(self.where, items, _lora_scale(items, adapter, lora_alpha))
+        ranks = [item.lora[0].shape[0] for item in items.values() if item.lora]
+        return LoadPlan(self.where, items, find_lora_scale(ranks, adapter, lora_alpha))
 
     def _sort_tensors(
         self, shapes: Shapes, unused: Collection[str]
@@ -277,18 +279,6 @@ def unused_vision_layers(config: PllavaConfig) -> tuple[str, ...]:
     return tuple(f"vision_tower.vision_model.encoder.layers.{i}." for i in layers)
 
 
-def _lora_scale(
-    items: Mapping[str, LoadItem], adapter: AdapterConfig | None, lora_alpha: float | None
-) -> LoraScale | None:
-    """The scale of the LoRA in `items`. None without LoRA. Raises ConfigError as `AdapterConfig.scale` does."""
-    ranks = [item.lora[0].shape[0] for item in items.values() if item.lora]
-    if not ranks:
-        if lora_alpha is not None:
-            logger.debug("the checkpoint has no LoRA: alpha=%g has no effect", lora_alpha)
-        return None
-    return plain_scale(ranks[0], lora_alpha) if adapter is None else adapter.scale(ranks[0], lora_alpha)
-
-
 def _load_tensor(name: str, item: LoadItem, lora_scale: float | None, destination: ShardSpec) -> list[Problem]:
     """Fill one destination. Returns the problems: unusable values in the files, and values beyond float16's range."""
     assert fits(item.weight.shape, destination.shape), name
@@ -308,8 +298,7 @@ def _load_tensor(name: str, item: LoadItem, lora_scale: float | None, destinatio
         if lora:
             assert lora_scale is not None
             a, b = lora
-            # The sum is made in float32 and rounded once, by the cast to the destination's dtype.
-            block = torch.addmm(block.float(), b[start : start + rows], a, alpha=lora_scale)
+            block = merge_lora(block, a, b[start : start + rows], lora_scale)
         if may_overflow:
             block = block.to(target.dtype)
             if not all_finite(block):

@@ -24,7 +24,7 @@ from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError
 from atb_pllava.llm import LLM
-from atb_pllava.loader.adapter import AdapterConfig
+from atb_pllava.loader.adapter_config import AdapterConfig
 from atb_pllava.loader.checkpoint_config import read_config
 from atb_pllava.loader.model_loader import plan_model
 from atb_pllava.loader.model_options import ModelOptions
