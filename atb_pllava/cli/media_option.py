@@ -37,7 +37,8 @@ def check_paths(arguments: argparse.Namespace) -> None:
     model = arguments.model_path
     if model is None:
         return
-    checkpoints = [path for path in arguments.media or () if _is_checkpoint(path)]
+    media = getattr(arguments, "media", None) or ()  # `bench overhead` takes none
+    checkpoints = [path for path in media if _is_checkpoint(path)]
     if checkpoints and os.path.exists(model) and not _is_checkpoint(model):
         raise ConfigError(
             f"{checkpoints[0]} is a checkpoint and {model} is none: they are swapped; "

@@ -553,11 +553,19 @@ def test_overhead_is_part_of_a_step(small_shape, tmp_path) -> None:
     assert 0 < float(row["overhead_fraction"].split()[0]) < 100
 
 
+def test_overhead_of_a_checkpoint_needs_no_media(checkpoint, capsys) -> None:
+    options = ("--model_path", checkpoint, "--dtype", "float32", "--backend", "cpu", "--quiet")
+    assert bench("overhead", *options, "--max_batch_size", 2, "--max_output_length", 3, "--text_tokens", 5) == 0
+    assert "overhead_fraction" in capsys.readouterr().out
+
+
 def test_loading_counts_bytes(checkpoint, tmp_path, capsys) -> None:
     target = tmp_path / "l.json"
     options = ("--dtype", "float32", "--quiet", "--trust_remote_code")
     assert bench("load", "--model_path", checkpoint, *options, "--json", target) == 0
-    assert "no code from a checkpoint is ever executed" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "no code from a checkpoint is ever executed" in printed.err
+    assert max(map(len, printed.out.splitlines())) <= 100
     (row,) = json.loads(target.read_text())
     assert row["files_GB"] == (checkpoint / "model.safetensors").stat().st_size / 1e9
     assert row["weights_GB"] == Costs(SMALL, element=4).weight_bytes / 1e9
