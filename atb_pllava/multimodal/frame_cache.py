@@ -28,6 +28,7 @@ class FrameCache:
         if _frame_bytes(videos) > self._max_bytes:
             return
         with self._lock:
+            self._videos.pop(key, None)  # cachetools 5 counts the old entry too when it makes room
             self._videos[key] = videos
 
 

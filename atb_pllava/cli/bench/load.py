@@ -18,6 +18,17 @@ _SMALLEST: dict[str, Any] = {
     "prefix_cache": False,
 }
 
+# The headings of the table, which is at most 100 characters wide.
+_COLUMNS = {
+    "files_GB": "files GB",
+    "page_cache_GB_per_s": "page cache GB/s",
+    "load_s": "load s",
+    "load_GB_per_s": "load GB/s",
+    "weights_GB": "weights GB",
+    "peak_memory_GB": "peak GB",
+    "memory_before_GB": "before GB",
+}
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
@@ -30,5 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
     check_json(arguments)
     if arguments.world_size not in (None, 1):
         raise ConfigError("bench load measures one process: leave --world_size out")
-    print_rows(arguments, [loading_time(arguments.model_path, lambda: load_model(arguments, **_SMALLEST))])
+    row = loading_time(arguments.model_path, lambda: load_model(arguments, **_SMALLEST))
+    print_rows(arguments, [row], _COLUMNS)
     return 0

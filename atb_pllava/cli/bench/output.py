@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atb_pllava.bench.tables import markdown
@@ -30,9 +30,11 @@ def check_json(arguments: argparse.Namespace, *inputs: str) -> None:
         check_writable(arguments.json, "--json", inputs)
 
 
-def print_rows(arguments: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows as a Markdown table, and write them to --json."""
-    print(markdown(rows))
+def print_rows(
+    arguments: argparse.Namespace, rows: Sequence[dict[str, Any]], columns: Mapping[str, str] | None = None
+) -> None:
+    """Print the rows as a Markdown table, and write them to --json. `columns` are the table's headings, by key."""
+    print(markdown(rows, columns))
     save_json(arguments, rows)
 
 
