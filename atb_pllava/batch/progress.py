@@ -4,6 +4,7 @@ Bar and line are refreshed also while one item takes long. tqdm measures and for
 """
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -15,12 +16,13 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from atb_pllava.errors import duration
+
 SECONDS_BETWEEN_PROGRESS = 4.0
 _SECONDS_BETWEEN_BARS = 0.2
 
 _LINE = "{desc} {n_fmt}/{total_fmt}{failures} [{elapsed}<{remaining}, {rate_fmt}{under_way}]"
 _BAR = "{desc} {n_fmt}/{total_fmt}{failures} |{bar}| [{elapsed}<{remaining}, {rate_fmt}{under_way}]"
-_END = "{desc} {n_fmt}/{total_fmt}{failures}, in {elapsed}, {rate_fmt}"
 
 
 class Progress:
@@ -83,7 +85,7 @@ class Progress:
         """Write the last line, unless an earlier run had finished all items."""
         with self._lock:
             self._stop()
-            if self.done > self.before or not self.before:
+            if not self.quiet and (self.done > self.before or not self.before):
                 self.say(self._bar.end_line())
 
     def say(self, line: str) -> None:
@@ -154,7 +156,8 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         if self.is_terminal:
             super().display(msg, pos)
         else:
-            print(str(self) if msg is None else msg, file=self.fp, flush=True)
+            line = str(self) if msg is None else msg
+            print(re.sub(" {2,}", " ", line), file=self.fp, flush=True)  # tqdm pads the rate
 
     def print_above(self, line: str) -> None:
         if self.is_terminal:
@@ -163,8 +166,10 @@ class _Bar(tqdm):  # type: ignore[type-arg]
             print(line, file=self.fp, flush=True)
 
     def end_line(self) -> str:
-        self.bar_format = _END
-        return self.format_meter(**{**self.format_dict, "ncols": None})  # not cut to the terminal's width
+        """The last line, with the whole time and the average rate."""
+        numbers = self.format_dict
+        rate = self.format_meter(**{**numbers, "bar_format": "{rate_fmt}", "ncols": None}).strip()
+        return f"{self.desc} {self.n}/{self.total}{self.failures}, in {duration(numbers['elapsed'])}, {rate}"
 
     def remove(self) -> None:
         """Take the bar off the terminal. Safe to call twice."""

@@ -18,7 +18,7 @@ from atb_pllava.executor.model_runner import ModelRunner
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-RANK_METHODS = (ModelRunner.encode_frames, ModelRunner.pool_frames, ModelRunner.forget, ModelRunner.forward)
+RANK_METHODS = (ModelRunner.encode_frames, ModelRunner.pool_frames, ModelRunner.free_video, ModelRunner.forward)
 """The methods that all ranks run together. Arguments are numbers, sequences of numbers, structs or tensors."""
 
 _STOP = "stop"  # a method's name that ends the workers
@@ -80,7 +80,7 @@ class Executor:
     def free_video(self, video_id: int) -> None:
         """Free a video's features and embeddings on every rank. After a failure nothing happens."""
         if self._failure is None:
-            self.call(ModelRunner.forget, video_id)
+            self.call(ModelRunner.free_video, video_id)
 
     def stop(self) -> None:
         """End the workers. Every later call raises BackendError."""

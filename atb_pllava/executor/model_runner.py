@@ -57,7 +57,7 @@ class ModelRunner:
         """Pool the features of a video to its embeddings, which are kept. See `Pllava.pool_frames`."""
         self._video_embeds[video] = self.model.pool_frames(torch.cat(self._features.pop(video)), inverse_indices)
 
-    def forget(self, video: int) -> None:
+    def free_video(self, video: int) -> None:
         """Free the features and the embeddings of a video. An unknown video is ignored."""
         self._features.pop(video, None)
         self._video_embeds.pop(video, None)

@@ -55,7 +55,7 @@ def test_every_rank_gets_the_arguments_of_rank_0(one_process: list[torch.Tensor]
     assert not one_process and len(first.calls) == 5
     assert torch.equal(second.calls[0][2], first.calls[0][2]) and second.calls[0][:2] == ("encode_frames", 2**40)
     assert second.calls[1] == ("pool_frames", 2**40, [0, 1, 1])
-    assert second.calls[2:] == first.calls[2:] == [("forward", step), ("forward", nothing), ("forget", 2**40)]
+    assert second.calls[2:] == first.calls[2:] == [("forward", step), ("forward", nothing), ("free_video", 2**40)]
 
 
 @pytest.mark.parametrize("length", [0, 1, 4087, 4088, 4089, 100_000])
