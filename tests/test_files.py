@@ -25,7 +25,8 @@ from atb_pllava.mindie.host_model import read_host_model
 from atb_pllava.mindie.install import _sources
 from atb_pllava.prompt.tokenizer import Tokenizer
 from precision.clip_score import MediaFolder, OpenClip, read_answers
-from precision.evaluate import mvbench, recaption
+from precision.evaluate.mvbench import MVBench
+from precision.evaluate.recaption import Recaption
 from precision.parity import compare_files, recorded_errors
 from precision.videobench import dataset
 from tests.support import convert_checkpoint, load_llm, raw_config, tokenizer_definition, write_checkpoint
@@ -143,7 +144,7 @@ def test_the_other_files_too(tmp_path: Path) -> None:
     assert dataset.read_answers(written("ANSWER.json", {"MSVD": {"1": {"answer": "A"}}})) == {"MSVD": {"1": "A"}}
     entry = {"video": "a.mp4", "question": "Q", "candidates": ["x"], "answer": "x"}
     written("json/action_count.json", [entry])
-    assert len(mvbench.read(tmp_path)) == 1
+    assert len(MVBench().read(tmp_path)) == 1
     result = written("predict_result.json", {"/a.mp4": "text"})
     assert existing_answers(str(result)) == read_answers(str(result)) == {"/a.mp4": "text"}
     row = {"media": "a", "prompt": "b", "token_ids": [1], "prompt_token_ids": [1], "frame_indices": [0], "text": ""}
@@ -261,8 +262,8 @@ def test_companions_of_benchmarks_are_left_out(tmp_path: Path) -> None:
     beside(file)
     beside(tmp_path / "json" / "scene_transition.json")  # its own file is not there
     (tmp_path / "json" / ".scene_transition.json").write_text("{")
-    assert [question.task for question in mvbench.read(tmp_path)] == ["Action Count"]
-    assert "Scene Transition" in mvbench.missing_sub_tasks(tmp_path)
+    assert [question.task for question in MVBench().read(tmp_path)] == ["Action Count"]
+    assert "Scene Transition" in MVBench().missing_tasks(tmp_path)
     (tmp_path / "Eval_QA").mkdir()
     (tmp_path / "Eval_QA" / "MSVD_QA_new.json").write_text("{}")
     beside(tmp_path / "Eval_QA" / "MSVD_QA_new.json")
@@ -272,7 +273,7 @@ def test_companions_of_benchmarks_are_left_out(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "annotations.json").write_text("[]" if name == "set" else "{")
     with pytest.raises(ConfigError, match="set"):
-        recaption.read(tmp_path, [".Trash"])
+        Recaption().read(tmp_path, [".Trash"])
     (tmp_path / "rec").mkdir()
     (tmp_path / "rec" / "index.json").write_text('{"errors": []}')
     beside(tmp_path / "rec" / "00000.safetensors")
