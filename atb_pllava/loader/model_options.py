@@ -46,7 +46,7 @@ class ModelOptions:
         metadata=option("scale the LoRA by --lora_alpha / rank, or 4 / rank, whatever its adapter_config.json says"),
     )
     num_frames: int | None = field(
-        default=None, metadata=option("frames of each video (default: the checkpoint's, 16)", metavar="T")
+        default=None, metadata=option("frames of each video (default: as stored, 16)", metavar="T")
     )
     pooling_shape: Sequence[int] | str | None = field(
         default=None,
@@ -62,7 +62,7 @@ class ModelOptions:
     )
     backend: str = field(
         default="auto",
-        metadata=option("cpu, cuda, ascend or auto (default): NPU, GPU, else CPU", metavar="NAME", choices=BACKENDS),
+        metadata=option("cpu, cuda, ascend; auto (default): the best one here", metavar="NAME", choices=BACKENDS),
     )
     kernels: str = field(
         default="auto",

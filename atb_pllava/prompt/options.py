@@ -21,7 +21,7 @@ class PromptOptions:
     system: str | None = field(
         default=None, metadata=option("system text instead of the conversation's own", metavar="TEXT")
     )
-    video_caption: bool = field(default=False, metadata=option("PLLaVA-NPU's captioning: its turns and a system text"))
+    video_caption: bool = field(default=False, metadata=option("PLLaVA-NPU's captioning turns and system text"))
 
     def __post_init__(self) -> None:
         if self.conversation is not None:

@@ -71,12 +71,8 @@ def test_the_trained_model_knows_the_answers(shapes: Path, tmp_path: Path) -> No
 
 def test_no_seed_is_in_training() -> None:
     script = (ROOT / "examples" / "train_tiny_pllava.py").read_text()
-    coded, drawn, check, held_out = (
-        int(number.replace("_", ""))
-        for number in re.search(
-            r"CODED_SEED, DRAWN_SEED, CHECK_SEED, HELD_OUT_SEED = ([\d_]+), ([\d_]+), ([\d_]+), ([\d_]+)", script
-        ).groups()
-    )
+    seeds = dict(re.findall(r"^(\w+_SEED) = ([\d_]+)$", script, re.MULTILINE))
+    coded, drawn, check, held_out = (int(seeds[f"{name}_SEED"]) for name in ("CODED", "DRAWN", "CHECK", "HELD_OUT"))
     assert max(coded, check) < held_out == HELD_OUT.start <= FIRST_SEED and HELD_OUT.stop == drawn
 
 
