@@ -27,7 +27,7 @@ class SamplingParams:
 
     max_tokens: int = 200
     temperature: float = field(default=0.0, metadata=option("0 (default): the likeliest token", "X"))
-    top_p: float = field(default=1.0, metadata=option("sample from the likeliest, of this sum", "X"))
+    top_p: float = field(default=1.0, metadata=option("sample from the likeliest, up to this sum", "X"))
     top_k: int = field(default=0, metadata=option("sample from the K likeliest (0: all)", "K"))
     repetition_penalty: float = field(default=1.0, metadata=option("above 1: fewer repetitions (default 1: off)", "X"))
     seed: int | None = field(default=None, metadata=option("makes sampled answers repeatable"))
