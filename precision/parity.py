@@ -302,7 +302,10 @@ def load_side(options: Mapping[str, Any]) -> Iterator[LLM]:
 
 
 def pool_by_matrices_only(grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Pool by two matrices also where `shape` divides the grid and a backend would take means of views."""
+    """Adaptive average pooling of grid [T, h, w, C] to [t * h' * w', C] by two matrices. shape: (t, h', w').
+
+    A backend takes means of views where `shape` divides the grid. This function never does.
+    """
     return pool_by_matrices(grid, shape).flatten(0, 2)
 
 

@@ -11,7 +11,7 @@ _PIECE = 2**14  # bytes read at a time to find the end of a line
 
 
 class LineFile:
-    """A locked file. A line is on the disk when `append` returns. `close` removes the file when it is empty.
+    """A locked file of lines. `append` adds a line at the end. `close` unlocks the file, and removes an empty one.
 
     Raises ConfigError for a path that is no file, cannot be written, or is in use by another process.
     """
@@ -71,7 +71,7 @@ class LineFile:
         os.ftruncate(self._file, size)
 
     def close(self) -> None:
-        """Unlock the file. Safe to call twice."""
+        """Unlock the file, and remove it when it is empty. Safe to call twice."""
         if self._file >= 0:
             if not self.size and self._is_at_path():
                 os.unlink(self.path)

@@ -48,7 +48,10 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, _number)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse as argparse does. An unknown or surplus argument is an error here, where the options are known."""
+        """Parse as argparse does, after the default subcommand is added. The namespace gets `given`.
+
+        An unknown or surplus argument ends the process with status 2, so the returned list of surplus words is empty.
+        """
         self.given.clear()
         self.stored.clear()
         words = self._with_subcommand(list(sys.argv[1:] if args is None else args))

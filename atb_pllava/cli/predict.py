@@ -171,7 +171,7 @@ class Results:
             )
 
     def others(self, media: Iterable[Medium], log: ResultLog) -> dict[str, str]:
-        """Answers about other files than `media`. None when `log` may replace all answers.
+        """Answers about other files than `media`, by path. Empty when `log` may replace all answers.
 
         A path that was relative to another working directory becomes absolute.
         """

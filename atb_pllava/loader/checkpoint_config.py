@@ -224,7 +224,8 @@ def _image_settings(directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each place of a checkpoint directory that states image settings, with the settings.
 
     Published checkpoints have them in preprocessor_config.json. `save_pretrained` of transformers 5 writes them to
-    processor_config.json under "image_processor". A video processor has settings of its own beside them.
+    processor_config.json under "image_processor". The video processor's settings are in
+    video_preprocessor_config.json or under "video_processor". Raises ConfigError for settings that are no JSON object.
     """
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         if os.path.lexists(directory / name):

@@ -91,7 +91,7 @@ class ParallelLinear(nn.Module):
 
     sizes: rows of each layer's whole weight, by layer name. columns: columns of the whole weights.
     units: the number of equal units along the split axis. share: the units of this rank.
-    quant_config: the names of the int8 weights.
+    quant_config: the names and the group size of the int8 weights.
     """
 
     axis: int

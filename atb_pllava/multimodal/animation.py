@@ -57,7 +57,7 @@ def play_frames(animation: Image.Image) -> Iterator[Image.Image]:
 
 
 def _play_time(animation: Image.Image, name: str, limits: MediaLimits, deadline: float) -> float:
-    """The sum of all frames' durations, in milliseconds."""
+    """The sum of all frames' durations, in milliseconds. Raises VideoError when `deadline` has passed."""
     milliseconds = 0.0
     for frame in play_frames(animation):
         check_deadline(deadline, name, limits)

@@ -84,7 +84,10 @@ class VideoStream:
         return True
 
     def decode(self, packet: Any | None) -> list[av.VideoFrame]:
-        """The frames that the decoder gives out for `packet`. None flushes the frames that the decoder still holds."""
+        """The frames that the decoder gives out for `packet`. None flushes the frames that the decoder still holds.
+
+        A packet that cannot be decoded gives no frames and counts in `faults`.
+        """
         try:
             return list(self.info.decode(packet))
         except EOFError:

@@ -120,7 +120,7 @@ def column_groups(columns: slice, group_size: int) -> slice:
 
 
 def num_groups(columns: int, group_size: int) -> int:
-    """The number of scales of a row of `columns` columns.
+    """The number of scales of a row of `columns` columns: one a group, or one for the row if group_size is 0.
 
     Raises ConfigError for a group_size outside of GROUP_SIZES, and for an incomplete last group.
     """

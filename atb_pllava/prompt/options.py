@@ -12,6 +12,8 @@ class PromptOptions:
     """How questions become prompts. `conversation` None means the template that fits the checkpoint's vocabulary.
 
     `system` replaces the template's system text. `video_caption` is the captioning mode of the NPU port.
+
+    Raises ConfigError for an unknown conversation, and for video_caption beside both other options.
     """
 
     conversation: str | None = field(

@@ -144,7 +144,11 @@ def _report(benchmark: Benchmark, summary: Summary, results: Sequence[Result], d
 
 
 def _judge(arguments: argparse.Namespace) -> Judge | None:
-    """The judge of the options. None with --no_judge. Raises ConfigError for options that do not go together."""
+    """The judge that the options name. None with --no_judge.
+
+    Raises ConfigError for options that are missing, exclude each other or have a wrong value, and for a key variable
+    that is not set.
+    """
     given = [name for name in ("judge_url", "judge_model") if getattr(arguments, name) is not None]
     if getattr(arguments, "no_judge", False):
         if given:

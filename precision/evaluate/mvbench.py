@@ -73,7 +73,10 @@ class MVBench(Benchmark):
     answer_prefix = "Best option:("
 
     def read(self, data: Path, tasks: Sequence[str] | None = None, ratio: float | None = None) -> list[Question]:
-        """All questions of the folder, MVBench's own sub-tasks first. `ratio` counts in each sub-task."""
+        """See `Benchmark.read`. MVBench's own sub-tasks come first. `ratio` applies to each sub-task separately.
+
+        Raises ConfigError for a task that the folder lacks, and for two files of one sub-task.
+        """
         found: dict[str, Path] = {}
         for path in _in_order((data / "json").glob("[!.]*.json")):
             name = sub_task(path.stem).name

@@ -25,7 +25,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def check_json(arguments: argparse.Namespace, *inputs: str) -> None:
-    """Raises ConfigError when --json cannot be written, or is one of the `inputs` that this run reads."""
+    """Check --json, if given, before long work. Raises ConfigError as `files.check_writable` does.
+
+    `inputs` are files that this run reads, which --json must not name.
+    """
     if arguments.json is not None:
         check_writable(arguments.json, "--json", inputs)
 
