@@ -25,6 +25,14 @@ def check_settings(path: str | os.PathLike[str], old: Mapping[str, Any], new: Ma
         raise ConfigError(f"{os.fspath(path)} has answers with other settings ({'; '.join(changed)}); {remedy}")
 
 
+def check_recorded_settings(
+    path: str | os.PathLike[str], manifest: Mapping[str, Any], settings: Mapping[str, Any], remedy: str
+) -> None:
+    """`check_settings` for the settings that the manifest of `path` has. Settings that it lacks are not compared."""
+    recorded = {name: manifest[name] for name in settings if name in manifest}
+    check_settings(path, recorded, {name: settings[name] for name in recorded}, remedy)
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`name: old -> new` for each setting that differs. A nested setting has a name such as `sampling.max_tokens`."""
     before = _flat(old)

@@ -16,8 +16,7 @@ def add_media(parser: Any, default: str | None = None) -> None:
     """Add --media: files and folders, several after one --media or one after each.
 
     `default` is the meaning of a command line without --media. None makes --media required. MindIE's scripts have the
-    name --image_path. Where
-    media are optional, --image_path is accepted and --help does not show it.
+    name --image_path. Where media are optional, --image_path is accepted and --help does not show it.
     """
     optional = default is not None
     parser.add_argument(

@@ -22,7 +22,7 @@ from atb_pllava.batch.progress import failures
 from atb_pllava.batch.result_key import keys_of
 from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.batch.settings import check_settings, settings_digest
+from atb_pllava.batch.settings import check_recorded_settings, settings_digest
 from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
@@ -162,8 +162,7 @@ class Results:
                 f"{self.path} exists, and no manifest beside it says what its answers were made with, as MindIE writes "
                 f"none; {REMEDY}"
             )
-        recorded = {name: manifest[name] for name in settings if name in manifest}
-        check_settings(self.path, recorded, {name: settings[name] for name in recorded}, REMEDY)
+        check_recorded_settings(self.path, manifest, settings, REMEDY)
         known = [manifest[name] for name in ("results_digest", "replaced_digest") if name in manifest]
         if known and self.digest not in known:
             raise ConfigError(

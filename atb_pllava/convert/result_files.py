@@ -63,7 +63,7 @@ def _is_copied(name: str, file: Path) -> bool:
 def check_copies(src: Path, config: PllavaConfig, copies: Mapping[str, Path]) -> None:
     """Raises the error that loading the result would raise, before the conversion starts."""
     tokenizer = Tokenizer.from_dir(src, config.image_token_index)
-    turn_end = choose_conversation(None, chatml=tokenizer.is_chatml).assistant_end.strip()
+    turn_end = choose_conversation(None, chatml=tokenizer.is_chatml).turn_end
     if tokenizer.token_id(turn_end) is None:
         raise ConfigError(f"{src / 'tokenizer.json'} has no token {turn_end}, which ends the answers of this model")
     read_preprocessor_config(src, config.vision.image_size)

@@ -178,7 +178,7 @@ def request_name(request: object, number: int) -> str:
 
 def _turn_end_token(conversation: Conversation, tokenizer: Tokenizer) -> int:
     """The token that ends an assistant's turn."""
-    text = conversation.assistant_end.strip()
+    text = conversation.turn_end
     token = tokenizer.token_id(text)
     if token is None:
         raise ConfigError(

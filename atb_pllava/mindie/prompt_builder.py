@@ -68,9 +68,9 @@ class PromptBuilder:
         options = options or PluginOptions()
         tokenizer = Tokenizer.from_dir(model_dir, config.image_token_index)
         conversation = choose_conversation(options.conversation, chatml=tokenizer.is_chatml, system=options.system)
-        if tokenizer.token_id(conversation.assistant_end.strip()) is None:
+        if tokenizer.token_id(conversation.turn_end) is None:
             raise ConfigError(
-                f"conversation {options.conversation!r} ends turns with {conversation.assistant_end.strip()}, which is "
+                f"conversation {options.conversation!r} ends turns with {conversation.turn_end}, which is "
                 f"no token of {os.fspath(model_dir)}: the _llavanext conversations are for 34B"
             )
         preprocessor = read_preprocessor_config(model_dir, config.vision.image_size)
@@ -80,7 +80,7 @@ class PromptBuilder:
     @property
     def stop_token_ids(self) -> list[int]:
         """The end tokens of the checkpoint, and the token that ends an answer in the template."""
-        end = self.tokenizer.token_id(self.conversation.assistant_end.strip())
+        end = self.tokenizer.token_id(self.conversation.turn_end)
         assert end is not None
         return list(dict.fromkeys([*self.config.eos_token_ids, end]))
 

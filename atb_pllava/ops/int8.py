@@ -13,7 +13,8 @@ from torch import Tensor
 from atb_pllava.errors import ConfigError
 
 GROUP_SIZES = (0, 64, 128)  # 0: one scale for a whole row
-LOWEST, HIGHEST = -128, 127
+LOWEST = -128
+HIGHEST = 127
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,11 @@ class Conversation:
     after_question: str = ""  # stands after every question
     answer_prefix: str = ""  # the prompt ends with this beginning of the answer
 
+    @property
+    def turn_end(self) -> str:
+        """The text of the token that ends an assistant's turn: `assistant_end` without blanks and line breaks."""
+        return self.assistant_end.strip()
+
 
 def _chatml(system: str, **options: object) -> Conversation:
     return Conversation(

@@ -43,11 +43,19 @@ class Benchmark(ABC):
         return []
 
     @abstractmethod
+    def entry(self, question: Question, row: Row) -> Result:
+        """A question's entry of the result file, in the original's form. `row` has the answer, or an "error"."""
+
     def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
         """The entries of the result file, in the order of the questions.
 
         `rows` are the answers by the questions' names. An entry without an answer has the prediction "" and an "error".
         """
+        results: list[Result] = []
+        for question in questions:
+            row = rows[question.name]
+            results.append({**self.entry(question, row), **error_of(row)})
+        return results
 
     @abstractmethod
     def score(self, directory: Path, results: Sequence[Result]) -> Summary:
@@ -85,6 +93,16 @@ class JudgedBenchmark(Benchmark):
         board = summary.get("leaderboard", {})
         lines = [_line(name, row["acc"], row["score"]) for name, row in board.items() if isinstance(row, dict)]
         return [*lines, _line("Avg", board["Avg_Acc"], board["Avg_Score"])] if lines else []
+
+
+def error_of(row: Row) -> Result:
+    """The "error" of an answer as a part of its entry. Empty for an answer without an error."""
+    return {"error": row["error"]} if "error" in row else {}
+
+
+def prediction(row: Row) -> str:
+    """The answer's text without blanks around it. Empty for a row without an answer."""
+    return str(row.get("pred", "")).strip()
 
 
 def _line(name: str, accuracy: float, score: float) -> str:

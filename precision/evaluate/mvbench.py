@@ -100,22 +100,15 @@ class MVBench(Benchmark):
             return []
         return [known.name for stem, known in SUB_TASKS.items() if stem not in stems]
 
-    def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
-        """`result_list` of all_results.json. Predictions begin with the "(" that ends the answer prefix."""
-        results: list[Result] = []
-        for question in questions:
-            row = rows[question.name]
-            result = {
-                "pred": "" if "error" in row else f"({row['pred']}",
-                "gt": question.truth,
-                "task_type": question.task,
-                "video_path": question.video,
-                "question": question.text.removesuffix(_AFTER_QUESTION),
-            }
-            if "error" in row:
-                result["error"] = row["error"]
-            results.append(result)
-        return results
+    def entry(self, question: Question, row: Row) -> Result:
+        """The entry of `result_list`. A prediction begins with the "(" that ends the answer prefix."""
+        return {
+            "pred": "" if "error" in row else f"({row['pred']}",
+            "gt": question.truth,
+            "task_type": question.task,
+            "video_path": question.video,
+            "question": question.text.removesuffix(_AFTER_QUESTION),
+        }
 
     def score(self, directory: Path, results: Sequence[Result]) -> Summary:
         """Write all_results.json and upload_leaderboard.json in the original's form."""

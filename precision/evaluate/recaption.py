@@ -9,7 +9,7 @@ from typing import Any
 
 from atb_pllava.batch.result_log import Row
 from atb_pllava.files import write_json
-from precision.evaluate.benchmark import Benchmark, Result, Summary
+from precision.evaluate.benchmark import Benchmark, Result, Summary, prediction
 from precision.evaluate.questions import Question, find_video, read_questions, select, text
 
 ENDINGS = ("mp4", "mkv", "webm")
@@ -47,22 +47,15 @@ class Recaption(Benchmark):
         files = ["SET/annotations.json", "for example Inter4K/annotations.json"]
         return [q for name in select(known, tasks, data, files) for q in _read_set(data / name, ratio)]
 
-    def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
-        """The rows of inference_results.json, with the annotation's further texts and numbers."""
-        results: list[Result] = []
-        for question in questions:
-            row = rows[question.name]
-            result = {
-                "pred": str(row.get("pred", "")).strip(),
-                "task_type": question.task,
-                "video_path": question.video,
-                "query": question.text,
-            }
-            result |= {key: value for key, value in question.rest.items() if key not in (*result, "error")}
-            if "error" in row:
-                result["error"] = row["error"]
-            results.append(result)
-        return results
+    def entry(self, question: Question, row: Row) -> Result:
+        """The entry of inference_results.json, with the annotation's further texts and numbers."""
+        result = {
+            "pred": prediction(row),
+            "task_type": question.task,
+            "video_path": question.video,
+            "query": question.text,
+        }
+        return result | {key: value for key, value in question.rest.items() if key not in (*result, "error")}
 
     def score(self, directory: Path, results: Sequence[Result]) -> Summary:
         """Write inference_results.json."""

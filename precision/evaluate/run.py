@@ -7,7 +7,7 @@ from typing import Any
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.batch.settings import check_settings, settings_digest
+from atb_pllava.batch.settings import check_recorded_settings, settings_digest
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json, write_json
 from precision.evaluate.benchmark import Benchmark, JudgedBenchmark, Result, Summary
@@ -81,5 +81,4 @@ def check_same(directory: Path, log: ResultLog, settings: Mapping[str, Any], onl
         before = read_json(path)
         if not isinstance(before, dict) or "benchmark" not in before or "weights" not in before:
             raise ConfigError(f"{path} is no manifest of this command; {log.remedy}")
-        recorded = {name: before[name] for name in settings if name in before}
-        check_settings(directory, recorded, {name: settings[name] for name in recorded}, log.remedy)
+        check_recorded_settings(directory, before, settings, log.remedy)

@@ -12,7 +12,7 @@ from typing import Any
 
 from atb_pllava.batch.result_log import Row
 from atb_pllava.files import write_json
-from precision.evaluate.benchmark import JudgedBenchmark, Result, Summary, Verdicts
+from precision.evaluate.benchmark import JudgedBenchmark, Result, Summary, Verdicts, error_of, prediction
 from precision.evaluate.judge_prompts import CONSISTENCY, CONTEXT, CORRECTNESS, DETAIL, TEMPORAL, Case
 from precision.evaluate.leaderboard import ScoreCounts
 from precision.evaluate.questions import Question, find_video, picked, read_questions, select, text
@@ -57,26 +57,25 @@ class VCGBench(JudgedBenchmark):
             entries += by_number.values()
         return [question for place in picked(len(entries), ratio) for question in entries[place]]
 
+    def entry(self, question: Question, row: Row) -> Result:
+        """The entry of inference_results.json."""
+        return {
+            "pred": prediction(row),
+            "gt": question.truth,
+            "video_path": question.video,
+            "question": question.text,
+            "task_type": question.task,
+        }
+
     def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
-        """The rows of inference_results.json, one for each entry of the data."""
+        """See `Benchmark.results`. A second question about an entry (part "b") adds to the entry of the first."""
         results: list[Result] = []
         for question in questions:
             row = rows[question.name]
-            pred = str(row.get("pred", "")).strip()
             if question.part == "b":
-                results[-1] |= {"pred1": pred, "question1": question.text}
+                results[-1] |= {"pred1": prediction(row), "question1": question.text} | error_of(row)
             else:
-                results.append(
-                    {
-                        "pred": pred,
-                        "gt": question.truth,
-                        "video_path": question.video,
-                        "question": question.text,
-                        "task_type": question.task,
-                    }
-                )
-            if "error" in row:
-                results[-1]["error"] = row["error"]
+                results.append(self.entry(question, row) | error_of(row))
         return results
 
     def cases(self, result: Result) -> dict[str, Case]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.files import write_json
-from precision.evaluate.benchmark import JudgedBenchmark, Result, Summary, Verdicts
+from precision.evaluate.benchmark import JudgedBenchmark, Result, Summary, Verdicts, prediction
 from precision.evaluate.judge_prompts import ANSWER, Case
 from precision.evaluate.leaderboard import ScoreCounts
 from precision.evaluate.questions import Question, find_video, read_list, read_questions, select, text
@@ -59,22 +59,15 @@ class VideoQA(JudgedBenchmark):
         files = [f"{part.folder}/test_q.json" for part in SETS.values()]
         return [q for name in select(known, tasks, data, files) for q in _read_set(name, SETS[name], data, ratio)]
 
-    def results(self, questions: Sequence[Question], rows: Mapping[str, Row]) -> list[Result]:
-        """The rows of inference_results.json."""
-        results: list[Result] = []
-        for question in questions:
-            row = rows[question.name]
-            result = {
-                "pred": str(row.get("pred", "")).strip(),
-                "gt": question.truth,
-                "task_type": question.task,
-                "question": question.text,
-                "video_path": question.video,
-            }
-            if "error" in row:
-                result["error"] = row["error"]
-            results.append(result)
-        return results
+    def entry(self, question: Question, row: Row) -> Result:
+        """The entry of inference_results.json."""
+        return {
+            "pred": prediction(row),
+            "gt": question.truth,
+            "task_type": question.task,
+            "question": question.text,
+            "video_path": question.video,
+        }
 
     def cases(self, result: Result) -> dict[str, Case]:
         """One case: is the answer right. Empty for a question without an answer."""

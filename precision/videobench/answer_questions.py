@@ -31,7 +31,7 @@ from atb_pllava.batch.answering import answer_all
 from atb_pllava.batch.result_key import keys_of
 from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
-from atb_pllava.batch.settings import check_settings, settings_digest
+from atb_pllava.batch.settings import check_recorded_settings, settings_digest
 from atb_pllava.engine.outputs import RequestOutput
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, VideoError
@@ -150,8 +150,7 @@ def check_replaceable(target: Path, log: ResultLog, settings: Mapping[str, Any],
         before = read_json(manifest) if manifest.exists() else {}
         if "weights" not in before:
             raise ConfigError(f"{target} exists, and no manifest says what its answers were made with; {REMEDY}")
-        recorded = {name: before[name] for name in settings if name in before}
-        check_settings(target, recorded, {name: settings[name] for name in recorded}, REMEDY)
+        check_recorded_settings(target, before, settings, REMEDY)
 
 
 def _choices(arguments: argparse.Namespace, name: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
 from precision.error_plot import plot_errors
-from tests.support import ROOT, convert_checkpoint, load_llm, raw_config, table_rows, write_checkpoint
+from tests.support import ROOT, convert_checkpoint, load_llm, model_words, raw_config, table_rows, write_checkpoint
 
 SMALL = config_from_json(raw_config())
 
@@ -242,14 +242,9 @@ def test_sweep_writes_what_was_asked_for(checkpoint, media, tmp_path, monkeypatc
     llava = tmp_path / "llava.csv"
     plot = tmp_path / "p.png"
     status = bench(
-        "--model_path",
-        checkpoint,
+        *model_words(checkpoint),
         "--media",
         media,
-        "--dtype",
-        "float32",
-        "--backend",
-        "cpu",
         "--max_batch_size",
         3,
         "--max_output_length",
@@ -311,14 +306,9 @@ def test_a_batch_that_does_not_fit_ends_the_sweep(checkpoint, media, tmp_path) -
     per_token = Costs(SMALL, element=4).kv_bytes_per_token
     status = bench(
         "sweep",
-        "--model_path",
-        checkpoint,
+        *model_words(checkpoint),
         "--media",
         media,
-        "--dtype",
-        "float32",
-        "--backend",
-        "cpu",
         "--quiet",
         "--batches",
         "1,3,4",
@@ -347,7 +337,7 @@ def test_running_out_of_memory_ends_the_sweep(checkpoint, media, tmp_path, monke
         return real(llm, requests, params)
 
     monkeypatch.setattr(sweep, "run_batch", limited)
-    options = ("--model_path", checkpoint, "--media", media, "--dtype", "float32", "--backend", "cpu", "--quiet")
+    options = (*model_words(checkpoint), "--media", media, "--quiet")
     assert bench(*options, "--batches", "1,2,3", "--max_output_length", 2, "--csv", tmp_path / "t.csv") == 0
     assert [row["status"] for row in rows_of(tmp_path / "t.csv")][1:] == ["does not fit: out of memory"]
 
