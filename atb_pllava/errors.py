@@ -32,6 +32,10 @@ class BackendError(PllavaError):
     """A backend, dtype or feature that this machine does not have, or a rank that failed."""
 
 
+class EngineDeadError(BackendError):
+    """The engine ended after an exception in a step. All its requests fail with this error, later ones too."""
+
+
 class OutOfMemoryError(BackendError, MemoryError):
     """A backend could not allocate the memory that a computation needs."""
 

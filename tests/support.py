@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
+from atb_pllava.engine.core import EngineCore
 from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import converter
@@ -244,12 +245,20 @@ def _prepared(ops: Backend, decode: SequenceBatch, prefill: SequenceBatch) -> At
 
 def generate_together(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingParams) -> list[RequestOutput]:
     """Like `LLM.generate`, but all requests are in the engine before the first step, so that every run is the same."""
-    prepared = [llm.prepare(request, params) for request in requests]
-    for request in prepared:
-        llm.engine.add(request)
-    while llm.engine.has_work:
-        llm.engine.step()
-    return [request.output() for request in prepared]
+    streams = llm.engine.add_all([llm.prepare(request, params) for request in requests])
+    return [stream.result() for stream in streams]
+
+
+def free_blocks(llm: LLM) -> tuple[int, int]:
+    """The free blocks of the KV cache once all that was added or aborted has ended, and the blocks in all."""
+    manager = llm.engine.call(lambda core: core.block_manager).result()
+    return manager.num_free_blocks, manager.total
+
+
+def run_core(core: EngineCore) -> None:
+    """Step until there is no work."""
+    while core.has_work:
+        core.step()
 
 
 def begun_log(path: Path, settings: dict[str, Any] | None = None, **options: Any) -> ResultLog:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from atb_pllava.bench.memory import peak_bytes, reset_peak
-from atb_pllava.engine.core import StepStats
+from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.outputs import RequestOutput
-from atb_pllava.engine.request import Request
 from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.engine.stats import StepStats
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.processor import ProcessedVideo
 
@@ -43,25 +43,24 @@ def run_batch(llm: LLM, requests: Sequence[Mapping[str, Any]], params: SamplingP
     reset_peak(backend)
     began = time.perf_counter()
     ready = [_prepared(llm, request, params, number, began) for number, request in enumerate(requests)]
-    steps = []
+    streams = []
     try:
-        for request in ready:
-            llm.engine.add(request)
-        with llm.engine.progress.logged():
-            while not all(request.is_finished for request in ready):
-                steps.append(llm.engine.step())
+        with llm.engine.recorded_steps() as steps, llm.engine.progress.logged():
+            streams = llm.engine.add_all(ready)
+            outputs = [stream.result() for stream in streams]
+            seconds = time.perf_counter() - began
     finally:
-        for request in ready:
-            llm.engine.abort(request)
-    seconds = time.perf_counter() - began
-    return BatchRun([request.output() for request in ready], steps, seconds, peak_bytes(backend))
+        for stream in streams:
+            stream.abort()
+    return BatchRun(outputs, steps, seconds, peak_bytes(backend))
 
 
-def _prepared(llm: LLM, request: Mapping[str, Any], params: SamplingParams, number: int, arrival: float) -> Request:
+def _prepared(
+    llm: LLM, request: Mapping[str, Any], params: SamplingParams, number: int, arrival: float
+) -> EngineRequest:
     prepared = llm.prepare(request, params)
-    prepared.arrival_time = arrival
-    prepared.videos = [_distinct(video, number) for video in prepared.videos]
-    return prepared
+    videos = [_distinct(video, number) for video in prepared.videos]
+    return replace(prepared, arrival_time=arrival, videos=videos)
 
 
 def _distinct(video: ProcessedVideo, number: int) -> ProcessedVideo:

@@ -17,9 +17,9 @@ class StageRunner:
     """Runs stages of a loaded model. The stages overwrite the KV cache, so no request may run meanwhile."""
 
     def __init__(self, llm: LLM) -> None:
-        self.executor = llm.engine.executor
+        self.executor = llm.engine.core.executor
         self.config = llm.engine.config
-        self.encoder_chunk = llm.engine.encoder_chunk
+        self.encoder_chunk = llm.engine.core.encoder_chunk
         self.model = llm.model
 
     def encode(self, pixels: Tensor) -> Tensor:

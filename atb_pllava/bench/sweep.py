@@ -109,7 +109,7 @@ def sweep(
 def _no_room(llm: LLM, batch: int, tokens: int) -> str | None:
     """Why the KV cache cannot hold `batch` sequences of `tokens` tokens at once. None when it can."""
     needed = batch * _blocks(llm, tokens)
-    total = llm.engine.block_manager.total
+    total = llm.engine.core.block_manager.total
     if batch == 1 or needed <= total:
         return None  # the engine refuses a single request that does not fit, with a remedy
     return f"does not fit: {needed} KV blocks are needed, {total} are there"

@@ -59,7 +59,10 @@ class ActivityLog:
     def __init__(self) -> None:
         self.activity: Activity | None = None
         self.tokens = 0  # generated since the start, for all requests
-        self._is_logged = False
+        self._lock = threading.Lock()
+        self._num_logging = 0  # bodies of `logged` that run, in any thread
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(
         self, request: str, doing: str, seconds_left: float | None = None, how_sure: str = "about", answers: int = 0
@@ -73,20 +76,26 @@ class ActivityLog:
 
     @contextmanager
     def logged(self) -> Iterator[None]:
-        """Log the current activity every few seconds while the body runs. A nested `logged` does nothing."""
-        if self._is_logged or not logger.isEnabledFor(logging.INFO):
+        """Log the current activity every few seconds while the body runs. Bodies of several threads share one log."""
+        if not logger.isEnabledFor(logging.INFO):
             yield
             return
-        ended = threading.Event()
-        thread = threading.Thread(target=self._log_until, args=(ended,), name="progress", daemon=True)
-        self._is_logged = True
-        thread.start()
+        with self._lock:
+            self._num_logging += 1
+            if self._num_logging == 1:
+                self._ended = threading.Event()
+                self._thread = threading.Thread(
+                    target=self._log_until, args=(self._ended,), name="progress", daemon=True
+                )
+                self._thread.start()
         try:
             yield
         finally:
-            self._is_logged = False
-            ended.set()
-            thread.join()
+            with self._lock:
+                self._num_logging -= 1
+                if self._num_logging == 0 and self._thread is not None:
+                    self._ended.set()
+                    self._thread.join()
 
     def _log_until(self, ended: threading.Event) -> None:
         logged_at = time.monotonic()

@@ -27,6 +27,21 @@ class EngineArgs:
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     @classmethod
+    def of(
+        cls,
+        model_path: "str | os.PathLike[str] | EngineArgs",
+        weight_dir: str | os.PathLike[str] | None,
+        options: Mapping[str, Any],
+    ) -> "EngineArgs":
+        """The given EngineArgs, or an EngineArgs made of keywords. Raises TypeError for both together."""
+        if not isinstance(model_path, EngineArgs):
+            return cls.from_keywords(model_path, weight_dir=weight_dir, **options)
+        given = [*([] if weight_dir is None else ["weight_dir"]), *options]
+        if given:
+            raise TypeError(f"LLM() got an EngineArgs and {', '.join(given)} too; put all into one of them")
+        return model_path
+
+    @classmethod
     def from_keywords(cls, model_path: str | os.PathLike[str], **options: Any) -> "EngineArgs":
         """Options by their field names. Raises TypeError for an unknown name, with the nearest known one."""
         given = {"model_path": model_path, **options}

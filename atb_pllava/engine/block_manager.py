@@ -69,6 +69,10 @@ class BlockManager:
                 else:
                     self._empty.append(block)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether a block has more than one reference."""
+        return self._ref_count[block] > 1
+
     def cache_block(self, block: int, block_hash: bytes) -> None:
         """Cache a full block, so that requests share it. Does nothing if a block with this hash is cached already."""
         if block_hash not in self._block_of_hash:

@@ -1,7 +1,6 @@
-"""The step loop: admit requests, encode videos, run the model, sample. One thread owns all of the engine's state."""
+"""The engine core: token ids in, token ids out. One thread owns all of its state and calls `step`."""
 
 import time
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,65 +8,65 @@ from atb_pllava.config import EngineConfig
 from atb_pllava.engine.activity import ActivityLog
 from atb_pllava.engine.block_manager import BlockManager
 from atb_pllava.engine.encoder_cache import EncoderCache, EncoderEntry
+from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.input_builder import build_model_input
-from atb_pllava.engine.outputs import TokenLogprobs
+from atb_pllava.engine.core_output import EngineCoreOutput
 from atb_pllava.engine.request import Request, RequestStatus
-from atb_pllava.engine.sampler import sample
+from atb_pllava.engine.sampler import SampledToken, SamplingState, not_finite_error, sample
 from atb_pllava.engine.scheduler import EncoderChunk, Scheduler, SchedulerOutput
+from atb_pllava.engine.stats import CoreCounters, StepStats
 from atb_pllava.engine.step_activity import StepActivity
-from atb_pllava.errors import PllavaError, RequestError, counted
+from atb_pllava.errors import RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
+from atb_pllava.ops.interface import DeviceEvent
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """The work and the times of one step, for benchmarks.
+class EngineCore:
+    """Serves requests together: schedule, execute, sample, update. Call `add`, then `step` until `has_work` is false.
 
-    decoding: sequences that decoded one token. prefilled: prompt tokens. encode: seconds in the vision tower. forward:
-    seconds in the decoder. total: seconds of the whole step.
-    """
-
-    decoding: int
-    prefilled: int
-    encode: float
-    forward: float
-    total: float
-
-
-class Engine:
-    """Serves requests together. Call `add`, then `step` until `has_work` is false.
-
-    `progress` holds the engine's current activity, which a thread of the ActivityLog logs.
+    `progress` holds the current activity, which a thread of the ActivityLog logs. `counters` count the work since the
+    start.
     """
 
     def __init__(self, executor: Executor, config: EngineConfig) -> None:
         self.executor = executor
         self.config = config
         self.block_manager = BlockManager(executor.runner.blocks)
-        ops = executor.runner.ops
-        vision_batch = config.vision_batch or ops.preferred_vision_batch
+        self._ops = executor.runner.ops
+        vision_batch = config.vision_batch or self._ops.preferred_vision_batch
         self.encoder_chunk = vision_batch * executor.parallel.size
-        prefill_chunk = config.prefill_chunk or ops.preferred_chunk
+        prefill_chunk = config.prefill_chunk or self._ops.preferred_chunk
         self.scheduler = Scheduler(config, self.block_manager, self.encoder_chunk, prefill_chunk)
         capacity = config.video_cache_bytes // executor.runner.bytes_per_video
         self.encoder_cache = EncoderCache(capacity, executor.free_video)
         self.progress = ActivityLog()
+        self.counters = CoreCounters()
         self._activity = StepActivity(self.progress)
+        self._sequences: dict[str, list[Request]] = {}  # unfinished, by request id
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError as `check` does."""
+    def add(self, request: EngineRequest) -> Request:
+        """Queue a request. Returns its first sequence. Raises RequestError as `check` does."""
         self.check(request)
-        request.encoder_entries = [self.encoder_cache.acquire(video) for video in request.videos]
-        self.scheduler.add(request)
+        entries = [self.encoder_cache.acquire(video) for video in request.videos]
+        self.counters.encoder_queries += len(entries)
+        self.counters.encoder_hits += sum(entry.is_ready for entry in entries)
+        sampling = SamplingState(request.params, request.prompt_token_ids)
+        sequence = Request(request, list(request.token_ids), sampling, entries)
+        self._sequences[request.request_id] = [sequence]
+        self.scheduler.add(sequence)
+        return sequence
 
-    def check(self, request: Request) -> None:
-        """Raises RequestError naming the numbers when the request exceeds a limit or the whole KV cache."""
+    def check(self, request: EngineRequest) -> None:
+        """Raises RequestError naming the numbers when the request exceeds a limit or the whole KV cache.
+
+        Any thread may call `check`.
+        """
         longest_prompt = self.config.max_input_length
         longest_answer = self.config.max_output_length
         if longest_prompt is not None and request.prompt_length > longest_prompt:
@@ -83,23 +82,42 @@ class Engine:
             )
         self.scheduler.check(request)
 
-    def abort(self, request: Request) -> None:
-        """End a waiting or running request and free its blocks. Does nothing for a finished request."""
-        if not request.is_finished:
-            request.error = RequestError("the request was aborted")
-            self._finish(request, RequestStatus.FINISHED_ABORTED)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End the sequences of a request, or only the one of answer `index`, and free their blocks.
 
-    def step(self) -> StepStats:
-        """One step of work for every request that can take part."""
-        start = time.perf_counter()
-        self.scheduler.admit()
-        for chunk in self.scheduler.schedule_encoder():
-            self._encode_chunk(chunk)
-        encode = time.perf_counter() - start
+        An unknown or finished request is ignored. `step` returns no output for an aborted sequence.
+        """
+        for sequence in list(self._sequences.get(request_id, ())):
+            if index is None or sequence.index == index:
+                self._finish(sequence, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> tuple[list[EngineCoreOutput], StepStats]:
+        """One step of work for every request that can take part. Returns the new tokens, and the work and its times.
+
+        The step waits for the device once: when the sampled tokens are copied to the host.
+        """
+        began = time.perf_counter()
         output = self.scheduler.schedule()
-        forward = self._run(output) if output else 0.0
-        total = time.perf_counter() - start
-        return StepStats(len(output.decode), output.num_prefill_tokens, encode, forward, total)
+        encode_began = self._ops.record()
+        for chunk in output.encode:
+            self._encode_chunk(chunk)
+        forward_began = self._ops.record()
+        sampled, forward_ended = self._execute(output)
+        encode = forward_began.seconds_since(encode_began) if output.encode else 0.0
+        forward = forward_ended.seconds_since(forward_began) if output.work else 0.0
+        self._add_times(output, encode, forward)
+        outputs = [self._append_token(sequence, token) for sequence, token in sampled]
+        stats = StepStats(
+            decoding=len(output.decode),
+            prefilled=output.num_prefill_tokens,
+            encoded=sum(len(chunk.frames) for chunk in output.encode),
+            sampled=len(outputs),
+            encode=encode,
+            forward=forward,
+            total=time.perf_counter() - began,
+        )
+        self.counters.add(stats)
+        return outputs, stats
 
     def encode_video(self, video: ProcessedVideo) -> Tensor:
         """The embeddings [t * h * w, hidden] of one video, without a request."""
@@ -113,78 +131,105 @@ class Engine:
 
     def _encode_chunk(self, chunk: EncoderChunk) -> None:
         self._activity.start_encoding(chunk, self.scheduler.num_decoding)
-        began = time.perf_counter()
         self._encode_frames(chunk.entry, chunk.video, chunk.frames)
-        chunk.request.vision_encode += time.perf_counter() - began
         self._activity.end_encoding(chunk)
 
     def _encode_frames(self, entry: EncoderEntry, video: ProcessedVideo, frames: range) -> None:
         """Put some frames of a video through the vision tower. After the last frame, all frames are pooled."""
-        pixels = video.pixel_values(frames.start, frames.stop)
-        self.executor.call(ModelRunner.encode_frames, entry.video_id, pixels)
+        self.executor.call(ModelRunner.encode_frames, entry.video_id, video.frames[frames.start : frames.stop])
         entry.num_encoded_frames = frames.stop
         if frames.stop == len(video):
             self.executor.call(ModelRunner.pool_frames, entry.video_id, video.inverse_indices)
             entry.is_ready = True
-        self.executor.runner.ops.synchronize()
 
-    def _run(self, output: SchedulerOutput) -> float:
-        """Run the forward pass of a step and sample the next tokens. Returns the seconds of the forward pass."""
+    def _execute(self, output: SchedulerOutput) -> tuple[list[tuple[Request, SampledToken | None]], DeviceEvent]:
+        """Run the forward pass of a step and sample the tokens that are due. Waits until the device has finished.
+
+        Returns the sampled tokens, and the end of the forward pass.
+        """
+        if not output.work:
+            forward_ended = self._ops.record()
+            self._ops.synchronize()
+            return [], forward_ended
         self._activity.start_forward(output)
-        began = time.perf_counter()
-        sampling = self._forward(output)
-        self.executor.runner.ops.synchronize()
-        seconds = time.perf_counter() - began
-        self._activity.end_forward(output, seconds)
-        for request, _ in output.prefill:
-            request.prefill += seconds
-        for request, logits in sampling:
-            self._sample(request, logits)
-        return seconds
-
-    def _forward(self, output: SchedulerOutput) -> list[tuple[Request, Tensor]]:
-        """Run the model. Returns the requests whose next token is due, with their logits [vocabulary] float32."""
-        work = [(request, 1) for request in output.decode] + output.prefill
-        model_input = build_model_input(work, len(output.decode), self.config.block_size)
+        if output.block_copies:
+            self.executor.call(ModelRunner.copy_blocks, output.block_copies)
+        model_input = build_model_input(output.work, len(output.decode), self.config.block_size)
         logits = self.executor.call(ModelRunner.forward, model_input)
-        for request, tokens in work:
-            self.scheduler.update_from_output(request, tokens)
-        return list(zip([request for request, _ in work if request.num_uncomputed_tokens == 0], logits, strict=True))
+        forward_ended = self._ops.record()
+        self.scheduler.update_from_output(output)
+        due = [request for request, _ in output.work if request.num_uncomputed_tokens == 0]
+        if not due:
+            self._ops.synchronize()
+            return [], forward_ended
+        sequences, rows = self._fork(due)
+        if len(rows) > len(due):
+            logits = logits[rows]
+        states = [sequence.sampling for sequence in sequences]
+        return list(zip(sequences, sample(logits, states), strict=True)), forward_ended
 
-    def _sample(self, request: Request, logits: Tensor) -> None:
-        """Sample a request's next token. A request whose logits are broken fails, and its blocks are not shared."""
-        try:
-            token, logprobs = sample(logits, request)
-        except PllavaError as error:
-            request.error = error
-            self.block_manager.evict(request.blocks)  # their keys and values may be broken too
-            self._finish(request, RequestStatus.FINISHED_ERROR)
-            return
-        status = self._append_token(request, token, logprobs)
-        if status is not None:
-            self._finish(request, status)
+    def _fork(self, due: list[Request]) -> tuple[list[Request], list[int]]:
+        """The sequences whose next token is due, with the row of logits of each.
 
-    def _append_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> RequestStatus | None:
-        """Append a generated token and its text. Returns the finished status if the token ends the answer."""
-        if not request.num_generated:
-            request.first_token_time = time.perf_counter()
-        request.token_ids.append(token)
+        A request for n answers becomes n sequences at its first token. All n sample from the row of the prompt.
+        """
+        sequences: list[Request] = []
+        rows: list[int] = []
+        for row, request in enumerate(due):
+            siblings = [] if request.is_forked else self._siblings(request)
+            sequences += [request, *siblings]
+            rows += [row] * (1 + len(siblings))
+        return sequences, rows
+
+    def _siblings(self, request: Request) -> list[Request]:
+        """Make the sequences of the answers 1 to n - 1 of a request whose prompt is computed."""
+        request.is_forked = True
+        siblings = [self.scheduler.fork(request, index) for index in range(1, request.params.n)]
+        for sibling in siblings:
+            sibling.encoder_entries = [self.encoder_cache.acquire(video) for video in sibling.videos]
+        self._sequences[request.request_id] += siblings
+        return siblings
+
+    def _add_times(self, output: SchedulerOutput, encode: float, forward: float) -> None:
+        """Add the times of a step to the requests that it worked on."""
+        for request in {chunk.request for chunk in output.encode}:
+            request.times.vision_encode += encode
+        for request, _ in output.prefill:
+            request.times.prefill += forward
+        if output.work:
+            self._activity.end_forward(output, forward)
+
+    def _append_token(self, sequence: Request, sampled: SampledToken | None) -> EngineCoreOutput:
+        """Append a sampled token to its sequence, and end the sequence if the token ends the answer.
+
+        A sequence whose logits were not finite fails, and its blocks are not shared: their contents may be broken too.
+        """
+        if sampled is None:
+            self.block_manager.evict(sequence.blocks)
+            self._finish(sequence, RequestStatus.FINISHED_ERROR)
+            return EngineCoreOutput.of(sequence, error=not_finite_error())
+        if not sequence.num_generated:
+            sequence.times.first_token_time = time.perf_counter()
+        sequence.token_ids.append(sampled.token)
+        sequence.sampling.append(sampled.token)
         self.progress.tokens += 1
-        if logprobs is not None:
-            request.logprobs.append(logprobs)
-        is_stop_token = token in request.stop_token_ids
-        is_full = request.num_generated == request.params.max_tokens
-        if not is_stop_token:
-            request.detokenizer.push(token)
-        if is_stop_token or is_full:
-            request.detokenizer.finish()  # text that is still held back may contain a stop string
-        if is_stop_token or request.detokenizer.stopped:
-            return RequestStatus.FINISHED_STOPPED
-        return RequestStatus.FINISHED_LENGTH if is_full else None
+        if sampled.token in sequence.stop_token_ids:
+            self._finish(sequence, RequestStatus.FINISHED_STOPPED)
+        elif sequence.num_generated == sequence.params.max_tokens:
+            self._finish(sequence, RequestStatus.FINISHED_LENGTH)
+        logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
+        return EngineCoreOutput.of(sequence, [sampled.token], logprobs)
 
-    def _finish(self, request: Request, status: RequestStatus) -> None:
-        request.finished_time = time.perf_counter()
-        self.scheduler.finish(request, status)
-        for entry in request.encoder_entries:
+    def _finish(self, sequence: Request, status: RequestStatus) -> None:
+        self.counters.preemptions += sequence.preemptions
+        if sequence.index == 0:
+            self.counters.prompt_tokens += sequence.prompt_length
+            self.counters.cached_tokens += sequence.num_cached_tokens
+        self.scheduler.finish(sequence, status)
+        for entry in sequence.encoder_entries:
             self.encoder_cache.release(entry)
-        request.encoder_entries = []
+        sequence.encoder_entries = []
+        siblings = self._sequences[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request_id]

@@ -1,18 +1,17 @@
-"""One request inside the engine: its prompt and videos, its status, and the state that the engine keeps for it."""
+"""One sequence inside the engine core: its tokens, its blocks of the KV cache, its status and its times.
 
-import time
+A request starts as one sequence. A request for n answers or with beams is forked when its prompt is computed.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-import torch
-
 from atb_pllava.engine.encoder_cache import EncoderEntry
-from atb_pllava.engine.outputs import Metrics, RequestOutput, TokenLogprobs
+from atb_pllava.engine.engine_request import EngineRequest
+from atb_pllava.engine.sampler import SamplingState
 from atb_pllava.engine.sampling_params import SamplingParams
-from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import ProcessedVideo
-from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
 from atb_pllava.prompt.placeholders import VideoSpan
 
 
@@ -31,82 +30,81 @@ class RequestStatus(IntEnum):
     def is_finished(self) -> bool:
         return self >= RequestStatus.FINISHED_STOPPED
 
+    @property
+    def finish_reason(self) -> str | None:
+        """The word "stop" or "length". None for an unfinished, an aborted and a failed request."""
+        return _FINISH_REASONS.get(self)
+
 
 _FINISH_REASONS = {RequestStatus.FINISHED_STOPPED: "stop", RequestStatus.FINISHED_LENGTH: "length"}
 
 
-@dataclass(eq=False)
-class Request:
-    """A request of the engine. `name` stands for the request in progress lines. `request_id` is the user's own id.
+@dataclass
+class RequestTimes:
+    """Times of a sequence. Moments are those of time.perf_counter, and the rest are seconds.
 
-    prompt_token_ids has one image token for each video. token_ids is the prompt with one placeholder for each row of
-    the video embeddings, followed by the generated tokens. Span i covers the placeholders of video i.
+    vision_encode and prefill: the work on this request, with other requests' work of the same forward passes.
     """
 
-    prompt_token_ids: Sequence[int]
-    token_ids: list[int]
-    spans: list[VideoSpan]
-    videos: list[ProcessedVideo]
-    params: SamplingParams
-    stop_token_ids: frozenset[int]
-    detokenizer: IncrementalDetokenizer
-    generator: torch.Generator | None = None  # None: greedy
-    arrival_time: float = field(default_factory=time.perf_counter)
-    video_decode: float = 0.0  # seconds spent on reading the media
-    request_id: str | int | None = None
-    name: str = "the request"
+    scheduled_time: float = 0.0  # first admission
+    first_token_time: float = 0.0
+    vision_encode: float = 0.0
+    prefill: float = 0.0
 
-    # Written by the scheduler and the engine.
+
+@dataclass(eq=False)
+class Request:
+    """One sequence of an EngineRequest. `index` is the number of its answer, 0 to n - 1.
+
+    token_ids is the prompt with its placeholders, followed by the generated tokens.
+    """
+
+    source: EngineRequest
+    token_ids: list[int]
+    sampling: SamplingState
+    encoder_entries: list[EncoderEntry]  # one a video, until the request is finished
+    index: int = 0
+
+    # Written by the scheduler and the engine core.
     status: RequestStatus = RequestStatus.WAITING
-    error: PllavaError | None = None  # with FINISHED_ABORTED and FINISHED_ERROR
-    encoder_entries: list[EncoderEntry] = field(default_factory=list)  # one a video, until the request is finished
     blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of the tokens
     block_hashes: list[bytes] = field(default_factory=list)  # see block_manager.full_block_hashes
     num_computed_tokens: int = 0  # tokens whose keys and values are in the KV cache
     num_cached_tokens: int = 0  # prompt tokens that were in the KV cache when the request was first admitted
     preemptions: int = 0
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    # Times: seconds spent, and moments of time.perf_counter.
-    vision_encode: float = 0.0
-    prefill: float = 0.0
-    scheduled_time: float = 0.0  # first admission
-    first_token_time: float = 0.0
-    finished_time: float = 0.0
+    is_forked: bool = False  # the sequences of all n answers exist
+    times: RequestTimes = field(default_factory=RequestTimes)
 
     def __post_init__(self) -> None:
-        self.prompt_length = len(self.token_ids)
+        self.prompt_length = self.source.prompt_length
+        self.stop_token_ids = self.source.stop_token_ids
+        # The videos whose embeddings the next steps need. The scheduler sets the list at admission.
+        self.videos_to_encode: list[tuple[EncoderEntry, ProcessedVideo]] = []
 
-    @classmethod
-    def create(
-        cls,
-        prompt_token_ids: Sequence[int],
-        token_ids: list[int],
-        spans: list[VideoSpan],
-        videos: Sequence[ProcessedVideo],
-        params: SamplingParams,
-        eos: Sequence[int],
-        detokenizer: IncrementalDetokenizer,
-        arrival_time: float,
-        video_decode: float,
-        request_id: str | int | None = None,
-        name: str = "the request",
-    ) -> "Request":
-        """A waiting request. `eos`: the end-of-sequence tokens, which end the answer unless params.ignore_eos."""
-        return cls(
-            prompt_token_ids=prompt_token_ids,
-            token_ids=token_ids,
-            spans=spans,
-            videos=list(videos),
-            params=params,
-            stop_token_ids=frozenset() if params.ignore_eos else frozenset(eos),
-            detokenizer=detokenizer,
-            generator=_generator(params),
-            arrival_time=arrival_time,
-            video_decode=video_decode,
-            request_id=request_id,
-            name=name,
-        )
+    @property
+    def request_id(self) -> str:
+        return self.source.request_id
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.source.params
+
+    @property
+    def spans(self) -> Sequence[VideoSpan]:
+        return self.source.spans
+
+    @property
+    def videos(self) -> Sequence[ProcessedVideo]:
+        return self.source.videos
+
+    @property
+    def num_sequences(self) -> int:
+        """Places in the batch that this sequence takes: those of all its answers until it is forked, then 1."""
+        return 1 if self.is_forked else self.params.num_sequences
 
     @property
     def generated(self) -> list[int]:
@@ -124,75 +122,39 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Whether the next step is a decode step: the request runs, and only its last token is not computed yet."""
-        has_one_left = self.num_uncomputed_tokens == 1 and self.num_computed_tokens > 0
-        return self.status is RequestStatus.RUNNING and has_one_left and self.videos_ready
-
-    @property
-    def videos_ready(self) -> bool:
-        return not self.videos_to_encode
-
-    @property
-    def videos_to_encode(self) -> dict[EncoderEntry, ProcessedVideo]:
-        """The videos without embeddings, in order, except those whose placeholders are all computed already."""
-        pairs = zip(self.spans, self.encoder_entries, self.videos, strict=True)
-        return {
-            entry: video
-            for span, entry, video in pairs
-            if not entry.is_ready and span.start + span.length > self.num_computed_tokens
-        }
+        has_one_left = len(self.token_ids) - self.num_computed_tokens == 1 and self.num_computed_tokens > 0
+        return has_one_left and self.status is RequestStatus.RUNNING and not self.videos_to_encode
 
     @property
     def is_finished(self) -> bool:
         return self.status.is_finished
 
-    @property
-    def finish_reason(self) -> str | None:
-        """The word "stop" or "length". None for an unfinished, an aborted and a failed request."""
-        return _FINISH_REASONS.get(self.status)
-
-    def output(self) -> RequestOutput:
-        """The answer of a finished request. Raises the request's error when the request was aborted or failed."""
-        if self.error is not None:
-            raise self.error
-        assert self.finish_reason is not None, "the request has not finished"
-        frames = [list(video.frame_indices) for video in self.videos]
-        return RequestOutput(
-            text=self.detokenizer.text,
-            token_ids=self.generated,
-            prompt_token_ids=list(self.prompt_token_ids),
-            finish_reason=self.finish_reason,
-            frame_indices=frames[0] if len(frames) == 1 else frames,
-            num_cached_tokens=self.num_cached_tokens,
-            metrics=self._metrics(),
-            logprobs=self.logprobs if self.params.logprobs is not None else None,
-            request_id=self.request_id,
+    def find_videos_to_encode(self) -> None:
+        """Set videos_to_encode: videos without embeddings, except those whose placeholders are all computed."""
+        pairs = zip(self.spans, self.encoder_entries, self.videos, strict=True)
+        self.videos_to_encode = list(
+            {
+                entry: (entry, video)
+                for span, entry, video in pairs
+                if not entry.is_ready and span.start + span.length > self.num_computed_tokens
+            }.values()
         )
 
-    def _metrics(self) -> Metrics:
-        later_tokens = self.num_generated - 1
-        decode_seconds = self.finished_time - self.first_token_time
-        return Metrics(
-            prompt_tokens=self.prompt_length,
-            video_tokens=sum(span.length for span in self.spans),
-            output_tokens=self.num_generated,
-            video_decode=self.video_decode,
-            vision_encode=self.vision_encode,
-            queue=self.scheduled_time - self.arrival_time - self.video_decode,
-            prefill=self.prefill,
-            ttft=self.first_token_time - self.arrival_time,
-            tpot=decode_seconds / later_tokens if later_tokens else 0.0,
-            latency=self.finished_time - self.arrival_time,
-            preemptions=self.preemptions,
+    def drop_encoded_videos(self) -> None:
+        """Take the videos with embeddings out of videos_to_encode."""
+        if self.videos_to_encode:
+            self.videos_to_encode = [pair for pair in self.videos_to_encode if not pair[0].is_ready]
+
+    def fork(self, index: int) -> "Request":
+        """A sequence for answer `index` with the same tokens. The caller adds references to blocks and videos."""
+        sibling = Request(
+            self.source, list(self.token_ids), self.sampling.fork(index), list(self.encoder_entries), index
         )
-
-
-def _generator(params: SamplingParams) -> torch.Generator | None:
-    """A random generator of the request's own, so that a sampled answer does not depend on the batch."""
-    if params.temperature == 0:
-        return None
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
+        sibling.status = self.status
+        sibling.blocks = list(self.blocks)
+        sibling.block_hashes = list(self.block_hashes)
+        sibling.num_computed_tokens = self.num_computed_tokens
+        sibling.num_cached_tokens = self.num_cached_tokens
+        sibling.is_forked = True
+        sibling.times = RequestTimes(**vars(self.times))
+        return sibling

@@ -1,4 +1,4 @@
-"""From a request as users write it, a mapping, to the engine's `Request`: checked, media decoded, prompt tokenized."""
+"""From a request as users write it, a mapping, to an EngineRequest: checked, media decoded, prompt tokenized."""
 
 import logging
 import time
@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from atb_pllava.config import PllavaConfig
-from atb_pllava.engine.request import Request
+from atb_pllava.engine.engine_request import EngineRequest, new_request_id
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, render
-from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
 from atb_pllava.prompt.placeholders import expand_placeholders
 from atb_pllava.prompt.tokenizer import Tokenizer
 
@@ -27,7 +26,7 @@ _SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
 class RequestParser:
-    """Makes Requests for one model. The parser touches no engine state, so any thread may call it.
+    """Makes EngineRequests for one model. The parser touches no engine state, so any thread may call it.
 
     Raises ConfigError for a conversation whose turn end is no token of the tokenizer.
     """
@@ -69,12 +68,21 @@ class RequestParser:
             raise RequestError(f"params is given and {', '.join(sorted(options))} too; put all into one of them")
         return params
 
-    def parse(self, request: object, params: SamplingParams, name: str = "the request") -> Request:
-        """A Request for `Engine.add`. `name` is the name of the request in progress lines.
+    def parse(
+        self,
+        request: object,
+        params: SamplingParams,
+        name: str = "the request",
+        arrival_time: float | None = None,
+        request_id: str | None = None,
+    ) -> EngineRequest:
+        """An EngineRequest for `AsyncEngine.add`. `name` is the name of the request in progress lines.
 
-        Raises RequestError for a malformed request, VideoError for media that cannot be read.
+        arrival_time None means now. request_id None means a new one. Raises RequestError for a malformed request,
+        VideoError for media that cannot be read.
         """
-        arrival = time.perf_counter()
+        if arrival_time is None:
+            arrival_time = time.perf_counter()
         request = check_request(request)
         media, frame_indices = media_of(request)
         token_ids, stop_token_ids = self._prompt_of(request, len(media))
@@ -87,18 +95,18 @@ class RequestParser:
         videos = self.processor.prepare(media, frame_indices) if media else []
         decode_seconds = time.perf_counter() - decode_began
         self._warn_of_length(len(expanded), params.max_tokens)
-        return Request.create(
-            token_ids,
-            expanded,
-            spans,
-            videos,
-            params,
-            stop_token_ids,
-            IncrementalDetokenizer(self.tokenizer, params.stop),
-            arrival,
-            decode_seconds,
-            request.get("id"),
-            name,
+        return EngineRequest(
+            prompt_token_ids=token_ids,
+            token_ids=expanded,
+            spans=spans,
+            videos=videos,
+            params=params,
+            stop_token_ids=frozenset() if params.ignore_eos else frozenset(stop_token_ids),
+            arrival_time=arrival_time,
+            video_decode=decode_seconds,
+            external_id=request.get("id"),
+            name=name,
+            request_id=request_id or new_request_id(),
         )
 
     def _prompt_of(self, request: Mapping[str, Any], videos: int) -> tuple[list[int], list[int]]:
@@ -125,6 +133,14 @@ class RequestParser:
                 max_tokens,
                 longest,
             )
+
+
+def chat_request(
+    media: Media | Sequence[Media] | None, question: str, history: Sequence[tuple[str, str]], answer_prefix: str | None
+) -> dict[str, Any]:
+    """The request that asks one question, after the (question, answer) turns of `history`."""
+    request: dict[str, Any] = {"question": question, "history": history, "answer_prefix": answer_prefix}
+    return request if media is None else {**request, "video": media}
 
 
 def check_request(request: object) -> Mapping[str, Any]:

@@ -5,22 +5,49 @@ import torch
 from torch import Tensor
 
 from atb_pllava.engine.outputs import TokenLogprobs
-from atb_pllava.engine.request import Request
 from atb_pllava.errors import BackendError
 
 
-def sample(logits: Tensor, request: Request) -> tuple[int, TokenLogprobs | None]:
-    """The next token of a request from its logits [vocabulary] float32, and log-probabilities if requested.
+class SamplingState:
+    def __init__(self, params, prompt_token_ids, index=0):
+        self.params, self.prompt_token_ids, self.index = params, prompt_token_ids, index
+        self.generated = []
+        self.generator = None
+        if params.temperature:
+            self.generator = torch.Generator()
+            self.generator.manual_seed((params.seed or 0) + index)
 
-    The log-probabilities are the model's: before repetition penalty, temperature, top_k and top_p.
-    Raises BackendError when the logits are not finite, which means a broken operator or broken weights.
-    """
-    if not bool(torch.isfinite(logits).all()):
-        raise BackendError("the model's logits are not finite; check the weights, the dtype and the backend")
-    return _choose(logits, request), _logprobs(logits, request.params.logprobs)
+    def append(self, token):
+        self.generated.append(token)
+
+    def fork(self, index):
+        return SamplingState(self.params, self.prompt_token_ids, index)
 
 
-def _choose(logits: Tensor, request: Request) -> int:
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+def not_finite_error():
+    return BackendError("the model's logits are not finite; check the weights, the dtype and the backend")
+
+
+def sample(logits, states):
+    out = []
+    for row, state in zip(logits, states):
+        if not bool(torch.isfinite(row).all()):
+            out.append(None)
+        else:
+            out.append(SampledToken(_choose(row, state), _logprobs(row, state.params.logprobs)))
+    return out
+
+
+def _choose(logits: Tensor, request) -> int:
     params = request.params
     if params.repetition_penalty != 1.0:
         logits = _penalise(logits, request)
@@ -36,7 +63,7 @@ def _choose(logits: Tensor, request: Request) -> int:
     return int(torch.multinomial(logits.softmax(0), 1, generator=request.generator))
 
 
-def _penalise(logits: Tensor, request: Request) -> Tensor:
+def _penalise(logits: Tensor, request) -> Tensor:
     """Divide the positive and multiply the negative logits of tokens in the prompt or answer.
 
     The formula is that of CTRL (arXiv 1909.05858), as in transformers' RepetitionPenaltyLogitsProcessor.

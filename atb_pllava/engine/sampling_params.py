@@ -34,6 +34,19 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = field(default=False, metadata=option("always generate --max_output_length tokens"))
     logprobs: int | None = None
+    n: int = 1
+    num_beams: int = 1
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that the engine computes together for one request."""
+        return max(self.n, self.num_beams)
+
+    def check_streamed(self) -> None:
+        """Raises RequestError for options that need the whole answer before its first piece."""
+        if self.num_sequences > 1:
+            name = "num_beams" if self.num_beams > 1 else "n"
+            raise RequestError(f"{name} is {self.num_sequences}, and a stream has one answer that grows: use generate")
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

@@ -1,18 +1,19 @@
 """Which requests take part in the next step, with how many frames and tokens.
 
 Requests join and leave between steps. Decoding requests go first, with one token each. Prompts fill the rest of the
-step in chunks, so that a long prompt does not stall the decoding requests. A prompt that begins like an earlier one
-shares its blocks. When no block is free, the youngest running request is preempted: its blocks are freed, and its
-tokens are computed anew later. Preemption does not change the answer.
+token budget in chunks, and videos fill the encoder budget with frames, so that decoding requests do not stall. A prompt
+that begins like an earlier one shares its blocks. When no block is free, the youngest running request is preempted: its
+blocks are freed, and its tokens are computed anew later. Preemption does not change the answer.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.block_manager import BlockManager, blocks_for, full_block_hashes
 from atb_pllava.engine.encoder_cache import EncoderEntry
+from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.request import Request, RequestStatus
 from atb_pllava.errors import RequestError, counted
 from atb_pllava.multimodal.processor import ProcessedVideo
@@ -38,13 +39,24 @@ class EncoderChunk:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """The forward pass of one step: decoding requests with one token each, and prompt chunks as (request, tokens)."""
+    """The work of one step, in this order: copies of blocks, frames to encode, and one forward pass.
 
-    decode: list[Request]
-    prefill: list[tuple[Request, int]]
+    block_copies: (source, destination) of blocks that two sequences shared and one of them writes now.
+    The forward pass has decoding requests with one token each, and prompt chunks as (request, tokens).
+    """
+
+    decode: list[Request] = field(default_factory=list)
+    prefill: list[tuple[Request, int]] = field(default_factory=list)
+    encode: list[EncoderChunk] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill)
+        return bool(self.decode or self.prefill or self.encode)
+
+    @property
+    def work(self) -> list[tuple[Request, int]]:
+        """The (request, tokens) of the forward pass, decoding requests first."""
+        return [*((request, 1) for request in self.decode), *self.prefill]
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -52,10 +64,10 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """First come, first served, up to `max_batch_size` running requests.
+    """First come, first served, up to `max_batch_size` running sequences.
 
-    encoder_chunk: frames that all ranks together put through the vision tower at once. prefill_chunk: prompt tokens of
-    a step beside decoding requests.
+    encoder_chunk: frames that all ranks together put through the vision tower at once, and the encoder budget of a step
+    beside decoding requests. prefill_chunk: prompt tokens of a step beside decoding requests.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
+        self.num_preemptions = 0  # since the start
 
     @property
     def has_work(self) -> bool:
@@ -76,22 +89,48 @@ class Scheduler:
     def num_decoding(self) -> int:
         return sum(request.is_decoding for request in self.running)
 
+    @property
+    def num_running_sequences(self) -> int:
+        """Places in the batch that are taken, including those that forks will take."""
+        return sum(request.num_sequences for request in self.running)
+
     def add(self, request: Request) -> None:
         """Queue a request that `check` accepts."""
         request.status = RequestStatus.WAITING
         self.waiting.append(request)
 
-    def check(self, request: Request) -> None:
-        """Raises RequestError when the KV cache is too small for the request even without other requests."""
+    def check(self, request: EngineRequest) -> None:
+        """Raises RequestError when the batch or the KV cache is too small for the request even without others."""
+        params = request.params
+        if params.num_sequences > self.config.max_batch_size:
+            name = "num_beams" if params.num_beams > 1 else "n"
+            raise RequestError(
+                f"{name} is {params.num_sequences}, and the engine runs {self.config.max_batch_size} sequences at a "
+                f"time: ask for fewer, or load the model with --max_batch_size {params.num_sequences} or more"
+            )
         block_size = self.config.block_size
-        longest = request.prompt_length + request.params.max_tokens - 1  # the last token is never fed back
-        if blocks_for(longest, block_size) > self.block_manager.total:
+        longest = request.prompt_length + params.max_tokens - 1  # the last token is never fed back
+        needed = blocks_for(longest, block_size)
+        if params.num_beams > 1:  # the beams share the full blocks of the prompt, and run together
+            needed += (params.num_beams - 1) * (needed - request.prompt_length // block_size)
+        if needed > self.block_manager.total:
+            beams = f" in {params.num_beams} beams" if params.num_beams > 1 else ""
             raise RequestError(
                 f"the prompt is {counted(request.prompt_length, 'token')} and up to "
-                f"{request.params.max_tokens} more are wanted, but the KV cache holds "
+                f"{params.max_tokens} more are wanted{beams}, but the KV cache holds "
                 f"{self.block_manager.total * block_size} tokens in all: ask for fewer tokens, use a smaller "
                 "pooling shape, or give the KV cache more memory (kv_cache_bytes)"
             )
+
+    def schedule(self) -> SchedulerOutput:
+        """The work of the next step. A prompt is prefilled in the step in which its last video is encoded."""
+        self.admit()
+        for request in self.running:
+            request.drop_encoded_videos()
+        decode, block_copies = self._schedule_decode()
+        encode = self._schedule_encoder(beside_decode=bool(decode))
+        budget = self.prefill_chunk if decode else max(self.prefill_chunk, _LONGEST_CHUNK)
+        return SchedulerOutput(decode, self._schedule_prefill(budget, encode), encode, block_copies)
 
     def admit(self) -> None:
         """Admit waiting requests while the batch has a place and the KV cache has blocks for their whole prompts.
@@ -99,11 +138,12 @@ class Scheduler:
         A request waits while a running request is still prefilling the same prefix. Requests behind the waiting one may
         be admitted first.
         """
-        if not self.waiting or len(self.running) >= self.config.max_batch_size:
+        places = self.config.max_batch_size - self.num_running_sequences
+        if not self.waiting or places <= 0:
             return
         hashes_in_prefill = self._hashes_in_prefill()
         for request in list(self.waiting):
-            if len(self.running) == self.config.max_batch_size:
+            if request.num_sequences > places:
                 return
             # The last token is always computed, because its logits are needed.
             block_hashes = self._block_hashes(request, len(request.token_ids) - 1)
@@ -113,45 +153,24 @@ class Scheduler:
             if not self._allocate_slots(request, cached):
                 return
             self._start(request)
+            places -= request.num_sequences
             hashes_in_prefill.update(block_hashes)
 
-    def schedule_encoder(self) -> list[EncoderChunk]:
-        """The frames to encode in this step. The frames belong to the oldest running request that lacks embeddings.
+    def update_from_output(self, output: SchedulerOutput) -> None:
+        """Count the tokens of a forward pass as computed, and cache the blocks that became full."""
+        for request, tokens in output.work:
+            before = request.num_computed_tokens
+            request.num_computed_tokens += tokens
+            block_hashes = self._block_hashes(request, request.num_computed_tokens)
+            for index in range(before // self.config.block_size, len(block_hashes)):
+                self.block_manager.cache_block(request.blocks[index], block_hashes[index])
 
-        While no request decodes, all frames of that request are encoded. While requests decode, one chunk is encoded a
-        step, so that the decoding requests get their next tokens in between.
-        """
-        request = next((request for request in self.running if not request.videos_ready), None)
-        if request is None:
-            return []
-        chunks = [
-            EncoderChunk(request, entry, video, frames)
-            for entry, video in request.videos_to_encode.items()
-            for frames in entry.frames_to_encode(video, self.encoder_chunk)
-        ]
-        return chunks[:1] if self.num_decoding else chunks
-
-    def schedule(self) -> SchedulerOutput:
-        """The tokens of the next forward pass. A request without embeddings of its videos takes no part."""
-        decode = self._schedule_decode()
-        budget = self.prefill_chunk if decode else _LONGEST_CHUNK
-        prefill = []
-        for request in self.running:
-            if budget == 0:
-                break
-            if request.videos_ready and not request.is_decoding:
-                tokens = min(request.num_uncomputed_tokens, budget)
-                prefill.append((request, tokens))
-                budget -= tokens
-        return SchedulerOutput(decode, prefill)
-
-    def update_from_output(self, request: Request, tokens: int) -> None:
-        """Count the next `tokens` tokens of a request as computed, and cache the blocks that became full."""
-        before = request.num_computed_tokens
-        request.num_computed_tokens += tokens
-        block_hashes = self._block_hashes(request, request.num_computed_tokens)
-        for index in range(before // self.config.block_size, len(block_hashes)):
-            self.block_manager.cache_block(request.blocks[index], block_hashes[index])
+    def fork(self, request: Request, index: int) -> Request:
+        """Another sequence behind a running request, for answer `index`. Both share all blocks (copy-on-write)."""
+        sibling = request.fork(index)
+        self.block_manager.touch(sibling.blocks)
+        self.running.insert(self.running.index(request) + index, sibling)
+        return sibling
 
     def finish(self, request: Request, status: RequestStatus) -> None:
         """Take a request out of the queue or the batch with a finished status, and free its blocks."""
@@ -167,8 +186,9 @@ class Scheduler:
         """Move a request with blocks from the queue to the batch."""
         if request.status is RequestStatus.WAITING:
             request.num_cached_tokens = request.num_computed_tokens
-            request.scheduled_time = time.perf_counter()
+            request.times.scheduled_time = time.perf_counter()
         request.status = RequestStatus.RUNNING
+        request.find_videos_to_encode()
         self.waiting.remove(request)
         self.running.append(request)
 
@@ -199,35 +219,92 @@ class Scheduler:
             for block_hash in request.block_hashes[request.num_computed_tokens // block_size :]
         }
 
-    def _schedule_decode(self) -> list[Request]:
-        """Decoding requests, each with a slot for its next token. Preempts the youngest when no block is free."""
+    def _schedule_decode(self) -> tuple[list[Request], list[tuple[int, int]]]:
+        """Decoding requests, each with a slot for its next token, and the copies of blocks that the slots need.
+
+        Preempts the youngest request when no block is free.
+        """
         scheduled: list[Request] = []
+        copied_from: dict[int, int] = {}  # destination block to source block
         for request in [request for request in self.running if request.is_decoding]:
-            while request.status is RequestStatus.RUNNING and not self._can_append(request):
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                if youngest in scheduled:
-                    scheduled.remove(youngest)
+            while request.status is RequestStatus.RUNNING and not self._append_slot(request, copied_from):
+                for preempted in self._preempt_youngest():
+                    if preempted in scheduled:
+                        scheduled.remove(preempted)
             if request.status is RequestStatus.RUNNING:
                 scheduled.append(request)
-        return scheduled
+        held = {block for request in scheduled for block in request.blocks}
+        return scheduled, [(source, block) for block, source in copied_from.items() if block in held]
 
-    def _can_append(self, request: Request) -> bool:
-        """Whether the request has a slot for its next token. Allocates a block when one is needed and free."""
-        if len(request.blocks) * self.config.block_size >= len(request.token_ids):
+    def _append_slot(self, request: Request, copied_from: dict[int, int]) -> bool:
+        """Give a decoding request a slot for its next token. Returns False when a block is needed and none is free.
+
+        A block that another sequence shares is not written. The request gets a block of its own, and `copied_from`
+        says which block to copy into the new one.
+        """
+        position = len(request.token_ids) - 1
+        index = position // self.config.block_size
+        has_block = index < len(request.blocks)
+        if has_block and not self.block_manager.is_shared(request.blocks[index]):
             return True
         if not self.block_manager.num_free_blocks:
             return False
-        request.blocks += self.block_manager.allocate(1)
+        (block,) = self.block_manager.allocate(1)
+        copied_from.pop(block, None)  # of a request that was preempted in this step
+        if not has_block:
+            request.blocks.append(block)
+            return True
+        shared = request.blocks[index]
+        copied_from[block] = shared
+        self.block_manager.free([shared])
+        request.blocks[index] = block
         return True
 
-    def _preempt(self, request: Request) -> None:
-        """Free a running request's blocks and put it first in the queue."""
-        self.running.remove(request)
+    def _schedule_encoder(self, *, beside_decode: bool) -> list[EncoderChunk]:
+        """The frames to encode in this step, for the oldest running requests that lack embeddings.
+
+        Beside decoding requests, the frames of all requests together stay within the encoder budget. While no request
+        decodes, all frames of the oldest such request are encoded.
+        """
+        budget = self.encoder_chunk if beside_decode else None
+        chunks: list[EncoderChunk] = []
+        for request in self.running:
+            for entry, video in request.videos_to_encode:
+                if any(chunk.entry is entry for chunk in chunks):
+                    continue
+                for frames in entry.frames_to_encode(video, self.encoder_chunk):
+                    taken = frames if budget is None else frames[:budget]
+                    if not taken:
+                        return chunks
+                    chunks.append(EncoderChunk(request, entry, video, taken))
+                    budget = None if budget is None else budget - len(taken)
+            if budget is None and chunks:
+                return chunks
+        return chunks
+
+    def _schedule_prefill(self, budget: int, encode: list[EncoderChunk]) -> list[tuple[Request, int]]:
+        """Prompt chunks of running requests whose videos are encoded, or will be in this step."""
+        ready = {chunk.entry for chunk in encode if chunk.is_last}
+        prefill = []
+        for request in self.running:
+            if budget == 0:
+                break
+            lacks_embeddings = any(entry not in ready for entry, _ in request.videos_to_encode)
+            if not lacks_embeddings and not request.is_decoding:
+                tokens = min(request.num_uncomputed_tokens, budget)
+                prefill.append((request, tokens))
+                budget -= tokens
+        return prefill
+
+    def _preempt_youngest(self) -> list[Request]:
+        """Free the blocks of the youngest running request and put it first in the queue. Returns what was preempted."""
+        request = self.running.pop()
         self._free_blocks(request)
         request.status = RequestStatus.PREEMPTED
         request.preemptions += 1
+        self.num_preemptions += 1
         self.waiting.appendleft(request)
+        return [request]
 
     def _free_blocks(self, request: Request) -> None:
         self.block_manager.free(request.blocks)

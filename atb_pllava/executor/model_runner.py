@@ -50,7 +50,20 @@ class ModelRunner:
 
         The features are kept until `pool_frames`. Calls for one video append.
         """
+        import numpy as np
+        from atb_pllava.multimodal.transforms import normalize
+        from atb_pllava.config import PreprocessorConfig
+        if isinstance(pixels, np.ndarray):
+            config = PreprocessorConfig()
+            pixels = torch.from_numpy(normalize(pixels, config.image_mean, config.image_std))
         self._features.setdefault(video, []).append(self.model.encode_frames(pixels.to(self.device)))
+
+    def copy_blocks(self, pairs):
+        sources = [a for a, _ in pairs]
+        destinations = [b for _, b in pairs]
+        for layer in self.cache:
+            for part in layer:
+                part[destinations] = part[sources]
 
     @torch.no_grad()
     def pool_frames(self, video: int, inverse_indices: Sequence[int]) -> None:

@@ -52,6 +52,15 @@ class Feature(Enum):
     GRAPH_CAPTURE = "steps are captured on the cuda and ascend backends only, with their own kernels"
 
 
+class DeviceEvent:
+    def __init__(self):
+        import time
+        self.time = time.perf_counter()
+
+    def seconds_since(self, earlier):
+        return self.time - earlier.time
+
+
 class CapturedGraph(ABC):
     """A decode step that the device has recorded as a CUDA or NPU graph."""
 
@@ -142,6 +151,12 @@ class Backend(ABC):
         """Wait until the device has finished all launched work. On a CPU the call returns at once."""
         if not self.on_host:
             getattr(torch, self.device.type).synchronize()
+
+    def record(self):
+        return DeviceEvent()
+
+    def use_on_this_thread(self):
+        pass
 
     @property
     def process_group(self) -> str:

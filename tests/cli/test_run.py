@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -27,7 +28,7 @@ from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.cli.verbs import VERBS, main
 from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
-from atb_pllava.engine.core import Engine, StepStats
+from atb_pllava.engine.core import EngineCore
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from tests.support import ROOT, load_llm, model_words, raw_config, run_main, write_checkpoint
@@ -53,19 +54,19 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 
 def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    step = Engine.step
+    step = EngineCore.step
 
-    def slow(engine: Engine) -> StepStats:
-        report = step(engine)
+    def slow(core: EngineCore) -> Any:
+        report = step(core)
         time.sleep(seconds)
         return report
 
-    monkeypatch.setattr(Engine, "step", slow)
+    monkeypatch.setattr(EngineCore, "step", slow)
 
 
 def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.01)
-    runner = llm.engine.executor.runner
+    runner = llm.engine.core.executor.runner
     encode = runner.encode_frames
 
     def slow_encoder(video: int, pixels: Tensor) -> None:

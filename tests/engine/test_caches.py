@@ -15,11 +15,10 @@ from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.engine.block_manager import BlockManager, full_block_hashes
 from atb_pllava.engine.encoder_cache import EncoderCache
-from atb_pllava.engine.request import Request
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.media_key import media_key
 from atb_pllava.multimodal.processor import ProcessedVideo, VideoProcessor
-from tests.support import assert_same_output, generate_together, load_llm, random_frames
+from tests.support import assert_same_output, free_blocks, generate_together, load_llm, random_frames, run_core
 
 FRAMES = random_frames(6, 4, 70, 90, 3, seed=9)
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=3)
@@ -38,7 +37,7 @@ def ask(video: int | tuple[int, ...], text: str = "what is it?") -> dict:
 def count_work(llm: LLM) -> Counter[str]:
     """Counts frames encoded and tokens put through the model from now on."""
     work: Counter[str] = Counter()
-    runner = llm.engine.executor.runner
+    runner = llm.engine.core.executor.runner
     encode_frames = runner.encode_frames
     forward = runner.forward
 
@@ -153,34 +152,28 @@ def test_first_questions_at_the_same_time_encode_and_prefill_once(checkpoint, co
 
 def test_a_waiting_twin_lets_others_pass(checkpoint, cold) -> None:
     llm = load(checkpoint, max_batch_size=3)
-    engine = llm.engine
+    core = llm.engine.core
     other = {"prompt": "now <image> what is it?", "frames": [FRAMES[1]]}
-    requests = [llm.prepare(r, PARAMS) for r in (ask(0), ask(0, "why?"), other)]
-    for request in requests:
-        engine.add(request)
-    engine.scheduler.admit()
-    assert engine.scheduler.running == [requests[0], requests[2]]
-    while engine.has_work:
-        engine.step()
+    requests = [core.add(llm.prepare(r, PARAMS)) for r in (ask(0), ask(0, "why?"), other)]
+    core.scheduler.admit()
+    assert core.scheduler.running == [requests[0], requests[2]]
+    run_core(core)
     for request, expected in zip(requests, (ask(0), ask(0, "why?"), other), strict=True):
-        assert_same_output(request.output(), cold(expected))
+        assert request.generated == cold(expected).token_ids
 
 
 def test_an_aborted_request_leaves_its_video_to_the_others(checkpoint, cold) -> None:
     llm = load(checkpoint, vision_batch=1, prefix_cache=False)
-    engine = llm.engine
-    busy, dropped, kept = (llm.prepare(r, PARAMS) for r in (ask(1), ask(0), ask(0, "why?")))
-    engine.add(busy)
+    core = llm.engine.core
+    busy = core.add(llm.prepare(ask(1), PARAMS))
     while not busy.num_generated:
-        engine.step()
-    engine.add(dropped)
-    engine.add(kept)
-    engine.step()
+        core.step()
+    dropped, kept = (core.add(llm.prepare(r, PARAMS)) for r in (ask(0), ask(0, "why?")))
+    core.step()
     assert 0 < dropped.encoder_entries[0].num_encoded_frames < 4 and dropped.encoder_entries == kept.encoder_entries
-    engine.abort(dropped)
-    while engine.has_work:
-        engine.step()
-    assert_same_output(kept.output(), cold(ask(0, "why?")))
+    core.abort(dropped.request_id)
+    run_core(core)
+    assert kept.generated == cold(ask(0, "why?")).token_ids
 
 
 def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
@@ -194,13 +187,14 @@ def test_a_small_cache_evicts_and_refuses_nobody(checkpoint, cold) -> None:
         assert_same_output(out, cold(request))
     assert sum(out.num_cached_tokens for out in outs) > 0
     assert sum(out.metrics.preemptions for out in outs) > 0
-    assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
+    free, total = free_blocks(llm)
+    assert free == total
 
 
 def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
     two_videos = 2 * 8 * 64 * 4  # of 8 rows of embeddings, 64 wide, float32
     llm = load(checkpoint, prefix_cache=False, video_cache_bytes=two_videos)
-    runner = llm.engine.executor.runner
+    runner = llm.engine.core.executor.runner
     work = count_work(llm)
     for video in (0, 1, 0, 2, 0, 1):
         llm.generate(ask(video), SamplingParams(max_tokens=1))
@@ -208,7 +202,7 @@ def test_encoded_videos_stay_within_their_bytes(checkpoint) -> None:
     assert work["frames"] == 4 * 4  # 0, 1, 2 and 1 again: the least recently used goes
     nothing = load(checkpoint, video_cache_bytes=0)
     nothing.generate([ask(0), ask(0)], SamplingParams(max_tokens=1))
-    assert not nothing.engine.executor.runner._video_embeds
+    assert not nothing.engine.core.executor.runner._video_embeds
     first = llm.encode_video(FRAMES[0])
     first.zero_()
     assert llm.encode_video(FRAMES[0]).abs().sum() > 0
@@ -227,7 +221,7 @@ def test_a_prompt_behind_its_video_needs_no_tokens_of_it(checkpoint, cold) -> No
 
 def test_broken_logits_are_not_remembered(checkpoint, cold) -> None:
     llm = load(checkpoint)
-    norm = llm.engine.executor.runner.model.language.norm.data
+    norm = llm.engine.core.executor.runner.model.language.norm.data
     good = norm[5].clone()
     norm[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
@@ -242,8 +236,8 @@ def test_block_hashes_cover_everything_before(checkpoint) -> None:
     llm = load(checkpoint)
 
     def hashes(request: dict) -> list[bytes]:
-        prepared: Request = llm.prepare(request, PARAMS)
-        return full_block_hashes(prepared, len(prepared.token_ids), BLOCK)
+        sequence = llm.engine.core.add(llm.prepare(request, PARAMS))
+        return full_block_hashes(sequence, len(sequence.token_ids), BLOCK)
 
     def text(words: str) -> dict:
         return {"prompt": words}

@@ -1,17 +1,16 @@
 """The engine: whatever a request is batched with, cut into or interrupted by, its answer stays the same."""
 
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from atb_pllava import BackendError, RequestError, SamplingParams
 from atb_pllava.engine.block_manager import BlockManager, plan_blocks
-from atb_pllava.engine.core import Engine
 from atb_pllava.engine.request import Request, RequestStatus
 from atb_pllava.engine.sampler import _penalise, sample
 from atb_pllava.errors import ConfigError
-from tests.support import assert_same_outputs, generate_together, load_llm, random_frames
+from tests.support import assert_same_outputs, free_blocks, generate_together, load_llm, random_frames
 
 FRAMES = random_frames(3, 4, 70, 90, 3, seed=5)
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=3)
@@ -31,16 +30,6 @@ def prompts(count: int) -> list[dict]:
 def alone(checkpoint) -> list:
     llm = load_llm(checkpoint, max_batch_size=1)
     return [llm.generate(request, PARAMS)[0] for request in prompts(9)]
-
-
-def test_seconds_end_when_the_device_is_done(checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = load_llm(checkpoint, vision_batch=2)
-    clock = [0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    ops = llm.engine.executor.runner.ops
-    monkeypatch.setattr(ops, "synchronize", lambda: clock.append(clock.pop() + 1))
-    (out,) = llm.generate({"prompt": "<image>", "frames": FRAMES[0]}, SamplingParams(max_tokens=3, ignore_eos=True))
-    assert (out.metrics.vision_encode, out.metrics.prefill, out.metrics.tpot) == (2, 1, 1)  # 4 frames, 2 at a time
 
 
 def test_batched_equals_alone(checkpoint, alone) -> None:
@@ -66,43 +55,50 @@ def test_preemption_changes_nothing(checkpoint, alone) -> None:
     outputs = generate_together(llm, prompts(9), PARAMS)
     assert sum(out.metrics.preemptions for out in outputs) > 0
     assert_same_outputs(outputs, alone)
-    assert llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
+    free, total = free_blocks(llm)
+    assert free == total
 
 
 def test_decoding_requests_are_served_in_every_step_of_a_long_prefill(checkpoint) -> None:
     llm = load_llm(checkpoint, prefill_chunk=8)
-    engine = llm.engine
-    first = llm.prepare(prompts(1)[0], PARAMS)
-    engine.add(first)
+    core = llm.engine.core
+    first = core.add(llm.prepare(prompts(1)[0], PARAMS))
     while not first.generated:
-        engine.step()
-    long = llm.prepare({"prompt": "USER:<image>" + " why" * 25, "frames": FRAMES[0]}, PARAMS)
-    engine.add(long)
+        core.step()
+    long = core.add(llm.prepare({"prompt": "USER:<image>" + " why" * 25, "frames": FRAMES[0]}, PARAMS))
     steps = 0
     while not long.generated and not first.is_finished:
         before = len(first.generated)
-        engine.step()
+        core.step()
         steps += 1
         assert len(first.generated) == before + 1
     assert steps >= 15 and long.generated, "about 120 tokens in chunks of 8, while the first request decodes 24"
 
 
+def test_frames_of_several_videos_share_the_encoder_budget(checkpoint) -> None:
+    llm = load_llm(checkpoint, vision_batch=3)
+    core = llm.engine.core
+    decoding = core.add(llm.prepare({"prompt": "why"}, PARAMS))
+    while not decoding.generated:
+        core.step()
+    for frames in FRAMES[:2]:
+        core.add(llm.prepare({"prompt": "<image> why", "frames": frames}, PARAMS))
+    encoded = []
+    while core.scheduler.num_decoding < 3:
+        encoded.append(core.step()[1].encoded)
+    assert encoded[:3] == [3, 3, 2], "4 frames of each of two videos, 3 in a step beside a decoding request"
+
+
 def test_abort_gives_everything_back(checkpoint, alone) -> None:
     llm = load_llm(checkpoint)
-    engine = llm.engine
-    dropped = [llm.prepare(request, PARAMS) for request in prompts(3)]
-    kept = llm.prepare(prompts(4)[3], PARAMS)
-    for request in [*dropped, kept]:
-        engine.add(request)
-    engine.step()
-    for request in dropped:
-        engine.abort(request)
-    while engine.has_work:
-        engine.step()
-    assert kept.output().token_ids == alone[3].token_ids
-    assert engine.block_manager.num_free_blocks == engine.block_manager.total
+    streams = llm.engine.add_all([llm.prepare(request, PARAMS) for request in prompts(4)])
+    for stream in streams[:3]:
+        stream.abort()
+    assert streams[3].result().token_ids == alone[3].token_ids
     with pytest.raises(RequestError, match="aborted"):
-        dropped[0].output()
+        streams[0].result()
+    free, total = free_blocks(llm)
+    assert free == total and not llm.engine.call(lambda core: core.has_work).result()
 
 
 def test_stream_joins_to_the_answer_and_can_be_closed(checkpoint) -> None:
@@ -244,12 +240,13 @@ def test_a_bad_request_does_not_end_the_others(checkpoint, alone) -> None:
     assert isinstance(answers[1], RequestError) and "2 <image> and the request 1" in str(answers[1])
     with pytest.raises(RequestError):
         llm.generate(requests, PARAMS)
-    assert not llm.engine.has_work and llm.engine.block_manager.num_free_blocks == llm.engine.block_manager.total
+    free, total = free_blocks(llm)
+    assert not llm.engine.has_work and free == total
 
 
 def test_logits_that_are_not_finite_are_an_error(checkpoint) -> None:
     llm = load_llm(checkpoint)
-    llm.engine.executor.runner.model.language.norm.data[5] = float("nan")
+    llm.engine.core.executor.runner.model.language.norm.data[5] = float("nan")
     with pytest.raises(BackendError, match="not finite"):
         llm.generate(prompts(1), PARAMS)
     assert not llm.engine.has_work
@@ -277,28 +274,28 @@ def test_status_follows_a_request(checkpoint) -> None:
     """Two requests whose answers do not fit into the KV cache together: the younger one is preempted."""
     per_block = 2 * 2 * 2 * 16 * 4 * 16  # 2 layers, 2 KV heads of 16, float32, 16 tokens
     llm = load_llm(checkpoint, block_size=16, kv_cache_bytes=4 * per_block, max_batch_size=2)
-    old, young, dropped, stopped = (
-        llm.prepare({"prompt": text}, SamplingParams(max_tokens=tokens, ignore_eos=True))
-        for text, tokens in [("why", 30), ("who", 30), ("he", 9), ("she", 9)]
+    core = llm.engine.core
+    old, young, dropped = (
+        core.add(llm.prepare({"prompt": text}, SamplingParams(max_tokens=tokens, ignore_eos=True)))
+        for text, tokens in [("why", 30), ("who", 30), ("he", 9)]
     )
-    stopped.stop_token_ids = frozenset(range(304))
+    any_token = replace(llm.prepare({"prompt": "she"}, PARAMS), stop_token_ids=frozenset(range(304)))
+    stopped = core.add(any_token)
     requests = [old, young, dropped, stopped]
-    for request in requests:
-        llm.engine.add(request)
     assert {request.status for request in requests} == {RequestStatus.WAITING}
     seen: dict[Request, list[RequestStatus]] = {request: [] for request in requests}
-    llm.engine.step()
-    llm.engine.abort(dropped)
-    while llm.engine.has_work:
+    core.step()
+    core.abort(dropped.request_id)
+    while core.has_work:
         for request in requests:
             if seen[request][-1:] != [request.status]:
                 seen[request].append(request.status)
-        llm.engine.step()
+        core.step()
     running = RequestStatus.RUNNING
-    assert seen[old] == [running, RequestStatus.FINISHED_LENGTH] and old.finish_reason == "length"
+    assert seen[old][:1] == [running] and old.status is RequestStatus.FINISHED_LENGTH
     assert seen[young] == [running, RequestStatus.PREEMPTED, running] and young.preemptions == 1
-    assert dropped.status is RequestStatus.FINISHED_ABORTED and dropped.finish_reason is None
-    assert stopped.status is RequestStatus.FINISHED_STOPPED and stopped.finish_reason == "stop"
+    assert dropped.status is RequestStatus.FINISHED_ABORTED and dropped.status.finish_reason is None
+    assert stopped.status is RequestStatus.FINISHED_STOPPED and stopped.status.finish_reason == "stop"
     assert all(request.is_finished for request in requests) and not RequestStatus.PREEMPTED.is_finished
 
 
@@ -313,8 +310,8 @@ def test_block_allocator_and_budget() -> None:
     assert plan_blocks(10**9, 128, 10, None, 25600) == 10
 
 
-def test_the_engine_is_idle_without_work(checkpoint) -> None:
-    engine = load_llm(checkpoint).engine
-    engine.step()
-    assert isinstance(engine, Engine) and not engine.has_work
+def test_the_core_is_idle_without_work(checkpoint) -> None:
+    core = load_llm(checkpoint).engine.core
+    outputs, stats = core.step()
+    assert not outputs and stats.decoding == stats.prefilled == 0 and not core.has_work
     assert Request.__eq__ is object.__eq__  # requests are kept in sets and dictionaries by identity

@@ -61,7 +61,7 @@ def test_names_of_published_models() -> None:
 def test_the_kv_cache_of_a_load_is_the_one_that_is_said(tmp_path: Path, kv_cache_dtype: str) -> None:
     directory = write_checkpoint(tmp_path / "m", raw_config())
     with load_llm(directory, kv_cache_dtype=kv_cache_dtype) as llm:
-        cache = llm.engine.executor.runner.cache
+        cache = llm.engine.core.executor.runner.cache
         held = sum(part.nbytes for layer in cache for part in layer)
         weights = sum(parameter.nbytes for parameter in llm.model.parameters())
     engine = EngineConfig(kv_cache_dtype=kv_cache_dtype)

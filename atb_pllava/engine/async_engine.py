@@ -1,0 +1,360 @@
+"""AsyncEngine: the engine on a thread of its own. Any thread may add, abort and read requests.
+
+A request passes four stages. A thread of the reader reads its media. The engine's thread computes tokens (EngineCore)
+and makes text of the tokens (OutputProcessor). The caller reads the text from a RequestStream. `LLM` is the synchronous
+face of this class.
+"""
+
+import ctypes
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atb_pllava.config import EngineConfig
+from atb_pllava.engine.activity import ActivityLog
+from atb_pllava.engine.core import EngineCore
+from atb_pllava.engine.engine_request import EngineRequest, new_request_id
+from atb_pllava.engine.output_processor import OutputProcessor
+from atb_pllava.engine.request_parser import RequestParser
+from atb_pllava.engine.request_stream import RequestStream
+from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.engine.stats import EngineStats, StepStats
+from atb_pllava.errors import BackendError, EngineDeadError, PllavaError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_TO_FINISH_A_STEP = 0.5  # in `close`, before the engine's thread is interrupted
+
+
+class _EngineClosed(BaseException):
+    """Interrupts the engine's thread in the middle of a step. No code handles the exception on its way."""
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A function that the engine's thread calls between two steps. `future` gets its result, if somebody waits."""
+
+    function: Callable[[EngineCore], Any]
+    future: "Future[Any] | None" = None
+
+
+class AsyncEngine:
+    """Serves requests of many threads or tasks together. The engine's thread starts with the first request.
+
+    An exception in a step fails every request with its cause, and every later request too: the engine is dead. `readers`
+    is the number of threads that read media. `close` calls each function of `on_close`.
+    """
+
+    def __init__(
+        self, core: EngineCore, parser: RequestParser, readers: int, on_close: Sequence[Callable[[], None]] = ()
+    ) -> None:
+        self.core = core
+        self.request_parser = parser
+        self._output_processor = OutputProcessor(parser.tokenizer)
+        self._reader = ThreadPoolExecutor(readers, "read media")
+        self._on_close = on_close
+        self._owner = os.getpid()
+        self._thread: threading.Thread | None = None
+        # `_changed` guards all that follows. The engine's thread waits for it while there is no work.
+        self._changed = threading.Condition()
+        self._inbox: deque[_Message] = deque()
+        self._streams: dict[str, RequestStream] = {}  # unfinished, by request id
+        self._reading: dict[str, RequestStream] = {}  # those whose media are read
+        self._failure: PllavaError | None = None
+        self._is_closing = False
+        self._is_draining = False
+        self._step_listeners: list[Callable[[StepStats], None]] = []
+        self._media_seconds = 0.0
+        self._idle_seconds = 0.0
+
+    # Requests
+
+    def submit(
+        self, request: Mapping[str, Any], params: SamplingParams | None = None, name: str = "the request"
+    ) -> RequestStream:
+        """Read the media of a request of `LLM.generate` on another thread, then compute its answer.
+
+        The errors of a bad request come from the stream. Raises EngineDeadError and, while draining, BackendError.
+        """
+        params = self.request_parser.sampling_params(params, {})
+        stream = self._new_stream(new_request_id(), name, params.n)
+        arrival_time = time.perf_counter()
+        with self._changed:
+            self._register([stream])
+            self._reading[stream.request_id] = stream
+            self._start_thread()
+            self._reader.submit(self._read, stream, request, params, arrival_time)
+        return stream
+
+    def add(self, request: EngineRequest) -> RequestStream:
+        """Compute the answer to a prepared request. Raises RequestError if the request can never be served."""
+        (stream,) = self.add_all([request])
+        return stream
+
+    def add_all(self, requests: Sequence[EngineRequest]) -> list[RequestStream]:
+        """Like `add`, for several requests. The first step that works on one of them can work on all of them."""
+        for request in requests:
+            self.core.check(request)
+        streams = [self._new_stream(request.request_id, request.name, request.params.n) for request in requests]
+        with self._changed:
+            self._register(streams)
+            self._add_to_core(list(zip(requests, streams, strict=True)))
+        return streams
+
+    def abort(self, request_id: str) -> None:
+        """End a request. An unknown or finished request is ignored."""
+        with self._changed:
+            stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.abort()
+
+    def call(self, function: Callable[[EngineCore], Any]) -> "Future[Any]":
+        """Call `function(core)` on the engine's thread between two steps. The future has its result or exception."""
+        future: Future[Any] = Future()
+        with self._changed:
+            self._raise_if_dead()
+            self._post(_Message(function, future))
+        return future
+
+    # State
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.core.config
+
+    @property
+    def progress(self) -> ActivityLog:
+        """The current activity, for progress lines."""
+        return self.core.progress
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._streams)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether an exception in a step has ended the engine, or `close` has."""
+        return self._failure is not None
+
+    def stats(self) -> EngineStats:
+        """The state at this moment, and totals since the start."""
+        core = self.core
+        return EngineStats(
+            reading=len(self._reading),
+            waiting=len(core.scheduler.waiting),
+            running=len(core.scheduler.running),
+            kv_blocks_used=core.block_manager.total - core.block_manager.num_free_blocks,
+            kv_blocks_total=core.block_manager.total,
+            finished=self._output_processor.num_finished,
+            failed=self._output_processor.num_failed,
+            media_seconds=self._media_seconds,
+            idle_seconds=self._idle_seconds,
+            core=replace(core.counters),
+        )
+
+    @contextmanager
+    def recorded_steps(self) -> Iterator[list[StepStats]]:
+        """A list that gets the stats of every step while the body runs."""
+        steps: list[StepStats] = []
+        listener = steps.append
+        self._step_listeners.append(listener)
+        try:
+            yield steps
+        finally:
+            self._step_listeners.remove(listener)
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and wait until all others have ended. Returns False after `timeout` seconds."""
+        with self._changed:
+            self._is_draining = True
+            return self._changed.wait_for(lambda: not self._streams, timeout)
+
+    def close(self) -> None:
+        """Fail all requests and end the engine's thread. The engine cannot be used afterwards.
+
+        A second call does nothing, nor does a call in a forked child, which has no such thread.
+        """
+        if os.getpid() != self._owner:
+            return
+        with self._changed:
+            if self._is_closing:
+                return
+            self._is_closing = True
+            self._failure = self._failure or BackendError("this model was closed; load it anew")
+            self._changed.notify_all()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._stop_thread()
+        self._fail_all(self._failure)
+        for function in self._on_close:
+            function()
+
+    # Called by any thread, with `_changed` held
+
+    def _register(self, streams: Sequence[RequestStream]) -> None:
+        self._raise_if_dead()
+        if self._is_draining:
+            raise BackendError("the engine takes no more requests, because it is being shut down")
+        self._streams.update((stream.request_id, stream) for stream in streams)
+
+    def _raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _post(self, message: _Message) -> None:
+        self._inbox.append(message)
+        self._start_thread()
+        self._changed.notify_all()
+
+    def _start_thread(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _add_to_core(self, requests: Sequence[tuple[EngineRequest, RequestStream]]) -> None:
+        def add(core: EngineCore) -> None:
+            for request, stream in requests:
+                if not stream.is_finished:  # not aborted meanwhile
+                    self._output_processor.add(request, stream)
+                    core.add(request)
+
+        self._post(_Message(add))
+
+    # Called by any thread
+
+    def _new_stream(self, request_id: str, name: str, n: int) -> RequestStream:
+        return RequestStream(request_id, name, n, self._forget, self._abort)
+
+    def _read(
+        self, stream: RequestStream, request: Mapping[str, Any], params: SamplingParams, arrival_time: float
+    ) -> None:
+        """On a reader's thread: read the media of a request, and hand the request to the engine's thread."""
+        try:
+            if stream.is_finished:
+                return
+            parsed = self.request_parser.parse(request, params, stream.name, arrival_time, stream.request_id)
+            self.core.check(parsed)
+            with self._changed:
+                self._raise_if_dead()
+                self._add_to_core([(parsed, stream)])
+        except PllavaError as error:
+            stream.fail(error)
+        except BaseException as error:
+            stream.fail(_engine_error("reading the media of a request", error))
+        finally:
+            with self._changed:
+                self._reading.pop(stream.request_id, None)
+                self._changed.notify_all()
+
+    def _abort(self, stream: RequestStream) -> None:
+        """Take an aborted request out of the core."""
+
+        def abort(core: EngineCore) -> None:
+            self._output_processor.remove(stream.request_id)
+            core.abort(stream.request_id)
+
+        with self._changed:
+            if self._failure is None:
+                self._post(_Message(abort))
+
+    def _forget(self, stream: RequestStream) -> None:
+        with self._changed:
+            self._streams.pop(stream.request_id, None)
+            self._changed.notify_all()
+
+    def _fail_all(self, failure: PllavaError) -> None:
+        with self._changed:
+            messages = list(self._inbox)
+            self._inbox.clear()
+            streams = list(self._streams.values())
+        for message in messages:
+            if message.future is not None:
+                message.future.set_exception(failure)
+        for stream in streams:
+            stream.fail(failure)
+
+    def _stop_thread(self) -> None:
+        """Wait for the end of the engine's thread. A step that takes long is interrupted between two operators."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(_SECONDS_TO_FINISH_A_STEP)
+        if thread.is_alive() and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_EngineClosed))
+            thread.join()
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            self.core.executor.runner.ops.use_on_this_thread()
+            while self._take_messages():
+                if self.core.has_work:
+                    self._step()
+        except _EngineClosed:
+            pass
+        except BaseException as error:
+            failure = error if isinstance(error, PllavaError) else _engine_error("a step", error)
+            with self._changed:
+                self._failure = failure
+            self._fail_all(failure)
+        finally:
+            self.core.progress.stop()
+
+    def _take_messages(self) -> bool:
+        """Wait for work, and call the functions of all messages. Returns False when the engine is closed."""
+        with self._changed:
+            while not (self._inbox or self.core.has_work or self._is_closing):
+                self._wait_for_work()
+            messages = list(self._inbox)
+            self._inbox.clear()
+        for message in messages:
+            self._handle(message)
+        return not self._is_closing
+
+    def _wait_for_work(self) -> None:
+        """Wait for a change, with `_changed` held, and count the time."""
+        reading = next(iter(self._reading.values()), None)
+        if reading is None:
+            self.core.progress.stop()
+        else:
+            self.core.progress.start(reading.name, "reading the media")
+        began = time.perf_counter()
+        self._changed.wait()
+        seconds = time.perf_counter() - began
+        if reading is None:
+            self._idle_seconds += seconds
+        else:
+            self._media_seconds += seconds
+
+    def _handle(self, message: _Message) -> None:
+        if message.future is None:
+            message.function(self.core)
+        elif message.future.set_running_or_notify_cancel():
+            try:
+                message.future.set_result(message.function(self.core))
+            except Exception as error:
+                message.future.set_exception(error)
+
+    def _step(self) -> None:
+        outputs, stats = self.core.step()
+        self._output_processor.process(outputs, self.core.abort)
+        for listener in list(self._step_listeners):
+            listener(stats)
+
+
+def _engine_error(during: str, error: BaseException) -> EngineDeadError:
+    """The error of all requests after an exception that is no PllavaError. Its traceback is logged."""
+    if not isinstance(error, MemoryError):
+        logger.error("the engine failed during %s", during, exc_info=error)
+    failure = EngineDeadError(f"{during} failed with {type(error).__name__}: {error}; load the model anew")
+    failure.__cause__ = error
+    return failure
