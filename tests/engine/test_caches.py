@@ -139,7 +139,7 @@ def test_first_questions_at_the_same_time_encode_and_prefill_once(checkpoint, co
     questions = ["what is it?", "why?", "when is it?", "what is it?"]
     llm = load(checkpoint, max_batch_size=4)
     work = count_work(llm)
-    outs = llm.generate([ask(0, question) for question in questions], PARAMS)
+    outs = generate_together(llm, [ask(0, question) for question in questions], PARAMS)
     assert work["frames"] == 4
     for out, question in zip(outs, questions, strict=True):
         assert_same_output(out, cold(ask(0, question)))
