@@ -10,12 +10,11 @@ from atb_pllava.engine.activity import ActivityLog
 from atb_pllava.engine.block_manager import BlockManager
 from atb_pllava.engine.encoder_cache import EncoderCache, EncoderEntry
 from atb_pllava.engine.input_builder import build_model_input
-from atb_pllava.engine.outputs import TokenLogprobs
 from atb_pllava.engine.request import Request, RequestStatus
-from atb_pllava.engine.sampler import sample
+from atb_pllava.engine.sampler import NOT_FINITE, SampledToken, sample
 from atb_pllava.engine.scheduler import EncoderChunk, Scheduler, SchedulerOutput
 from atb_pllava.engine.step_activity import StepActivity
-from atb_pllava.errors import PllavaError, RequestError, counted
+from atb_pllava.errors import BackendError, RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
@@ -132,46 +131,47 @@ class Engine:
         """Run the forward pass of a step and sample the next tokens. Returns the seconds of the forward pass."""
         self._activity.start_forward(output)
         began = time.perf_counter()
-        sampling = self._forward(output)
+        requests, logits = self._forward(output)
         self.executor.runner.ops.synchronize()
         seconds = time.perf_counter() - began
         self._activity.end_forward(output, seconds)
         for request, _ in output.prefill:
             request.prefill += seconds
-        for request, logits in sampling:
-            self._sample(request, logits)
+        states = [request.sampling for request in requests]
+        for request, sampled in zip(requests, sample(logits, states), strict=True):
+            self._update(request, sampled)
         return seconds
 
-    def _forward(self, output: SchedulerOutput) -> list[tuple[Request, Tensor]]:
-        """Run the model. Returns the requests whose next token is due, with their logits [vocabulary] float32."""
+    def _forward(self, output: SchedulerOutput) -> tuple[list[Request], Tensor]:
+        """Run the model. Returns the requests whose next token is due, with their logits [L, vocabulary] float32."""
         work = [(request, 1) for request in output.decode] + output.prefill
         model_input = build_model_input(work, len(output.decode), self.config.block_size)
         logits = self.executor.call(ModelRunner.forward, model_input)
         for request, tokens in work:
             self.scheduler.update_from_output(request, tokens)
-        return list(zip([request for request, _ in work if request.num_uncomputed_tokens == 0], logits, strict=True))
+        return [request for request, _ in work if request.num_uncomputed_tokens == 0], logits
 
-    def _sample(self, request: Request, logits: Tensor) -> None:
-        """Sample a request's next token. A request whose logits are broken fails, and its blocks are not shared."""
-        try:
-            token, logprobs = sample(logits, request)
-        except PllavaError as error:
-            request.error = error
+    def _update(self, request: Request, sampled: SampledToken | None) -> None:
+        """Append a sampled token. A request whose logits are broken fails, and its blocks are not shared."""
+        if sampled is None:
+            request.error = BackendError(NOT_FINITE)
             self.block_manager.evict(request.blocks)  # their keys and values may be broken too
             self._finish(request, RequestStatus.FINISHED_ERROR)
             return
-        status = self._append_token(request, token, logprobs)
+        status = self._append_token(request, sampled)
         if status is not None:
             self._finish(request, status)
 
-    def _append_token(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> RequestStatus | None:
+    def _append_token(self, request: Request, sampled: SampledToken) -> RequestStatus | None:
         """Append a generated token and its text. Returns the finished status if the token ends the answer."""
         if not request.num_generated:
             request.first_token_time = time.perf_counter()
+        token = sampled.token
         request.token_ids.append(token)
+        request.sampling.append(token)
         self.progress.tokens += 1
-        if logprobs is not None:
-            request.logprobs.append(logprobs)
+        if sampled.logprobs is not None:
+            request.logprobs.append(sampled.logprobs)
         is_stop_token = token in request.stop_token_ids
         is_full = request.num_generated == request.params.max_tokens
         if not is_stop_token:

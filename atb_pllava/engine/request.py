@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-import torch
-
 from atb_pllava.engine.encoder_cache import EncoderEntry
 from atb_pllava.engine.outputs import Metrics, RequestOutput, TokenLogprobs
+from atb_pllava.engine.sampler import SamplingState
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import ProcessedVideo
@@ -50,7 +49,7 @@ class Request:
     params: SamplingParams
     stop_token_ids: frozenset[int]
     detokenizer: IncrementalDetokenizer
-    generator: torch.Generator | None = None  # None: greedy
+    sampling: SamplingState
     arrival_time: float = field(default_factory=time.perf_counter)
     video_decode: float = 0.0  # seconds spent on reading the media
     request_id: str | int | None = None
@@ -101,7 +100,7 @@ class Request:
             params=params,
             stop_token_ids=frozenset() if params.ignore_eos else frozenset(eos),
             detokenizer=detokenizer,
-            generator=_generator(params),
+            sampling=SamplingState(params, prompt_token_ids),
             arrival_time=arrival_time,
             video_decode=video_decode,
             request_id=request_id,
@@ -184,15 +183,3 @@ class Request:
             latency=self.finished_time - self.arrival_time,
             preemptions=self.preemptions,
         )
-
-
-def _generator(params: SamplingParams) -> torch.Generator | None:
-    """A random generator of the request's own, so that a sampled answer does not depend on the batch."""
-    if params.temperature == 0:
-        return None
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
