@@ -42,7 +42,7 @@ def weights_of(scores: Tensor, temperature: Tensor) -> Tensor:
 
     The largest weight is 1. No temperature overflows: exponents are at most 0, and exp(-inf) is 0.
     """
-    return torch.exp((scores - scores.amax(1, keepdim=True)) / temperature)
+    return (scores - scores.amax(1, keepdim=True)).div_(temperature).exp_()
 
 
 def keep_top_k(weights: Tensor, scores: Tensor, top_k: Tensor, largest: int) -> Tensor:
@@ -59,20 +59,21 @@ def keep_top_p(weights: Tensor, top_p: Tensor) -> Tensor:
 
     A token stays if all more probable tokens together have less than top_p of the mass. Tokens of equal weight stay or
     go together. The smallest weight that stays is found by radix selection, digit by digit of its bits: floats above 0
-    are ordered as their bits. That takes a seventh of the time of torch.sort on a CPU. The masses are integers, so
-    their sums are exact in any order.
+    are ordered as their bits. On a CPU that takes a fifth to a third of the time of torch.sort. The masses are
+    integers, so their sums are exact in any order.
     """
     bits = weights.view(torch.int32)
     mass = (weights * _UNIT).long()
     missing = (top_p * mass.sum(1, keepdim=True)).long().clamp(min=1)  # the likeliest token stays for any top_p
     smallest = torch.zeros_like(missing)
     for shift, width in _DIGITS:
-        digit = (bits >> shift) & ((1 << width) - 1)
-        is_candidate = (bits >> (shift + width)) == smallest
-        histogram = mass.new_zeros(len(mass), 1 << width).scatter_add(1, digit.long(), mass * is_candidate)
+        digit = (bits >> shift).bitwise_and_((1 << width) - 1).long()
+        histogram = mass.new_zeros(len(mass), 1 << width).scatter_add_(1, digit, mass)
         from_largest = histogram.flip(1)
         above = from_largest.cumsum(1) - from_largest
-        last = ((above < missing).sum(1, keepdim=True) - 1).clamp(min=0)
-        missing = missing - above.gather(1, last)
-        smallest = (smallest << width) + ((1 << width) - 1 - last)
+        passed = ((above < missing).sum(1, keepdim=True) - 1).clamp(min=0)
+        missing = missing - above.gather(1, passed)
+        chosen = (1 << width) - 1 - passed
+        mass.mul_(digit == chosen)  # the next digit is sought among the tokens with this one
+        smallest = (smallest << width) + chosen
     return torch.where(weights >= smallest.int().view(torch.float32), weights, 0.0)

@@ -218,7 +218,7 @@ def test_a_fork_has_its_own_numbers_and_tokens(steps: int) -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 9}, {"top_p": 0.8}, {"repetition_penalty": 1.5}])
 def test_frequencies(options: dict[str, Any]) -> None:
     """Chi-square against float64 probabilities, with fixed seeds."""
-    draws = 20_000
+    draws = 6_000
     logits = random_logits(1, 300, seed=4) / 2
     states = states_of(*({"temperature": 1.3, "seed": seed, **options} for seed in range(draws)), prompt=[3, 4])
     counts = Counter(tokens_of(logits.expand(draws, -1), states))
