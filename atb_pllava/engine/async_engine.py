@@ -48,8 +48,8 @@ class _Message:
 class AsyncEngine:
     """Serves requests of many threads or tasks together. The engine's thread starts with the first request.
 
-    An exception in a step fails every request with its cause, and every later request too: the engine is dead. `readers`
-    is the number of threads that read media. `close` calls each function of `on_close`.
+    An exception in a step fails every request with its cause, and every later request too: the engine is dead.
+    `readers` is the number of threads that read media. `close` calls each function of `on_close`.
     """
 
     def __init__(

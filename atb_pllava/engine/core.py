@@ -6,21 +6,21 @@ from torch import Tensor
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.activity import ActivityLog
+from atb_pllava.engine.beam_search import BeamSearch
 from atb_pllava.engine.block_manager import BlockManager
+from atb_pllava.engine.core_output import EngineCoreOutput
 from atb_pllava.engine.encoder_cache import EncoderCache, EncoderEntry
 from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.input_builder import build_model_input
-from atb_pllava.engine.core_output import EngineCoreOutput
 from atb_pllava.engine.request import Request, RequestStatus
-from atb_pllava.engine.sampler import SampledToken, SamplingState, not_finite_error, sample
+from atb_pllava.engine.sampler import NOT_FINITE, SampledToken, SamplingState, sample
 from atb_pllava.engine.scheduler import EncoderChunk, Scheduler, SchedulerOutput
 from atb_pllava.engine.stats import CoreCounters, StepStats
 from atb_pllava.engine.step_activity import StepActivity
-from atb_pllava.errors import RequestError, counted
+from atb_pllava.errors import BackendError, RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
-from atb_pllava.ops.interface import DeviceEvent
 
 
 class EngineCore:
@@ -94,7 +94,7 @@ class EngineCore:
     def step(self) -> tuple[list[EngineCoreOutput], StepStats]:
         """One step of work for every request that can take part. Returns the new tokens, and the work and its times.
 
-        The step waits for the device once: when the sampled tokens are copied to the host.
+        The step waits for the device when the sampled tokens are copied to the host, once but for beam searches.
         """
         began = time.perf_counter()
         output = self.scheduler.schedule()
@@ -102,16 +102,19 @@ class EngineCore:
         for chunk in output.encode:
             self._encode_chunk(chunk)
         forward_began = self._ops.record()
-        sampled, forward_ended = self._execute(output)
+        logits = self._forward(output) if output.work else None
+        forward_ended = self._ops.record()
+        outputs = [] if logits is None else self._sample(output, logits)
+        if not outputs:
+            self._ops.synchronize()
         encode = forward_began.seconds_since(encode_began) if output.encode else 0.0
         forward = forward_ended.seconds_since(forward_began) if output.work else 0.0
         self._add_times(output, encode, forward)
-        outputs = [self._append_token(sequence, token) for sequence, token in sampled]
         stats = StepStats(
             decoding=len(output.decode),
             prefilled=output.num_prefill_tokens,
             encoded=sum(len(chunk.frames) for chunk in output.encode),
-            sampled=len(outputs),
+            sampled=sum(len(new.token_ids) for new in outputs),
             encode=encode,
             forward=forward,
             total=time.perf_counter() - began,
@@ -142,46 +145,43 @@ class EngineCore:
             self.executor.call(ModelRunner.pool_frames, entry.video_id, video.inverse_indices)
             entry.is_ready = True
 
-    def _execute(self, output: SchedulerOutput) -> tuple[list[tuple[Request, SampledToken | None]], DeviceEvent]:
-        """Run the forward pass of a step and sample the tokens that are due. Waits until the device has finished.
-
-        Returns the sampled tokens, and the end of the forward pass.
-        """
-        if not output.work:
-            forward_ended = self._ops.record()
-            self._ops.synchronize()
-            return [], forward_ended
+    def _forward(self, output: SchedulerOutput) -> Tensor:
+        """Run the forward pass of a step. Returns the logits [L, vocabulary] float32 of the sequences that are due."""
         self._activity.start_forward(output)
         if output.block_copies:
             self.executor.call(ModelRunner.copy_blocks, output.block_copies)
         model_input = build_model_input(output.work, len(output.decode), self.config.block_size)
         logits = self.executor.call(ModelRunner.forward, model_input)
-        forward_ended = self._ops.record()
         self.scheduler.update_from_output(output)
-        due = [request for request, _ in output.work if request.num_uncomputed_tokens == 0]
-        if not due:
-            self._ops.synchronize()
-            return [], forward_ended
-        sequences, rows = self._fork(due)
-        if len(rows) > len(due):
-            logits = logits[rows]
-        states = [sequence.sampling for sequence in sequences]
-        return list(zip(sequences, sample(logits, states), strict=True)), forward_ended
+        return logits
 
-    def _fork(self, due: list[Request]) -> tuple[list[Request], list[int]]:
-        """The sequences whose next token is due, with the row of logits of each.
+    def _sample(self, output: SchedulerOutput, logits: Tensor) -> list[EngineCoreOutput]:
+        """Sample the next token of each sequence whose logits are there. Waits for the device if there is one.
 
-        A request for n answers becomes n sequences at its first token. All n sample from the row of the prompt.
+        Every sequence has one row. A request for n answers becomes n sequences at its first token, which all sample
+        from its row. The beams of one request have adjacent rows.
         """
+        due = [request for request, _ in output.work if request.num_uncomputed_tokens == 0]
         sequences: list[Request] = []
         rows: list[int] = []
+        searches: list[tuple[Request, slice]] = []
         for row, request in enumerate(due):
-            siblings = [] if request.is_forked else self._siblings(request)
-            sequences += [request, *siblings]
-            rows += [row] * (1 + len(siblings))
-        return sequences, rows
+            if request.params.num_beams == 1:
+                siblings = [] if request.is_forked else self._fork(request)
+                sequences += [request, *siblings]
+                rows += [row] * (1 + len(siblings))
+            elif request.first_beam is request:
+                searches.append((request, slice(row, row + len(request.beams))))
+        outputs = []
+        if sequences:
+            chosen = logits if rows == list(range(len(logits))) else logits[rows]
+            sampled = sample(chosen, [sequence.sampling for sequence in sequences])
+            outputs += [self._append_token(sequence, token) for sequence, token in zip(sequences, sampled, strict=True)]
+        for first, beam_rows in searches:
+            outputs += self._continue_search(first, logits[beam_rows])
+        return outputs
 
-    def _siblings(self, request: Request) -> list[Request]:
+    def _fork(self, request: Request) -> list[Request]:
         """Make the sequences of the answers 1 to n - 1 of a request whose prompt is computed."""
         request.is_forked = True
         siblings = [self.scheduler.fork(request, index) for index in range(1, request.params.n)]
@@ -207,7 +207,7 @@ class EngineCore:
         if sampled is None:
             self.block_manager.evict(sequence.blocks)
             self._finish(sequence, RequestStatus.FINISHED_ERROR)
-            return EngineCoreOutput.of(sequence, error=not_finite_error())
+            return EngineCoreOutput.of(sequence, error=BackendError(NOT_FINITE))
         if not sequence.num_generated:
             sequence.times.first_token_time = time.perf_counter()
         sequence.token_ids.append(sampled.token)
@@ -219,6 +219,34 @@ class EngineCore:
             self._finish(sequence, RequestStatus.FINISHED_LENGTH)
         logprobs = [] if sampled.logprobs is None else [sampled.logprobs]
         return EngineCoreOutput.of(sequence, [sampled.token], logprobs)
+
+    def _continue_search(self, first: Request, logits: Tensor) -> list[EngineCoreOutput]:
+        """Continue the beams of a request from their logits [beams, vocabulary]. Returns the answer at the end."""
+        params = first.params
+        if first.search is None:
+            first.times.first_token_time = time.perf_counter()
+            first.is_forked = True
+            first.search = BeamSearch(
+                params.num_beams,
+                params.max_tokens,
+                first.stop_token_ids,
+                params.repetition_penalty,
+                first.source.prompt_token_ids,
+            )
+        try:
+            parents = first.search.step(logits)
+        except BackendError as error:
+            for beam in first.beams:
+                self.block_manager.evict(beam.blocks)
+            self._finish(first, RequestStatus.FINISHED_ERROR)
+            return [EngineCoreOutput.of(first, error=error)]
+        if not first.search.is_finished:
+            self.scheduler.continue_beams(first, parents)
+            return []
+        best = first.search.best()
+        self._finish(first, RequestStatus.FINISHED_STOPPED if best.is_stopped else RequestStatus.FINISHED_LENGTH)
+        self.progress.tokens += len(best.token_ids)
+        return [EngineCoreOutput.of(first, best.token_ids)]
 
     def _finish(self, sequence: Request, status: RequestStatus) -> None:
         self.counters.preemptions += sequence.preemptions

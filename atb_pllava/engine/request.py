@@ -1,12 +1,14 @@
 """One sequence inside the engine core: its tokens, its blocks of the KV cache, its status and its times.
 
-A request starts as one sequence. A request for n answers or with beams is forked when its prompt is computed.
+A request starts as one sequence. A request for n answers or with beams is forked when its prompt is computed. Beams of
+one request run together.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from atb_pllava.engine.beam_search import BeamSearch
 from atb_pllava.engine.encoder_cache import EncoderEntry
 from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.sampler import SamplingState
@@ -72,12 +74,15 @@ class Request:
     num_computed_tokens: int = 0  # tokens whose keys and values are in the KV cache
     num_cached_tokens: int = 0  # prompt tokens that were in the KV cache when the request was first admitted
     preemptions: int = 0
-    is_forked: bool = False  # the sequences of all n answers exist
+    is_forked: bool = False  # the sequences of all n answers, or the beams, exist
+    search: BeamSearch | None = None  # of the first beam, from the first token on
     times: RequestTimes = field(default_factory=RequestTimes)
 
     def __post_init__(self) -> None:
         self.prompt_length = self.source.prompt_length
         self.stop_token_ids = self.source.stop_token_ids
+        self.beams: list[Request] = [self]  # of the first beam: all beams, best first
+        self.first_beam = self
         # The videos whose embeddings the next steps need. The scheduler sets the list at admission.
         self.videos_to_encode: list[tuple[EncoderEntry, ProcessedVideo]] = []
 
@@ -144,6 +149,14 @@ class Request:
         """Take the videos with embeddings out of videos_to_encode."""
         if self.videos_to_encode:
             self.videos_to_encode = [pair for pair in self.videos_to_encode if not pair[0].is_ready]
+
+    def restart(self) -> None:
+        """Drop the generated tokens of a beam search, which begins anew with the prompt. The result is the same."""
+        del self.token_ids[self.prompt_length :]
+        del self.block_hashes[:]
+        self.search = None
+        self.beams = [self]
+        self.is_forked = False
 
     def fork(self, index: int) -> "Request":
         """A sequence for answer `index` with the same tokens. The caller adds references to blocks and videos."""

@@ -1,4 +1,4 @@
-"""RequestStream: one request's answer while it grows. The engine's thread writes the answer, and any thread reads it."""
+"""RequestStream: one request's answer while it grows. The engine's thread writes it, and any thread reads it."""
 
 import asyncio
 import contextlib
@@ -36,9 +36,9 @@ class _Completion:
 class RequestStream:
     """The answer to one request. Iterate over it for what is new, or call `result` for the whole answer.
 
-    A stream keeps only the answer itself: a slow reader gets longer deltas, and never holds up the engine. `name` stands
-    for the request in progress lines. One thread or one task at a time may iterate. `on_finished(stream)` is called
-    before any reader sees the end, and `on_abort(stream)` after `abort` has ended the request.
+    A stream keeps only the answer itself: a slow reader gets longer deltas, and never holds up the engine. `name`
+    stands for the request in progress lines. One thread or one task at a time may iterate. `on_finished(stream)` is
+    called before any reader sees the end, and `on_abort(stream)` after `abort` has ended the request.
     """
 
     def __init__(
@@ -204,6 +204,4 @@ class RequestStream:
 
     def _take_deltas(self) -> list[CompletionDelta]:
         with self._changed:
-            return [
-                completion.take(index) for index, completion in enumerate(self._completions) if completion.has_news
-            ]
+            return [completion.take(index) for index, completion in enumerate(self._completions) if completion.has_news]

@@ -6,7 +6,14 @@ from atb_pllava.config import option
 from atb_pllava.errors import RequestError, check_number, check_whole_number
 
 # Lowest and largest value of each whole number in SamplingParams. seed and logprobs may also be None.
-_WHOLE_NUMBERS = {"max_tokens": (1, 2**31), "top_k": (0, 2**31), "seed": (0, 2**63 - 1), "logprobs": (-1, 2**31)}
+_WHOLE_NUMBERS = {
+    "max_tokens": (1, 2**31),
+    "top_k": (0, 2**31),
+    "seed": (0, 2**63 - 1),
+    "logprobs": (-1, 2**31),
+    "n": (1, 16),
+    "num_beams": (1, 16),
+}
 
 _MOST_STOP_STRINGS = 64
 
@@ -20,7 +27,9 @@ class SamplingParams:
     multiplies the negative logits of tokens that the prompt or the answer already has. seed makes a sampled answer
     repeatable, whatever other requests are in the batch. stop: the answer ends before any of these strings.
     ignore_eos: the answer does not end at an end-of-sequence token. logprobs: k returns the k largest
-    log-probabilities of each token, -1 all of them.
+    log-probabilities of each token, -1 all of them. n: the number of answers, sampled independently. n above 1 needs a
+    temperature above 0, since all greedy answers would be equal. num_beams above 1 searches with so many beams for the
+    likeliest answer. Beam search needs temperature 0, and has neither n above 1 nor stop strings nor logprobs.
 
     Raises RequestError naming the field, its value and the allowed values.
     """
@@ -35,18 +44,7 @@ class SamplingParams:
     ignore_eos: bool = field(default=False, metadata=option("always generate --max_output_length tokens"))
     logprobs: int | None = None
     n: int = 1
-    num_beams: int = 1
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that the engine computes together for one request."""
-        return max(self.n, self.num_beams)
-
-    def check_streamed(self) -> None:
-        """Raises RequestError for options that need the whole answer before its first piece."""
-        if self.num_sequences > 1:
-            name = "num_beams" if self.num_beams > 1 else "n"
-            raise RequestError(f"{name} is {self.num_sequences}, and a stream has one answer that grows: use generate")
+    num_beams: int = field(default=1, metadata=option("above 1: beam search with N beams (default 1: off)"))
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -62,3 +60,36 @@ class SamplingParams:
         check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, RequestError)
         if not all(isinstance(s, str) and s for s in self.stop) or len(self.stop) > _MOST_STOP_STRINGS:
             raise RequestError(f"stop must be at most {_MOST_STOP_STRINGS} strings, none of them empty")
+        self._check_answers()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that the engine computes together for one request."""
+        return max(self.n, self.num_beams)
+
+    def check_streamed(self) -> None:
+        """Raises RequestError for options with which no single answer grows."""
+        if self.num_sequences > 1:
+            name = "num_beams" if self.num_beams > 1 else "n"
+            raise RequestError(f"{name} is {self.num_sequences}, and a stream has one answer that grows: use generate")
+
+    def _check_answers(self) -> None:
+        """Raises RequestError for options that n above 1 or beam search excludes."""
+        if self.n > 1 and self.temperature == 0:
+            raise RequestError(
+                f"n is {self.n} with temperature 0; greedy answers are equal: raise temperature, or n is 1"
+            )
+        if self.num_beams == 1:
+            return
+        excluded = {
+            "temperature": (self.temperature, 0),
+            "n": (self.n, 1),
+            "stop": (self.stop, ()),
+            "logprobs": (self.logprobs, None),
+        }
+        for name, (value, allowed) in excluded.items():
+            if value != allowed:
+                raise RequestError(
+                    f"num_beams is {self.num_beams} and {name} is {value!r}; "
+                    f"with beam search, leave {name} at {allowed!r}"
+                )

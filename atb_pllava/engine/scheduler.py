@@ -8,6 +8,7 @@ blocks are freed, and its tokens are computed anew later. Preemption does not ch
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from atb_pllava.config import EngineConfig
@@ -79,7 +80,6 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
-        self.num_preemptions = 0  # since the start
 
     @property
     def has_work(self) -> bool:
@@ -172,9 +172,36 @@ class Scheduler:
         self.running.insert(self.running.index(request) + index, sibling)
         return sibling
 
+    def continue_beams(self, first: Request, parents: Sequence[int]) -> None:
+        """Give the running beams of a search the tokens of `first.search` and the blocks of their parents.
+
+        parents: for each new beam, the index of the old beam that it continues. Beams with one parent share its blocks
+        (copy-on-write).
+        """
+        assert first.search is not None
+        kept = [(list(first.beams[parent].blocks), list(first.beams[parent].block_hashes)) for parent in parents]
+        for blocks, _ in kept:
+            self.block_manager.touch(blocks)
+        for beam in first.beams:
+            self.block_manager.free(beam.blocks)
+        while len(first.beams) < len(parents):
+            beam = first.fork(0)
+            beam.first_beam = first
+            self.running.insert(self.running.index(first) + len(first.beams), beam)
+            first.beams.append(beam)
+        for beam, tokens, (blocks, block_hashes) in zip(first.beams, first.search.tokens, kept, strict=False):
+            beam.token_ids[first.prompt_length :] = tokens
+            beam.blocks = blocks
+            beam.block_hashes = block_hashes
+        for beam in first.beams[len(parents) :]:
+            beam.blocks = []
+            self.running.remove(beam)
+        del first.beams[len(parents) :]
+
     def finish(self, request: Request, status: RequestStatus) -> None:
         """Take a request out of the queue or the batch with a finished status, and free its blocks."""
         assert status.is_finished
+        self._drop_other_beams(request)
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
         elif request in self.waiting:
@@ -297,14 +324,30 @@ class Scheduler:
         return prefill
 
     def _preempt_youngest(self) -> list[Request]:
-        """Free the blocks of the youngest running request and put it first in the queue. Returns what was preempted."""
-        request = self.running.pop()
+        """Free the blocks of the youngest running request and put it first in the queue. Returns its sequences.
+
+        A beam search begins anew.
+        """
+        request = self.running[-1].first_beam
+        others = self._drop_other_beams(request)
+        if request.search is not None:
+            request.restart()
+        self.running.remove(request)
         self._free_blocks(request)
         request.status = RequestStatus.PREEMPTED
         request.preemptions += 1
-        self.num_preemptions += 1
         self.waiting.appendleft(request)
-        return [request]
+        return [request, *others]
+
+    def _drop_other_beams(self, first: Request) -> list[Request]:
+        """Take all beams but the first out of the batch. Returns them."""
+        others = first.beams[1:]
+        for beam in others:
+            self.running.remove(beam)
+            self._free_blocks(beam)
+            beam.status = RequestStatus.PREEMPTED
+        del first.beams[1:]
+        return others
 
     def _free_blocks(self, request: Request) -> None:
         self.block_manager.free(request.blocks)

@@ -24,7 +24,7 @@ class StepStats:
 class CoreCounters:
     """Totals since the engine started. The engine's thread writes them, and any thread may read them.
 
-    prompt_tokens counts the prompts of admitted requests, cached_tokens those whose keys and values were in the KV cache.
+    prompt_tokens counts the prompts of ended requests, cached_tokens those whose keys and values were in the KV cache.
     encoder_queries counts the videos of requests, encoder_hits those whose embeddings were in the encoder cache.
     The seconds are those of StepStats.
     """
