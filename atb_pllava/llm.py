@@ -13,8 +13,9 @@ from atb_pllava.engine.build import build_engine
 from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.outputs import RequestOutput
 from atb_pllava.engine.request_parser import chat_request
-from atb_pllava.engine.request_window import RequestWindow
+from atb_pllava.engine.request_window import RequestWindow, in_order
 from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.engine.text_stream import stream_text
 from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import Media
 
@@ -22,13 +23,12 @@ from atb_pllava.multimodal.processor import Media
 class LLM:
     """PLLaVA on one device or split over several. Several threads may ask at once.
 
-    `chat` asks one question. `stream` asks one and yields the answer piece by piece. `generate` answers a batch.
-    `generate_iter` answers a batch and yields each answer when it ends. A SamplingParams, or its fields as keywords,
-    say how tokens are chosen: `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
+    A SamplingParams, or its fields as keywords, say how tokens are chosen:
+    `llm.chat(video, question, max_tokens=64, temperature=0.2)`.
 
-    `options` are fields of ModelOptions, MultimodalOptions, PromptOptions, EngineConfig and ParallelOptions.
-    An unknown option raises TypeError. `LLM(args)` takes an EngineArgs in place of all options. `rendezvous` is the
-    link to ranks that torchrun started. `engine` is the AsyncEngine, for callers that want streams or statistics.
+    `options` are the fields of the dataclasses in EngineArgs. An unknown option raises TypeError. `LLM(args)` takes an
+    EngineArgs in place of all options. `rendezvous` is the link to ranks that torchrun started. `engine` is the
+    AsyncEngine, for callers that want streams or statistics.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class LLM:
     ) -> None:
         self.args = EngineArgs.of(model_path, weight_dir, options)
         self.options = self.args.model
-        loaded = build_engine(self.args, rendezvous)
-        self.engine = loaded.engine
-        self.model = loaded.launcher.model  # all of it, or rank 0's part
-        self.weights = loaded.launcher.plan
+        self.engine, launcher = build_engine(self.args, rendezvous)
+        self.model = launcher.model  # all of it, or rank 0's part
+        self.weights = launcher.plan
+        self._description = str(launcher)
         self.request_parser = self.engine.request_parser
         self.config = self.request_parser.config
         self.tokenizer = self.request_parser.tokenizer
@@ -58,14 +58,7 @@ class LLM:
 
     def __repr__(self) -> str:
         """Which checkpoint, in what dtype, on which device."""
-        model = self.model
-        options = self.args.model
-        on_top = "" if options.weight_dir is None else f", weight_dir={options.weight_dir!r}"
-        ranks = "" if model.parallel.size == 1 else f", world_size={model.parallel.size}"
-        return (
-            f"LLM({options.model_path!r}{on_top}, dtype={str(model.dtype).removeprefix('torch.')}, "
-            f"backend={model.ops}, device={model.ops.device}{ranks}, num_frames={self.config.num_frames})"
-        )
+        return f"LLM({self._description}, num_frames={self.config.num_frames})"
 
     def __enter__(self) -> "LLM":
         return self
@@ -106,9 +99,7 @@ class LLM:
         for. Closing the iterator ends the request.
         """
         request = self.prepare(chat_request(media, question, history, answer_prefix), params, **sampling)
-        request.params.check_streamed()
-        self.engine.core.check(request)
-        return self._stream(request)
+        return stream_text(self.engine, request)
 
     def generate(
         self,
@@ -127,13 +118,8 @@ class LLM:
 
         Raises the error of the first bad request, and then returns no answer. `generate_iter` goes on instead.
         """
-        answers: dict[int, RequestOutput] = {}
         batch = [requests] if isinstance(requests, Mapping) else requests
-        for number, answer in self.generate_iter(batch, params, **sampling):
-            if isinstance(answer, PllavaError):
-                raise answer
-            answers[number] = answer
-        return [answers[number] for number in sorted(answers)]
+        return in_order(self.generate_iter(batch, params, **sampling))
 
     def generate_iter(
         self,
@@ -158,17 +144,8 @@ class LLM:
         embeds: Tensor = self.engine.call(lambda core: core.encode_video(video)).result()
         return embeds
 
-    def prepare(self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any) -> EngineRequest:
+    def prepare(
+        self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any
+    ) -> EngineRequest:
         """Check a request of `generate`, decode its media and tokenize its prompt. `engine.add` takes the result."""
         return self.request_parser.parse(request, self.request_parser.sampling_params(params, sampling))
-
-    def _stream(self, request: EngineRequest) -> Iterator[str]:
-        stream = self.engine.add(request)  # not in `stream`: an iterator that nobody starts must not hold blocks
-        try:
-            with self.engine.core.progress.logged():
-                for delta in stream:
-                    if delta.text:
-                        yield delta.text
-        finally:
-            stream.abort()
-

@@ -1,7 +1,5 @@
 """build_engine: loads the model on all ranks and makes an AsyncEngine of the options."""
 
-from dataclasses import dataclass
-
 from atb_pllava.config import PllavaConfig
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.engine.arguments import EngineArgs
@@ -18,17 +16,10 @@ from atb_pllava.ops.interface import Feature
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A running engine, and the plan by which the weights of its model were loaded."""
-
-    engine: AsyncEngine
-    launcher: Launcher
-
-
-def build_engine(args: EngineArgs, rendezvous: Rendezvous | None = None) -> LoadedModel:
+def build_engine(args: EngineArgs, rendezvous: Rendezvous | None = None) -> tuple[AsyncEngine, Launcher]:
     """Load the model, and start the other ranks unless `rendezvous` is the link to ranks that torchrun started.
 
+    Returns the engine, and the launcher that holds the model. Closing the engine closes the launcher.
     Raises ConfigError, WeightError or BackendError for options and checkpoints that cannot work.
     """
     config = args.model.config()
@@ -41,7 +32,7 @@ def build_engine(args: EngineArgs, rendezvous: Rendezvous | None = None) -> Load
         launcher.model.ops.require(Feature.INT8_KV_CACHE)
     executor = launcher.launch(args.engine, lambda model: kv_cache_blocks(model, args.engine))
     core = EngineCore(executor, args.engine)
-    return LoadedModel(AsyncEngine(core, parser, 2, [launcher.close]), launcher)
+    return AsyncEngine(core, parser, 2, [launcher.close]), launcher
 
 
 def _make_processor(args: EngineArgs, config: PllavaConfig) -> VideoProcessor:

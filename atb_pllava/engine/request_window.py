@@ -1,4 +1,4 @@
-"""answer_all: many requests through the engine, with a bounded number under way."""
+"""RequestWindow: many requests through the engine, with a bounded number under way."""
 
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -81,3 +81,13 @@ def _answer(stream: RequestStream) -> RequestOutput | PllavaError:
         return stream.result()
     except PllavaError as error:
         return error
+
+
+def in_order(answers: Iterable[tuple[int, RequestOutput | PllavaError]]) -> list[RequestOutput]:
+    """All answers by the numbers of their requests. Raises the first error."""
+    by_number: dict[int, RequestOutput] = {}
+    for number, answer in answers:
+        if isinstance(answer, PllavaError):
+            raise answer
+        by_number[number] = answer
+    return [by_number[number] for number in sorted(by_number)]

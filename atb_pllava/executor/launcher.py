@@ -51,6 +51,15 @@ class Launcher:
         self._owner = os.getpid()
         self._restore_threads: Callable[[], None] = lambda: None
 
+    def __str__(self) -> str:
+        """Which checkpoint, in what dtype, on which device."""
+        options = self.options
+        on_top = "" if options.weight_dir is None else f", weight_dir={options.weight_dir!r}"
+        ranks = "" if self.parallel.size == 1 else f", world_size={self.parallel.size}"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        backend = self.model.ops
+        return f"{options.model_path!r}{on_top}, dtype={dtype}, backend={backend}, device={backend.device}{ranks}"
+
     def launch(self, config: EngineConfig, plan_blocks: Callable[[Pllava], int]) -> Executor:
         """Load the model on every rank. Returns the executor, whose KV cache has `plan_blocks(model)` blocks.
 
