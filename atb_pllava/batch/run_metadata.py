@@ -61,7 +61,7 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
         "resize": llm.processor.resize,
         "conversation": asdict(llm.conversation),
     }
-    return settings if params is None else {**settings, "sampling": asdict(params)}
+    return settings if params is None else {**settings, "sampling": params.recorded()}
 
 
 def checkpoint_files(

@@ -45,5 +45,5 @@ def planned_settings(
         "frame_sampler": args.multimodal.frame_sampler,
         "resize": args.multimodal.resize,
         "conversation": asdict(args.prompt.choose(tokenizer.is_chatml)),
-        "sampling": asdict(params),
+        "sampling": params.recorded(),
     }

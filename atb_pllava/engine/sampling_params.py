@@ -1,6 +1,7 @@
 """How the tokens of an answer are chosen: the options of one request."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from atb_pllava.config import option
 from atb_pllava.errors import RequestError, check_number, check_whole_number
@@ -66,6 +67,13 @@ class SamplingParams:
     def num_sequences(self) -> int:
         """Sequences that the engine computes together for one request."""
         return max(self.n, self.num_beams)
+
+    def recorded(self) -> dict[str, Any]:
+        """The fields by name, for the settings of a run.
+
+        n and num_beams are left out while they are 1, so that results from before these fields can be resumed.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in ("n", "num_beams") or value > 1}
 
     def check_streamed(self) -> None:
         """Raises RequestError for options with which no single answer grows."""
