@@ -120,8 +120,7 @@ class Engine:
 
     def _encode_frames(self, entry: EncoderEntry, video: ProcessedVideo, frames: range) -> None:
         """Put some frames of a video through the vision tower. After the last frame, all frames are pooled."""
-        pixels = video.pixel_values(frames.start, frames.stop)
-        self.executor.call(ModelRunner.encode_frames, entry.video_id, pixels)
+        self.executor.call(ModelRunner.encode_frames, entry.video_id, video.frames[frames.start : frames.stop])
         entry.num_encoded_frames = frames.stop
         if frames.stop == len(video):
             self.executor.call(ModelRunner.pool_frames, entry.video_id, video.inverse_indices)

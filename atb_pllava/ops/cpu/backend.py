@@ -37,6 +37,7 @@ _SIGNATURES = {
     "atb_rotary": [_pointer, _whole, _pointer, _pointer, _pointer, _whole, _whole, _whole, _whole, _int],
     "atb_swiglu": [_pointer, _pointer, _whole, _whole, _whole, _int],
     "atb_quick_gelu": [_pointer, _pointer, _whole, _whole, _int],
+    "atb_look_up_pixels": [_pointer, _pointer, _pointer, _whole, _whole, _int],
     "atb_large_pages": [_pointer, _whole],
     "atb_keep_freed_memory": [],
 }
@@ -233,6 +234,15 @@ class NativeBackend(TorchBackend):
         x = x.contiguous()
         out = torch.empty_like(x)
         self._call("atb_quick_gelu", x.data_ptr(), out.data_ptr(), x.numel(), _KINDS[x.dtype])
+        return out
+
+    def normalize_frames(self, frames: Tensor, table: Tensor) -> Tensor:
+        assert frames.dtype == torch.uint8 and table.dtype == torch.float32 and table.shape == (256, 3)
+        frames = frames.contiguous()
+        table = table.contiguous()
+        count, height, width, _ = frames.shape
+        out = torch.empty(count, 3, height, width)
+        self._call("atb_look_up_pixels", frames.data_ptr(), table.data_ptr(), out.data_ptr(), count, height * width)
         return out
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:

@@ -139,6 +139,12 @@ void atb_quick_gelu(const void* x, void* out, int64_t count, int64_t kind, int t
         quick_gelu((const bf16*)x, (bf16*)out, count, threads);
 }
 
+// Pixels of uint8 frames, see look_up_pixels.
+void atb_look_up_pixels(const uint8_t* bytes, const float* table, float* out, int64_t frames, int64_t area,
+                        int threads) {
+    look_up_pixels(bytes, table, out, frames, area, threads);
+}
+
 void atb_keep_freed_memory() { keep_freed_memory(); }
 
 void atb_large_pages(void* start, int64_t bytes) { use_huge_pages(start, bytes); }
