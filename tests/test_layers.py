@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     # The model, the ranks and the engine know the contract of a backend, and no device's.
     "model": {"config", "distributed", "errors", "ops.forward_batch", "ops.int8", "ops.interface", "ops.reference"},
     "loader": {"config", "distributed", "errors", "files", "model", "ops"},
-    "executor": {"config", "distributed", "errors", "loader", "model", "ops.forward_batch", "ops.interface"},
+    "executor": {"config", "distributed", "errors", "loader", "model", "multimodal.transforms"}
+    | {"ops.forward_batch", "ops.interface"},
     "engine": {"config", "distributed", "errors", "executor", "loader", "model", "multimodal", "ops.int8"}
     | {"ops.interface", "prompt"},
     "convert": {"config", "distributed", "errors", "files", "loader", "model", "multimodal", "ops", "prompt"},

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atb_pllava.bench.llama_cpp_peer import LlamaCppPeer
 from atb_pllava.bench.machine import Probe, probes
 from atb_pllava.bench.roofline import Machine
-from atb_pllava.bench.stage_runner import StageRunner, random_pixels
+from atb_pllava.bench.stage_runner import StageRunner, random_frames
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.tables import markdown
 from atb_pllava.bench.timing import Work, interleaved, ratio
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
 from atb_pllava.llm import LLM
 from atb_pllava.model.costs import Cost
+from atb_pllava.multimodal.transforms import normalize
 
 Row = dict[str, Any]
 
@@ -64,7 +66,9 @@ def compare(
     say("building the transformers model with the same weights")
     peer = TransformersPeer(llm.config, llm.model.dtype, llm.model.int8)
     stages = StageRunner(llm)
-    pixels = random_pixels(llm)
+    frames = random_frames(llm)
+    preprocessor = llm.processor.preprocessor
+    pixels = torch.from_numpy(normalize(frames, preprocessor.image_mean, preprocessor.image_std))
     costs = costs_of(llm)
     peaks = probes(llm.model.ops, llm.model.dtype)
     length = llm.config.num_video_tokens
@@ -74,11 +78,11 @@ def compare(
     if "vision" in wanted:
         say(f"vision tower, projector and pooling, {len(pixels)} frames")
         stage = _Stage(f"vision, {len(pixels)} frames", costs.vision(len(pixels)), peaks, rounds)
-        yield stage.row(lambda: stages.encode(pixels), _with_attention(peer, lambda: peer.encode(pixels)))
+        yield stage.row(lambda: stages.encode(frames), _with_attention(peer, lambda: peer.encode(pixels)))
 
     if "prefill" in wanted:
         say(f"prefill of {tokens} tokens")
-        embeddings = peer.embed(prompt, stages.encode(pixels), _START)
+        embeddings = peer.embed(prompt, stages.encode(frames), _START)
         stage = _Stage(f"prefill, {tokens} tokens", costs.prefill([tokens]), peaks, rounds)
         yield stage.row(
             lambda: stages.prefill(prompt, _START, length),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from atb_pllava.engine.block_manager import blocks_for
@@ -22,13 +22,13 @@ class StageRunner:
         self.encoder_chunk = llm.engine.core.encoder_chunk
         self.model = llm.model
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [T, 3, size, size] to video embeddings [t * h * w, hidden], in the engine's batches of frames."""
+    def encode(self, frames: np.ndarray) -> Tensor:
+        """Frames uint8 [T, size, size, 3] to video embeddings [t * h * w, hidden], in the engine's batches."""
         self.executor.free_video(_VIDEO)
-        for start in range(0, len(pixels), self.encoder_chunk):
-            chunk = pixels[start : start + self.encoder_chunk]
+        for start in range(0, len(frames), self.encoder_chunk):
+            chunk = frames[start : start + self.encoder_chunk]
             self.executor.call(ModelRunner.encode_frames, _VIDEO, chunk)
-        self.executor.call(ModelRunner.pool_frames, _VIDEO, list(range(len(pixels))))
+        self.executor.call(ModelRunner.pool_frames, _VIDEO, list(range(len(frames))))
         return self.executor.runner.video_embeds(_VIDEO)
 
     def prefill(self, token_ids: Sequence[int], start: int, length: int) -> Tensor:
@@ -75,7 +75,7 @@ class StageRunner:
         return blocks_for(tokens, self.config.block_size)
 
 
-def random_pixels(llm: LLM) -> Tensor:
-    """Random pixels [T, 3, size, size] with the model's number of frames."""
+def random_frames(llm: LLM) -> np.ndarray:
+    """Random uint8 frames [T, size, size, 3] with the model's number of frames."""
     side = llm.config.vision.image_size
-    return torch.randn(llm.config.num_frames, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return np.random.default_rng(0).integers(0, 256, (llm.config.num_frames, side, side, 3), dtype=np.uint8)

@@ -57,6 +57,18 @@ class TensorParallel:
             dist.broadcast(x, src=0)
         return x
 
+    def all_true(self, value: bool) -> bool:
+        """Whether `value` is true on every rank. No rank returns before every rank has called."""
+        if self.size == 1:
+            return value
+        lowest = torch.tensor([int(value)])  # on the CPU: the host waits for the result, on every device
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        return bool(lowest)
+
+    def barrier(self) -> None:
+        """Wait on the host until every rank has called `barrier`."""
+        self.all_true(True)
+
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
         """Rank 0's `data` on every rank. The other ranks pass no `data`.
 

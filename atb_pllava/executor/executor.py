@@ -1,15 +1,17 @@
 """Calls of ModelRunner methods on every rank: `Executor` on rank 0, `worker_loop` on the other ranks.
 
-Rank 0 broadcasts the method's name and its arguments as msgpack, then each tensor among the arguments. The method's
-signature states the types of the arguments. Nothing is pickled. Only RANK_METHODS can be called.
+Rank 0 broadcasts the method's name and its arguments as msgpack. The method's signature states the types of the
+arguments. Nothing is pickled. Only RANK_METHODS can be called. An array among the arguments goes through memory that
+the ranks share. Without shared memory, rank 0 broadcasts the array after the call.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar, get_type_hints
 
 import msgspec
+import numpy as np
 import torch
-from torch import Tensor
 
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
@@ -18,8 +20,17 @@ from atb_pllava.executor.model_runner import ModelRunner
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-RANK_METHODS = (ModelRunner.encode_frames, ModelRunner.pool_frames, ModelRunner.free_video, ModelRunner.forward)
-"""The methods that all ranks run together. Arguments are numbers, sequences of numbers, structs or tensors."""
+RANK_METHODS = (
+    ModelRunner.encode_frames,
+    ModelRunner.pool_frames,
+    ModelRunner.free_video,
+    ModelRunner.copy_blocks,
+    ModelRunner.forward,
+)
+"""The methods that all ranks run together. Arguments are numbers, sequences of numbers, structs, and one array at most.
+
+A method with an array ends its reading by a barrier of all ranks, because the next call overwrites shared memory.
+"""
 
 _STOP = "stop"  # a method's name that ends the workers
 
@@ -31,11 +42,12 @@ class RankCall(msgspec.Struct, frozen=True, array_like=True):
     arguments: msgspec.Raw
 
 
-class TensorHeader(msgspec.Struct, frozen=True, array_like=True):
-    """The dtype and shape of a tensor argument. The tensor's values are broadcast after the call."""
+class ArrayHeader(msgspec.Struct, frozen=True, array_like=True):
+    """The dtype and shape of an array argument. `is_shared`: the array is in shared memory, else broadcast next."""
 
     dtype: str
     shape: list[int]
+    is_shared: bool
 
 
 class Executor:
@@ -44,13 +56,20 @@ class Executor:
     If any rank fails, the ranks are no longer in lockstep. The executor then calls `on_failure`, which shuts all ranks
     down and returns the cause, or None for an unknown cause. The failed call raises BackendError with the cause in
     place of a RuntimeError. Every later call raises that BackendError.
+
+    shared: the result of `share_memory` on rank 0. None: arrays are broadcast.
     """
 
     def __init__(
-        self, runner: ModelRunner, parallel: TensorParallel, on_failure: Callable[[], PllavaError | None] = lambda: None
+        self,
+        runner: ModelRunner,
+        parallel: TensorParallel,
+        on_failure: Callable[[], PllavaError | None] = lambda: None,
+        shared: np.ndarray | None = None,
     ) -> None:
         self.runner = runner
         self.parallel = parallel
+        self._shared = shared
         self._on_failure = on_failure
         self._failure: PllavaError | None = None
 
@@ -68,7 +87,7 @@ class Executor:
         if self._failure is not None:
             raise self._failure
         try:
-            _broadcast_call(self.parallel, method.__name__, *arguments)
+            _send_call(self.parallel, self._shared, method.__name__, *arguments)
             return own_method(*arguments)
         except BaseException as error:
             self._failure = BackendError(f"the ranks are out of step after {error!r}; load the model anew")
@@ -86,47 +105,71 @@ class Executor:
         """End the workers. Every later call raises BackendError."""
         if self.parallel.size > 1 and self._failure is None:
             self._failure = BackendError("this model was closed; load it anew")
-            _broadcast_call(self.parallel, _STOP)
+            _send_call(self.parallel, None, _STOP)
 
 
-def worker_loop(runner: ModelRunner, parallel: TensorParallel) -> None:
-    """Run each call of rank 0 on this rank's `runner`, until `Executor.stop` on rank 0."""
-    decoders = {method.__name__: _arguments_decoder(method) for method in RANK_METHODS}
+def worker_loop(runner: ModelRunner, parallel: TensorParallel, shared: np.ndarray | None = None) -> None:
+    """Run each call of rank 0 on this rank's `runner`, until `Executor.stop` on rank 0.
+
+    shared: the result of `share_memory` on this rank.
+    """
+    decoders = {method.__name__: _arguments_decoder(method, shared) for method in RANK_METHODS}
     while True:
         call = msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RankCall)
         if call.method == _STOP:
             return
         arguments = decoders[call.method].decode(call.arguments)
-        _broadcast_tensors(parallel, arguments)
+        for argument in arguments:
+            if isinstance(argument, np.ndarray) and not _is_within(argument, shared):
+                parallel.broadcast(torch.from_numpy(argument))
         getattr(runner, call.method)(*arguments)
 
 
-def _broadcast_call(parallel: TensorParallel, method: str, *arguments: object) -> None:
-    encoded = msgspec.Raw(msgspec.msgpack.encode(arguments, enc_hook=_tensor_header))
+def _send_call(parallel: TensorParallel, shared: np.ndarray | None, method: str, *arguments: object) -> None:
+    """On rank 0: send a call to the other ranks. Shared memory is written before they hear of the call."""
+    to_broadcast: list[np.ndarray] = []
+
+    def place(argument: object) -> ArrayHeader:
+        if not isinstance(argument, np.ndarray):
+            raise TypeError(f"a {type(argument).__name__} cannot be sent to the other ranks")
+        header = ArrayHeader(argument.dtype.name, list(argument.shape), is_shared=True)
+        if shared is not None and argument.nbytes <= shared.nbytes:
+            _view(shared, argument.dtype, argument.shape)[...] = argument
+            return header
+        to_broadcast.append(argument)
+        return msgspec.structs.replace(header, is_shared=False)
+
+    encoded = msgspec.Raw(msgspec.msgpack.encode(arguments, enc_hook=place))
     parallel.broadcast_bytes(msgspec.msgpack.encode(RankCall(method, encoded)))
-    _broadcast_tensors(parallel, arguments)
+    for array in to_broadcast:
+        parallel.broadcast(torch.from_numpy(np.require(array, requirements=["C", "W"])))
 
 
-def _broadcast_tensors(parallel: TensorParallel, arguments: tuple[object, ...]) -> None:
-    """Broadcast the tensors among the arguments. The other ranks receive the values into their own tensors."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            parallel.broadcast(argument.contiguous())
+def _arguments_decoder(
+    method: Callable[..., object], shared: np.ndarray | None
+) -> "msgspec.msgpack.Decoder[tuple[object, ...]]":
+    """A msgpack decoder of a method's arguments, by the types in the method's signature.
 
+    An array is a view of shared memory, or an empty array that receives a broadcast.
+    """
 
-def _arguments_decoder(method: Callable[..., object]) -> "msgspec.msgpack.Decoder[tuple[object, ...]]":
-    """A msgpack decoder of a method's arguments, by the types in the method's signature."""
+    def array_of(_: type, header: object) -> np.ndarray:
+        described = msgspec.convert(header, ArrayHeader)
+        dtype = np.dtype(described.dtype)
+        if not described.is_shared:
+            return np.empty(described.shape, dtype)
+        assert shared is not None, "rank 0 shares memory that this rank has not opened"
+        return _view(shared, dtype, described.shape)
+
     types = [kind for name, kind in get_type_hints(method).items() if name != "return"]
-    return msgspec.msgpack.Decoder(tuple[tuple(types)], dec_hook=_empty_tensor)  # type: ignore[misc]
+    return msgspec.msgpack.Decoder(tuple[tuple(types)], dec_hook=array_of)  # type: ignore[misc]
 
 
-def _tensor_header(value: object) -> TensorHeader:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"a {type(value).__name__} cannot be sent to the other ranks")
-    return TensorHeader(str(value.dtype).removeprefix("torch."), list(value.shape))
+def _view(shared: np.ndarray, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    """The first bytes of shared memory as an array."""
+    return shared[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
-def _empty_tensor(_: type, header: object) -> Tensor:
-    """A contiguous CPU tensor of the header's dtype and shape, to receive values into."""
-    described = msgspec.convert(header, TensorHeader)
-    return torch.empty(described.shape, dtype=getattr(torch, described.dtype))
+def _is_within(array: np.ndarray, shared: np.ndarray | None) -> bool:
+    """Whether the array is a view of shared memory."""
+    return shared is not None and np.may_share_memory(array, shared)

@@ -12,8 +12,15 @@ from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
 from atb_pllava.executor.executor import Executor
-from atb_pllava.executor.model_runner import ModelRunner
-from atb_pllava.executor.worker import load_fingerprint, send_worker_options, share_threads, start_workers
+from atb_pllava.executor.shared_frames import share_memory
+from atb_pllava.executor.worker import (
+    RunnerOptions,
+    load_fingerprint,
+    send_runner_options,
+    share_threads,
+    start_workers,
+)
+from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.model.pllava import Pllava
@@ -47,6 +54,7 @@ class Launcher:
         self.parallel = rendezvous.parallel if rendezvous else TensorParallel(0, size)
         self.model, self.plan = plan_model(options, self.parallel)
         self.executor: Executor | None = None
+        self._preprocessor = read_preprocessor_config(options.model_path, self.model.config.vision.image_size)
         self._port = parallel.master_port
         self._owner = os.getpid()
         self._restore_threads: Callable[[], None] = lambda: None
@@ -70,12 +78,21 @@ class Launcher:
         with self._stopped_on_error():
             self._load()
             blocks = plan_blocks(self.model)
-            choices = (blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs)
+            options = RunnerOptions(
+                blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs, self._preprocessor
+            )
             if self.rendezvous is not None:
-                send_worker_options(self.parallel, *choices)
-            runner = ModelRunner(self.model, *choices)
-        self.executor = Executor(runner, self.parallel, self._stop_after_loss)
+                send_runner_options(self.parallel, options)
+            runner = options.make_runner(self.model)
+            shared = None if self.rendezvous is None else share_memory(self.parallel, self._bytes_of_frames(config))
+        self.executor = Executor(runner, self.parallel, self._stop_after_loss, shared)
         return self.executor
+
+    def _bytes_of_frames(self, config: EngineConfig) -> int:
+        """Bytes of all uint8 frames that the ranks encode in one call."""
+        frames = (config.vision_batch or self.model.ops.preferred_vision_batch) * self.parallel.size
+        side = self.model.config.vision.image_size
+        return frames * side * side * 3
 
     def close(self) -> None:
         """Stop the other ranks, if there are any, and free their memory. A second call does nothing.

@@ -2,24 +2,37 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from atb_pllava.config import PreprocessorConfig
+from atb_pllava.errors import BackendError
 from atb_pllava.executor.graph_runner import GraphRunner
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.model.pllava import Pllava
+from atb_pllava.multimodal.transforms import normalization_table
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.interface import Feature, LayerCache
+
+_CLIP = PreprocessorConfig()
 
 
 class ModelRunner:
     """Owns the model, the KV cache, and the embeddings of videos by video id.
 
-    The caller has packed the model's weights: `fill_model` with pack=True does so, or `pack_weights`.
+    The caller has packed the model's weights: `fill_model` with pack=True does so, or `pack_weights`. `preprocessor`
+    states how frames become pixels.
     """
 
     def __init__(
-        self, model: Pllava, blocks: int, block_size: int, kv_cache_dtype: str = "auto", decode_graphs: bool = True
+        self,
+        model: Pllava,
+        blocks: int,
+        block_size: int,
+        kv_cache_dtype: str = "auto",
+        decode_graphs: bool = True,
+        preprocessor: PreprocessorConfig = _CLIP,
     ) -> None:
         self.model = model
         self.ops = model.ops
@@ -40,30 +53,28 @@ class ModelRunner:
         if decode_graphs and self.ops.supports(Feature.GRAPH_CAPTURE):
             max_blocks_per_seq = min(blocks, -(-text.max_position_embeddings // block_size))
             self._graphs = GraphRunner(model, self.cache, max_blocks_per_seq)
+        table = normalization_table(preprocessor.image_mean, preprocessor.image_std)
+        self._normalization_table = torch.from_numpy(table).to(self.device)
         self._features: dict[int, list[Tensor]] = {}
         self._video_embeds: dict[int, Tensor] = {}
 
     # Not inference_mode, because collectives of torch 2.1 cannot write into its tensors.
     @torch.no_grad()
-    def encode_frames(self, video: int, pixels: Tensor) -> None:
-        """Run the vision tower and the projector on some frames of a video, pixels [frames, 3, size, size].
+    def encode_frames(self, video: int, frames: np.ndarray) -> None:
+        """Run the vision tower and the projector on some frames of a video, uint8 [frames, size, size, 3].
 
-        The features are kept until `pool_frames`. Calls for one video append.
+        Each rank normalises and encodes its share of the frames. The features are kept until `pool_frames`. Calls for
+        one video append.
         """
-        import numpy as np
-        from atb_pllava.multimodal.transforms import normalize
-        from atb_pllava.config import PreprocessorConfig
-        if isinstance(pixels, np.ndarray):
-            config = PreprocessorConfig()
-            pixels = torch.from_numpy(normalize(pixels, config.image_mean, config.image_std))
-        self._features.setdefault(video, []).append(self.model.encode_frames(pixels.to(self.device)))
+        features = self.model.encode_share(self._pixels(frames), len(frames))
+        self._features.setdefault(video, []).append(features)
 
-    def copy_blocks(self, pairs):
-        sources = [a for a, _ in pairs]
-        destinations = [b for _, b in pairs]
-        for layer in self.cache:
-            for part in layer:
-                part[destinations] = part[sources]
+    def _pixels(self, frames: np.ndarray) -> Tensor:
+        """The normalised pixels [share, 3, size, size] of this rank's share of uint8 frames, on the device."""
+        mine = self.model.parallel.share(len(frames))
+        pixels = self.ops.normalize_frames(self.ops.upload(frames[mine.start : mine.stop]), self._normalization_table)
+        self.model.parallel.barrier()  # rank 0 may overwrite frames in shared memory from here on
+        return pixels
 
     @torch.no_grad()
     def pool_frames(self, video: int, inverse_indices: Sequence[int]) -> None:
@@ -78,6 +89,18 @@ class ModelRunner:
     def video_embeds(self, video: int) -> Tensor:
         """The embeddings [t * h * w, hidden] of a video that `pool_frames` has made."""
         return self._video_embeds[video]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks in all layers, for each pair (source, destination). See `Backend.copy_blocks`.
+
+        Raises BackendError for a block number outside of the KV cache.
+        """
+        outside = [block for pair in pairs for block in pair if not 0 <= block < self.blocks]
+        if outside:
+            raise BackendError(f"block {outside[0]} is outside of the KV cache of {self.blocks} blocks")
+        if pairs:
+            sources, destinations = zip(*pairs, strict=True)
+            self.ops.copy_blocks(self.cache, sources, destinations)
 
     @torch.no_grad()
     def forward(self, step: ModelInput) -> Tensor:

@@ -21,11 +21,13 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from atb_pllava.config import PreprocessorConfig
 from atb_pllava.distributed.rendezvous import EXIT_PEER_LOST, Rendezvous
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import OutOfMemoryError, PllavaError
 from atb_pllava.executor.executor import worker_loop
 from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.executor.shared_frames import share_memory
 from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
@@ -42,6 +44,13 @@ class RunnerOptions(msgspec.Struct, frozen=True):
     block_size: int
     kv_cache_dtype: str
     decode_graphs: bool
+    preprocessor: PreprocessorConfig
+
+    def make_runner(self, model: Pllava) -> ModelRunner:
+        """The model runner of one rank."""
+        return ModelRunner(
+            model, self.blocks, self.block_size, self.kv_cache_dtype, self.decode_graphs, self.preprocessor
+        )
 
 
 def start_workers(size: int, options: ModelOptions, port: int | None = None) -> Rendezvous:
@@ -85,7 +94,8 @@ def run_worker(rendezvous: Rendezvous, options: ModelOptions) -> int:
         except (PllavaError, MemoryError, RuntimeError) as error:
             rendezvous.fail(str(error) or type(error).__name__)
             return 2
-        worker_loop(ModelRunner(model, *receive_worker_options(rendezvous.parallel)), rendezvous.parallel)
+        runner = receive_runner_options(rendezvous.parallel).make_runner(model)
+        worker_loop(runner, rendezvous.parallel, share_memory(rendezvous.parallel))
         return 0
     except OutOfMemoryError as error:
         rendezvous.fail(str(error))
@@ -102,18 +112,14 @@ def load_fingerprint(model: Pllava, plan: LoadPlan | DummyWeights, options: Mode
     return f"{plan.fingerprint()} {plan.lora_scale} {options.described()} {model.config} {model.dtype}"
 
 
-def send_worker_options(
-    parallel: TensorParallel, blocks: int, block_size: int, kv_cache_dtype: str, decode_graphs: bool
-) -> None:
-    """On rank 0: send the arguments of `ModelRunner` after the model to the workers."""
-    options = RunnerOptions(blocks, block_size, kv_cache_dtype, decode_graphs)
+def send_runner_options(parallel: TensorParallel, options: RunnerOptions) -> None:
+    """On rank 0: send the options of the model runner to the workers."""
     parallel.broadcast_bytes(msgspec.msgpack.encode(options))
 
 
-def receive_worker_options(parallel: TensorParallel) -> tuple[int, int, str, bool]:
-    """On a worker: receive the arguments of `ModelRunner` after the model, in order, from rank 0."""
-    options = msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RunnerOptions)
-    return options.blocks, options.block_size, options.kv_cache_dtype, options.decode_graphs
+def receive_runner_options(parallel: TensorParallel) -> RunnerOptions:
+    """On a worker: receive the options of the model runner from rank 0."""
+    return msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RunnerOptions)
 
 
 def share_threads(size: int) -> Callable[[], None]:

@@ -44,18 +44,22 @@ class Pllava(nn.Module):
         self.requires_grad_(False)
 
     def encode_frames(self, pixels: Tensor) -> Tensor:
-        """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden] on every rank.
+        """Pixels [U, 3, size, size] to projected patch features [U, grid, grid, hidden] on every rank."""
+        mine = self.parallel.share(len(pixels))
+        return self.encode_share(pixels[mine.start : mine.stop], len(pixels))
 
-        Each rank encodes its share of the frames. An all-gather joins the shares.
+    def encode_share(self, pixels: Tensor, frames: int) -> Tensor:
+        """Pixels of this rank's share of `frames` frames to the features of all frames, as `encode_frames` returns.
+
+        The shares are those of `TensorParallel.share`. An all-gather joins the features of all ranks.
         """
         side = self.config.vision.grid
-        mine = self.parallel.share(len(pixels))
-        if mine:
-            features: Tensor = self.projector(self.vision(pixels[mine.start : mine.stop]))  # [share, patches, hidden]
+        if len(pixels):
+            features: Tensor = self.projector(self.vision(pixels))  # [share, patches, hidden]
         else:  # there are more ranks than frames, and devices refuse operators on empty tensors
             features = torch.empty(0, side * side, self.config.text.hidden_size, dtype=self.dtype, device=pixels.device)
-        features = features.reshape(len(mine), side, side, features.shape[-1])
-        return self.parallel.all_gather(features, len(pixels), self.ops)
+        features = features.reshape(len(pixels), side, side, features.shape[-1])
+        return self.parallel.all_gather(features, frames, self.ops)
 
     def pool_frames(self, grid: Tensor, inverse_indices: Sequence[int]) -> Tensor:
         """Features [U, grid, grid, hidden] of the distinct frames to video embeddings [t * h * w, hidden].

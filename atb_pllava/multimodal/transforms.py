@@ -42,17 +42,23 @@ def resize_frames(
 
 
 def normalize(frames: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised pixels, uint8 [T, S, S, 3] to contiguous float32 [T, 3, S, S]: (x / 255 - mean) / std by channel.
-
-    Order and dtypes are those of transformers' CLIPImageProcessor. x * (1 / 255) is computed in float64 and rounded to
-    float32, and the rest is float32. A byte has 256 values, so each channel is a look-up in one table.
-    """
-    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    tables = (scaled[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)  # [256, 3]
+    """Normalised pixels, uint8 [T, S, S, 3] to contiguous float32 [T, 3, S, S], by `normalization_table`."""
+    tables = normalization_table(mean, std)
     pixels = np.empty((frames.shape[0], 3, *frames.shape[1:3]), np.float32)
     for channel in range(3):
         np.take(tables[:, channel], frames[..., channel], out=pixels[:, channel])
     return pixels
+
+
+def normalization_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """The pixel of each byte and channel, float32 [256, 3]: (byte / 255 - mean) / std.
+
+    Order and dtypes are those of transformers' CLIPImageProcessor. byte * (1 / 255) is computed in float64 and rounded
+    to float32, and the rest is float32.
+    """
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    table: np.ndarray = (scaled[:, None] - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return table
 
 
 def _each_frame(video: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:

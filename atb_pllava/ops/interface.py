@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava.errors import BackendError
+from atb_pllava.ops.device_event import AcceleratorEvent, DeviceEvent, HostEvent
 from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch
 from atb_pllava.ops.host_memory import host_memory
 from atb_pllava.ops.int8 import Int8Weight
@@ -50,15 +52,6 @@ class Feature(Enum):
     INT8_KV_CACHE = "kv_cache_dtype 'int8' works on the cpu backend only"
     TENSOR_PARALLEL = "world_size above 1 works on the cpu and ascend backends only"
     GRAPH_CAPTURE = "steps are captured on the cuda and ascend backends only, with their own kernels"
-
-
-class DeviceEvent:
-    def __init__(self):
-        import time
-        self.time = time.perf_counter()
-
-    def seconds_since(self, earlier):
-        return self.time - earlier.time
 
 
 class CapturedGraph(ABC):
@@ -152,11 +145,27 @@ class Backend(ABC):
         if not self.on_host:
             getattr(torch, self.device.type).synchronize()
 
-    def record(self):
-        return DeviceEvent()
+    def use_on_this_thread(self) -> None:
+        """Make this backend's device the current one of the calling thread.
 
-    def use_on_this_thread(self):
-        pass
+        The current device belongs to a thread. A thread other than the one that made the backend calls this first.
+        """
+        if self.device.index is not None and not self.on_host:
+            getattr(torch, self.device.type).set_device(self.device)
+
+    def record(self) -> DeviceEvent:
+        """The end of all work that was launched so far. The call does not wait for that work."""
+        return HostEvent() if self.on_host else AcceleratorEvent(self.device.type)
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """`array` as a tensor on the device.
+
+        On a CPU the result shares the array's memory, unless the array is read-only or has gaps. On an accelerator the
+        caller may overwrite the array at once: the device copies from pinned memory while the host goes on.
+        """
+        array = np.require(array, requirements=["C", "W"])
+        tensor = torch.from_numpy(array)
+        return tensor if self.on_host else tensor.pin_memory().to(self.device, non_blocking=True)
 
     @property
     def process_group(self) -> str:
@@ -205,6 +214,17 @@ class Backend(ABC):
     @abstractmethod
     def _linear_rows(self, x: Tensor, weight: Int8Weight | PackedWeight, bias: Tensor | None) -> Tensor:
         """Rows x [R, in] times an int8 or packed weight [out, in] transposed, plus bias: [R, out]."""
+
+    # Pixels
+
+    def normalize_frames(self, frames: Tensor, table: Tensor) -> Tensor:
+        """The pixels [n, 3, S, S] float32 of frames [n, S, S, 3] uint8: table[byte, channel] for each byte.
+
+        table: [256, 3] float32, from `multimodal.transforms.normalization_table`. A look-up is exact on every device.
+        """
+        channels = torch.arange(3, dtype=torch.int32, device=frames.device)[:, None, None]
+        places = frames.permute(0, 3, 1, 2).int() + 256 * channels  # [n, 3, S, S]
+        return F.embedding(places, table.T.reshape(-1, 1)).squeeze(-1)
 
     # Between the products
 
@@ -263,6 +283,18 @@ class Backend(ABC):
         dtype int8: keys and values in 8 bits with a float32 scale for each token and head.
         Raises BackendError for int8 if the backend has no int8 KV cache.
         """
+
+    def copy_blocks(self, cache: Sequence[LayerCache], sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copy whole KV blocks in all layers: block sources[i] to block destinations[i].
+
+        All sources are read before a destination is written. Destinations are distinct. The first dimension of every
+        tensor of a LayerCache is the block, on every backend.
+        """
+        from_blocks = self.upload(np.array(sources, dtype=np.int64))
+        to_blocks = self.upload(np.array(destinations, dtype=np.int64))
+        for layer in cache:
+            for part in layer:
+                part[to_blocks] = part[from_blocks]
 
     @abstractmethod
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:

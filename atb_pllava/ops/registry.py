@@ -45,7 +45,7 @@ def get_backend(
         if not torch.cuda.is_available():
             version = torch.__version__
             raise BackendError(f"backend 'cuda': torch {version} finds no CUDA device here; use --backend cpu")
-        return TorchBackend("cuda") if kernels == "torch" else _cuda(kernels)
+        return _plain_cuda() if kernels == "torch" else _cuda(kernels)
     backend = AscendBackend(rank)
     if kernels == "native":
         raise BackendError("kernels 'native' are for cpu and cuda, not for ascend; leave the option out")
@@ -82,7 +82,12 @@ def _cuda(kernels: str) -> Backend:
         if kernels == "native":
             raise BackendError(f"kernels 'native': {error}, or use --kernels torch") from None
         logger.warning("no CUDA kernels: %s; plain torch is used, without captured steps", error)
-        return TorchBackend("cuda")
+        return _plain_cuda()
+
+
+def _plain_cuda() -> Backend:
+    """Plain torch on the current CUDA device, by number, because the current device belongs to a thread."""
+    return TorchBackend(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _best_backend() -> str:

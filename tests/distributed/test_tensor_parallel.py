@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams, WeightError
-from atb_pllava.config import TextConfig
+from atb_pllava.config import PreprocessorConfig, TextConfig
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed import rendezvous
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel, check_world_size
 from atb_pllava.errors import OutOfMemoryError
 from atb_pllava.executor import worker
+from atb_pllava.executor.worker import RunnerOptions
 from atb_pllava.loader import weight_loader
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
@@ -164,7 +165,9 @@ def test_a_rank_says_what_memory_it_could_not_have(checkpoint: Path, monkeypatch
 
     monkeypatch.setattr(logging.getLogger("atb_pllava"), "setLevel", lambda _: None)
     monkeypatch.setattr(Rendezvous, "barrier", lambda *_: None)
-    monkeypatch.setattr(worker, "receive_worker_options", lambda _: (1, 16, "auto", False))
+    options = RunnerOptions(1, 16, "auto", False, PreprocessorConfig())
+    monkeypatch.setattr(worker, "receive_runner_options", lambda _: options)
+    monkeypatch.setattr(worker, "share_memory", lambda _: None)
     monkeypatch.setattr(worker, "share_threads", lambda _: None)
     monkeypatch.setattr(worker, "worker_loop", refuse)
     store = dist.HashStore()

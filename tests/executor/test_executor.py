@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,26 +37,33 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return sent
 
 
-def test_every_rank_gets_the_arguments_of_rank_0(one_process: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize("room", [None, 47, 48, 1000])
+def test_every_rank_gets_the_arguments_of_rank_0(one_process: list[torch.Tensor], room: int | None) -> None:
+    """`room` is the number of bytes that the ranks share. The frames have 48 bytes."""
+    shared = None if room is None else np.zeros(room, np.uint8)
     step = ModelInput(
         1, [5, 6, 7], [9, 0, 1], [9, 0, 1], [1, 2], [10, 2], [[0, 3], [1]], [0, 2], [EmbedSlice(4, 1, 2, 1)]
     )
     nothing = ModelInput(0, [], [], [], [], [], [], [], [])
-    pixels = torch.arange(24.0).reshape(2, 3, 2, 2)
+    frames = np.arange(48, dtype=np.uint8).reshape(2, 2, 4, 3)
     first = Recorder()
     second = Recorder()
-    executor = Executor(first, TensorParallel(0, 2))
-    executor.call(ModelRunner.encode_frames, 2**40, pixels.transpose(2, 3))
+    executor = Executor(first, TensorParallel(0, 2), shared=shared)
+    executor.call(ModelRunner.encode_frames, 2**40, frames.transpose(0, 2, 1, 3))
     executor.call(ModelRunner.pool_frames, 2**40, (0, 1, 1))
     for sent in (step, nothing):
         executor.call(ModelRunner.forward, sent)
+    executor.call(ModelRunner.copy_blocks, [(3, 4), (3, 5)])
     executor.free_video(2**40)
     executor.stop()
-    worker_loop(second, TensorParallel(1, 2))
-    assert not one_process and len(first.calls) == 5
-    assert torch.equal(second.calls[0][2], first.calls[0][2]) and second.calls[0][:2] == ("encode_frames", 2**40)
+    assert len(one_process) == (7 if room is not None and room >= 48 else 8), "frames are broadcast without room"
+    worker_loop(second, TensorParallel(1, 2), shared)
+    assert not one_process and len(first.calls) == 6
+    assert np.array_equal(second.calls[0][2], first.calls[0][2]) and second.calls[0][:2] == ("encode_frames", 2**40)
     assert second.calls[1] == ("pool_frames", 2**40, [0, 1, 1])
-    assert second.calls[2:] == first.calls[2:] == [("forward", step), ("forward", nothing), ("free_video", 2**40)]
+    assert second.calls[2:] == first.calls[2:]
+    assert second.calls[2:4] == [("forward", step), ("forward", nothing)]
+    assert second.calls[4:] == [("copy_blocks", [(3, 4), (3, 5)]), ("free_video", 2**40)]
 
 
 @pytest.mark.parametrize("length", [0, 1, 4087, 4088, 4089, 100_000])

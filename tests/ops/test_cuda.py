@@ -414,6 +414,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.kernels")
     monkeypatch.delattr("atb_pllava.ops.cuda.kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ import torch
 from atb_pllava.errors import OutOfMemoryError
 from atb_pllava.ops.cpu import build
 from atb_pllava.ops.cpu.backend import NativeBackend, Panels
+from atb_pllava.ops.interface import LayerCache
 from tests.ops.kernel_support import PLAIN, CacheShape, filled_caches
 from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, random_tensor
 
@@ -26,13 +27,19 @@ def huge_linear(fast: NativeBackend) -> None:
     fast.linear(random_tensor(1, 64), packed)
 
 
+def huge_cache() -> LayerCache:
+    """One block of 64 * HUGE tokens, all in the same memory. Nothing reads or writes the block."""
+    rows = torch.zeros(1, 2, 1, 64).expand(1, 2, 64 * HUGE, 64)
+    return rows, rows
+
+
 def huge_decode(fast: NativeBackend) -> None:
-    (cache,) = fast.new_kv_cache(1, 1, 4, 2, 64, torch.float32)
+    cache = huge_cache()
     fast.decode_attention(random_tensor(1, 2, 64), cache, decode_metadata(fast, [64 * HUGE], torch.tensor([[0]])))
 
 
 def huge_prefill(fast: NativeBackend) -> None:
-    (cache,) = fast.new_kv_cache(1, 1, 4, 2, 64, torch.float32)
+    cache = huge_cache()
     query = random_tensor(1, 2, 64)
     metadata = prefill_metadata(fast, [1], [64 * HUGE], torch.tensor([[0]]))
     fast.prefill_attention(query, query, query, cache, metadata)

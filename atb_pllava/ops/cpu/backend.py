@@ -8,13 +8,14 @@ csrc/decode_attention.h.
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atb_pllava.errors import OutOfMemoryError
-from atb_pllava.ops.forward_batch import AttentionMetadata
+from atb_pllava.errors import BackendError, OutOfMemoryError
+from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import LayerCache, PackedWeight, Weight, contiguous_heads
 from atb_pllava.ops.reference import TorchBackend
@@ -29,20 +30,22 @@ _SIGNATURES = {
     "atb_unpack": [_pointer, _pointer, _whole, _int],
     "atb_linear": [_pointer, _pointer, _whole, _whole, _pointer, _pointer, _whole, _whole, _int],
     "atb_write_kv": [_pointer, _pointer, _whole, _pointer, _whole, _pointer, _whole, _whole, _int],
-    "atb_decode": [_pointer, _pointer, _whole, _pointer, _pointer, _whole, _pointer, _whole, _whole, _whole, _int],
-    "atb_prefill": [_pointer, _pointer, _whole, _pointer, _whole, _pointer, _whole, _whole, _whole, _whole, _int],
+    "atb_decode": [*[_pointer] * 2, _whole, *[_pointer] * 2, *[_whole] * 2, _pointer, *[_whole] * 3, _int],
+    "atb_prefill": [*[_pointer] * 2, _whole, _pointer, _whole, _pointer, *[_whole] * 5, _int],
     "atb_encoder": [*[_pointer] * 4, *[_whole] * 8, _int],
     "atb_rms_norm": [_pointer, _pointer, ctypes.c_float, _pointer, _whole, _whole, _whole, _int],
     "atb_rotary": [_pointer, _whole, _pointer, _pointer, _pointer, _whole, _whole, _whole, _whole, _int],
     "atb_swiglu": [_pointer, _pointer, _whole, _whole, _whole, _int],
     "atb_quick_gelu": [_pointer, _pointer, _whole, _whole, _int],
+    "atb_look_up_pixels": [_pointer, _pointer, _pointer, _whole, _whole, _int],
     "atb_large_pages": [_pointer, _whole],
     "atb_keep_freed_memory": [],
 }
 
 
-# Kernels that allocate scratch memory return 0, or the number of bytes that could not be allocated.
-_MAY_FAIL = ("atb_linear", "atb_decode", "atb_prefill", "atb_encoder")
+# These kernels return 0, the number of bytes that could not be allocated, or _OUT_OF_RANGE.
+_MAY_FAIL = ("atb_linear", "atb_write_kv", "atb_decode", "atb_prefill", "atb_encoder")
+_OUT_OF_RANGE = -1  # OUT_OF_RANGE in csrc/memory.h
 
 
 class _Matrix(ctypes.Structure):
@@ -69,6 +72,7 @@ class _Cache(ctypes.Structure):
         ("values", _pointer),
         ("key_scale", _pointer),
         ("value_scale", _pointer),
+        ("blocks", _whole),
         ("heads", _whole),
         ("block", _whole),
         ("dim", _whole),
@@ -172,6 +176,16 @@ class NativeBackend(TorchBackend):
         )
         return out
 
+    def prepare(self, batch: ForwardBatch, cos: Tensor, sin: Tensor) -> AttentionMetadata:
+        """See `Backend.prepare`. Raises BackendError unless the tensors have the types and sizes that kernels read."""
+        rows = len(batch.slot_mapping)
+        per_token = (batch.token_ids, batch.positions, cos, sin)
+        if batch.decode.cu_seqlens[-1] + batch.prefill.cu_seqlens[-1] != rows or any(len(x) != rows for x in per_token):
+            raise BackendError(f"the step has {rows} slots, and another number of tokens")
+        if not (_is_index(batch.slot_mapping) and _is_packed(batch.decode) and _is_packed(batch.prefill)):
+            raise BackendError("the step's lengths, slots or block tables do not fit together")
+        return super().prepare(batch, cos, sin)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if not _has_kernels(x):
             return super().rms_norm(x, weight, eps)
@@ -222,11 +236,21 @@ class NativeBackend(TorchBackend):
         self._call("atb_quick_gelu", x.data_ptr(), out.data_ptr(), x.numel(), _KINDS[x.dtype])
         return out
 
+    def normalize_frames(self, frames: Tensor, table: Tensor) -> Tensor:
+        assert frames.dtype == torch.uint8 and table.dtype == torch.float32 and table.shape == (256, 3)
+        frames = frames.contiguous()
+        table = table.contiguous()
+        count, height, width, _ = frames.shape
+        out = torch.empty(count, 3, height, width)
+        self._call("atb_look_up_pixels", frames.data_ptr(), table.data_ptr(), out.data_ptr(), count, height * width)
+        return out
+
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         if not _has_kernels(keys):
             return super().write_kv(keys, values, cache, slot_mapping)
         keys = contiguous_heads(keys)
         values = contiguous_heads(values)
+        assert len(keys) == len(values) == len(slot_mapping)
         kernel_cache = _cache_of(cache)
         self._call(
             "atb_write_kv",
@@ -246,6 +270,7 @@ class NativeBackend(TorchBackend):
         if not _has_kernels(query) or query.shape[-1] > _LARGEST_HEAD:
             return super().prefill_attention(query, keys, values, cache, metadata)
         batch = metadata.prefill
+        assert len(query) == batch.cu_seqlens[-1]
         query = contiguous_heads(query)
         out = query.new_empty(query.shape)
         kernel_cache = _cache_of(cache)
@@ -259,6 +284,7 @@ class NativeBackend(TorchBackend):
                 out[rows].data_ptr(),
                 out.stride(0),
                 batch.block_tables[i].data_ptr(),
+                batch.block_tables.shape[1],
                 query.shape[1],
                 rows.stop - rows.start,
                 context,
@@ -270,6 +296,7 @@ class NativeBackend(TorchBackend):
         if not _has_kernels(query):
             return super().decode_attention(query, cache, metadata)
         batch = metadata.decode
+        assert len(query) == len(batch)
         query = contiguous_heads(query)
         out = query.new_empty(query.shape)
         kernel_cache = _cache_of(cache)
@@ -281,6 +308,7 @@ class NativeBackend(TorchBackend):
             out.data_ptr(),
             batch.block_tables.data_ptr(),
             batch.block_tables.stride(0),
+            batch.block_tables.shape[1],
             batch.device_context_lens.data_ptr(),
             len(query),
             query.shape[1],
@@ -311,12 +339,18 @@ class NativeBackend(TorchBackend):
         return self._library
 
     def _call(self, name: str, *arguments: object) -> None:
-        """Call a kernel with all threads. Raises OutOfMemoryError if the kernel cannot allocate scratch memory."""
+        """Call a kernel with all threads. Several Python threads may call kernels at once.
+
+        Raises OutOfMemoryError if the kernel cannot allocate scratch memory. Raises BackendError if a slot, a block
+        number or a context length is outside of the KV cache.
+        """
         function: Callable[..., int | None] = getattr(self._library, name)
-        missing = function(*arguments, torch.get_num_threads())
-        if missing:
+        status = function(*arguments, torch.get_num_threads())
+        if status == _OUT_OF_RANGE:
+            raise BackendError(f"{name}: a slot, block number or context length of the step is outside of the KV cache")
+        if status:
             raise OutOfMemoryError(
-                f"{name} could not allocate {missing / 1e6:.1f} MB: lower --prefill_chunk, --vision_batch or "
+                f"{name} could not allocate {status / 1e6:.1f} MB: lower --prefill_chunk, --vision_batch or "
                 "--max_batch_size, or free memory"
             )
 
@@ -328,6 +362,27 @@ class NativeBackend(TorchBackend):
         return room
 
 
+def _is_packed(batch: SequenceBatch) -> bool:
+    """Whether the fields of a SequenceBatch have the types of ops.forward_batch, and agree in the number of sequences.
+
+    The kernels compare the numbers in the fields with the KV cache.
+    """
+    tables = batch.block_tables
+    lens = batch.device_context_lens
+    return (
+        len(batch) == len(batch.cu_seqlens) - 1 == len(tables) == len(lens)
+        and all(first <= last for first, last in pairwise(batch.cu_seqlens))
+        and tables.dtype == torch.int64
+        and (tables.stride(1) == 1 or tables.shape[1] <= 1)
+        and _is_index(lens)
+    )
+
+
+def _is_index(x: Tensor) -> bool:
+    """Whether x is a vector as the kernels read slots and lengths: int64, without gaps."""
+    return x.dtype == torch.int64 and x.is_contiguous()
+
+
 def _has_kernels(x: Tensor) -> bool:
     """Whether the kernels support the dtype of x."""
     return x.dtype in (torch.float32, torch.bfloat16)
@@ -337,8 +392,7 @@ def _cache_of(cache: LayerCache) -> _Cache:
     """The struct that describes a layer's KV cache to the kernels."""
     keys, values, *scales = cache
     addresses = [_address(scale) for scale in scales] or [None, None]
-    _, heads, block, dim = keys.shape
-    return _Cache(keys.data_ptr(), values.data_ptr(), *addresses, heads, block, dim, _KINDS[keys.dtype])
+    return _Cache(keys.data_ptr(), values.data_ptr(), *addresses, *keys.shape, _KINDS[keys.dtype])
 
 
 def _address(x: Tensor | None) -> int | None:

@@ -52,6 +52,8 @@ class CudaBackend(TorchBackend):
         self.name = "cuda"
         self.features = CudaBackend.features if self.device.type == "cuda" else frozenset()
         self._kernels = import_kernels()
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._programs = PROGRAMS_PER_SM * multiprocessors

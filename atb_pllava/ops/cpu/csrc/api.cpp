@@ -7,7 +7,8 @@
 // bfloat16 (arithmetic.h). Sums are float32 everywhere.
 //
 // The argument `kind` is FLOAT or BFLOAT: the type of activations. `threads` is the number of threads to use. Functions
-// that need scratch memory return 0. If an allocation fails, they return its bytes, and the output is incomplete.
+// that may fail return 0 on success. If an allocation fails, they return its bytes, and the output is incomplete. They
+// return OUT_OF_RANGE for a slot, block number or context length outside of the KV cache, and then write nothing.
 
 #include "decode_attention.h"
 #include "elementwise.h"
@@ -22,7 +23,7 @@ extern "C" {
 int64_t atb_linear(const Matrix* w, const void* x, int64_t count, int64_t x_stride, const void* bias, void* out,
                    int64_t out_stride, int64_t kind, int threads) {
     const LinearCall call{w, x, count, x_stride, bias, out, out_stride, threads};
-    return missing_bytes([&] {
+    return status_of([&] {
         if (kind == FLOAT && w->kind == FLOAT)
             Linear<Fma, float, float>(call).run();
         else if (kind == FLOAT)
@@ -54,23 +55,27 @@ void atb_unpack(const Matrix* w, void* to, int64_t stride, int threads) {
         unpack(*w, (const int8_t*)w->data, (int8_t*)to, stride, threads);
 }
 
-void atb_write_kv(const Cache* c, const void* keys, int64_t key_stride, const void* values, int64_t value_stride,
-                  const int64_t* slot_mapping, int64_t count, int64_t kind, int threads) {
+// Stores keys and values at the slots, see write_kv.
+int64_t atb_write_kv(const Cache* c, const void* keys, int64_t key_stride, const void* values, int64_t value_stride,
+                     const int64_t* slot_mapping, int64_t count, int64_t kind, int threads) {
 #define WRITE(T, X) \
     write_kv<T>(*c, (const X*)keys, key_stride, (const X*)values, value_stride, slot_mapping, count, threads)
-    if (c->kind == INT8)
-        kind == FLOAT ? WRITE(int8_t, float) : WRITE(int8_t, bf16);
-    else
-        kind == FLOAT ? WRITE(float, float) : WRITE(bf16, bf16);
+    return status_of([&] {
+        if (c->kind == INT8)
+            kind == FLOAT ? WRITE(int8_t, float) : WRITE(int8_t, bf16);
+        else
+            kind == FLOAT ? WRITE(float, float) : WRITE(bf16, bf16);
+    });
 #undef WRITE
 }
 
 // Attention of one new token of each sequence, see DecodeCall.
 int64_t atb_decode(const Cache* c, const void* q, int64_t q_stride, void* out, const int64_t* block_tables,
-                   int64_t table_stride, const int64_t* context_lens, int64_t sequences, int64_t heads, int64_t kind,
-                   int threads) {
-    const DecodeCall call{c, q, out, block_tables, context_lens, sequences, heads, q_stride, table_stride, threads};
-    return missing_bytes([&] {
+                   int64_t table_stride, int64_t columns, const int64_t* context_lens, int64_t sequences,
+                   int64_t heads, int64_t kind, int threads) {
+    const DecodeCall call{c,     q,        out,          block_tables, context_lens, sequences,
+                          heads, q_stride, table_stride, columns,      threads};
+    return status_of([&] {
         if (c->kind == INT8)
             kind == FLOAT ? DecodeAttention<int8_t, float>(call).run() : DecodeAttention<int8_t, bf16>(call).run();
         else
@@ -80,10 +85,12 @@ int64_t atb_decode(const Cache* c, const void* q, int64_t q_stride, void* out, c
 
 // Attention of many new tokens of one sequence, see PrefillCall. dim is at most STEP.
 int64_t atb_prefill(const Cache* c, const void* q, int64_t q_stride, void* out, int64_t out_stride,
-                    const int64_t* block_table, int64_t heads, int64_t length, int64_t context, int64_t kind,
-                    int threads) {
+                    const int64_t* block_table, int64_t columns, int64_t heads, int64_t length, int64_t context,
+                    int64_t kind, int threads) {
     const PrefillCall call{c, q, out, block_table, heads, q_stride, out_stride, length, context, threads};
-    return missing_bytes([&] {
+    return status_of([&] {
+        if (length > context) throw OutOfRange{};
+        check_block_table(*c, block_table, columns, context);
         if (c->kind == INT8)
             kind == FLOAT ? prefill_attention<Fma, int8_t, float>(call)
                           : prefill_attention<BfloatArithmetic, int8_t, bf16>(call);
@@ -98,7 +105,7 @@ int64_t atb_encoder(const void* q, const void* k, const void* v, void* out, int6
                     int64_t heads, int64_t dim, int64_t frame_stride, int64_t token_stride, int64_t head_stride,
                     int64_t kind, int threads) {
     const EncoderCall call{q, k, v, out, frames, tokens, heads, dim, frame_stride, token_stride, head_stride, threads};
-    return missing_bytes(
+    return status_of(
         [&] { kind == FLOAT ? encoder_attention<Fma, float>(call) : encoder_attention<BfloatArithmetic, bf16>(call); });
 }
 
@@ -130,6 +137,12 @@ void atb_quick_gelu(const void* x, void* out, int64_t count, int64_t kind, int t
         quick_gelu((const float*)x, (float*)out, count, threads);
     else
         quick_gelu((const bf16*)x, (bf16*)out, count, threads);
+}
+
+// Pixels of uint8 frames, see look_up_pixels.
+void atb_look_up_pixels(const uint8_t* bytes, const float* table, float* out, int64_t frames, int64_t area,
+                        int threads) {
+    look_up_pixels(bytes, table, out, frames, area, threads);
 }
 
 void atb_keep_freed_memory() { keep_freed_memory(); }

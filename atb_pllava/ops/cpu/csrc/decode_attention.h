@@ -238,11 +238,11 @@ struct DecodeCall {
     void* out;      // [sequences, heads, dim]
     const int64_t* block_tables;
     const int64_t* context_lens;
-    int64_t sequences, heads, q_stride, table_stride;
+    int64_t sequences, heads, q_stride, table_stride, columns;  // `columns` of block_tables
     int threads;
 };
 
-// One call of atb_decode. T is the type of the cache's elements, X that of q and out.
+// One call of atb_decode. T is the type of the cache's elements, X that of q and out. Raises OutOfRange.
 template <class T, class X>
 class DecodeAttention {
     typedef RowProducts<T> Products;
@@ -252,6 +252,8 @@ class DecodeAttention {
     explicit DecodeAttention(const DecodeCall& call) : call(call), c(*call.cache) {}
 
     void run() const {
+        for (int64_t s = 0; s < call.sequences; s++)
+            check_block_table(c, call.block_tables + s * call.table_stride, call.columns, call.context_lens[s]);
         static thread_local Scratch first_scratch;
         static thread_local Scratch partial_scratch;
         int64_t* first = first_scratch.get<int64_t>(call.sequences + 1);  // number of the first split of each sequence

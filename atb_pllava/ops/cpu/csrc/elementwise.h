@@ -110,4 +110,21 @@ void quick_gelu(const X* x, X* out, int64_t count, int threads) {
     });
 }
 
+// Pixels of frames: out [frames, 3, area] = table [256, 3] at (byte, channel) for each byte of `bytes` [frames, area, 3].
+inline void look_up_pixels(const uint8_t* bytes, const float* table, float* out, int64_t frames, int64_t area,
+                           int threads) {
+    constexpr int64_t PER_TASK = 1 << 14;
+    const int64_t parts = ceil_div(area, PER_TASK);
+    pool()->run(frames * parts, threads, [&](int64_t task) {
+        const int64_t frame = task / parts;
+        const int64_t first = task % parts * PER_TASK;
+        const int64_t last = std::min(area, first + PER_TASK);
+        float* red = out + frame * 3 * area;
+        const uint8_t* pixel = bytes + (frame * area + first) * 3;
+        for (int64_t i = first; i < last; i++, pixel += 3)
+            for (int channel = 0; channel < 3; channel++)
+                red[channel * area + i] = table[pixel[channel] * 3 + channel];
+    });
+}
+
 }  // namespace

@@ -32,6 +32,21 @@ PagedRows<T> value_rows(const Cache& c, const int64_t* block_table, int64_t head
     return {(const T*)c.values, c.value_scale, block_table, c.heads, c.block, c.dim, head};
 }
 
+// Raises OutOfRange unless `block_table` holds a block of the cache for each of `context` tokens. The table has `columns`
+// numbers.
+inline void check_block_table(const Cache& c, const int64_t* block_table, int64_t columns, int64_t context) {
+    if (context < 1 || (context - 1) / c.block >= columns) throw OutOfRange{};
+    for (int64_t i = 0; i <= (context - 1) / c.block; i++)
+        if ((uint64_t)block_table[i] >= (uint64_t)c.blocks) throw OutOfRange{};
+}
+
+// Raises OutOfRange unless all of `count` slots lie in the cache.
+inline void check_slots(const Cache& c, const int64_t* slot_mapping, int64_t count) {
+    const uint64_t slots = (uint64_t)(c.blocks * c.block);
+    for (int64_t i = 0; i < count; i++)
+        if ((uint64_t)slot_mapping[i] >= slots) throw OutOfRange{};
+}
+
 // Writes one token's row of one head. int8: q = x / scale with scale = max|x| / 127. If max|x| / 127 rounds to 0, the
 // scale is 1. If an element is NaN or infinite, the scale is so too and q is 0: attention then gives NaN or infinity.
 template <class T, class X>
@@ -52,10 +67,11 @@ void write_row(const X* from, int64_t dim, T* to, float* scale) {
 }
 
 // Writes keys and values [count, heads, dim]. Token i goes to slot_mapping[i] = block * block_size + offset in the
-// block. Tokens are key_stride and value_stride elements apart.
+// block. Tokens are key_stride and value_stride elements apart. Raises OutOfRange.
 template <class T, class X>
 void write_kv(const Cache& c, const X* keys, int64_t key_stride, const X* values, int64_t value_stride,
               const int64_t* slot_mapping, int64_t count, int threads) {
+    check_slots(c, slot_mapping, count);
     constexpr int64_t TOKENS_PER_TASK = 32;
     pool()->run(ceil_div(count, TOKENS_PER_TASK), threads, [&](int64_t task) {
         const int64_t first = task * TOKENS_PER_TASK;

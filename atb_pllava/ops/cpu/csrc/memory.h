@@ -14,7 +14,7 @@
 namespace {
 
 // An allocation failed. The call ends and its results are incomplete. The thread pool catches OutOfMemory in a worker
-// and raises OutOfMemory in the calling thread. C entry points return the number of bytes, see missing_bytes.
+// and raises OutOfMemory in the calling thread. C entry points return the number of bytes, see status_of.
 struct OutOfMemory {
     size_t bytes;
 };
@@ -42,14 +42,21 @@ class Scratch {
     size_t size = 0;
 };
 
-// The return value of the C entry points that need scratch memory: 0, or the bytes that could not be allocated.
+// A slot, a block number or a context length lies outside of the KV cache. The call has written nothing.
+struct OutOfRange {};
+
+constexpr int64_t OUT_OF_RANGE = -1;  // _OUT_OF_RANGE in ops/cpu/backend.py
+
+// The return value of the C entry points that may fail: 0, the bytes that could not be allocated, or OUT_OF_RANGE.
 template <class F>
-int64_t missing_bytes(F&& work) {
+int64_t status_of(F&& work) {
     try {
         work();
         return 0;
     } catch (const OutOfMemory& error) {
         return (int64_t)error.bytes;
+    } catch (const OutOfRange&) {
+        return OUT_OF_RANGE;
     }
 }
 

@@ -30,5 +30,5 @@ struct Cache {
     void* values;
     float* key_scale;
     float* value_scale;
-    int64_t heads, block, dim, kind;
+    int64_t blocks, heads, block, dim, kind;
 };
