@@ -23,6 +23,7 @@ from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
+from atb_pllava.multimodal.media_pool import MediaPool
 from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops.interface import Feature
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -56,6 +57,7 @@ class LLM:
         self.config = args.model.config()
         self.tokenizer = Tokenizer.from_dir(args.model.model_path, self.config.image_token_index)
         self.conversation = args.prompt.choose(self.tokenizer.is_chatml)
+        self.media_pool = None if args.multimodal.media_workers == 0 else MediaPool(args.multimodal.media_workers)
         self.processor = self._make_processor()
         self.request_parser = RequestParser(
             self.config, self.tokenizer, self.conversation, self.processor, args.engine.max_output_length
@@ -66,7 +68,7 @@ class LLM:
             self._launcher.model.ops.require(Feature.INT8_KV_CACHE)
         executor = self._launcher.launch(args.engine, lambda model: kv_cache_blocks(model, args.engine))
         self._engine = Engine(executor, args.engine)
-        self._finalizer = weakref.finalize(self, self._launcher.close)
+        self._finalizer = weakref.finalize(self, _close, self._launcher, self.media_pool)
 
     def _make_processor(self) -> VideoProcessor:
         """The processor of media for this checkpoint, with a frame cache of as many bytes as the encoder cache."""
@@ -79,6 +81,7 @@ class LLM:
             choices.resize,
             choices.limits or MediaLimits(),
             FrameCache(cache_bytes) if cache_bytes else None,
+            self.media_pool,
         )
 
     @property
@@ -92,7 +95,7 @@ class LLM:
         return self._launcher.model
 
     def close(self) -> None:
-        """Stop the other ranks, if there are any, and free their memory. The model cannot be used afterwards."""
+        """Stop the media workers and the other ranks, and free their memory. The model cannot be used afterwards."""
         self._finalizer()
 
     def __repr__(self) -> str:
@@ -160,7 +163,9 @@ class LLM:
         of the request's media. A question is put into the conversation format as `chat` does, with "history" and
         "answer_prefix" if they are given. Media are "video" or "image" (a path, a file's bytes, or a list of them) or
         "frames" (uint8 [frames, height, width, 3], or a list). "frame_indices" (a list, or one for each video) names
-        the frames. An "id" (text or a whole number) names the request in progress lines and is the answer's request_id.
+        the frames. "start_seconds" and "end_seconds" (a number, or a list with one for each video) bound the part of a
+        video that frames are sampled from. An "id" (text or a whole number) names the request in progress lines and is
+        the answer's request_id.
         `sampling` are fields of SamplingParams, in place of `params`.
 
         Raises the error of the first bad request, and then returns no answer. `generate_iter` goes on instead.
@@ -268,6 +273,12 @@ class LLM:
         finally:
             self._engine.progress.stop()
             self._engine.abort(request)
+
+
+def _close(launcher: Launcher, media_pool: MediaPool | None) -> None:
+    if media_pool is not None:
+        media_pool.close()
+    launcher.close()
 
 
 def _engine_args(

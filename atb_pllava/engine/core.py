@@ -18,6 +18,7 @@ from atb_pllava.engine.step_activity import StepActivity
 from atb_pllava.errors import PllavaError, RequestError, counted
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.multimodal.pixel_values import pixel_values
 from atb_pllava.multimodal.processor import ProcessedVideo
 
 
@@ -120,7 +121,7 @@ class Engine:
 
     def _encode_frames(self, entry: EncoderEntry, video: ProcessedVideo, frames: range) -> None:
         """Put some frames of a video through the vision tower. After the last frame, all frames are pooled."""
-        pixels = video.pixel_values(frames.start, frames.stop)
+        pixels = pixel_values(video, frames.start, frames.stop)
         self.executor.call(ModelRunner.encode_frames, entry.video_id, pixels)
         entry.num_encoded_frames = frames.stop
         if frames.stop == len(video):
