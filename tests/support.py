@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
-from atb_pllava.engine.core import EngineCore
 from atb_pllava.batch.result_log import ResultLog, Row
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import converter
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import ShardSpec, TensorParallel
+from atb_pllava.engine.core import EngineCore
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import DummyWeights
 from atb_pllava.loader.model_loader import fill_model, plan_model

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from math import inf
 from typing import Any
 
 from atb_pllava.errors import ConfigError
@@ -30,6 +31,29 @@ def add_media(parser: Any, default: str | None = None) -> None:
     )
     if optional:
         parser.add_argument("--image_path", dest="media", nargs="+", action="extend", help=argparse.SUPPRESS)
+
+
+def add_time_range(parser: Any) -> None:
+    """Add --start_seconds and --end_seconds, between which the frames of every video are sampled."""
+    for name, bound in (("start", "beginning"), ("end", "end")):
+        parser.add_argument(
+            f"--{name}_seconds",
+            type=float,
+            metavar="S",
+            help=f"the {name} of the part of each video to ask about, in seconds (default: the video's {bound})",
+        )
+
+
+def time_range(arguments: argparse.Namespace) -> dict[str, float]:
+    """The request keys of the options of `add_time_range`. Raises ConfigError for times without --media."""
+    given = {name: getattr(arguments, name) for name in ("start_seconds", "end_seconds")}
+    times = {name: seconds for name, seconds in given.items() if seconds is not None}
+    if times and arguments.media is None:
+        raise ConfigError(f"--{' and --'.join(times)} are about videos; name them with --media")
+    for name, seconds in times.items():
+        if not 0 <= seconds < inf:
+            raise ConfigError(f"--{name} is {seconds:g}; it must be a number of seconds from 0")
+    return times
 
 
 def check_paths(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from atb_pllava.cli.engine_args import (
     sampling_params,
 )
 from atb_pllava.cli.loading import join_torchrun, load_model
-from atb_pllava.cli.media_option import add_media, check_paths
+from atb_pllava.cli.media_option import add_media, add_time_range, check_paths, time_range
 from atb_pllava.cli.question import question
 from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.engine.outputs import RequestOutput
@@ -43,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     group = parser.add_argument_group("input")
     add_media(group, default="text only")
+    add_time_range(group)
     group.add_argument(
         "--prompt",
         type=question,
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output_json is not None:
         check_writable(arguments.output_json, "--output_json", arguments.media or ())
     check_paths(arguments)
+    times = time_range(arguments)
     prompts = arguments.prompt or [DEFAULT_PROMPT]
     media = [None] if arguments.media is None else list_media(*arguments.media)
     if arguments.logprobs is not None and (arguments.output_json is None or arguments.logprobs < 1):
@@ -81,17 +83,22 @@ def run(arguments: argparse.Namespace) -> int:
     params = replace(sampling_params(arguments), logprobs=arguments.logprobs)
     jobs = [(item, prompt) for item in media for prompt in prompts]
     with load_model(arguments, workers) as llm:
-        return _ask(llm, jobs, params, arguments.output_json, arguments.quiet)
+        return _ask(llm, jobs, times, params, arguments.output_json, arguments.quiet)
 
 
 def _ask(
-    llm: LLM, jobs: Sequence[tuple[str | None, str]], params: SamplingParams, output_json: str | None, quiet: bool
+    llm: LLM,
+    jobs: Sequence[tuple[str | None, str]],
+    times: Mapping[str, float],
+    params: SamplingParams,
+    output_json: str | None,
+    quiet: bool,
 ) -> int:
     """Print the answers in order, and write --output_json however the run ends. Returns the exit status."""
     began = time.perf_counter()
     screen = Screen(jobs)
     file = RowFile(output_json)
-    requests = (_request(number, len(jobs), *job) for number, job in enumerate(jobs))
+    requests = ({**_request(number, len(jobs), *job), **times} for number, job in enumerate(jobs))
     try:
         with screen.shared_with_log():
             for number, answer in llm.generate_iter(requests, params, on_text=screen.show if screen.is_live else None):

@@ -24,6 +24,7 @@ from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.loader.weight_loader import LoadPlan
 from atb_pllava.model.llama import DecoderLayer, rotary_tables
 from atb_pllava.model.pllava import Pllava
+from atb_pllava.multimodal.pixel_values import pixel_values
 from atb_pllava.multimodal.processor import Media, VideoProcessor
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.reference import TorchBackend
@@ -124,7 +125,7 @@ def embed_prompts(model: Pllava, model_dir: str, clips: Sequence[Media]) -> Iter
     expanded, spans = expand_placeholders(ids, config.image_token_index, 1, config.num_video_tokens)
     for clip in clips:
         video = reader.prepare([clip])[0]
-        video_embeds = model.pool_frames(model.encode_frames(video.pixels), video.inverse_indices)
+        video_embeds = model.pool_frames(model.encode_frames(pixel_values(video)), video.inverse_indices)
         x = model.language.embed(torch.tensor(expanded))
         x[spans[0].start : spans[0].start + spans[0].length] = video_embeds
         yield x

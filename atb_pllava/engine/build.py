@@ -11,6 +11,7 @@ from atb_pllava.executor.launcher import Launcher
 from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.limits import MediaLimits
+from atb_pllava.multimodal.media_pool import MediaPool
 from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.ops.interface import Feature
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -25,17 +26,21 @@ def build_engine(args: EngineArgs, rendezvous: Rendezvous | None = None) -> tupl
     config = args.model.config()
     tokenizer = Tokenizer.from_dir(args.model.model_path, config.image_token_index)
     conversation = args.prompt.choose(tokenizer.is_chatml)
-    processor = _make_processor(args, config)
+    workers = args.multimodal.media_workers
+    pool = None if workers == 0 else MediaPool(workers)
+    processor = _make_processor(args, config, pool)
     parser = RequestParser(config, tokenizer, conversation, processor, args.engine.max_output_length)
     launcher = Launcher(args.model, args.parallel, rendezvous)
     if args.engine.kv_cache_dtype == "int8":
         launcher.model.ops.require(Feature.INT8_KV_CACHE)
     executor = launcher.launch(args.engine, lambda model: kv_cache_blocks(model, args.engine))
     core = EngineCore(executor, args.engine)
-    return AsyncEngine(core, parser, 2, [launcher.close]), launcher
+    readers = 1 if pool is None else pool.size
+    on_close = [launcher.close] if pool is None else [pool.close, launcher.close]
+    return AsyncEngine(core, parser, readers, on_close), launcher
 
 
-def _make_processor(args: EngineArgs, config: PllavaConfig) -> VideoProcessor:
+def _make_processor(args: EngineArgs, config: PllavaConfig, pool: MediaPool | None) -> VideoProcessor:
     """The processor of media for this checkpoint, with a frame cache of as many bytes as the encoder cache."""
     choices = args.multimodal
     cache_bytes = args.engine.video_cache_bytes
@@ -46,4 +51,5 @@ def _make_processor(args: EngineArgs, config: PllavaConfig) -> VideoProcessor:
         choices.resize,
         choices.limits or MediaLimits(),
         FrameCache(cache_bytes) if cache_bytes else None,
+        pool,
     )

@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from math import inf
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -13,7 +15,7 @@ from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.engine_request import EngineRequest, new_request_id
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, RequestError, counted
-from atb_pllava.multimodal.processor import Media, VideoProcessor
+from atb_pllava.multimodal.processor import Media, TimeRange, VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, render
 from atb_pllava.prompt.placeholders import expand_placeholders
 from atb_pllava.prompt.tokenizer import Tokenizer
@@ -21,7 +23,8 @@ from atb_pllava.prompt.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MEDIA_KEYS = ("video", "image", "frames")
-REQUEST_KEYS = ("prompt", "question", *MEDIA_KEYS, "frame_indices", "history", "answer_prefix", "id")
+TIME_KEYS = ("start_seconds", "end_seconds")
+REQUEST_KEYS = ("prompt", "question", *MEDIA_KEYS, "frame_indices", *TIME_KEYS, "history", "answer_prefix", "id")
 _SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -84,7 +87,7 @@ class RequestParser:
         if arrival_time is None:
             arrival_time = time.perf_counter()
         request = check_request(request)
-        media, frame_indices = media_of(request)
+        media, frame_indices, time_ranges = media_of(request)
         token_ids, stop_token_ids = self._prompt_of(request, len(media))
         expanded, spans = expand_placeholders(
             token_ids, self.config.image_token_index, len(media), self.config.num_video_tokens
@@ -92,7 +95,7 @@ class RequestParser:
         if not expanded:
             raise RequestError("the prompt is empty; there is nothing to continue")
         decode_began = time.perf_counter()
-        videos = self.processor.prepare(media, frame_indices) if media else []
+        videos = self.processor.prepare(media, frame_indices, time_ranges) if media else []
         decode_seconds = time.perf_counter() - decode_began
         self._warn_of_length(len(expanded), params.max_tokens)
         return EngineRequest(
@@ -169,10 +172,10 @@ def check_request(request: object) -> Mapping[str, Any]:
     return request
 
 
-def media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | None]]:
-    """The media of a checked request, and for each medium the frame numbers that the request names (None: sampled).
+def media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | None], list[TimeRange]]:
+    """The media of a checked request. For each medium, the frame numbers (None: sampled) and the times it names.
 
-    Raises RequestError for media under two keys and for frame_indices that do not fit the media.
+    Raises RequestError for media under two keys, and for frame_indices or times that do not fit the media.
     """
     given = [key for key in MEDIA_KEYS if request.get(key) is not None]
     if len(given) > 1:
@@ -183,7 +186,14 @@ def media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | 
         raise RequestError(f"{given[0]} is an empty list; leave it out to ask without media")
     if given == ["frames"] and not all(isinstance(item, np.ndarray) for item in media):
         raise RequestError("frames must be uint8 arrays [frames, height, width, 3]; files go under 'video' or 'image'")
-    return media, _frame_indices_of(request, len(media))
+    named = [key for key in TIME_KEYS if request.get(key) is not None]
+    if named and (given == ["frames"] or request.get("frame_indices") is not None):
+        other = "frame_indices" if request.get("frame_indices") is not None else "frames"
+        raise RequestError(
+            f"a request has {other} and {' and '.join(named)}; times choose among the frames of a video file, "
+            "so leave one of them out"
+        )
+    return media, _frame_indices_of(request, len(media)), _time_ranges_of(request, len(media))
 
 
 def request_name(request: object, number: int) -> str:
@@ -220,6 +230,33 @@ def _frame_indices_of(request: Mapping[str, Any], media: int) -> list[list[int] 
     if len(wanted) != media:
         raise RequestError(f"frame_indices is given for {counted(len(wanted), 'video')}, the request has {media}")
     return list(wanted)
+
+
+def _time_ranges_of(request: Mapping[str, Any], media: int) -> list[TimeRange]:
+    """Start and end in seconds of each of the `media` media. None where the request names no time."""
+    starts, ends = (_seconds_of(request, key, media) for key in TIME_KEYS)
+    for start, end in zip(starts, ends, strict=True):
+        if start is not None and end is not None and start > end:
+            raise RequestError(f"start_seconds is {start:g} and end_seconds {end:g}; the start must come first")
+    return list(zip(starts, ends, strict=True))
+
+
+def _seconds_of(request: Mapping[str, Any], key: str, media: int) -> list[float | None]:
+    """The times under `key`, one for each medium. One number is for all media."""
+    value = request.get(key)
+    values = list(value) if isinstance(value, list | tuple) else [value] * media
+    if len(values) != media:
+        raise RequestError(f"{key} is given for {counted(len(values), 'video')}, the request has {media}")
+    if value is not None and not media:
+        raise RequestError(f"a request has {key} and no video; name the video, or leave {key} out")
+    return [None if seconds is None else _seconds(key, seconds) for seconds in values]
+
+
+def _seconds(key: str, seconds: object) -> float:
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not is_number or not 0 <= seconds < inf:  # type: ignore[operator]
+        raise RequestError(f"{key} is {seconds!r}; it must be a number of seconds from 0, or one for each video")
+    return float(seconds)  # type: ignore[arg-type]
 
 
 def _whole_numbers(values: Sequence[object]) -> list[int]:

@@ -11,6 +11,7 @@ from atb_pllava.config import PllavaConfig, PreprocessorConfig
 from atb_pllava.distributed.tensor_parallel import ShardSpec
 from atb_pllava.loader.weight_loader import Checkpoint, LoadPlan, unused_vision_layers
 from atb_pllava.model.pllava import Pllava
+from atb_pllava.multimodal.pixel_values import pixel_values
 from atb_pllava.multimodal.processor import ProcessedVideo
 from atb_pllava.ops.reference import TorchBackend
 
@@ -56,4 +57,4 @@ class VideoEncoder(nn.Module):
 
     def _pixels(self, video: ProcessedVideo, start: int) -> Tensor:
         # Rounded to the model's dtype before the copy to the device: half the bytes, the same values.
-        return video.pixel_values(start, start + FRAMES_AT_ONCE).to(self.model.dtype).to(self.device)
+        return pixel_values(video, start, start + FRAMES_AT_ONCE).to(self.model.dtype).to(self.device)

@@ -25,10 +25,10 @@ def sample_frame_indices(
     """Numbers of `wanted` evenly spread frames of a clip of `total` frames, each from 0 to total - 1.
 
     Numbers repeat if the clip has fewer frames than `wanted`. The frame samplers:
-    "demo": the middles of `wanted` equal segments, as in PLLaVA `tasks/eval/eval_utils.py` (`load_video`).
-    "eval": the spacing of "demo" between two optional times in seconds, as in PLLaVA `EvalDataset.get_index`. Times
-    need `fps`.
-    "npu": floor(i * total / wanted), the starts of the segments, as in the original's demo for Ascend.
+    "demo": the middles of `wanted` equal segments, as in PLLaVA `tasks/eval/eval_utils.py` (`load_video`), between two
+    optional times in seconds, as in PLLaVA `EvalDataset.get_index`. Times need `fps`.
+    "eval": the numbers of "demo". Only for a GIF `FrameSelection.resolve` treats the two differently.
+    "npu": floor(i * total / wanted), the starts of the segments, as in the original's demo for Ascend. It has no times.
     Halves round to even, as in numpy.
     Raises VideoError for options out of range and for times that leave no frame.
     """
@@ -92,11 +92,11 @@ def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[i
 
 
 def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
-    """Raises VideoError for an unknown frame_sampler, and for times with a frame_sampler other than "eval"."""
+    """Raises VideoError for an unknown frame_sampler, and for times with the frame_sampler "npu"."""
     if frame_sampler not in FRAME_SAMPLERS:
         raise VideoError(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
-    if frame_sampler != "eval" and (start_seconds is not None or end_seconds is not None):
-        raise VideoError(f"start_seconds and end_seconds need frame_sampler 'eval', not {frame_sampler!r}")
+    if frame_sampler == "npu" and (start_seconds is not None or end_seconds is not None):
+        raise VideoError("start_seconds and end_seconds need frame_sampler 'demo' or 'eval', not 'npu'")
 
 
 def _frame_bounds(

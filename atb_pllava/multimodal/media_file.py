@@ -15,6 +15,7 @@ from atb_pllava.errors import VideoError
 from atb_pllava.files import LFS_POINTER
 from atb_pllava.multimodal.limits import MediaLimits
 
+GIVEN_BYTES = "the given bytes"  # the name in messages of a file's content without a name
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")  # WebP: see is_image
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/")  # os.fspath of a Path has one slash left
 
@@ -28,7 +29,7 @@ def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> I
     """
     file: BinaryIO
     if isinstance(source, bytes):
-        name = "the given bytes"
+        name = GIVEN_BYTES
         size = len(source)
         file = io.BytesIO(source)
     else:
@@ -37,12 +38,17 @@ def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> I
     with file:
         if size == 0:
             raise VideoError(f"{name}: is empty")
-        if size > limits.max_bytes:
-            raise VideoError(f"{name}: {size} bytes, the limit is {limits.max_bytes} (MediaLimits.max_bytes)")
+        check_file_size(size, name, limits)
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise VideoError(f"{name}: is a Git LFS pointer, not the media; run `git lfs pull` where it was cloned")
         file.seek(0)
         yield file, name
+
+
+def check_file_size(size: int, name: str, limits: MediaLimits) -> None:
+    """Raises VideoError for a file of more than max_bytes."""
+    if size > limits.max_bytes:
+        raise VideoError(f"{name}: {size} bytes, the limit is {limits.max_bytes} (MediaLimits.max_bytes)")
 
 
 def is_image(file: BinaryIO) -> bool:

@@ -11,8 +11,12 @@ import numpy as np
 _SECONDS_TO_SETTLE = 0.1
 
 
-def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | None] | None) -> object:
-    """A hashable key that is equal for equal media and frame indices, or None.
+def media_key(
+    media: Sequence[object],
+    frame_indices: Sequence[Sequence[int] | None] | None,
+    time_ranges: Sequence[tuple[float | None, float | None]] | None = None,
+) -> object:
+    """A hashable key that is equal for equal media, frame indices and times, or None.
 
     One key covers all media of a request, because the size of the first resize depends on all media.
     The key has the device, inode, size and times of a path's file, and the SHA-256 of bytes and frames.
@@ -25,7 +29,7 @@ def media_key(media: Sequence[object], frame_indices: Sequence[Sequence[int] | N
     wanted = None
     if frame_indices is not None:
         wanted = tuple(None if indices is None else tuple(indices) for indices in frame_indices)
-    return tuple(identities), wanted
+    return tuple(identities), wanted, None if time_ranges is None else tuple(time_ranges)
 
 
 def _identity(item: object) -> object:

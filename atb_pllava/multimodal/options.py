@@ -1,12 +1,14 @@
-"""MultimodalOptions: the user's choice of frame sampler, resize mode and media limits."""
+"""MultimodalOptions: the user's choice of frame sampler, resize mode, media limits and media workers."""
 
 from dataclasses import dataclass, field
 
 from atb_pllava.config import check_choice, option
-from atb_pllava.errors import ConfigError
+from atb_pllava.errors import ConfigError, check_whole_number
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.transforms import RESIZE_MODES
+
+MOST_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -14,14 +16,14 @@ class MultimodalOptions:
     """How a VideoProcessor reads media.
 
     `frame_sampler`: see `frame_sampling.sample_frame_indices`. `resize`: see `transforms.resize_frames`. `limits` None
-    means `MediaLimits()`.
+    means `MediaLimits()`. `media_workers`: see `media_pool.MediaPool`.
     """
 
     frame_sampler: str = field(
         default="demo",
         metadata=option(
-            "which frames: demo (default), the middle of each of T equal parts of the video; eval, the same between a "
-            "question's start and end; npu, the beginning of each part",
+            "which frames: demo (default), the middle of each of T equal parts of the video; eval, the same, with the "
+            "published evaluation's rule for GIFs; npu, the beginning of each part",
             metavar="NAME",
             choices=FRAME_SAMPLERS,
         ),
@@ -36,9 +38,18 @@ class MultimodalOptions:
         ),
     )
     limits: MediaLimits | None = None
+    media_workers: int | None = field(
+        default=None,
+        metadata=option(
+            "processes that read media, started when media come (default: one for each core, at most 8); 0 reads them "
+            "in this process, which a damaged file may then crash"
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_choice("frame_sampler", self.frame_sampler, FRAME_SAMPLERS)
         check_choice("resize", self.resize, RESIZE_MODES)
         if self.limits is not None and not isinstance(self.limits, MediaLimits):
             raise ConfigError(f"limits is a {type(self.limits).__name__}; it must be a MediaLimits")
+        if self.media_workers is not None:
+            check_whole_number("media_workers", self.media_workers, 0, MOST_WORKERS)

@@ -1,18 +1,15 @@
-"""VideoProcessor: reads, samples and resizes the media of one request, on the host.
+"""VideoProcessor: reads, samples and resizes the media of one request, on the host and without torch.
 
 `T` frames, `U` distinct frames among them, `S` crop size.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
@@ -21,43 +18,43 @@ from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, check_indices, 
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.multimodal.media_key import media_key
-from atb_pllava.multimodal.transforms import RESIZE_MODES, normalize, resize_frames
+from atb_pllava.multimodal.single_flight import SingleFlight
+from atb_pllava.multimodal.transforms import RESIZE_MODES, resize_frames
 
 Media = str | os.PathLike[str] | bytes | np.ndarray
+FrameIndices = Sequence[int] | None  # of one medium; None: frames are sampled
+TimeRange = tuple[float | None, float | None]  # start and end in seconds of one medium; None: its own start or end
 
 
 @dataclass(frozen=True)
 class ProcessedVideo:
     """A video ready for the vision tower: each distinct frame once, as uint8.
 
-    Frame t of the T sampled frames is frames[inverse_indices[t]]. `pixel_values` makes floats of a few frames at a
-    time, because float32 pixels take four times the memory.
+    Frame t of the T sampled frames is frames[inverse_indices[t]]. `mm_hash` is the SHA-256 of all input of the vision
+    tower: the frames, their order and the preprocessor's numbers. Whoever makes a ProcessedVideo computes the hash,
+    about 3 ms for 16 frames, or passes one that is already computed as `known_hash`.
     """
 
     frames: np.ndarray  # uint8 [U, S, S, 3]
     inverse_indices: tuple[int, ...]  # T numbers from 0 to U - 1
     frame_indices: tuple[int, ...]  # T frame numbers in the clip
     preprocessor: PreprocessorConfig
+    mm_hash: bytes = field(init=False, repr=False)
+    # An InitVar is no attribute, so that `dataclasses.replace` computes the hash anew.
+    known_hash: InitVar[bytes | None] = None
+
+    def __post_init__(self, known_hash: bytes | None) -> None:
+        object.__setattr__(self, "mm_hash", known_hash or self._computed_hash())
 
     def __len__(self) -> int:
         """U, the number of distinct frames."""
         return len(self.frames)
 
-    def pixel_values(self, first: int, last: int) -> Tensor:
-        """Normalised pixels of the distinct frames first .. last - 1, float32 [last - first, 3, S, S]."""
-        config = self.preprocessor
-        return torch.from_numpy(normalize(self.frames[first:last], config.image_mean, config.image_std))
-
-    @property
-    def pixels(self) -> Tensor:
-        """Normalised pixels of all distinct frames, float32 [U, 3, S, S]."""
-        return self.pixel_values(0, len(self))
-
-    @cached_property
-    def mm_hash(self) -> bytes:
-        """SHA-256 of the frames, their order and the preprocessor's numbers: of all input of the vision tower."""
-        seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}".encode()
-        return hashlib.sha256(seen + self.frames.tobytes()).digest()
+    def _computed_hash(self) -> bytes:
+        seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}"
+        digest = hashlib.sha256(seen.encode())
+        digest.update(np.ascontiguousarray(self.frames).data)
+        return digest.digest()
 
 
 class ProcessedVideoCache(Protocol):
@@ -70,11 +67,25 @@ class ProcessedVideoCache(Protocol):
         """Stores videos under `key`."""
 
 
+class MediaReader(Protocol):
+    """Prepares media elsewhere than in the calling thread. `media_pool.MediaPool` implements the protocol."""
+
+    def prepare(
+        self,
+        processor: "VideoProcessor",
+        media: Sequence[Media],
+        frame_indices: Sequence[FrameIndices],
+        time_ranges: Sequence[TimeRange],
+    ) -> list[ProcessedVideo]:
+        """What `processor.prepare_here` returns for the same arguments. Raises the same errors."""
+
+
 @dataclass(frozen=True)
 class VideoProcessor:
     """Turns media into ProcessedVideos. A medium is a path, a file's content as bytes, or uint8 frames [T, H, W, 3].
 
-    Without a `cache` every call of `prepare` reads its media anew.
+    Without a `cache` every call of `prepare` reads its media anew. Without a `pool` media are read in the calling
+    thread. Frames that are given as arrays are always resized in the calling thread, unless files come beside them.
     """
 
     num_frames: int
@@ -83,6 +94,8 @@ class VideoProcessor:
     resize: str = "clip"
     limits: MediaLimits = field(default_factory=MediaLimits)
     cache: ProcessedVideoCache | None = None
+    pool: MediaReader | None = None
+    _flights: SingleFlight[list[ProcessedVideo]] = field(default_factory=SingleFlight, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_choice("frame_sampler", self.frame_sampler, FRAME_SAMPLERS)
@@ -94,28 +107,42 @@ class VideoProcessor:
             )
 
     def prepare(
-        self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None = None
+        self,
+        media: Sequence[Media],
+        frame_indices: Sequence[FrameIndices] | None = None,
+        time_ranges: Sequence[TimeRange] | None = None,
     ) -> list[ProcessedVideo]:
         """The processed videos of one request. The size of the first resize depends on all media of the request.
 
-        `frame_indices` has the frame numbers of each medium. None samples frames.
+        `frame_indices` has the frame numbers of each medium. None samples frames. `time_ranges` has start and end in
+        seconds of each medium, between which frames are sampled. Several threads may call `prepare`. With a cache or a
+        pool, threads that ask for the same media at the same time wait for one reading of them.
         Raises VideoError for a medium that cannot be read or is over the limits.
         Raises VideoError if an array of frames or an entry of `frame_indices` has the wrong number of frames.
         """
-        key = None if self.cache is None else media_key(media, frame_indices)
-        if self.cache is None or key is None:
-            return self._prepare_all(media, frame_indices)
-        videos = self.cache.get(key)
-        if videos is None:
-            videos = self._prepare_all(media, frame_indices)
-            self.cache.put(key, videos)
-        return videos
+        indices = [None] * len(media) if frame_indices is None else frame_indices
+        ranges = [(None, None)] * len(media) if time_ranges is None else time_ranges
+        for item, wanted in zip(media, indices, strict=True):
+            self._check(item, wanted)
+        if self.cache is None and self.pool is None:
+            return self._prepare_all(media, indices, ranges)
+        key = media_key(media, indices, ranges)
+        if key is None:
+            return self._prepare_all(media, indices, ranges)
+        return self._cached(key) or self._flights.run(key, lambda: self._fill_cache(key, media, indices, ranges))
 
-    def _prepare_all(
-        self, media: Sequence[Media], frame_indices: Sequence[Sequence[int] | None] | None
+    def prepare_here(
+        self,
+        media: Sequence[Media],
+        frame_indices: Sequence[FrameIndices],
+        time_ranges: Sequence[TimeRange],
+        begin: Callable[[int], None] = lambda number: None,
     ) -> list[ProcessedVideo]:
-        indices = frame_indices or [None] * len(media)
-        clips = [self._read(item, wanted) for item, wanted in zip(media, indices, strict=True)]
+        """`prepare` in this thread, without cache and pool. `begin(number)` is called before each medium is read."""
+        clips = []
+        for number, (item, wanted, times) in enumerate(zip(media, frame_indices, time_ranges, strict=True)):
+            begin(number)
+            clips.append(self._read(item, wanted, times))
         resized = resize_frames(
             [clip.frames for clip in clips],
             mode=self.resize,
@@ -124,18 +151,55 @@ class VideoProcessor:
         )
         return [self._keep_distinct(clip, frames) for clip, frames in zip(clips, resized, strict=True)]
 
-    def _read(self, item: Media, wanted: Sequence[int] | None) -> Clip:
+    def _cached(self, key: object) -> list[ProcessedVideo] | None:
+        return None if self.cache is None else self.cache.get(key)
+
+    def _fill_cache(
+        self,
+        key: object,
+        media: Sequence[Media],
+        frame_indices: Sequence[FrameIndices],
+        time_ranges: Sequence[TimeRange],
+    ) -> list[ProcessedVideo]:
+        """The videos, from the cache if another thread has just put them there."""
+        videos = self._cached(key)
+        if videos is None:
+            videos = self._prepare_all(media, frame_indices, time_ranges)
+            if self.cache is not None:
+                self.cache.put(key, videos)
+        return videos
+
+    def _prepare_all(
+        self, media: Sequence[Media], frame_indices: Sequence[FrameIndices], time_ranges: Sequence[TimeRange]
+    ) -> list[ProcessedVideo]:
+        if self.pool is None or all(isinstance(item, np.ndarray) for item in media):
+            return self.prepare_here(media, frame_indices, time_ranges)
+        return self.pool.prepare(self, media, frame_indices, time_ranges)
+
+    def _check(self, item: Media, wanted: FrameIndices) -> None:
+        """Raises VideoError for a medium of an unknown type, and for the wrong number of frame indices."""
+        if not isinstance(item, str | bytes | os.PathLike | np.ndarray):
+            raise VideoError(f"a video is given as {type(item).__name__}; it must be a path, bytes, or uint8 frames")
         if wanted is not None and len(wanted) != self.num_frames:
             raise VideoError(
                 f"frame_indices names {counted(len(wanted), 'frame')}, the model takes {self.num_frames}: name "
                 "exactly that many, or load the model with another num_frames"
             )
+
+    def _read(self, item: Media, wanted: FrameIndices, times: TimeRange) -> Clip:
         if isinstance(item, np.ndarray):
+            if times != (None, None):
+                raise VideoError("start_seconds and end_seconds do not apply to frames, which have no times")
             return _clip_of_array(item, self.num_frames, wanted, self.limits)
-        if not isinstance(item, str | bytes | os.PathLike):
-            raise VideoError(f"a video is given as {type(item).__name__}; it must be a path, bytes, or uint8 frames")
+        start, end = times
         return read_media(
-            item, self.num_frames, frame_sampler=self.frame_sampler, frame_indices=wanted, limits=self.limits
+            item,
+            self.num_frames,
+            frame_sampler=self.frame_sampler,
+            frame_indices=wanted,
+            start_seconds=start,
+            end_seconds=end,
+            limits=self.limits,
         )
 
     def _keep_distinct(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:
@@ -150,12 +214,17 @@ class VideoProcessor:
         )
 
 
-def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None, limits: MediaLimits) -> Clip:
-    """A clip of an array of decoded frames. Fewer frames than `num_frames` repeat, as `sample_frame_indices` says."""
+def check_frames(frames: np.ndarray) -> None:
+    """Raises VideoError unless the array is uint8 [T, H, W, 3] and not empty."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
             f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
         )
+
+
+def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | None, limits: MediaLimits) -> Clip:
+    """A clip of an array of decoded frames. Fewer frames than `num_frames` repeat, as `sample_frame_indices` says."""
+    check_frames(frames)
     total, height, width, _ = frames.shape
     check_size(width, height, "frames", limits)
     check_clip_bytes(num_frames, width, height, "frames", limits)

@@ -34,6 +34,8 @@ DECODERS = frozenset(
 DEFAULT_STREAM = 0x1  # AV_DISPOSITION_DEFAULT
 ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a cover, not a video
 
+decoder_threads = os.cpu_count() or 1  # for each file. A media worker changes the number
+
 
 @dataclass(frozen=True)
 class VideoFile:
@@ -128,7 +130,7 @@ def open_stream(video: VideoFile) -> Iterator[VideoStream]:
         _check_limits(stream, video)
         stream.codec_context.options = {"max_pixels": str(video.limits.max_pixels)}
         stream.codec_context.thread_type = "AUTO"
-        stream.codec_context.thread_count = min(8, os.cpu_count() or 1)  # each thread holds a frame
+        stream.codec_context.thread_count = min(8, decoder_threads)  # each thread holds a frame
         yield VideoStream(video, container, stream)
 
 

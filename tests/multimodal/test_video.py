@@ -394,7 +394,7 @@ def test_duration_and_count_bombs(tmp_path):
         ({"num_frames": True}, "num_frames is True"),
         ({"num_frames": None}, "num_frames is None"),
         ({"frame_sampler": "middle"}, "frame_sampler is 'middle'; allowed are demo, eval, npu"),
-        ({"start_seconds": 1}, "need frame_sampler 'eval'"),
+        ({"frame_sampler": "npu", "start_seconds": 1}, "need frame_sampler 'demo' or 'eval'"),
         ({"frame_sampler": "eval", "start_seconds": float("nan")}, "start_seconds is nan"),
         ({"frame_sampler": "eval", "end_seconds": float("inf")}, "end_seconds is inf"),
         ({"frame_sampler": "eval", "start_seconds": 3, "end_seconds": 1}, "no frame lies between"),
