@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -128,7 +128,7 @@ class LLM:
         *,
         on_text: Callable[[int, str], None] | None = None,
         **sampling: Any,
-    ) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
+    ) -> Generator[tuple[int, RequestOutput | PllavaError], None, None]:
         """Like `generate`, but yields (number of the request, answer or error) when each request ends.
 
         A request is taken from the iterable only when the engine has room for it soon. Media are read while the model

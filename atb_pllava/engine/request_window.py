@@ -1,7 +1,8 @@
 """RequestWindow: many requests through the engine, with a bounded number under way."""
 
+import contextlib
 import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from atb_pllava.engine.async_engine import AsyncEngine
@@ -33,7 +34,7 @@ class RequestWindow:
         self._streams: dict[int, RequestStream] = {}
         self._changes: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of requests whose stream changed
 
-    def answers(self) -> Iterator[tuple[int, RequestOutput | PllavaError]]:
+    def answers(self) -> Generator[tuple[int, RequestOutput | PllavaError], None, None]:
         """(Number of the request, answer or error) in the order in which requests end.
 
         Closing the iterator aborts what is under way.
@@ -83,11 +84,12 @@ def _answer(stream: RequestStream) -> RequestOutput | PllavaError:
         return error
 
 
-def in_order(answers: Iterable[tuple[int, RequestOutput | PllavaError]]) -> list[RequestOutput]:
-    """All answers by the numbers of their requests. Raises the first error."""
+def in_order(answers: Generator[tuple[int, RequestOutput | PllavaError], None, None]) -> list[RequestOutput]:
+    """All answers by the numbers of their requests. Raises the first error, and aborts the other requests."""
     by_number: dict[int, RequestOutput] = {}
-    for number, answer in answers:
-        if isinstance(answer, PllavaError):
-            raise answer
-        by_number[number] = answer
+    with contextlib.closing(answers):
+        for number, answer in answers:
+            if isinstance(answer, PllavaError):
+                raise answer
+            by_number[number] = answer
     return [by_number[number] for number in sorted(by_number)]
