@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from atb_pllava.llm import LLM
     from atb_pllava.multimodal.limits import MediaLimits
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "LLM",
