@@ -19,12 +19,15 @@ from atb_pllava.ops.interface import CapturedGraph, LayerCache
 
 logger = logging.getLogger(__name__)
 
+_NO_SEQUENCES = ModelInput(0, [], [], [], [], [], [], [], [])
+
 
 class GraphRunner:
     """The captured graphs of one model and KV cache, one for each padded batch size.
 
-    A graph is captured when its batch size first occurs. If a capture fails, a warning is logged, and every later step
-    runs without graphs. max_blocks_per_seq: columns of a graph's block table, the bound on the blocks of a sequence.
+    A graph is captured by `warm_up`, or else when its batch size first occurs. If a capture fails, a warning is logged,
+    and every later step runs without graphs. max_blocks_per_seq: columns of a graph's block table, the bound on the
+    blocks of a sequence.
     """
 
     def __init__(self, model: Pllava, cache: Sequence[LayerCache], max_blocks_per_seq: int) -> None:
@@ -41,12 +44,17 @@ class GraphRunner:
 
     def forward(self, step: ModelInput) -> Tensor:
         """Run a step for which `fits` is True: float32 logits [B, vocabulary]."""
-        size = 1 << (step.decoding - 1).bit_length()
+        size = padded_batch_size(step.decoding)
         if size not in self._captured:
             return self._capture(size, step)[: step.decoding]
         inputs, graph = self._captured[size]
         lens = inputs.fill(step)
         return graph.replay(lens)[: step.decoding].clone()
+
+    def warm_up(self, size: int) -> None:
+        """Capture the graph of `size` sequences, a padded batch size. All rows are padding, so no block is written."""
+        if self._works and size not in self._captured:
+            self._capture(size, _NO_SEQUENCES)
 
     def _capture(self, size: int, step: ModelInput) -> Tensor:
         """Run the step without a graph, as a warm-up, then capture the step. Returns the logits [size, vocabulary]."""
@@ -62,6 +70,19 @@ class GraphRunner:
             self._captured[size] = (inputs, graph)
             logger.debug("captured the decode step of %d sequences", size)
         return logits
+
+
+def padded_batch_size(sequences: int) -> int:
+    """The batch size of the graph that decodes this number of sequences: the next power of two."""
+    return 1 << (sequences - 1).bit_length()
+
+
+def padded_batch_sizes(most: int) -> list[int]:
+    """The batch sizes of all graphs for up to `most` sequences, the largest first.
+
+    The graphs share memory, and the largest graph needs the most.
+    """
+    return [1 << bits for bits in reversed(range(padded_batch_size(most).bit_length()))]
 
 
 class _DecodeInputs:

@@ -16,6 +16,7 @@ from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.interface import Feature, LayerCache
 
 _CLIP = PreprocessorConfig()
+_WARM_UP_TOKENS = 128  # more rows than the int8 kernel of CUDA takes, so that dequantising is compiled too
 
 
 class ModelRunner:
@@ -38,6 +39,7 @@ class ModelRunner:
         self.ops = model.ops
         self.device = model.ops.device
         self.blocks = blocks
+        self._block_size = block_size
         text = model.config.text
         self.cache: list[LayerCache] = self.ops.new_kv_cache(
             text.num_hidden_layers,
@@ -122,6 +124,28 @@ class ModelRunner:
         )
         logits: Tensor = self.model(batch, self.cache)
         return logits
+
+    @torch.no_grad()
+    def warm_up_prompt(self) -> None:
+        """Encode a video of zeros and run a prompt, so that the device compiles and loads their kernels.
+
+        Nothing is kept. The prompt's slots are -1, so no block is written. Backends with Feature.GRAPH_CAPTURE only.
+        """
+        config = self.model.config
+        side = config.vision.image_size
+        frames = min(config.num_frames, self.ops.preferred_vision_batch)
+        features = self.model.encode_share(self._pixels(np.zeros((frames, side, side, 3), np.uint8)), frames)
+        self.model.pool_frames(features, [t % frames for t in range(config.num_frames)])
+        tokens = min(_WARM_UP_TOKENS, config.text.max_position_embeddings)
+        table = [0] * -(-tokens // self._block_size)
+        rows = list(range(tokens))
+        self.forward(ModelInput(0, [0] * tokens, rows, [-1] * tokens, [tokens], [tokens], [table], [tokens - 1], []))
+
+    @torch.no_grad()
+    def warm_up_decode(self, batch_size: int) -> None:
+        """Capture the graph of a padded batch size. Without graphs nothing happens."""
+        if self._graphs is not None:
+            self._graphs.warm_up(batch_size)
 
     def _sequences(self, step: ModelInput, which: slice) -> SequenceBatch:
         """The sequences `which` of the step as a SequenceBatch. Block tables are padded with 0 to the longest."""
