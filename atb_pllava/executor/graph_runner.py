@@ -19,15 +19,12 @@ from atb_pllava.ops.interface import CapturedGraph, LayerCache
 
 logger = logging.getLogger(__name__)
 
-_NO_SEQUENCES = ModelInput(0, [], [], [], [], [], [], [], [])
-
 
 class GraphRunner:
     """The captured graphs of one model and KV cache, one for each padded batch size.
 
-    A graph is captured by `warm_up`, or else when its batch size first occurs. If a capture fails, a warning is logged,
-    and every later step runs without graphs. max_blocks_per_seq: columns of a graph's block table, the bound on the
-    blocks of a sequence.
+    A graph is captured when its batch size first occurs. If a capture fails, a warning is logged, and every later step
+    runs without graphs. max_blocks_per_seq: columns of a graph's block table, the bound on the blocks of a sequence.
     """
 
     def __init__(self, model: Pllava, cache: Sequence[LayerCache], max_blocks_per_seq: int) -> None:
@@ -50,11 +47,6 @@ class GraphRunner:
         inputs, graph = self._captured[size]
         lens = inputs.fill(step)
         return graph.replay(lens)[: step.decoding].clone()
-
-    def warm_up(self, size: int) -> None:
-        """Capture the graph of `size` sequences, a padded batch size. All rows are padding, so no block is written."""
-        if self._works and size not in self._captured:
-            self._capture(size, _NO_SEQUENCES)
 
     def _capture(self, size: int, step: ModelInput) -> Tensor:
         """Run the step without a graph, as a warm-up, then capture the step. Returns the logits [size, vocabulary]."""

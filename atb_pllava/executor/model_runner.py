@@ -74,7 +74,11 @@ class ModelRunner:
     def _pixels(self, frames: np.ndarray) -> Tensor:
         """The normalised pixels [share, 3, size, size] of this rank's share of uint8 frames, on the device."""
         mine = self.model.parallel.share(len(frames))
-        pixels = self.ops.normalize_frames(self.ops.upload(frames[mine.start : mine.stop]), self._normalization_table)
+        if mine:
+            share = self.ops.upload(frames[mine.start : mine.stop])
+            pixels = self.ops.normalize_frames(share, self._normalization_table)
+        else:  # there are more ranks than frames, and devices refuse operators on empty tensors
+            pixels = torch.empty(0, 3, *frames.shape[1:3], device=self.device)
         self.model.parallel.barrier()  # rank 0 may overwrite frames in shared memory from here on
         return pixels
 
@@ -143,9 +147,14 @@ class ModelRunner:
 
     @torch.no_grad()
     def warm_up_decode(self, batch_size: int) -> None:
-        """Capture the graph of a padded batch size. Without graphs nothing happens."""
-        if self._graphs is not None:
-            self._graphs.warm_up(batch_size)
+        """Decode one token of `batch_size` sequences, so that the device compiles the kernels and captures the graph.
+
+        Nothing is kept. Slots are -1, so no block is written. Backends with Feature.GRAPH_CAPTURE only.
+        """
+        zeros = [0] * batch_size
+        ones = [1] * batch_size
+        rows = list(range(batch_size))
+        self.forward(ModelInput(batch_size, zeros, zeros, [-1] * batch_size, ones, ones, [[0]] * batch_size, rows, []))
 
     def _sequences(self, step: ModelInput, which: slice) -> SequenceBatch:
         """The sequences `which` of the step as a SequenceBatch. Block tables are padded with 0 to the longest."""
