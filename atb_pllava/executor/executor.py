@@ -15,7 +15,10 @@ import torch
 
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
+from atb_pllava.executor.graph_runner import padded_batch_sizes
 from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.executor.warm_up_progress import WarmUpProgress
+from atb_pllava.ops.interface import Feature
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -26,6 +29,8 @@ RANK_METHODS = (
     ModelRunner.free_video,
     ModelRunner.copy_blocks,
     ModelRunner.forward,
+    ModelRunner.warm_up_prompt,
+    ModelRunner.warm_up_decode,
 )
 """The methods that all ranks run together. Arguments are numbers, sequences of numbers, structs, and one array at most.
 
@@ -95,6 +100,23 @@ class Executor:
             if isinstance(error, RuntimeError):
                 raise self._failure from None
             raise
+
+    def warm_up(self, max_batch_size: int) -> None:
+        """Compile the kernels and capture the graphs of all batch sizes, so that the first requests need not wait.
+
+        Long work logs its progress. Nothing happens on a backend without Feature.GRAPH_CAPTURE.
+        """
+        if not self.runner.ops.supports(Feature.GRAPH_CAPTURE):
+            return
+        sizes = padded_batch_sizes(max_batch_size)
+        progress = WarmUpProgress(1 + len(sizes))
+        self.call(ModelRunner.warm_up_prompt)
+        progress.add()
+        for size in sizes:
+            self.call(ModelRunner.warm_up_decode, size)
+            progress.add()
+        self.runner.ops.synchronize()
+        progress.finish()
 
     def free_video(self, video_id: int) -> None:
         """Free a video's features and embeddings on every rank. After a failure nothing happens."""

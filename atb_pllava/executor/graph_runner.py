@@ -41,7 +41,7 @@ class GraphRunner:
 
     def forward(self, step: ModelInput) -> Tensor:
         """Run a step for which `fits` is True: float32 logits [B, vocabulary]."""
-        size = 1 << (step.decoding - 1).bit_length()
+        size = padded_batch_size(step.decoding)
         if size not in self._captured:
             return self._capture(size, step)[: step.decoding]
         inputs, graph = self._captured[size]
@@ -62,6 +62,19 @@ class GraphRunner:
             self._captured[size] = (inputs, graph)
             logger.debug("captured the decode step of %d sequences", size)
         return logits
+
+
+def padded_batch_size(sequences: int) -> int:
+    """The batch size of the graph that decodes this number of sequences: the next power of two."""
+    return 1 << (sequences - 1).bit_length()
+
+
+def padded_batch_sizes(most: int) -> list[int]:
+    """The batch sizes of all graphs for up to `most` sequences, the largest first.
+
+    The graphs share memory, and the largest graph needs the most.
+    """
+    return [1 << bits for bits in reversed(range(padded_batch_size(most).bit_length()))]
 
 
 class _DecodeInputs:

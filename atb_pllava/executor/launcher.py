@@ -86,6 +86,8 @@ class Launcher:
             runner = options.make_runner(self.model)
             shared = None if self.rendezvous is None else share_memory(self.parallel, self._bytes_of_frames(config))
         self.executor = Executor(runner, self.parallel, self._stop_after_loss, shared)
+        with self._stopped_on_error():
+            self.executor.warm_up(config.max_batch_size)
         return self.executor
 
     def _bytes_of_frames(self, config: EngineConfig) -> int:

@@ -16,6 +16,7 @@ from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.interface import Feature, LayerCache
 
 _CLIP = PreprocessorConfig()
+_WARM_UP_TOKENS = 128  # more rows than the int8 kernel of CUDA takes, so that dequantising is compiled too
 
 
 class ModelRunner:
@@ -38,6 +39,7 @@ class ModelRunner:
         self.ops = model.ops
         self.device = model.ops.device
         self.blocks = blocks
+        self._block_size = block_size
         text = model.config.text
         self.cache: list[LayerCache] = self.ops.new_kv_cache(
             text.num_hidden_layers,
@@ -72,7 +74,11 @@ class ModelRunner:
     def _pixels(self, frames: np.ndarray) -> Tensor:
         """The normalised pixels [share, 3, size, size] of this rank's share of uint8 frames, on the device."""
         mine = self.model.parallel.share(len(frames))
-        pixels = self.ops.normalize_frames(self.ops.upload(frames[mine.start : mine.stop]), self._normalization_table)
+        if mine:
+            share = self.ops.upload(frames[mine.start : mine.stop])
+            pixels = self.ops.normalize_frames(share, self._normalization_table)
+        else:  # there are more ranks than frames, and devices refuse operators on empty tensors
+            pixels = torch.empty(0, 3, *frames.shape[1:3], device=self.device)
         self.model.parallel.barrier()  # rank 0 may overwrite frames in shared memory from here on
         return pixels
 
@@ -122,6 +128,33 @@ class ModelRunner:
         )
         logits: Tensor = self.model(batch, self.cache)
         return logits
+
+    @torch.no_grad()
+    def warm_up_prompt(self) -> None:
+        """Encode a video of zeros and run a prompt, so that the device compiles and loads their kernels.
+
+        Nothing is kept. The prompt's slots are -1, so no block is written. Backends with Feature.GRAPH_CAPTURE only.
+        """
+        config = self.model.config
+        side = config.vision.image_size
+        frames = min(config.num_frames, self.ops.preferred_vision_batch)
+        features = self.model.encode_share(self._pixels(np.zeros((frames, side, side, 3), np.uint8)), frames)
+        self.model.pool_frames(features, [t % frames for t in range(config.num_frames)])
+        tokens = min(_WARM_UP_TOKENS, config.text.max_position_embeddings)
+        table = [0] * -(-tokens // self._block_size)
+        rows = list(range(tokens))
+        self.forward(ModelInput(0, [0] * tokens, rows, [-1] * tokens, [tokens], [tokens], [table], [tokens - 1], []))
+
+    @torch.no_grad()
+    def warm_up_decode(self, batch_size: int) -> None:
+        """Decode one token of `batch_size` sequences, so that the device compiles the kernels and captures the graph.
+
+        Nothing is kept. Slots are -1, so no block is written. Backends with Feature.GRAPH_CAPTURE only.
+        """
+        zeros = [0] * batch_size
+        ones = [1] * batch_size
+        rows = list(range(batch_size))
+        self.forward(ModelInput(batch_size, zeros, zeros, [-1] * batch_size, ones, ones, [[0]] * batch_size, rows, []))
 
     def _sequences(self, step: ModelInput, which: slice) -> SequenceBatch:
         """The sequences `which` of the step as a SequenceBatch. Block tables are padded with 0 to the longest."""

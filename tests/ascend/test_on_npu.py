@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from atb_pllava import LLM, BackendError, ConfigError, SamplingParams
+from atb_pllava.config import PreprocessorConfig
 from atb_pllava.convert.options import ConvertOptions
+from atb_pllava.multimodal.transforms import normalization_table, normalize
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
@@ -164,6 +167,61 @@ def test_pooling_to_any_shape() -> None:
         expected = F.adaptive_avg_pool3d(grid.float().permute(3, 0, 1, 2), shape).permute(1, 2, 3, 0).reshape(-1, 32)
         pooled = backend.pool_video(grid.to(backend.device), shape)
         assert_close(pooled.cpu().float(), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_pixels_are_those_of_the_processor_bit_by_bit() -> None:
+    backend = get_backend("ascend")
+    clip = PreprocessorConfig()
+    frames = random_frames(3, 14, 14, 3, seed=1)
+    table = torch.from_numpy(normalization_table(clip.image_mean, clip.image_std)).to(backend.device)
+    uploaded = backend.upload(frames)
+    assert uploaded.device == backend.device
+    frames_before = frames.copy()
+    frames[:] = 0  # the caller may overwrite the array at once
+    pixels = backend.normalize_frames(uploaded, table).cpu().numpy()
+    assert np.array_equal(pixels, normalize(frames_before, clip.image_mean, clip.image_std))
+
+
+def test_blocks_are_copied() -> None:
+    """Also in the NZ format of 310P."""
+    backend = get_backend("ascend")
+    size = backend.chip.block_sizes[0]
+    heads = 2
+    cache = backend.new_kv_cache(2, 4, size, heads, 16, torch.float16)
+    slots = torch.arange(4 * size, dtype=torch.int32, device=backend.device)
+    for number, layer in enumerate(cache):
+        keys = torch.randn(4 * size, heads, 16, generator=torch.Generator().manual_seed(number)).half()
+        backend.write_kv(keys.to(backend.device), -keys.to(backend.device), layer, slots)
+    parts = [part for layer in cache for part in layer]
+    before = [part.cpu() for part in parts]
+    backend.copy_blocks(cache, [0, 1], [1, 3])
+    for part, old in zip(parts, before, strict=True):
+        assert torch.equal(part.cpu(), old[[0, 0, 2, 1]])
+
+
+def test_a_thread_takes_the_backend_s_device() -> None:
+    import torch_npu
+
+    backend = get_backend("ascend", 1)
+    get_backend("ascend", 0)
+    seen: list[int] = []
+
+    def run() -> None:
+        backend.use_on_this_thread()
+        seen.append(torch_npu.npu.current_device())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [1] and torch_npu.npu.current_device() == 0
+
+
+def test_events() -> None:
+    backend = get_backend("ascend")
+    earlier = backend.record()
+    later = backend.record()
+    backend.synchronize()
+    assert later.seconds_since(earlier) == 0.0025  # the stand-in measures 2.5 ms between any two
 
 
 def test_linear_with_bias() -> None:

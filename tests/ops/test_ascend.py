@@ -4,13 +4,17 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError
+from atb_pllava.executor import warm_up_progress
+from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.loader.checkpoint_config import config_from_json
@@ -177,8 +181,20 @@ def test_caches_the_operators_cannot_address(chip: str, size: int, dim: int, mes
         backend_of(chip).new_kv_cache(1, 4, size, 2, dim, torch.float16)
 
 
-class Recorder(TorchBackend, CapturedGraph):
-    """A CPU that records steps: a replay runs the step again, with what its tensors hold by then."""
+class Replay(CapturedGraph):
+    """A recorded step: a replay runs the step again, with what its tensors hold by then. `backend` counts replays."""
+
+    def __init__(self, backend: Any, step: Callable[[], Tensor]) -> None:
+        self.backend = backend
+        self.step = step
+
+    def replay(self, context_lens: Sequence[int]) -> Tensor:
+        self.backend.replays += 1
+        return self.step()
+
+
+class Recorder(TorchBackend):
+    """A CPU that records steps."""
 
     def __init__(self, works: bool = True) -> None:
         super().__init__("cpu")
@@ -187,16 +203,11 @@ class Recorder(TorchBackend, CapturedGraph):
         self.recorded = 0
         self.replays = 0
 
-    def capture(self, step: Callable[[], Tensor]) -> "Recorder":
+    def capture(self, step: Callable[[], Tensor]) -> Replay:
         if not self.works:
             raise BackendError("this device cannot capture")
         self.recorded = self.recorded + 1
-        self.step = step
-        return self
-
-    def replay(self, context_lens: Sequence[int]) -> Tensor:
-        self.replays += 1
-        return self.step()
+        return Replay(self, step)
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         real = slot_mapping >= 0
@@ -212,10 +223,26 @@ class Recorder(TorchBackend, CapturedGraph):
         return out
 
 
-def decode(backend: TorchBackend, batch: int) -> list[Tensor]:
-    """Logits of three decode steps of sequences with their own cached tokens, in blocks of 16."""
+def warm_up_unnoticed(runner: ModelRunner, max_batch_size: int) -> None:
+    """Warm up, and check that neither the KV cache nor the runner's videos changed."""
+    parts = [part for layer in runner.cache for part in layer]
+    for part in parts:
+        part.fill_(7)
+    Executor(runner, TensorParallel()).warm_up(max_batch_size)
+    assert all(bool((part == 7).all()) for part in parts)
+    with pytest.raises(KeyError):
+        runner.video_embeds(0)
+
+
+def decode(backend: TorchBackend, batch: int, max_batch_size: int | None = None) -> list[Tensor]:
+    """Logits of three decode steps of sequences with their own cached tokens, in blocks of 16.
+
+    max_batch_size: of a warm-up before. None: there is no warm-up.
+    """
     model = random_model(config_from_json(raw_config()), ops=backend)
     runner = ModelRunner(model, 3 * batch, 16)
+    if max_batch_size is not None:
+        warm_up_unnoticed(runner, max_batch_size)
     contexts = [5 + 11 * i for i in range(batch)]
     tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(batch)]
     slot_mapping = [[table[p // 16] * 16 + p % 16 for p in range(c)] for table, c in zip(tables, contexts, strict=True)]
@@ -256,6 +283,39 @@ def test_a_device_that_cannot_capture_goes_on_without(caplog: pytest.LogCaptureF
     for got, expected in zip(decode(Recorder(works=False), 2), decode(TorchBackend(), 2), strict=True):
         assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert caplog.text.count("decoding without graphs: this device cannot capture") == 1
+
+
+@pytest.mark.parametrize(("batch", "most", "graphs"), [(1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 4, 3), (2, 5, 4)])
+def test_after_a_warm_up_every_step_is_replayed(batch: int, most: int, graphs: int) -> None:
+    recorder = Recorder()
+    plain = decode(TorchBackend(), batch)
+    for got, expected in zip(decode(recorder, batch, most), plain, strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert (recorder.recorded, recorder.replays) == (graphs, 3)
+
+
+def test_a_warm_up_goes_on_where_nothing_can_be_captured(caplog: pytest.LogCaptureFixture) -> None:
+    plain = decode(TorchBackend(), 2)
+    for got, expected in zip(decode(Recorder(works=False), 2, 8), plain, strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert caplog.text.count("decoding without graphs: this device cannot capture") == 1
+
+
+def test_a_cpu_is_not_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner(random_model(config_from_json(raw_config())), 1, 16)
+    monkeypatch.setattr(runner, "model", None)  # any step would fail
+    Executor(runner, TensorParallel()).warm_up(8)
+
+
+def test_a_long_warm_up_logs_its_progress(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner(random_model(config_from_json(raw_config()), ops=Recorder()), 1, 16)
+    caplog.set_level(logging.INFO, logger="atb_pllava")
+    Executor(runner, TensorParallel()).warm_up(2)
+    assert not caplog.messages
+    monkeypatch.setattr(warm_up_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    Executor(runner, TensorParallel()).warm_up(4)
+    lines = [line.partition(" steps, ")[0] for line in caplog.messages]
+    assert lines == [f"preparing the device {done}/4" for done in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize(("device", "free"), [("meta", 5), ("meta:3", 8)])

@@ -8,7 +8,7 @@ round.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,11 @@ from atb_pllava.ops.cuda import backend as cuda
 from atb_pllava.ops.cuda.backend import CudaBackend
 from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import quantise
-from atb_pllava.ops.interface import CapturedGraph, Feature
+from atb_pllava.ops.interface import Feature
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
 from tests.ops.kernel_support import INT8_SHARDS
-from tests.ops.test_ascend import decode
+from tests.ops.test_ascend import Replay, decode
 from tests.ops.test_ops import dense_attention, paged
 from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, random_tensor, raw_config
 
@@ -293,7 +293,7 @@ def test_answers_do_not_depend_on_the_kernels(
         assert_near(result, expected, 2e-5)
 
 
-class Repeater(CudaBackend, CapturedGraph):
+class Repeater(CudaBackend):
     """Records steps without a device: a replay runs the step again, by what is on the device alone."""
 
     def __init__(self, device: str = DEVICE) -> None:
@@ -301,13 +301,18 @@ class Repeater(CudaBackend, CapturedGraph):
         self.features = frozenset({Feature.GRAPH_CAPTURE})
         self.replays = 0
 
-    def capture(self, step: Callable[[], Tensor]) -> "Repeater":
+    def capture(self, step: Callable[[], Tensor]) -> Replay:
         self.step = step
-        return self
+        return Replay(self, step)
 
-    def replay(self, context_lens: Sequence[int]) -> Tensor:
-        self.replays += 1
-        return self.step()
+
+def test_a_warm_up_compiles_and_captures_without_a_trace() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("the models of this test are on the CPU")
+    ops = Repeater()
+    for got, expected in zip(decode(ops, 3, max_batch_size=4), decode(TorchBackend(), 3), strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert ops.replays == 3
 
 
 @pytest.mark.parametrize("batch", [1, 3])
