@@ -1,4 +1,4 @@
-"""answer_all: many requests through the engine, with a bounded number under way."""
+"""RequestWindow: many requests through the engine, with a bounded number under way."""
 
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping
