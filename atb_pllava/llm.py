@@ -140,6 +140,7 @@ class LLM:
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Embeddings [t * h * w, hidden] of one video in the model's dtype."""
+        self.engine.raise_if_dead()
         (video,) = self.processor.prepare([media], [frame_indices])
         embeds: Tensor = self.engine.call(lambda core: core.encode_video(video)).result()
         return embeds
@@ -148,4 +149,5 @@ class LLM:
         self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any
     ) -> EngineRequest:
         """Check a request of `generate`, decode its media and tokenize its prompt. `engine.add` takes the result."""
+        self.engine.raise_if_dead()
         return self.request_parser.parse(request, self.request_parser.sampling_params(params, sampling))

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from atb_pllava.engine.request_parser import RequestParser
 from atb_pllava.engine.request_stream import RequestStream
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.engine.stats import EngineStats, StepStats
-from atb_pllava.errors import BackendError, EngineDeadError, PllavaError
+from atb_pllava.errors import BackendError, EngineDeadError, PllavaError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,17 @@ _SECONDS_TO_FINISH_A_STEP = 0.5  # in `close`, before the engine's thread is int
 
 class _EngineClosed(BaseException):
     """Interrupts the engine's thread in the middle of a step. No code handles the exception on its way."""
+
+
+_engines: "weakref.WeakSet[AsyncEngine]" = weakref.WeakSet()
+
+
+def _end_engines_in_forked_child() -> None:
+    for engine in list(_engines):
+        engine.end_in_forked_child()
+
+
+os.register_at_fork(after_in_child=_end_engines_in_forked_child)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class AsyncEngine:
     """Serves requests of many threads or tasks together. The engine's thread starts with the first request.
 
     An exception in a step fails every request with its cause, and every later request too: the engine is dead.
-    `readers` is the number of threads that read media. `close` calls each function of `on_close`.
+    `readers` is the number of threads that read media. `close` calls each function of `on_close`. A forked child has no
+    such threads, so that its copy of the engine refuses every request.
     """
 
     def __init__(
@@ -71,8 +84,11 @@ class AsyncEngine:
         self._is_closing = False
         self._is_draining = False
         self._step_listeners: list[Callable[[StepStats], None]] = []
+        self._num_finished = 0
+        self._num_failed = 0
         self._media_seconds = 0.0
         self._idle_seconds = 0.0
+        _engines.add(self)
 
     # Requests
 
@@ -89,8 +105,13 @@ class AsyncEngine:
         with self._changed:
             self._register([stream])
             self._reading[stream.request_id] = stream
-            self._start_thread()
+        try:
+            with self._changed:
+                self._start_thread()
             self._reader.submit(self._read, stream, request, params, arrival_time)
+        except RuntimeError as error:  # the system grants no thread, Python is about to exit, or the engine was closed
+            self._end_reading(stream)
+            stream.fail(BackendError(f"the request cannot be read: {error}"))
         return stream
 
     def add(self, request: EngineRequest) -> RequestStream:
@@ -119,7 +140,7 @@ class AsyncEngine:
         """Call `function(core)` on the engine's thread between two steps. The future has its result or exception."""
         future: Future[Any] = Future()
         with self._changed:
-            self._raise_if_dead()
+            self.raise_if_dead()
             self._post(_Message(function, future))
         return future
 
@@ -144,6 +165,11 @@ class AsyncEngine:
         """Whether an exception in a step has ended the engine, or `close` has."""
         return self._failure is not None
 
+    def raise_if_dead(self) -> None:
+        """Raises the error with which every later request fails, if there is one."""
+        if self._failure is not None:
+            raise self._failure
+
     def stats(self) -> EngineStats:
         """The state at this moment, and totals since the start."""
         core = self.core
@@ -153,8 +179,8 @@ class AsyncEngine:
             running=len(core.scheduler.running),
             kv_blocks_used=core.block_manager.total - core.block_manager.num_free_blocks,
             kv_blocks_total=core.block_manager.total,
-            finished=self._output_processor.num_finished,
-            failed=self._output_processor.num_failed,
+            finished=self._num_finished,
+            failed=self._num_failed,
             media_seconds=self._media_seconds,
             idle_seconds=self._idle_seconds,
             core=replace(core.counters),
@@ -196,17 +222,29 @@ class AsyncEngine:
         for function in self._on_close:
             function()
 
+    def end_in_forked_child(self) -> None:
+        """In a forked child: refuse all requests. No thread of the engine exists here, and none frees its locks."""
+        self._changed = threading.Condition()
+        self._failure = BackendError(
+            f"this model was loaded by process {self._owner}, and a forked child cannot use it: load it anew"
+        )
+        self._inbox.clear()
+        self.core.progress = ActivityLog()
+        for stream in list(self._streams.values()):
+            stream.renew_lock()
+            stream.fail(self._failure)
+
     # Called by any thread, with `_changed` held
 
     def _register(self, streams: Sequence[RequestStream]) -> None:
-        self._raise_if_dead()
+        self.raise_if_dead()
         if self._is_draining:
             raise BackendError("the engine takes no more requests, because it is being shut down")
-        self._streams.update((stream.request_id, stream) for stream in streams)
-
-    def _raise_if_dead(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        request_ids = [stream.request_id for stream in streams]
+        for number, request_id in enumerate(request_ids):
+            if request_id in self._streams or request_id in request_ids[:number]:
+                raise RequestError(f"{request_id} is under way already: prepare the request anew to ask it twice")
+        self._streams.update(zip(request_ids, streams, strict=True))
 
     def _post(self, message: _Message) -> None:
         self._inbox.append(message)
@@ -243,23 +281,30 @@ class AsyncEngine:
             parsed = self.request_parser.parse(request, params, stream.name, arrival_time, stream.request_id)
             self.core.check(parsed)
             with self._changed:
-                self._raise_if_dead()
+                self.raise_if_dead()
                 self._add_to_core([(parsed, stream)])
         except PllavaError as error:
             stream.fail(error)
         except BaseException as error:
-            stream.fail(_engine_error("reading the media of a request", error))
+            if not isinstance(error, MemoryError):
+                logger.error("%s could not be read", stream.name, exc_info=error)
+            failure = RequestError(f"the request could not be read: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            stream.fail(failure)
         finally:
-            with self._changed:
-                self._reading.pop(stream.request_id, None)
-                self._changed.notify_all()
+            self._end_reading(stream)
+
+    def _end_reading(self, stream: RequestStream) -> None:
+        with self._changed:
+            self._reading.pop(stream.request_id, None)
+            self._changed.notify_all()
 
     def _abort(self, stream: RequestStream) -> None:
         """Take an aborted request out of the core."""
 
         def abort(core: EngineCore) -> None:
-            self._output_processor.remove(stream.request_id)
-            core.abort(stream.request_id)
+            if self._output_processor.remove(stream):
+                core.abort(stream.request_id)
 
         with self._changed:
             if self._failure is None:
@@ -268,6 +313,10 @@ class AsyncEngine:
     def _forget(self, stream: RequestStream) -> None:
         with self._changed:
             self._streams.pop(stream.request_id, None)
+            if stream.has_failed:
+                self._num_failed += 1
+            else:
+                self._num_finished += 1
             self._changed.notify_all()
 
     def _fail_all(self, failure: PllavaError) -> None:
@@ -276,7 +325,7 @@ class AsyncEngine:
             self._inbox.clear()
             streams = list(self._streams.values())
         for message in messages:
-            if message.future is not None:
+            if message.future is not None and message.future.set_running_or_notify_cancel():
                 message.future.set_exception(failure)
         for stream in streams:
             stream.fail(failure)
@@ -302,7 +351,7 @@ class AsyncEngine:
         except _EngineClosed:
             pass
         except BaseException as error:
-            failure = error if isinstance(error, PllavaError) else _engine_error("a step", error)
+            failure = error if isinstance(error, PllavaError) else _step_error(error)
             with self._changed:
                 self._failure = failure
             self._fail_all(failure)
@@ -314,10 +363,8 @@ class AsyncEngine:
         with self._changed:
             while not (self._inbox or self.core.has_work or self._is_closing):
                 self._wait_for_work()
-            messages = list(self._inbox)
-            self._inbox.clear()
-        for message in messages:
-            self._handle(message)
+        while self._inbox:
+            self._handle(self._inbox.popleft())
         return not self._is_closing
 
     def _wait_for_work(self) -> None:
@@ -343,6 +390,9 @@ class AsyncEngine:
                 message.future.set_result(message.function(self.core))
             except Exception as error:
                 message.future.set_exception(error)
+            except BaseException as error:
+                message.future.set_exception(self._failure or error)
+                raise
 
     def _step(self) -> None:
         outputs, stats = self.core.step()
@@ -351,10 +401,10 @@ class AsyncEngine:
             listener(stats)
 
 
-def _engine_error(during: str, error: BaseException) -> EngineDeadError:
+def _step_error(error: BaseException) -> EngineDeadError:
     """The error of all requests after an exception that is no PllavaError. Its traceback is logged."""
     if not isinstance(error, MemoryError):
-        logger.error("the engine failed during %s", during, exc_info=error)
-    failure = EngineDeadError(f"{during} failed with {type(error).__name__}: {error}; load the model anew")
+        logger.error("the engine failed during a step", exc_info=error)
+    failure = EngineDeadError(f"a step failed with {type(error).__name__}: {error}; load the model anew")
     failure.__cause__ = error
     return failure

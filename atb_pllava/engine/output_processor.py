@@ -7,7 +7,6 @@ from atb_pllava.engine.core_output import EngineCoreOutput
 from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.outputs import CompletionOutput, Metrics, RequestOutput, TokenLogprobs
 from atb_pllava.engine.request_stream import RequestStream
-from atb_pllava.errors import PllavaError
 from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
 from atb_pllava.prompt.tokenizer import Tokenizer
 
@@ -113,24 +112,18 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._states: dict[str, _RequestState] = {}
-        self.num_finished = 0
-        self.num_failed = 0
 
     def add(self, request: EngineRequest, stream: RequestStream) -> None:
         """Write the answer to `request` into `stream` from now on."""
         self._states[request.request_id] = _RequestState(request, stream, self._tokenizer)
 
-    def remove(self, request_id: str) -> None:
-        """Forget a request that was aborted."""
-        if self._states.pop(request_id, None) is not None:
-            self.num_failed += 1
-
-    def fail_all(self, error: PllavaError) -> None:
-        """End every request with an error."""
-        for state in self._states.values():
-            state.stream.fail(error)
-        self.num_failed += len(self._states)
-        self._states.clear()
+    def remove(self, stream: RequestStream) -> bool:
+        """Forget the request whose answer `stream` gets. Returns whether the request was under way."""
+        state = self._states.get(stream.request_id)
+        if state is None or state.stream is not stream:
+            return False
+        del self._states[stream.request_id]
+        return True
 
     def process(self, outputs: Iterable[EngineCoreOutput], abort: Callable[[str, int | None], None]) -> None:
         """Take the outputs of one step. `abort` ends an answer in the core: (request id, index of the answer or None).
@@ -143,7 +136,6 @@ class OutputProcessor:
                 continue
             if output.error is not None:
                 del self._states[output.request_id]
-                self.num_failed += 1
                 abort(output.request_id, None)
                 state.stream.fail(output.error)
             else:
@@ -161,5 +153,4 @@ class OutputProcessor:
         )
         if state.is_finished:
             del self._states[output.request_id]
-            self.num_finished += 1
             state.stream.finish(state.output())

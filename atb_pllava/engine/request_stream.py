@@ -38,7 +38,7 @@ class RequestStream:
 
     A stream keeps only the answer itself: a slow reader gets longer deltas, and never holds up the engine. `name`
     stands for the request in progress lines. One thread or one task at a time may iterate. `on_finished(stream)` is
-    called before any reader sees the end, and `on_abort(stream)` after `abort` has ended the request.
+    called before any reader gets the answer or the error, and `on_abort(stream)` after `abort` has ended the request.
     """
 
     def __init__(
@@ -69,6 +69,11 @@ class RequestStream:
         """Whether the request has ended: answered, failed or aborted."""
         return self._output is not None or self._error is not None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the request has ended with an error."""
+        return self._error is not None
+
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the end of the request and return the answer.
 
@@ -84,7 +89,7 @@ class RequestStream:
 
         A finished request stays as it is.
         """
-        if self._fail(RequestError("the request was aborted")):
+        if self.fail(RequestError("the request was aborted")):
             self._on_abort(self)
 
     def __iter__(self) -> Iterator[CompletionDelta]:
@@ -168,32 +173,34 @@ class RequestStream:
 
     def finish(self, output: RequestOutput) -> None:
         """End the request with its answer, unless it was aborted."""
+        self._end(output, None)
+
+    def fail(self, error: PllavaError) -> bool:
+        """End the request with an error. Returns False, and changes nothing, if the request has ended already."""
+        return self._end(None, error)
+
+    def renew_lock(self) -> None:
+        """In a forked child: replace the lock, which a thread of the parent may have held."""
+        self._changed = threading.Condition()
+
+    def _end(self, output: RequestOutput | None, error: PllavaError | None) -> bool:
         with self._changed:
-            if self._error is None:
-                self._on_finished(self)
+            is_first = not self.is_finished
+            if is_first:
                 self._output = output
+                self._error = error
+                self._on_finished(self)
             self._changed.notify_all()
         self._notify_listeners()
-
-    def fail(self, error: PllavaError) -> None:
-        """End the request with an error, unless it has ended."""
-        self._fail(error)
-
-    def _fail(self, error: PllavaError) -> bool:
-        with self._changed:
-            if self.is_finished:
-                return False
-            self._on_finished(self)
-            self._error = error
-            self._changed.notify_all()
-        self._notify_listeners()
-        return True
+        return is_first
 
     def _notify_listeners(self) -> None:
         for listener in list(self._listeners):
             listener(self)
 
     def _finished_output(self) -> RequestOutput:
+        with self._changed:  # until `_end` has called `on_finished`
+            pass
         if self._error is not None:
             raise self._error
         assert self._output is not None, "the request has not finished"
