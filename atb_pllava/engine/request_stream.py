@@ -18,6 +18,7 @@ class _Completion:
     read_chars: int = 0
     new_token_ids: list[int] = field(default_factory=list)
     new_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_tokens: int = 0
     finish_reason: str | None = None
     has_news: bool = False
 
@@ -63,6 +64,11 @@ class RequestStream:
     def text(self) -> str:
         """The text of the first answer so far."""
         return self._completions[0].text
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all answers so far."""
+        return sum(completion.num_tokens for completion in self._completions)
 
     @property
     def is_finished(self) -> bool:
@@ -160,6 +166,7 @@ class RequestStream:
             completion = self._completions[index]
             completion.text = text
             completion.new_token_ids += token_ids
+            completion.num_tokens += len(token_ids)
             completion.new_logprobs += logprobs
             completion.finish_reason = finish_reason
             completion.has_news = True
