@@ -54,7 +54,9 @@ class RequestStream:
         self.name = name
         self._on_finished = on_finished
         self._on_abort = on_abort
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._ended = threading.Condition(lock)  # of its own: `result` must not wake up for every token
         self._completions = [_Completion() for _ in range(n)]
         self._listeners: list[Callable[[RequestStream], None]] = []
         self._output: RequestOutput | None = None
@@ -80,8 +82,8 @@ class RequestStream:
 
         Raises the request's error, and TimeoutError after `timeout` seconds. The request then goes on.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.is_finished, timeout):
+        with self._ended:
+            if not self._ended.wait_for(lambda: self.is_finished, timeout):
                 raise TimeoutError(f"{self.name} was not answered within {timeout} seconds")
         return self._finished_output()
 
@@ -180,6 +182,7 @@ class RequestStream:
                 self._on_finished(self)
                 self._output = output
             self._changed.notify_all()
+            self._ended.notify_all()
         self._notify_listeners()
 
     def fail(self, error: PllavaError) -> None:
@@ -193,6 +196,7 @@ class RequestStream:
             self._on_finished(self)
             self._error = error
             self._changed.notify_all()
+            self._ended.notify_all()
         self._notify_listeners()
         return True
 
