@@ -47,6 +47,7 @@ from atb_pllava.errors import counted
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.media import list_media
 from atb_pllava.ops.pooling import pool_by_matrices
+from atb_pllava.ops.registry import get_backend
 from precision.command_line import DEFAULT_PROMPT, Parser, add_media, question, run_command
 from precision.comparison import Agreement, Total, compare_recordings, compare_rows
 from precision.error_plot import plot_errors
@@ -377,7 +378,8 @@ def _plot(path: Path, sides: Sequence[Mapping[str, Any]], arguments: argparse.Na
         "decoder": {side["side"]: side["total"].decoder for side in sides},
     }
     model = "" if arguments.model_path is None else f"{Path(arguments.model_path).resolve().name}: "
-    plot_errors(path, panels, f"{model}error against {arguments.left}\n{machine_name()}")
+    machine = machine_name(get_backend("auto", kernels="torch"))
+    plot_errors(path, panels, f"{model}error against {arguments.left}\n{machine}")
 
 
 def over_thresholds(side: Mapping[str, Any], limits: Any) -> list[str]:

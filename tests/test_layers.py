@@ -33,7 +33,19 @@ ALLOWED: dict[str, set[str]] = {
     | {"ops.interface", "prompt"},
     "batch": {"config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
     "doctor": {"config", "distributed", "engine", "errors", "files", "loader", "model", "ops"},
-    "bench": {"config", "distributed", "engine", "errors", "executor", "files", "llm", "loader", "model", "multimodal"}
+    "bench": {
+        "batch",
+        "config",
+        "distributed",
+        "engine",
+        "errors",
+        "executor",
+        "files",
+        "llm",
+        "loader",
+        "model",
+        "multimodal",
+    }
     | {"ops", "prompt"},
     # The host has an engine of its own. Of the doctor, mindie uses the form of a check and Ascend's folders.
     "mindie": {"config", "distributed", "doctor.ascend_folders", "doctor.check", "doctor.npu_smi", "doctor.setting"}

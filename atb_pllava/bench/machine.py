@@ -61,7 +61,7 @@ def measure(backend: Backend, rounds: int = 5, threads: int | None = None) -> Ma
 
 def _measure(backend: Backend, rounds: int) -> MachinePeaks:
     is_cpu = backend.on_host
-    name = _cpu_name() if is_cpu else torch.cuda.get_device_name(backend.device)
+    name = _cpu_name() if is_cpu else backend.device_name()
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
     ways = {kind: list(_multiplying(kind, backend)) for kind in kinds}
     flops = {kind: _fastest(some, rounds, backend)[1] for kind, some in ways.items() if some}
@@ -154,10 +154,10 @@ def _works(call: Callable[[], object]) -> bool:
     return True
 
 
-def machine_name() -> str:
-    """The CPU model with its cores, and the first GPU if torch sees one."""
+def machine_name(backend: Backend) -> str:
+    """The CPU model with its cores. With an accelerator, its name comes first."""
     cpu = f"{_cpu_name()}, {counted(os.cpu_count() or 1, 'core')}"
-    return f"{torch.cuda.get_device_name(0)} ({cpu})" if torch.cuda.is_available() else cpu
+    return cpu if backend.on_host else f"{backend.device_name()} ({cpu})"
 
 
 def _cpu_name() -> str:

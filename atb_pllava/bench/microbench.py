@@ -41,56 +41,30 @@ def cached_ttft(llm: LLM, make_request: Callable[[int], Mapping[str, Any]], roun
     }
 
 
-class ForwardTimer:
-    """Seconds of each call of the model's forward. The rest of a step is the engine's overhead."""
-
-    def __init__(self, llm: LLM) -> None:
-        self.seconds: list[float] = []
-        self._ops = llm.model.ops
-        self._began = 0.0
-        self._hooks = [
-            llm.model.register_forward_pre_hook(self._enter),
-            llm.model.register_forward_hook(self._leave),
-        ]
-
-    def _enter(self, *_: object) -> None:
-        self._began = time.perf_counter()
-
-    def _leave(self, *_: object) -> None:
-        self._ops.synchronize()
-        self.seconds.append(time.perf_counter() - self._began)
-
-    def remove(self) -> None:
-        """Stop timing."""
-        for hook in self._hooks:
-            hook.remove()
-
-
 def engine_overhead(llm: LLM, request: Mapping[str, Any], batch: int, new_tokens: int) -> Row:
-    """The part of a decode step that is not the model: scheduling, model input, sampling, detokenizing."""
+    """The part of a decode step that is not the forward pass: scheduling, model input, sampling, detokenizing.
+
+    A step lasts until the next step begins. Steps with fewer than `batch` requests are not counted.
+    """
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    watch = ForwardTimer(llm)
-    try:
-        measured = run_batch(llm, [request] * batch, params)
-    finally:
-        watch.remove()
-    forwards = [step for step in measured.steps if step.forward > 0]
-    assert len(forwards) == len(watch.seconds), "a step runs the model once"
-    pairs = [(s.total, inside) for s, inside in zip(forwards, watch.seconds, strict=True) if s.decoding == batch]
-    totals = [total for total, _ in pairs]
-    overheads = [total - inside for total, inside in pairs]
+    measured = run_batch(llm, [request] * batch, params)
+    seconds = measured.decode_seconds
+    overheads = [duration - step.forward for step, duration in measured.decode_steps]
     return {
         "batch_size": batch,
         "prompt_tokens": measured.outputs[0].metrics.prompt_tokens,
-        "steps": len(pairs),
-        "step_p50_ms": percentile(totals, 50) * 1e3,
+        "steps": len(seconds),
+        "step_p50_ms": percentile(seconds, 50) * 1e3,
         "engine_overhead_p50_ms": percentile(overheads, 50) * 1e3,
-        "overhead_fraction": f"{100 * median(o / t for t, o in zip(totals, overheads, strict=True)):.2f} %",
+        "overhead_fraction": f"{100 * median(o / s for s, o in zip(seconds, overheads, strict=True)):.2f} %",
     }
 
 
 def loading_time(directory: str, load: Callable[[], LLM]) -> Row:
-    """Seconds to load a checkpoint whose files are in the page cache, and the process's peak memory meanwhile."""
+    """Seconds to load a checkpoint whose files are in the page cache, and the process's peak memory meanwhile.
+
+    With an accelerator, device_memory_GB is the peak of its memory.
+    """
     files = sorted(Path(directory).glob("[!.]*.safetensors"))
     size = sum(os.path.getsize(file) for file in files)
     _read(files)  # brings the files into the page cache
@@ -102,8 +76,11 @@ def loading_time(directory: str, load: Callable[[], LLM]) -> Row:
     before = peak_bytes(cpu)
     began = time.perf_counter()
     with load() as llm:
+        device = llm.model.ops
+        device.synchronize()
         seconds = time.perf_counter() - began
         held = costs_of(llm).weight_bytes
+        on_device = {} if device.on_host else {"device_memory_GB": peak_bytes(device) / 1e9}
     return {
         "files_GB": size / 1e9,
         "page_cache_GB_per_s": size / reading / 1e9,
@@ -112,6 +89,7 @@ def loading_time(directory: str, load: Callable[[], LLM]) -> Row:
         "weights_GB": held / 1e9,
         "peak_memory_GB": peak_bytes(cpu) / 1e9,
         "memory_before_GB": before / 1e9,
+        **on_device,
     }
 
 

@@ -24,9 +24,20 @@ class BatchRun:
     peak_bytes: int  # of this process or of its accelerator
 
     @property
-    def decode_steps(self) -> list[float]:
-        """Seconds of each step in which all requests decoded and no prompt was computed."""
-        return [step.total for step in self.steps if step.decoding == len(self.outputs)]
+    def decode_steps(self) -> list[tuple[StepStats, float]]:
+        """The steps in which all requests decoded and no prompt was computed, with the seconds to the next step.
+
+        These seconds include what the engine does between two steps, such as detokenizing. After the last step of all,
+        nothing is known of that work, so the seconds are those of the step alone.
+        """
+        ends = [*(later.began for later in self.steps[1:]), self.steps[-1].began + self.steps[-1].total]
+        batch = len(self.outputs)
+        return [(step, end - step.began) for step, end in zip(self.steps, ends, strict=True) if step.decoding == batch]
+
+    @property
+    def decode_seconds(self) -> list[float]:
+        """The seconds of `decode_steps`."""
+        return [seconds for _, seconds in self.decode_steps]
 
     @property
     def prefill_seconds(self) -> float:

@@ -15,6 +15,7 @@ from atb_pllava.bench.timing import percentile
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.engine.block_manager import blocks_for
 from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.errors import EngineDeadError
 from atb_pllava.llm import LLM
 from atb_pllava.model.costs import Cost, Costs
 
@@ -91,7 +92,7 @@ def sweep(
             try:
                 run_batch(llm, requests, params)
                 measured = run_batch(llm, requests, params)
-            except (MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError, EngineDeadError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 problem = "does not fit: out of memory"
@@ -119,7 +120,10 @@ def _blocks(llm: LLM, tokens: int) -> int:
     return blocks_for(tokens, llm.engine.config.block_size)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out. An exception in a step is the cause of an EngineDeadError."""
+    if isinstance(error, EngineDeadError):
+        return _is_out_of_memory(error.__cause__)
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
@@ -163,7 +167,7 @@ def _row(llm: LLM, measured: BatchRun, peaks: MachinePeaks) -> Row:
         status="ok",
     )
     row.update(_compute_rates(llm, measured, peaks))
-    steps = measured.decode_steps
+    steps = measured.decode_seconds
     if not steps:
         return {**row, "status": "no step had the whole batch decoding: more new tokens are needed"}
     row.update({f"tpot_p{percent}_ms": _ms(percentile(steps, percent)) for percent in (50, 90, 99)})
@@ -192,9 +196,9 @@ def _compute_rates(llm: LLM, measured: BatchRun, peaks: MachinePeaks) -> Row:
 
 def _decode_rates(llm: LLM, measured: BatchRun, peaks: MachinePeaks) -> Row:
     """Bytes and FLOPs of the middle decode step, and their rates at the time of the median step."""
-    seconds = percentile(measured.decode_steps, 50)
+    seconds = percentile(measured.decode_seconds, 50)
     outputs = measured.outputs
-    further = outputs[0].metrics.output_tokens - len(measured.decode_steps) / 2
+    further = outputs[0].metrics.output_tokens - len(measured.decode_seconds) / 2
     contexts = [output.metrics.prompt_tokens + round(further) for output in outputs]
     cost = batch_cost(llm, lambda costs: costs.decode(contexts))
     peak = peaks.flops.get(str(llm.model.dtype).removeprefix("torch."), float("inf"))

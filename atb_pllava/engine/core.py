@@ -19,6 +19,7 @@ from atb_pllava.engine.stats import CoreCounters, StepStats
 from atb_pllava.engine.step_activity import StepActivity
 from atb_pllava.errors import BackendError, RequestError, counted
 from atb_pllava.executor.executor import Executor
+from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
 
@@ -98,12 +99,14 @@ class EngineCore:
         """
         began = time.perf_counter()
         output = self.scheduler.schedule()
+        model_input = build_model_input(output.work, len(output.decode), self.config.block_size)
         encode_began = self._ops.record()
         for chunk in output.encode:
             self._encode_chunk(chunk)
         forward_began = self._ops.record()
-        logits = self._forward(output) if output.work else None
+        logits = self._forward(output, model_input) if output.work else None
         forward_ended = self._ops.record()
+        self.scheduler.update_from_output(output)
         outputs = [] if logits is None else self._sample(output, logits)
         if not outputs:
             self._ops.synchronize()
@@ -111,6 +114,7 @@ class EngineCore:
         forward = forward_ended.seconds_since(forward_began) if output.work else 0.0
         self._add_times(output, encode, forward)
         stats = StepStats(
+            began=began,
             decoding=len(output.decode),
             prefilled=output.num_prefill_tokens,
             encoded=sum(len(chunk.frames) for chunk in output.encode),
@@ -145,15 +149,12 @@ class EngineCore:
             self.executor.call(ModelRunner.pool_frames, entry.video_id, video.inverse_indices)
             entry.is_ready = True
 
-    def _forward(self, output: SchedulerOutput) -> Tensor:
+    def _forward(self, output: SchedulerOutput, model_input: ModelInput) -> Tensor:
         """Run the forward pass of a step. Returns the logits [L, vocabulary] float32 of the sequences that are due."""
         self._activity.start_forward(output)
         if output.block_copies:
             self.executor.call(ModelRunner.copy_blocks, output.block_copies)
-        model_input = build_model_input(output.work, len(output.decode), self.config.block_size)
-        logits = self.executor.call(ModelRunner.forward, model_input)
-        self.scheduler.update_from_output(output)
-        return logits
+        return self.executor.call(ModelRunner.forward, model_input)
 
     def _sample(self, output: SchedulerOutput, logits: Tensor) -> list[EngineCoreOutput]:
         """Sample the next token of each sequence whose logits are there. Waits for the device if there is one.

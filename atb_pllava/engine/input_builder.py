@@ -1,6 +1,6 @@
 """From the requests of a step to the ModelInput that every rank gets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from atb_pllava.engine.block_manager import blocks_for
 from atb_pllava.engine.request import Request
@@ -31,11 +31,19 @@ def _append(model_input: ModelInput, request: Request, tokens: int, block_size: 
             )
     model_input.token_ids.extend(request.token_ids[first:last])
     model_input.positions.extend(range(first, last))
-    model_input.slot_mapping.extend(
-        request.blocks[position // block_size] * block_size + position % block_size for position in range(first, last)
-    )
+    model_input.slot_mapping.extend(_slots(request.blocks, first, last, block_size))
     model_input.query_lens.append(tokens)
     model_input.context_lens.append(last)
     model_input.block_tables.append(request.blocks[: blocks_for(last, block_size)])
     if last == len(request.token_ids):
         model_input.logits_indices.append(row_of_position_0 + last - 1)
+
+
+def _slots(blocks: Sequence[int], first: int, last: int, block_size: int) -> Iterator[int]:
+    """The slots of the positions `first` to `last` - 1 of a sequence, block by block."""
+    while first < last:
+        index, offset = divmod(first, block_size)
+        end = min(last, (index + 1) * block_size)
+        slot = blocks[index] * block_size + offset
+        yield from range(slot, slot + end - first)
+        first = end

@@ -18,6 +18,7 @@ class _Completion:
     read_chars: int = 0
     new_token_ids: list[int] = field(default_factory=list)
     new_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_tokens: int = 0
     finish_reason: str | None = None
     has_news: bool = False
 
@@ -53,7 +54,7 @@ class RequestStream:
         self.name = name
         self._on_finished = on_finished
         self._on_abort = on_abort
-        self._changed = threading.Condition()
+        self.renew_lock()
         self._completions = [_Completion() for _ in range(n)]
         self._listeners: list[Callable[[RequestStream], None]] = []
         self._output: RequestOutput | None = None
@@ -63,6 +64,11 @@ class RequestStream:
     def text(self) -> str:
         """The text of the first answer so far."""
         return self._completions[0].text
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens of all answers so far."""
+        return sum(completion.num_tokens for completion in self._completions)
 
     @property
     def is_finished(self) -> bool:
@@ -79,8 +85,8 @@ class RequestStream:
 
         Raises the request's error, and TimeoutError after `timeout` seconds. The request then goes on.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.is_finished, timeout):
+        with self._ended:
+            if not self._ended.wait_for(lambda: self.is_finished, timeout):
                 raise TimeoutError(f"{self.name} was not answered within {timeout} seconds")
         return self._finished_output()
 
@@ -165,6 +171,7 @@ class RequestStream:
             completion = self._completions[index]
             completion.text = text
             completion.new_token_ids += token_ids
+            completion.num_tokens += len(token_ids)
             completion.new_logprobs += logprobs
             completion.finish_reason = finish_reason
             completion.has_news = True
@@ -181,7 +188,9 @@ class RequestStream:
 
     def renew_lock(self) -> None:
         """In a forked child: replace the lock, which a thread of the parent may have held."""
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._ended = threading.Condition(lock)  # of its own: `result` must not wake up for every token
 
     def _end(self, output: RequestOutput | None, error: PllavaError | None) -> bool:
         with self._changed:
@@ -191,6 +200,7 @@ class RequestStream:
                 self._error = error
                 self._on_finished(self)
             self._changed.notify_all()
+            self._ended.notify_all()
         self._notify_listeners()
         return is_first
 

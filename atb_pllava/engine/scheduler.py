@@ -161,6 +161,8 @@ class Scheduler:
         for request, tokens in output.work:
             before = request.num_computed_tokens
             request.num_computed_tokens += tokens
+            if request.num_computed_tokens // self.config.block_size == before // self.config.block_size:
+                continue  # no block became full
             block_hashes = self._block_hashes(request, request.num_computed_tokens)
             for index in range(before // self.config.block_size, len(block_hashes)):
                 self.block_manager.cache_block(request.blocks[index], block_hashes[index])
@@ -260,6 +262,8 @@ class Scheduler:
                         scheduled.remove(preempted)
             if request.status is RequestStatus.RUNNING:
                 scheduled.append(request)
+        if not copied_from:
+            return scheduled, []
         held = {block for request in scheduled for block in request.blocks}
         return scheduled, [(source, block) for block, source in copied_from.items() if block in held]
 

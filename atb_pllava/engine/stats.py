@@ -7,10 +7,12 @@ from dataclasses import dataclass
 class StepStats:
     """The work and the times of one step.
 
-    decoding: sequences that decoded one token. prefilled: prompt tokens. encoded: frames. sampled: new tokens. encode:
-    seconds in the vision tower. forward: seconds in the decoder. total: seconds of the whole step.
+    began: a moment of time.perf_counter. decoding: sequences that decoded one token. prefilled: prompt tokens. encoded:
+    frames. sampled: new tokens. encode: seconds in the vision tower. forward: seconds in the decoder. total: seconds of
+    the whole step.
     """
 
+    began: float
     decoding: int
     prefilled: int
     encoded: int

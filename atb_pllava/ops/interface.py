@@ -121,6 +121,10 @@ class Backend(ABC):
         """Whether the device is this machine's CPU, whose memory and cores all ranks share."""
         return self.device.type == "cpu"
 
+    def device_name(self) -> str:
+        """The accelerator's product name, such as "NVIDIA H200". Not for a CPU."""
+        return str(getattr(torch, self.device.type).get_device_name(self.device))
+
     def ranks_sharing_memory(self, world_size: int) -> int:
         """The number of ranks that share the memory of `free_memory`: all ranks on a CPU, 1 on an accelerator."""
         return world_size if self.on_host else 1

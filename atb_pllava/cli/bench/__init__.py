@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from atb_pllava.cli.bench import cache, compare, load, overhead, peaks, scaling, sweep, video
+from atb_pllava.cli.bench import cache, compare, load, overhead, peaks, scaling, serve, sweep, video
 from atb_pllava.cli.parser import Parser
 
 Run = Callable[[argparse.Namespace], int]
@@ -11,6 +11,7 @@ Run = Callable[[argparse.Namespace], int]
 # Each kind has a module with `add_options` and `run`.
 KINDS = {
     "sweep": ("throughput and latency over batch size (what `bench` alone does)", sweep),
+    "serve": ("latencies and throughput of requests that arrive over time", serve),
     "peaks": ("peak read bandwidth and FLOP/s of this machine", peaks),
     "compare": ("stage by stage against Hugging Face transformers", compare),
     "cache": ("time to first token of a second question about a video", cache),

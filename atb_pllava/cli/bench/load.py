@@ -27,6 +27,7 @@ _COLUMNS = {
     "weights_GB": "weights GB",
     "peak_memory_GB": "peak GB",
     "memory_before_GB": "before GB",
+    "device_memory_GB": "device GB",
 }
 
 
@@ -42,5 +43,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.world_size not in (None, 1):
         raise ConfigError("bench load measures one process: leave --world_size out")
     row = loading_time(arguments.model_path, lambda: load_model(arguments, **_SMALLEST))
-    print_rows(arguments, [row], _COLUMNS)
+    print_rows(arguments, [row], {key: heading for key, heading in _COLUMNS.items() if key in row})
     return 0

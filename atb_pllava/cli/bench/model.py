@@ -95,16 +95,19 @@ def open_model(arguments: argparse.Namespace, **chosen: Any) -> Iterator[LLM | i
 
 
 def request_maker(arguments: argparse.Namespace, llm: LLM) -> Callable[[int], Mapping[str, Any]]:
-    """A function that makes request i: about the media in turns, or for a shape about noise with made-up words."""
-    if arguments.shape is None:
+    """A function that makes request i: about the media in turns, or without media about noise.
+
+    A shape gets made-up words.
+    """
+    text = made_up_words(_WORDS) if arguments.shape is not None else arguments.prompt or DEFAULT_PROMPT
+    if arguments.media is not None:
         media = list_media(*arguments.media)
-        text = DEFAULT_PROMPT if arguments.prompt is None else arguments.prompt
         return lambda number: {"question": text, "video": media[number % len(media)]}
     side = llm.config.vision.image_size
     frames = llm.config.num_frames
 
     def made_up(number: int) -> Mapping[str, Any]:
         noise = np.random.default_rng(number).integers(0, 256, (frames, side, side, 3), dtype=np.uint8)
-        return {"question": made_up_words(_WORDS), "frames": noise}
+        return {"question": text, "frames": noise}
 
     return made_up

@@ -20,7 +20,7 @@ def check_rounds(arguments: argparse.Namespace) -> None:
     check_whole_number("--rounds", arguments.rounds, 1, MOST_ROUNDS)
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
 
 

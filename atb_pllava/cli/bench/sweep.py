@@ -74,7 +74,8 @@ def _measure(
     rows: list[dict[str, Any]] = []
     runs: list[BatchRun] = []
     name = arguments.shape or os.path.basename(os.path.normpath(arguments.model_path))
-    title = f"PLLaVA {name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens\n{machine_name()}"
+    machine = machine_name(llm.model.ops)
+    title = f"PLLaVA {name}, {weight_dtype(llm)}, {arguments.max_output_length} new tokens\n{machine}"
     make_request = request_maker(arguments, llm)
     try:
         for row, run in sweep(

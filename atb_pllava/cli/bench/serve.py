@@ -1,0 +1,165 @@
+"""`bench serve`: throughput and latencies of requests that arrive over time."""
+
+import argparse
+import sys
+from typing import Any
+
+from atb_pllava.batch.progress import Progress
+from atb_pllava.bench.engine_client import EngineClient, EngineTimes, stats_now
+from atb_pllava.bench.serve import RequestTimeline, ServeRun, arrival_times, serve
+from atb_pllava.bench.serve_report import GOODPUT_NAMES, engine_times_row, serve_row, serve_tables
+from atb_pllava.bench.sweep import weight_dtype
+from atb_pllava.bench.tables import csv_text
+from atb_pllava.cli.bench.model import add_model_and_input, check_input, open_model, request_maker
+from atb_pllava.cli.bench.output import add_json, check_json, save_json, say
+from atb_pllava.config import EngineConfig
+from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.errors import ConfigError, check_number, check_whole_number, counted
+from atb_pllava.files import check_writable, write_text
+from atb_pllava.llm import LLM
+
+_LARGEST_RATE = 1e6  # requests/s
+_MOST_REQUESTS = 10**5
+_LONGEST_LIMIT = 1e9  # ms
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `bench serve`."""
+    add_model_and_input(parser)
+    group = parser.add_argument_group("load")
+    group.add_argument("--num_requests", type=int, default=64, metavar="N", help="requests in all (default 64)")
+    group.add_argument(
+        "--request_rate",
+        type=float,
+        default=float("inf"),
+        metavar="R",
+        help="mean requests/s of a Poisson process (default inf: all arrive at once)",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the arrival times (default 0)")
+    group.add_argument(
+        "--max_concurrency", type=int, metavar="N", help="requests under way at once; others are sent later"
+    )
+    group.add_argument(
+        "--max_output_length", type=int, default=128, metavar="N", help="new tokens of each request (default 128)"
+    )
+    group.add_argument(
+        "--max_batch_size",
+        type=int,
+        default=EngineConfig.max_batch_size,
+        metavar="N",
+        help=f"requests that the engine runs at a time (default {EngineConfig.max_batch_size})",
+    )
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help=f"count the requests within all of these limits, of {', '.join(GOODPUT_NAMES)}: ttft:500 tpot:50",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--csv", metavar="FILE", help="also write the figures as a CSV row")
+    add_json(group)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Send requests to an engine in this process, and print what they and the engine waited for."""
+    goodput = _check(arguments)
+    with open_model(arguments) as llm:
+        return llm if isinstance(llm, int) else _measure(llm, arguments, goodput)
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, float]:
+    """Check all options before the model is loaded. Returns the limits of --goodput."""
+    media = arguments.media or ()
+    check_json(arguments, *media)
+    if arguments.csv is not None:
+        check_writable(arguments.csv, "--csv", media)
+    check_whole_number("--num_requests", arguments.num_requests, 1, _MOST_REQUESTS)
+    if arguments.request_rate != float("inf"):
+        check_number("--request_rate", arguments.request_rate, 1 / _LARGEST_RATE, _LARGEST_RATE)
+    check_whole_number("--seed", arguments.seed, 0)
+    if arguments.max_concurrency is not None:
+        check_whole_number("--max_concurrency", arguments.max_concurrency, 1)
+    check_whole_number("--max_output_length", arguments.max_output_length, 1)
+    check_whole_number("--max_batch_size", arguments.max_batch_size, 1)
+    goodput = _goodput(arguments.goodput)
+    check_input(arguments, media=False)
+    return goodput
+
+
+def _goodput(given: list[str]) -> dict[str, float]:
+    """`ttft:500 tpot:50` as numbers by name."""
+    limits: dict[str, float] = {}
+    for text in given:
+        name, _, number = text.partition(":")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = -1.0
+        if name not in GOODPUT_NAMES or name in limits or not 0 < limit <= _LONGEST_LIMIT:
+            raise ConfigError(
+                f"--goodput {text!r}; it takes NAME:MS with one of {', '.join(GOODPUT_NAMES)}, each once, and "
+                "milliseconds above 0"
+            )
+        limits[name] = limit
+    return limits
+
+
+def _measure(llm: LLM, arguments: argparse.Namespace, goodput: dict[str, float]) -> int:
+    """Run the requests after a first one that warms up, and print the figures. Returns the exit status."""
+    count = arguments.num_requests
+    params = SamplingParams(max_tokens=arguments.max_output_length, ignore_eos=True)
+    make_request = request_maker(arguments, llm)
+    requests = [make_request(number) for number in range(count)]
+    say(arguments, f"warming up with a request, then {counted(count, 'request')}")
+    for _ in llm.generate_iter([make_request(count)], params):
+        pass  # a failure comes again in the run, which counts it
+    progress = Progress("requests", count, quiet=arguments.quiet)
+
+    def on_end(timeline: RequestTimeline) -> None:
+        progress.add(timeline.error_kind is not None, kind=timeline.error_kind)
+
+    arrivals = arrival_times(count, arguments.request_rate, arguments.seed)
+    client = EngineClient(llm.engine, params)
+    before = stats_now(llm.engine)
+    with progress, llm.engine.progress.logged():
+        measured = serve(client, requests, arrivals, arguments.max_concurrency, on_end)
+        after = llm.engine.stats()
+    progress.finish()
+    row = {
+        "request_rate": arguments.request_rate,
+        "max_concurrency": "" if arguments.max_concurrency is None else arguments.max_concurrency,
+        "max_batch_size": arguments.max_batch_size,
+        "weight_dtype": weight_dtype(llm),
+        "world_size": llm.model.parallel.size,
+        **serve_row(measured, goodput),
+        **engine_times_row(EngineTimes.between(before, after, measured.seconds)),
+    }
+    return _report(arguments, row, measured)
+
+
+def _report(arguments: argparse.Namespace, row: dict[str, Any], measured: ServeRun) -> int:
+    """Print the tables and write the files. The exit status is 2 when a request failed."""
+    print(serve_tables(row), flush=True)
+    if arguments.csv is not None:
+        write_text(arguments.csv, csv_text([row], list(row)))
+    # JSON has no infinity.
+    rate = None if row["request_rate"] == float("inf") else row["request_rate"]
+    save_json(arguments, {**row, "request_rate": rate, "requests": [_details(one) for one in measured.timelines]})
+    errors = [timeline.error for timeline in measured.timelines if timeline.error is not None]
+    if errors:
+        print(f"error: {len(errors)} of {len(measured.timelines)} failed, the first: {errors[0]}", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _details(timeline: RequestTimeline) -> dict[str, Any]:
+    """One request of the JSON file: its latencies in ms, or its error."""
+    if timeline.error is not None:
+        return {"error": timeline.error, "kind": timeline.error_kind}
+    return {
+        "ttft_ms": timeline.ttft * 1e3,
+        "e2el_ms": timeline.e2el * 1e3,
+        "itls_ms": [itl * 1e3 for itl in timeline.itls],
+        "input_tokens": timeline.prompt_tokens,
+        "output_tokens": timeline.output_tokens,
+    }
