@@ -49,7 +49,7 @@ def time_range(arguments: argparse.Namespace) -> dict[str, float]:
     given = {name: getattr(arguments, name) for name in ("start_seconds", "end_seconds")}
     times = {name: seconds for name, seconds in given.items() if seconds is not None}
     if times and arguments.media is None:
-        raise ConfigError(f"--{' and --'.join(times)} are about videos; name them with --media")
+        raise ConfigError(f"--{' and --'.join(times)} choose a part of each video; name the videos with --media")
     for name, seconds in times.items():
         if not 0 <= seconds < inf:
             raise ConfigError(f"--{name} is {seconds:g}; it must be a number of seconds from 0")
