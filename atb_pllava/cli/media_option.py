@@ -35,12 +35,9 @@ def add_media(parser: Any, default: str | None = None) -> None:
 
 def add_time_range(parser: Any) -> None:
     """Add --start_seconds and --end_seconds, between which the frames of every video are sampled."""
-    for name, bound in (("start", "beginning"), ("end", "end")):
+    for name in ("start", "end"):
         parser.add_argument(
-            f"--{name}_seconds",
-            type=float,
-            metavar="S",
-            help=f"the {name} of the part of each video to ask about, in seconds (default: the video's {bound})",
+            f"--{name}_seconds", type=float, metavar="S", help=f"the {name} of the part of each video to ask about"
         )
 
 
