@@ -41,7 +41,7 @@ class MultimodalOptions:
     limits: MediaLimits | None = None
     media_workers: int | None = field(
         default=None,
-        metadata=option("processes that read media (default: 1 a core, up to 8)"),
+        metadata=option("processes that read media (default: cores, at most 8; 0: none)"),
     )
 
     def __post_init__(self) -> None:
