@@ -16,6 +16,7 @@ from atb_pllava import (
     VideoError,
     WeightError,
 )
+from atb_pllava.multimodal.frame_sampling import sample_frame_indices
 from tests.support import load_llm, random_frames
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -130,6 +131,21 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"question": "a", "frames": FRAMES, "frame_indices": [0, 1, 2, 4]}, VideoError, "from 0 to 3"),
         ({"question": "a", "frames": np.zeros((1, 1, 60000, 3), np.uint8)}, VideoError, "max_side"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [[0, 1, 2, 3]] * 2}, RequestError, "2 video"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": "1"}, RequestError, "start_seconds is '1'; it must"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": -1}, RequestError, "end_seconds is -1; it must"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": True}, RequestError, "end_seconds is True"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": np.inf}, RequestError, "start_seconds is inf"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": [1, 2]}, RequestError, "given for 2 videos, the req"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": 1, "end_seconds": 0.5}, RequestError, "come first"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": 99}, VideoError, "no frame lies between"),
+        ({"prompt": PROMPT, "video": "red.png", "start_seconds": 0}, VideoError, "do not apply to an image"),
+        ({"question": "a", "frames": FRAMES, "end_seconds": 1}, RequestError, "has frames and end_seconds"),
+        ({"question": "a", "start_seconds": 1}, RequestError, "has start_seconds and no video"),
+        (
+            {"prompt": PROMPT, "video": "clip2.mp4", "frame_indices": [0, 1, 2, 3], "start_seconds": 1},
+            RequestError,
+            "has frame_indices and start_seconds",
+        ),
     ],
 )
 def test_bad_requests(llm: LLM, media: Path, request_: dict, error: type, message: str) -> None:
@@ -247,3 +263,18 @@ def test_kv_cache_bytes_is_what_the_cache_takes(checkpoint: Path) -> None:
 
 def test_a_prefix_is_plain_text(llm: LLM) -> None:
     assert llm.generate({"question": "a", "answer_prefix": "<image>"}, SHORT)[0].prompt_token_ids.count(300) == 0
+
+
+def test_a_request_names_the_times_of_its_videos(llm: LLM, media: Path) -> None:
+    """clip2.mp4 has 12 frames, 8 a second."""
+    clip = str(media / "clip2.mp4")
+    requests = [
+        {"prompt": PROMPT, "video": clip, "start_seconds": 0.5, "end_seconds": 1},
+        {"prompt": PROMPT, "video": clip, "start_seconds": [np.float32(0.5)], "end_seconds": [None]},
+        {"prompt": "<image> <image>", "video": [clip, clip], "start_seconds": [None, 1]},
+    ]
+    asked = [(4, 8), (4, 11), (0, 11), (8, 11)]
+    expected = [sample_frame_indices(last - first + 1, 4) for first, last in asked]
+    numbers = [[first + k for k in found] for (first, _), found in zip(asked, expected, strict=True)]
+    outputs = llm.generate(requests, SHORT)
+    assert [output.frame_indices for output in outputs] == [numbers[0], numbers[1], numbers[2:]]

@@ -35,12 +35,9 @@ def add_media(parser: Any, default: str | None = None) -> None:
 
 def add_time_range(parser: Any) -> None:
     """Add --start_seconds and --end_seconds, between which the frames of every video are sampled."""
-    for name, bound in (("start", "beginning"), ("end", "end")):
+    for name in ("start", "end"):
         parser.add_argument(
-            f"--{name}_seconds",
-            type=float,
-            metavar="S",
-            help=f"the {name} of the part of each video to ask about, in seconds (default: the video's {bound})",
+            f"--{name}_seconds", type=float, metavar="S", help=f"the {name} of the part of each video to ask about"
         )
 
 
@@ -49,7 +46,7 @@ def time_range(arguments: argparse.Namespace) -> dict[str, float]:
     given = {name: getattr(arguments, name) for name in ("start_seconds", "end_seconds")}
     times = {name: seconds for name, seconds in given.items() if seconds is not None}
     if times and arguments.media is None:
-        raise ConfigError(f"--{' and --'.join(times)} are about videos; name them with --media")
+        raise ConfigError(f"--{' and --'.join(times)} choose a part of each video; name the videos with --media")
     for name, seconds in times.items():
         if not 0 <= seconds < inf:
             raise ConfigError(f"--{name} is {seconds:g}; it must be a number of seconds from 0")

@@ -16,14 +16,15 @@ class MultimodalOptions:
     """How a VideoProcessor reads media.
 
     `frame_sampler`: see `frame_sampling.sample_frame_indices`. `resize`: see `transforms.resize_frames`. `limits` None
-    means `MediaLimits()`. `media_workers`: see `media_pool.MediaPool`.
+    means `MediaLimits()`. `media_workers`: see `media_pool.MediaPool`. 0 reads media in this process, which a
+    damaged file may then crash.
     """
 
     frame_sampler: str = field(
         default="demo",
         metadata=option(
-            "which frames: demo (default), the middle of each of T equal parts of the video; eval, the same, with the "
-            "published evaluation's rule for GIFs; npu, the beginning of each part",
+            "which frames: demo (default), the middle of each of T equal parts; eval, the same but for GIFs; npu, the "
+            "beginning of each part",
             metavar="NAME",
             choices=FRAME_SAMPLERS,
         ),
@@ -40,10 +41,7 @@ class MultimodalOptions:
     limits: MediaLimits | None = None
     media_workers: int | None = field(
         default=None,
-        metadata=option(
-            "processes that read media, started when media come (default: one for each core, at most 8); 0 reads them "
-            "in this process, which a damaged file may then crash"
-        ),
+        metadata=option("processes that read media (default: cores, at most 8; 0: none)"),
     )
 
     def __post_init__(self) -> None:

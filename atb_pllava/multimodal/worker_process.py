@@ -40,6 +40,9 @@ class WorkerProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channel = Channel(ours)
         self._is_ready = False
+        # The worker inherits the mask, so that Ctrl-C does not end it before it ignores SIGINT itself. A session of its
+        # own would do too, but Linux gives each session an equal share of busy cores: workers would starve the engine.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", MODULE],
@@ -47,12 +50,12 @@ class WorkerProcess:
                 stdout=subprocess.DEVNULL,
                 cwd=_PACKAGE_PARENT,
                 env=_environment(),
-                start_new_session=True,  # Ctrl-C does not reach it, even before it ignores SIGINT
             )
         except OSError as error:
             ours.close()
             raise BackendError(f"no media worker can be started: {error}; --media_workers 0 needs none") from None
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
 
     @property

@@ -21,6 +21,7 @@ from atb_pllava.bench import machine
 from atb_pllava.bench.clip_decoding import compare_decoding, make_clip
 from atb_pllava.bench.host_csv import BENCHMARK_COLUMNS, LLAVA_COLUMNS
 from atb_pllava.bench.machine import MachinePeaks
+from atb_pllava.bench.media_pool import make_media
 from atb_pllava.bench.plot import COLORS, plot_sweep
 from atb_pllava.bench.roofline import Machine, largest_batch, predict
 from atb_pllava.bench.shapes import SHAPES, shape_config
@@ -35,6 +36,7 @@ from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.costs import Cost, Costs
 from atb_pllava.model.pllava import Pllava
+from atb_pllava.multimodal.media import read_media
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
@@ -404,6 +406,8 @@ REFUSED = [
     (["video", "none.mp4"], "none.mp4"),
     (["video", "none.mp4", "--keep", "kept.mp4"], "--keep is about the clip that is made"),
     (["video", "--rounds", "0"], "--rounds is 0"),
+    (["media", "--media", "none.mp4"], "none.mp4"),
+    (["media", "--media", "none.mp4", "--media_workers", "0"], "--media_workers is 0"),
     (["scaling", "--device", "TPU"], "one of 910B, 310P, H200, this"),
     (["scaling", "--world_size", "9"], "sizes 1 to 8 work"),
     (["scaling", "--check", "none.csv"], "cannot be read"),
@@ -587,6 +591,30 @@ def test_video_command(media, capsys) -> None:
     assert row["file"] == "12 frames, 96x64, 2 s" and row["frames_equal"] == "yes"
     assert bench("video", media / "red.png", "--rounds", 1) == 2
     assert "is an image" in capsys.readouterr().err
+
+
+def test_media_command(media, tmp_path, capsys) -> None:
+    words = ("--media", media / "clip2.mp4", "--rounds", 1, "--num_frames", 3, "--media_workers", 2)
+    assert bench("media", *words, "--json", tmp_path / "a.json") == 0
+    rows = table_of(capsys.readouterr().out)
+    assert [row["reader"] for row in rows] == [
+        "this process (--media_workers 0)",
+        "media pool, 2 workers",
+        "2 bare readers",
+    ]
+    assert (rows[0]["times this process"], rows[2]["times bare readers"]) == ("1", "1")
+    assert all(float(row["videos/s"]) > 0 for row in rows) and len(json.loads((tmp_path / "a.json").read_text())) == 3
+    assert bench("media", "--media", media / "red.png", "--rounds", 1) == 2
+    assert "is an image" in capsys.readouterr().err
+
+
+def test_media_are_re_encoded_in_three_heights(media, tmp_path) -> None:
+    made = make_media([str(media / "clip2.mp4")], str(tmp_path))
+    clips = [read_media(path, 3) for path in made]
+    assert [clip.frames.shape for clip in clips] == [
+        (3, h, w, 3) for h, w in ((360, 540), (720, 1080), (1080, 1620)) for _ in "ab"
+    ]
+    assert {clip.total_frames for clip in clips} == {12} and len(set(made)) == 6
 
 
 def test_scaling_table(capsys) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from atb_pllava.__main__ import main
 from atb_pllava.cli.command import run_command
+from atb_pllava.multimodal.frame_sampling import sample_frame_indices
 from tests.support import ROOT, model_words, run_main
 
 
@@ -72,6 +73,24 @@ def test_answers_every_prompt_about_every_medium(capsys, options, media: Path, t
     assert [set(row) for row in rows] == [keys] * 6
     assert rows[2]["frame_indices"] == [0, 0, 1, 2] and len(rows[0]["token_ids"]) == 3
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_part_of_each_video(capsys, options, media: Path, tmp_path: Path) -> None:
+    """clip2.mp4 has 12 frames, 8 a second: frames 4 to 8 lie between 0.5 and 1 second."""
+    target = tmp_path / "answers.json"
+    words = ("--media", media / "clip2.mp4", "--max_output_length", 2, "--output_json", target)
+    assert run(capsys, *options, *words, "--start_seconds", 0.5, "--end_seconds", 1)[0] == 0
+    (row,) = json.loads(target.read_text())
+    assert row["frame_indices"] == [4 + k for k in sample_frame_indices(5, 4)]
+    for times, message in (
+        (["--start_seconds", "-1"], "--start_seconds is -1; it must be a number of seconds from 0"),
+        (["--end_seconds", "nan"], "--end_seconds is nan; it must be a number of seconds from 0"),
+        (["--start_seconds", 99], "no frame lies between start_seconds 99"),
+    ):
+        status, _, err = run(capsys, *options, *words, *times)
+        assert status == 2 and message in err
+    status, _, err = run(capsys, *options, "--end_seconds", 1)
+    assert status == 2 and "--end_seconds choose a part of each video; name the videos with --media" in err
 
 
 def test_text_only_and_one_file(capsys, options, media: Path) -> None:

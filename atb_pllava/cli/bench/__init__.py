@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from atb_pllava.cli.bench import cache, compare, load, overhead, peaks, scaling, serve, sweep, video
+from atb_pllava.cli.bench import cache, compare, load, media, overhead, peaks, scaling, serve, sweep, video
 from atb_pllava.cli.parser import Parser
 
 Run = Callable[[argparse.Namespace], int]
@@ -18,6 +18,7 @@ KINDS = {
     "overhead": ("the engine's part of a decode step, without the model", overhead),
     "load": ("start-up: time and memory to load a checkpoint", load),
     "video": ("a few frames of a long file against decoding all of it", video),
+    "media": ("reading videos: this process, worker processes, bare readers", media),
     "scaling": ("what bytes, FLOPs and links allow on other devices", scaling),
 }
 
