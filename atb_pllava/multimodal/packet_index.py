@@ -32,6 +32,7 @@ class SeekIndex:
     positions: list[int]  # number of each frame's packet in file order
     keyframes: list[Keyframe]  # sorted by pts
     jumps: list[int]  # positions of packets where the clock jumps; see packet_times.find_jumps
+    frame_pixels: int  # width * height, as the header says
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _Scan:
     end: int  # latest end of a shown packet
     container_names: frozenset[str]
     has_b_frames: bool
+    frame_pixels: int
     time_base: Fraction  # seconds
     announced_frames: int
     announced_end: int
@@ -105,6 +107,7 @@ def _scan_packets(video: VideoFile) -> _Scan:
             end=end,
             container_names=stream.container_names,
             has_b_frames=bool(header.codec_context.has_b_frames),
+            frame_pixels=header.codec_context.width * header.codec_context.height,
             time_base=header.time_base,
             announced_frames=header.frames,
             announced_end=(header.start_time or 0) + (header.duration or 0),
@@ -164,4 +167,5 @@ def _make_seek_index(scan: _Scan, frames: list[Packet]) -> SeekIndex:
         positions=[frame.position for frame in frames],
         keyframes=sorted(keyframes),
         jumps=find_jumps(scan.shown) if scan.has_b_frames else [],
+        frame_pixels=scan.frame_pixels,
     )
