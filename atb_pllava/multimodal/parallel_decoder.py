@@ -30,7 +30,7 @@ def decode_in_parallel(
     Raises what a decoder raises: ClockError as `decode_range` does, and VideoError when the deadline has passed.
     """
     # All decoders together hold no more pixels than one decoder of the largest frames allowed.
-    by_pixels = video.limits.max_pixels // max(1, seek.frame_pixels)
+    by_pixels = video.limits.max_pixels // max(1, seek.coded_pixels)
     decoders = min(video.threads, len(ranges), by_pixels)
     if decoders > 1:
         yield from _Decoders(video, seek, ranges, wanted, decoders).frames()
