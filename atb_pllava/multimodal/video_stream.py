@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import av
 from av.error import FFmpegError
 
-from atb_pllava.errors import VideoError
+from atb_pllava.errors import VideoError, check_whole_number
 from atb_pllava.multimodal.limits import MediaLimits, check_deadline, check_length, check_size
 from atb_pllava.multimodal.media_file import is_image
 
@@ -153,9 +153,7 @@ def check_threads(threads: int | None) -> int:
     """
     if threads is None:
         return min(USUAL_THREADS, os.cpu_count() or 1)
-    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
-        raise VideoError(f"threads is {threads!r}; it must be a whole number from 1 to {MAX_THREADS}")
-    return threads
+    return check_whole_number("threads", threads, 1, MAX_THREADS, VideoError)
 
 
 def best_stream(container: Any) -> Any | None:
