@@ -4,14 +4,12 @@ import json
 import sys
 
 from atb_pllava.config import PreprocessorConfig
-from atb_pllava.multimodal import video_stream
 from atb_pllava.multimodal.processor import VideoProcessor
 
 
 def main(num_frames: int, decoder_threads: int) -> None:
     """Read the file of each line of stdin, and print `done` after each."""
-    video_stream.decoder_threads = decoder_threads
-    processor = VideoProcessor(num_frames, PreprocessorConfig())
+    processor = VideoProcessor(num_frames, PreprocessorConfig(), threads=decoder_threads)
     for line in sys.stdin:
         processor.prepare([json.loads(line)])
         print("done", flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 
-from atb_pllava.bench.timing import interleaved, ratio
+from atb_pllava.bench.timing import Work, interleaved, ratio
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media import read_media
@@ -23,21 +23,22 @@ _RATE = 30  # frames a second
 _ENCODED_SECONDS = 20
 
 
-def compare_decoding(path: str, num_frames: int, rounds: int) -> dict[str, Any]:
+def compare_decoding(path: str, num_frames: int, rounds: int, threads: int | None = None) -> dict[str, Any]:
     """Median seconds of seeking and of decoding every frame, timed in turns, and whether the frames are equal.
 
-    Decoding every frame uses all of FFmpeg's threads and converts only the wanted frames to RGB. No way without
-    seeking is faster. Raises VideoError for a file that cannot be read.
+    The CPU seconds of all threads stand beside the wall-clock seconds, because other load lengthens only the latter.
+    Decoding every frame uses `threads` threads, or all that FFmpeg takes, and converts only the wanted frames to RGB.
+    No way without seeking is faster. Raises VideoError for a file that cannot be read.
     """
     limits = MediaLimits(max_decode_seconds=3600)
-    clip = read_media(path, num_frames, limits=limits)
+    clip = read_media(path, num_frames, limits=limits, threads=threads)
     if clip.fps == 0:
         raise VideoError(f"{path} is an image; there is nothing to seek in")
-    seeking, decoding = interleaved(
-        [lambda: read_media(path, num_frames, limits=limits), lambda: _decode_all(path, set(clip.frame_indices))],
-        rounds,
-    )
-    every = _decode_all(path, set(clip.frame_indices))
+    wanted = set(clip.frame_indices)
+    seek = _WithCpuTime(lambda: read_media(path, num_frames, limits=limits, threads=threads))
+    decode = _WithCpuTime(lambda: _decode_all(path, wanted, threads))
+    seeking, decoding = interleaved([seek, decode], rounds)
+    every = _decode_all(path, wanted, threads)
     same = all(np.array_equal(frame, every[i]) for frame, i in zip(clip.frames, clip.frame_indices, strict=True))
     height, width = clip.frames.shape[1:3]
     return {
@@ -45,15 +46,32 @@ def compare_decoding(path: str, num_frames: int, rounds: int) -> dict[str, Any]:
         "seek_s": median(seeking),
         "full_decode_s": median(decoding),
         "speedup": ratio(seeking, decoding),
+        "seek_cpu_s": median(seek.cpu_seconds[1:]),
+        "full_decode_cpu_s": median(decode.cpu_seconds[1:]),
+        "cpu_speedup": ratio(seek.cpu_seconds[1:], decode.cpu_seconds[1:]),
         "frames_equal": "yes" if same else "NO",
     }
 
 
-def _decode_all(path: str, wanted: set[int]) -> dict[int, np.ndarray]:
+class _WithCpuTime:
+    """A work that notes the CPU seconds of all threads in each call. `interleaved` warms up in the first call."""
+
+    def __init__(self, work: Work) -> None:
+        self.cpu_seconds: list[float] = []
+        self._work = work
+
+    def __call__(self) -> None:
+        began = time.process_time()
+        self._work()
+        self.cpu_seconds.append(time.process_time() - began)
+
+
+def _decode_all(path: str, wanted: set[int], threads: int | None) -> dict[int, np.ndarray]:
     frames = {}
     with av.open(path) as container:
         stream: Any = best_stream(container)
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads or 0  # 0: FFmpeg decides
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 frames[number] = frame.to_ndarray(format="rgb24")

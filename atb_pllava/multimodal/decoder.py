@@ -1,7 +1,7 @@
 """Decodes the wanted frames of a video: seeks to keyframes and decodes as few packets as possible.
 
-`plan_ranges` chooses the packets, and `decode_ranges` decodes them. `video.py` calls both. A position is the number of
-a packet in file order.
+`plan_ranges` chooses the packets, and `decode_range` decodes them. `video.py` calls the one, and `parallel_decoder.py`
+the other. A position is the number of a packet in file order.
 """
 
 from bisect import bisect_right
@@ -55,20 +55,25 @@ def whole_range(seek: SeekIndex) -> PacketRange:
 
 
 def decode_ranges(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange]) -> Generator[Any, None, None]:
-    """The decoded frames of the ranges, unwanted frames included, in the decoder's order. Frames need a pts.
-
-    Raises ClockError if the pts decreases between two frames of one range.
-    """
+    """The decoded frames of the ranges by one decoder, unwanted frames included, in the order of `decode_range`."""
     with open_stream(video) as stream:
         for packet_range in ranges:
-            latest = None
-            for frame in _decode_range(stream, seek, packet_range):
-                if frame.pts is None:
-                    continue
-                if latest is not None and frame.pts < latest:
-                    raise ClockError
-                latest = frame.pts
-                yield frame
+            yield from decode_range(stream, seek, packet_range)
+
+
+def decode_range(stream: VideoStream, seek: SeekIndex, packet_range: PacketRange) -> Iterator[Any]:
+    """The decoded frames of one range, unwanted frames included, in the decoder's order. Frames need a pts.
+
+    Raises ClockError if the pts decreases between two frames.
+    """
+    latest = None
+    for frame in _decode_packets(stream, seek, packet_range):
+        if frame.pts is None:
+            continue
+        if latest is not None and frame.pts < latest:
+            raise ClockError
+        latest = frame.pts
+        yield frame
 
 
 def _keyframe_before(seek: SeekIndex, pts: int, position: int) -> Keyframe:
@@ -90,12 +95,12 @@ def _last_to_decode(seek: SeekIndex, position: int) -> int:
     return position + MAX_REORDERED if jumps_soon else position
 
 
-def _decode_range(stream: VideoStream, seek: SeekIndex, packet_range: PacketRange) -> Iterator[av.VideoFrame]:
+def _decode_packets(stream: VideoStream, seek: SeekIndex, packet_range: PacketRange) -> Iterator[av.VideoFrame]:
     """The decoded frames of one range. The decoder skips unwanted frames that are not reference frames."""
     wanted = packet_range.wanted
     for position, packet in _packets_from(stream, seek, packet_range.start):
         is_wanted = wanted is None or position in wanted
-        stream.codec.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        stream.skip_nonref(not is_wanted)
         yield from stream.decode(packet)
         if position >= packet_range.last:
             break

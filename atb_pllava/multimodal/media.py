@@ -32,6 +32,7 @@ def read_media(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
     limits: MediaLimits = MediaLimits(),  # noqa: B008 -- frozen
+    threads: int | None = None,
 ) -> Clip:
     """Reads a video, an animated PNG or WebP, or an image. An image becomes a clip of `num_frames` equal frames.
 
@@ -42,7 +43,7 @@ def read_media(
     selection.check(limits)
     with open_media(source, limits) as (file, name):
         if not is_image(file):
-            return read_open_video(file, name, selection, limits)
+            return read_open_video(file, name, selection, limits, threads)
         with open_image(file, name, limits) as image:
             if not is_animation(image):
                 return repeat_image(image, name, selection, limits)

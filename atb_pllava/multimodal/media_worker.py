@@ -19,9 +19,9 @@ import sys
 import threading
 
 from atb_pllava.errors import VideoError
-from atb_pllava.multimodal import video_stream
 from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
 from atb_pllava.multimodal.shared_bytes import read_array, share
+from atb_pllava.multimodal.video_stream import USUAL_THREADS
 from atb_pllava.multimodal.worker_messages import (
     ArrayMedium,
     BytesMedium,
@@ -84,12 +84,18 @@ def _exit_with_pool() -> None:
 def _run(job: Job, descriptor: int | None, channel: Channel, log: _LogLines) -> None:
     """Read the media of a job and send the videos or the error."""
     logger.setLevel(job.log_level)
-    video_stream.decoder_threads = job.decoder_threads
     try:
         if job.directory is not None:
             os.chdir(job.directory)
         media = _media_of(job, descriptor)
-        processor = VideoProcessor(job.num_frames, job.preprocessor, job.frame_sampler, job.resize, job.limits)
+        processor = VideoProcessor(
+            job.num_frames,
+            job.preprocessor,
+            job.frame_sampler,
+            job.resize,
+            job.limits,
+            threads=min(USUAL_THREADS, job.decoder_threads),
+        )
         videos = processor.prepare_here(
             media, job.frame_indices, job.time_ranges, lambda number: channel.send(Started(number))
         )

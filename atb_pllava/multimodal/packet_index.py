@@ -13,6 +13,7 @@ from atb_pllava.multimodal.packet_times import Packet, find_jumps, measure_lengt
 from atb_pllava.multimodal.video_stream import VideoFile, open_stream
 
 TAIL = 2  # frames at the very end that many files announce but do not hold
+LARGEST_BLOCK = 128  # pixels of the largest coding block's side: AV1's superblock
 USUAL_FPS = 25.0  # for a comparison of durations when no frame rate is known
 
 
@@ -32,6 +33,7 @@ class SeekIndex:
     positions: list[int]  # number of each frame's packet in file order
     keyframes: list[Keyframe]  # sorted by pts
     jumps: list[int]  # positions of packets where the clock jumps; see packet_times.find_jumps
+    coded_pixels: int  # of a frame as the header says, with sides rounded up to whole blocks
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class _Scan:
     end: int  # latest end of a shown packet
     container_names: frozenset[str]
     has_b_frames: bool
+    coded_pixels: int
     time_base: Fraction  # seconds
     announced_frames: int
     announced_end: int
@@ -105,12 +108,17 @@ def _scan_packets(video: VideoFile) -> _Scan:
             end=end,
             container_names=stream.container_names,
             has_b_frames=bool(header.codec_context.has_b_frames),
+            coded_pixels=_round_up(header.codec_context.width) * _round_up(header.codec_context.height),
             time_base=header.time_base,
             announced_frames=header.frames,
             announced_end=(header.start_time or 0) + (header.duration or 0),
             average_fps=float(header.average_rate or 0),
             guessed_fps=float(header.guessed_rate or 0),
         )
+
+
+def _round_up(side: int) -> int:
+    return -(-side // LARGEST_BLOCK) * LARGEST_BLOCK
 
 
 def _is_shown(raw: Any, codec: str) -> bool:
@@ -164,4 +172,5 @@ def _make_seek_index(scan: _Scan, frames: list[Packet]) -> SeekIndex:
         positions=[frame.position for frame in frames],
         keyframes=sorted(keyframes),
         jumps=find_jumps(scan.shown) if scan.has_b_frames else [],
+        coded_pixels=scan.coded_pixels,
     )

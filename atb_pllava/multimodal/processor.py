@@ -86,6 +86,7 @@ class VideoProcessor:
 
     Without a `cache` every call of `prepare` reads its media anew. Without a `pool` media are read in the calling
     thread. Frames that are given as arrays are always resized in the calling thread, unless files come beside them.
+    `threads` threads decode a file in the calling thread, by default one for each core and at most 8.
     """
 
     num_frames: int
@@ -95,6 +96,7 @@ class VideoProcessor:
     limits: MediaLimits = field(default_factory=MediaLimits)
     cache: ProcessedVideoCache | None = None
     pool: MediaReader | None = None
+    threads: int | None = None
     _flights: SingleFlight[list[ProcessedVideo]] = field(default_factory=SingleFlight, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -200,6 +202,7 @@ class VideoProcessor:
             start_seconds=start,
             end_seconds=end,
             limits=self.limits,
+            threads=self.threads,
         )
 
     def _keep_distinct(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:

@@ -1,25 +1,27 @@
 """Reads the wanted frames of a video file, by exact frame numbers and with as little decoding as possible.
 
-`packet_index.py` finds the packet of each frame, and `decoder.py` decodes the packets. If packet times do not tell the
-order of frames, the whole file is decoded and its frames are counted. `media.py` reads media of any kind.
+`packet_index.py` finds the packet of each frame. `decoder.py` and `parallel_decoder.py` decode the packets.
+If packet times do not tell the order of frames, the whole file is decoded and its frames are counted. `media.py` reads
+media of any kind.
 """
 
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, BinaryIO
 
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.clip import Clip, ClipBuffer
-from atb_pllava.multimodal.decoder import ClockError, PacketRange, decode_ranges, plan_ranges, whole_range
+from atb_pllava.multimodal.decoder import ClockError, decode_ranges, plan_ranges, whole_range
 from atb_pllava.multimodal.frame_sampling import FrameSelection
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media_file import open_media
 from atb_pllava.multimodal.packet_index import TAIL, PacketIndex, SeekIndex, index_packets
-from atb_pllava.multimodal.video_stream import VideoFile, open_stream
+from atb_pllava.multimodal.parallel_decoder import decode_in_parallel
+from atb_pllava.multimodal.video_stream import VideoFile, check_threads, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ def read_video(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
     limits: MediaLimits = MediaLimits(),  # noqa: B008 -- frozen
+    threads: int | None = None,
 ) -> Clip:
     """Reads `num_frames` frames of a local file, or of a file's content given as bytes.
 
@@ -43,18 +46,21 @@ def read_video(
     ignored: frames are not stretched to square pixels. Interlaced frames are not deinterlaced.
     `start_seconds` and `end_seconds` become frame numbers by the average frame rate, so pauses and leaps of the file's
     clock do not count.
+    `threads` threads decode the file, by default one for each core and at most 8. The frames do not depend on it.
     Raises VideoError for options out of range, and for a file that is no video, larger than `limits`, or damaged at a
     wanted frame.
     """
     selection = FrameSelection(num_frames, frame_sampler, frame_indices, start_seconds, end_seconds)
     selection.check(limits)
     with open_media(source, limits) as (file, name):
-        return read_open_video(file, name, selection, limits)
+        return read_open_video(file, name, selection, limits, threads)
 
 
-def read_open_video(file: BinaryIO, name: str, selection: FrameSelection, limits: MediaLimits) -> Clip:
+def read_open_video(
+    file: BinaryIO, name: str, selection: FrameSelection, limits: MediaLimits, threads: int | None = None
+) -> Clip:
     """Reads the selected frames of an open file as `read_video` does. `name` is for messages."""
-    video = VideoFile(file, name, limits, time.monotonic() + limits.max_decode_seconds)
+    video = VideoFile(file, name, limits, time.monotonic() + limits.max_decode_seconds, check_threads(threads))
     index = index_packets(video)
     if index.seek is None:
         return _read_by_counting(video, index, selection)
@@ -74,9 +80,10 @@ def _read_by_seeking(video: VideoFile, index: PacketIndex, seek: SeekIndex, sele
     if index.is_truncated and max(buffer.indices) >= readable:
         first_lost = min(k for k in buffer.indices if k >= readable)
         raise _unreadable(video, first_lost, index.total, readable)
-    _decode_missing(video, seek, plan_ranges(seek, buffer.missing), buffer)
+    wanted = frozenset(seek.pts[k] for k in buffer.missing if k < readable)
+    _store_missing(decode_in_parallel(video, seek, plan_ranges(seek, buffer.missing), wanted), seek, buffer)
     if buffer.missing:
-        latest = _decode_missing(video, seek, [whole_range(seek)], buffer)
+        latest = _store_missing(decode_ranges(video, seek, [whole_range(seek)]), seek, buffer)
         _replace_missing_tail(index, seek, latest, buffer)
     if not buffer.missing:
         return _make_clip(video, index, buffer)
@@ -117,11 +124,11 @@ def _new_buffer(video: VideoFile, index: PacketIndex, selection: FrameSelection)
     return ClipBuffer(indices, video.name, video.limits)
 
 
-def _decode_missing(video: VideoFile, seek: SeekIndex, ranges: Sequence[PacketRange], buffer: ClipBuffer) -> Any | None:
-    """Stores the missing frames that the ranges hold. Returns the decoded frame with the latest pts, if any."""
+def _store_missing(frames: Generator[Any, None, None], seek: SeekIndex, buffer: ClipBuffer) -> Any | None:
+    """Stores the missing frames among the decoded `frames`. Returns the decoded frame with the latest pts, if any."""
     index_at = {seek.pts[k]: k for k in buffer.missing if k < len(seek.pts)}
     latest: Any = None
-    with closing(decode_ranges(video, seek, ranges)) as frames:
+    with closing(frames):
         for frame in frames:
             index = index_at.get(frame.pts)
             if index in buffer.missing:

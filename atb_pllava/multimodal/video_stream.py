@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import av
 from av.error import FFmpegError
 
-from atb_pllava.errors import VideoError
+from atb_pllava.errors import VideoError, check_whole_number
 from atb_pllava.multimodal.limits import MediaLimits, check_deadline, check_length, check_size
 from atb_pllava.multimodal.media_file import is_image
 
@@ -31,10 +31,11 @@ DECODERS = frozenset(
     + ["mpeg1video", "mpeg2video", "mpegvideo", "gif", "mjpeg", "prores", "dnxhd", "dvvideo", "svq1", "svq3", "qtrle"]
     + ["ffv1", "huffyuv", "ffvhuff", "rawvideo", "cinepak", "indeo4", "indeo5"]
 )
+FIXED_SKIPPING = frozenset(["libdav1d"])  # decoders that read skip_frame once, when they open
 DEFAULT_STREAM = 0x1  # AV_DISPOSITION_DEFAULT
+USUAL_THREADS = 8  # at most. Each thread holds a frame, or the frames of a decoder
+MAX_THREADS = 64
 ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a cover, not a video
-
-decoder_threads = os.cpu_count() or 1  # for each file. A media worker changes the number
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class VideoFile:
     name: str
     limits: MediaLimits
     deadline: float  # a time of time.monotonic()
+    threads: int  # that decode this file
 
 
 class VideoStream:
@@ -98,6 +100,14 @@ class VideoStream:
             self.faults += 1
             return []
 
+    def skip_nonref(self, skip: bool) -> None:
+        """Whether the decoder skips the frames of the next packets that no other frame refers to.
+
+        Decoders in FIXED_SKIPPING skip nothing, because they could not show a skipped frame later.
+        """
+        if self.codec_name not in FIXED_SKIPPING:
+            self.codec.skip_frame = "NONREF" if skip else "DEFAULT"
+
     def decode_all(self) -> Iterator[av.VideoFrame]:
         """Every frame that can be decoded, in presentation order."""
         for packet in self.packets():
@@ -110,9 +120,11 @@ class VideoStream:
 
 
 @contextmanager
-def open_stream(video: VideoFile) -> Iterator[VideoStream]:
+def open_stream(video: VideoFile, decoders: int = 1) -> Iterator[VideoStream]:
     """Opens the container at its beginning and yields its checked video stream.
 
+    `decoders` streams of the file that are open at once share its threads and its largest frame. A decoder refuses
+    frames with more pixels than its share.
     Raises VideoError for a file that is no video of an accepted kind, and for one larger than the limits.
     """
     video.file.seek(0)
@@ -128,10 +140,20 @@ def open_stream(video: VideoFile) -> Iterator[VideoStream]:
     with container:
         stream = _choose_stream(container, video)
         _check_limits(stream, video)
-        stream.codec_context.options = {"max_pixels": str(video.limits.max_pixels)}
+        stream.codec_context.options = {"max_pixels": str(video.limits.max_pixels // decoders)}
         stream.codec_context.thread_type = "AUTO"
-        stream.codec_context.thread_count = min(8, decoder_threads)  # each thread holds a frame
+        stream.codec_context.thread_count = max(1, video.threads // decoders)
         yield VideoStream(video, container, stream)
+
+
+def check_threads(threads: int | None) -> int:
+    """The number of threads that decode one file. None means one for each core, at most USUAL_THREADS.
+
+    Raises VideoError when the number is out of range.
+    """
+    if threads is None:
+        return min(USUAL_THREADS, os.cpu_count() or 1)
+    return check_whole_number("threads", threads, 1, MAX_THREADS, VideoError)
 
 
 def best_stream(container: Any) -> Any | None:

@@ -585,12 +585,16 @@ def test_made_clips_hold_what_they_say(tmp_path) -> None:
     assert row["file"] == "1800 frames, 160x128, 60 s" and row["frames_equal"] == "yes"
 
 
-def test_video_command(media, capsys) -> None:
-    assert bench("video", media / "clip2.mp4", "--rounds", 1, "--num_frames", 3) == 0
+@pytest.mark.parametrize("threads", [[], ["--threads", 1]])
+def test_video_command(media, capsys, threads) -> None:
+    assert bench("video", media / "clip2.mp4", "--rounds", 1, "--num_frames", 3, *threads) == 0
     (row,) = table_of(capsys.readouterr().out)
+    assert float(row["seek_cpu_s"]) > 0 and float(row["full_decode_cpu_s"]) > 0
     assert row["file"] == "12 frames, 96x64, 2 s" and row["frames_equal"] == "yes"
-    assert bench("video", media / "red.png", "--rounds", 1) == 2
+    assert bench("video", media / "red.png", "--rounds", 1, *threads) == 2
     assert "is an image" in capsys.readouterr().err
+    assert bench("video", media / "clip2.mp4", "--threads", 0) == 2
+    assert "--threads is 0; it must be a whole number from 1 to 64" in capsys.readouterr().err
 
 
 def test_media_command(media, tmp_path, capsys) -> None:
