@@ -37,6 +37,7 @@ RANK_METHODS = (
 A method with an array ends its reading by a barrier of all ranks, because the next call overwrites shared memory.
 """
 
+_LARGEST_WARM_UP = 512  # sequences: larger graphs take memory that most loads never need
 _STOP = "stop"  # a method's name that ends the workers
 
 
@@ -104,11 +105,12 @@ class Executor:
     def warm_up(self, max_batch_size: int) -> None:
         """Compile the kernels and capture the graphs of all batch sizes, so that the first requests need not wait.
 
+        Graphs of more than _LARGEST_WARM_UP sequences are captured when a step first needs them.
         Long work logs its progress. Nothing happens on a backend without Feature.GRAPH_CAPTURE.
         """
         if not self.runner.ops.supports(Feature.GRAPH_CAPTURE):
             return
-        sizes = padded_batch_sizes(max_batch_size)
+        sizes = padded_batch_sizes(min(max_batch_size, _LARGEST_WARM_UP))
         progress = WarmUpProgress(1 + len(sizes))
         self.call(ModelRunner.warm_up_prompt)
         progress.add()
