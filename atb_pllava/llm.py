@@ -2,8 +2,8 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from atb_pllava.engine.request_window import RequestWindow
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import Media
+
+_Answer = TypeVar("_Answer")
 
 
 class LLM:
@@ -150,7 +152,7 @@ class LLM:
         requests. `on_text` is called with (number, text so far) whenever a text has grown.
         """
         params = self.request_parser.sampling_params(params, sampling)
-        return RequestWindow(self.engine, requests, params, on_text).answers()
+        return self._kept(RequestWindow(self.engine, requests, params, on_text).answers())
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Embeddings [t * h * w, hidden] of one video in the model's dtype."""
@@ -163,6 +165,10 @@ class LLM:
         """Check a request of `generate`, decode its media and tokenize its prompt. `engine.add` takes the result."""
         self.engine.raise_if_dead()
         return self.request_parser.parse(request, self.request_parser.sampling_params(params, sampling))
+
+    def _kept(self, answers: Iterator[_Answer]) -> Generator[_Answer, None, None]:
+        """The same, while this LLM lives: an LLM that nobody holds closes its engine."""
+        yield from answers
 
     def _stream(self, request: EngineRequest) -> Iterator[str]:
         stream = self.engine.add(request)  # not in `stream`: an iterator that nobody starts must not hold blocks

@@ -148,7 +148,6 @@ def test_answers_share_the_prompts_work(checkpoint: Path) -> None:
         stream = llm.engine.submit(prompts(2)[1], replace(THREE, n=8))
         stream.add_listener(lambda _: used.append(llm.engine.stats().kv_blocks_used))
         output = stream.result()
-        llm.engine.call(lambda core: core).result()
     assert sum(step.prefilled for step in steps) == prompt_length
     assert sum(step.encoded for step in steps) == 4 and sum(step.sampled for step in steps) == 8 * 20
     assert output.metrics.output_tokens == 8 * 20
