@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +17,6 @@ from atb_pllava.engine.request_window import RequestWindow
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import Media
-
-_Answer = TypeVar("_Answer")
-
 
 class LLM:
     """PLLaVA on one device or split over several. Several threads may ask at once.
@@ -74,6 +71,10 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _kept(self, answers: Iterator[Any]) -> Generator[Any, None, None]:
+        """The same, while this LLM lives: an LLM that nobody holds closes its engine."""
+        yield from answers
 
     def chat(
         self,
@@ -165,10 +166,6 @@ class LLM:
         """Check a request of `generate`, decode its media and tokenize its prompt. `engine.add` takes the result."""
         self.engine.raise_if_dead()
         return self.request_parser.parse(request, self.request_parser.sampling_params(params, sampling))
-
-    def _kept(self, answers: Iterator[_Answer]) -> Generator[_Answer, None, None]:
-        """The same, while this LLM lives: an LLM that nobody holds closes its engine."""
-        yield from answers
 
     def _stream(self, request: EngineRequest) -> Iterator[str]:
         stream = self.engine.add(request)  # not in `stream`: an iterator that nobody starts must not hold blocks
