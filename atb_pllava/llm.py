@@ -18,6 +18,7 @@ from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.multimodal.processor import Media
 
+
 class LLM:
     """PLLaVA on one device or split over several. Several threads may ask at once.
 
