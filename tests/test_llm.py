@@ -228,7 +228,8 @@ def test_a_closed_iterator_ends_its_requests(llm: LLM) -> None:
 def test_a_model_lives_as_long_as_its_answers_are_read(checkpoint: Path, llm: LLM) -> None:
     """Nobody holds the LLM itself."""
     expected = llm.chat(None, "why?", SHORT).text
-    assert "".join(load_llm(checkpoint).stream(None, "why?", SHORT)) == expected
+    text = "".join(load_llm(checkpoint).stream(None, "why?", SHORT))  # pytest would keep what is inside an assert
+    assert text == expected
     ((_, answer),) = load_llm(checkpoint).generate_iter([{"question": "why?"}], SHORT)
     assert answer.text == expected
 
