@@ -66,6 +66,10 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _kept(self, answers: Iterator[Any]) -> Generator[Any, None, None]:
+        """The same, while this LLM lives: an LLM that nobody holds closes its engine."""
+        yield from answers
+
     def chat(
         self,
         media: Media | Sequence[Media] | None,
@@ -136,7 +140,7 @@ class LLM:
         requests. `on_text` is called with (number, text so far) whenever a text has grown.
         """
         params = self.request_parser.sampling_params(params, sampling)
-        return RequestWindow(self.engine, requests, params, on_text).answers()
+        return self._kept(RequestWindow(self.engine, requests, params, on_text).answers())
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Embeddings [t * h * w, hidden] of one video in the model's dtype."""

@@ -1,5 +1,7 @@
 """The Python interface: every form of request, and every wrong one."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,54 @@ def test_config_and_weights_that_disagree(checkpoint: Path, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(text.replace('"intermediate_size": 96', '"intermediate_size": 1048576'))
     with pytest.raises(WeightError, match="mlp"):
         LLM(tmp_path)
+
+
+def test_chat_returns_all_answers(llm: LLM) -> None:
+    out = llm.chat(FRAMES, "what?", n=3, temperature=1.0, seed=4, max_tokens=6, ignore_eos=True)
+    assert [answer.index for answer in out.outputs] == [0, 1, 2] and out.metrics.output_tokens == 18
+    assert (out.text, out.token_ids) == (out.outputs[0].text, out.outputs[0].token_ids)
+    best = llm.chat(FRAMES, "what?", num_beams=3, max_tokens=6, ignore_eos=True)
+    assert len(best.outputs) == 1 and len(best.token_ids) == 6
+
+
+def test_an_iterable_that_raises_ends_the_requests_before(llm: LLM) -> None:
+    def requests():
+        yield {"question": "a"}
+        raise KeyError("broken iterable")
+
+    with pytest.raises(KeyError, match="broken iterable"):
+        llm.generate(requests(), SamplingParams(max_tokens=500, ignore_eos=True))
+    assert not llm.engine.has_work
+
+
+def test_a_closed_iterator_ends_its_requests(llm: LLM) -> None:
+    long = SamplingParams(max_tokens=500, ignore_eos=True)
+    answers = llm.generate_iter([{"question": "a"}, {"prompt": 5}, {"question": "b"}], long)
+    number, error = next(answers)
+    assert number == 1 and isinstance(error, RequestError)
+    answers.close()
+    assert not llm.engine.has_work
+
+
+def test_a_model_lives_as_long_as_its_answers_are_read(checkpoint: Path, llm: LLM) -> None:
+    """Nobody holds the LLM itself."""
+    expected = llm.chat(None, "why?", SHORT).text
+    text = "".join(load_llm(checkpoint).stream(None, "why?", SHORT))  # pytest would keep what is inside an assert
+    assert text == expected
+    ((_, answer),) = load_llm(checkpoint).generate_iter([{"question": "why?"}], SHORT)
+    assert answer.text == expected
+
+
+def test_a_model_that_nobody_holds_ends_its_engine(checkpoint: Path) -> None:
+    model = load_llm(checkpoint)
+    engine = model.engine
+    stream = engine.submit({"question": "why?"}, SamplingParams(max_tokens=900, ignore_eos=True))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and engine.is_dead
+    with pytest.raises(BackendError, match="was closed"):
+        stream.result(60)
 
 
 def test_limits_can_be_changed(checkpoint: Path, media: Path) -> None:

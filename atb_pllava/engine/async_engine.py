@@ -168,7 +168,7 @@ class AsyncEngine:
     def raise_if_dead(self) -> None:
         """Raises the error with which every later request fails, if there is one."""
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)  # else each refusal would add its frames to those of the last
 
     def stats(self) -> EngineStats:
         """The state at this moment, and totals since the start."""
@@ -188,7 +188,7 @@ class AsyncEngine:
 
     @contextmanager
     def recorded_steps(self) -> Iterator[list[StepStats]]:
-        """A list that gets the stats of every step while the body runs."""
+        """A list that gets the stats of every step while the body runs, before the step's answers are there."""
         steps: list[StepStats] = []
         listener = steps.append
         self._step_listeners.append(listener)
@@ -217,10 +217,12 @@ class AsyncEngine:
             self._failure = self._failure or BackendError("this model was closed; load it anew")
             self._changed.notify_all()
         self._reader.shutdown(wait=False, cancel_futures=True)
-        self._stop_thread()
-        self._fail_all(self._failure)
-        for function in self._on_close:
-            function()
+        try:
+            self._stop_thread()
+        finally:  # also after a second Ctrl-C
+            self._fail_all(self._failure)
+            for function in self._on_close:
+                function()
 
     def end_in_forked_child(self) -> None:
         """In a forked child: refuse all requests. No thread of the engine exists here, and none frees its locks."""
@@ -396,9 +398,9 @@ class AsyncEngine:
 
     def _step(self) -> None:
         outputs, stats = self.core.step()
-        self._output_processor.process(outputs, self.core.abort)
         for listener in list(self._step_listeners):
             listener(stats)
+        self._output_processor.process(outputs, self.core.abort)
 
 
 def _step_error(error: BaseException) -> EngineDeadError:

@@ -1,5 +1,6 @@
 """n answers and beams through the whole engine: the same as alone, whatever they are batched with or cut into."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atb_pllava import LLM, RequestError, RequestOutput, SamplingParams
+from atb_pllava.engine.block_manager import full_block_hashes
+from atb_pllava.engine.request import Request
 from atb_pllava.engine.sampler import SamplingState
 from tests.support import (
     EXAMPLES,
@@ -148,7 +151,6 @@ def test_answers_share_the_prompts_work(checkpoint: Path) -> None:
         stream = llm.engine.submit(prompts(2)[1], replace(THREE, n=8))
         stream.add_listener(lambda _: used.append(llm.engine.stats().kv_blocks_used))
         output = stream.result()
-        llm.engine.call(lambda core: core).result()
     assert sum(step.prefilled for step in steps) == prompt_length
     assert sum(step.encoded for step in steps) == 4 and sum(step.sampled for step in steps) == 8 * 20
     assert output.metrics.output_tokens == 8 * 20
@@ -395,6 +397,29 @@ def test_cached_blocks_hold_what_their_hashes_say(checkpoint: Path, params: Samp
         follow_up = replace(cold.prepare(prompts(2)[1], GREEDY), token_ids=whole)
         assert_same_output(output, cold.engine.add(follow_up).result())
     assert_nothing_held(llm)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_blocks_and_hashes_fit_the_tokens_at_every_step(checkpoint: Path, block_size: int) -> None:
+    """With beams, n answers and greedy ones that are preempted: every hash is that of the sequence's own tokens.
+
+    Every reference to a block belongs to a running sequence. A preempted search begins anew with other first beams.
+    """
+    kv_cache_bytes = 240 // block_size * block_size * BYTES_PER_TOKEN
+    core = load_llm(checkpoint, block_size=block_size, max_batch_size=16, kv_cache_bytes=kv_cache_bytes).engine.core
+    llm = load_llm(checkpoint)
+    for request, params in mixed():
+        core.add(llm.prepare(request, params))
+    while core.has_work:
+        core.step()
+        running = core.scheduler.running
+        for sequence in (*running, *core.scheduler.waiting):
+            fresh = Request(sequence.source, list(sequence.token_ids), sequence.sampling, [])
+            expected = full_block_hashes(fresh, len(sequence.token_ids), block_size)
+            assert sequence.block_hashes == expected[: len(sequence.block_hashes)]
+        held = Counter(block for sequence in running for block in sequence.blocks)
+        assert core.block_manager._ref_count == [held[block] for block in range(core.block_manager.total)]
+    assert core.counters.preemptions > 0
 
 
 def test_abort_ends_all_beams(checkpoint: Path) -> None:

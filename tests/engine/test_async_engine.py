@@ -515,6 +515,34 @@ def test_the_engine_may_close_itself(llm: LLM) -> None:
         llm.chat(None, "why?")
 
 
+def test_close_that_is_interrupted_still_frees_all(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a second Ctrl-C while `close` waits for the engine's thread."""
+    freed: list[bool] = []
+    stream = llm.engine.submit(request_of(0), LONG)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine, "_stop_thread", interrupted)
+    monkeypatch.setattr(llm.engine, "_on_close", [*llm.engine._on_close, lambda: freed.append(True)])
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    assert freed == [True]
+    with pytest.raises(BackendError, match="was closed"):
+        stream.result(PATIENCE)
+
+
+def test_refusals_keep_nothing_alive(llm: LLM) -> None:
+    """Their common exception does not collect the frames of all callers."""
+    llm.close()
+    lengths = []
+    for _ in range(5):
+        with pytest.raises(BackendError, match="was closed") as caught:
+            llm.engine.submit(request_of(3))
+        lengths.append(len(list(caught.traceback)))
+    assert len(set(lengths)) == 1
+
+
 # Failures
 
 
@@ -634,7 +662,6 @@ def test_recorded_steps_are_those_of_the_body(llm: LLM) -> None:
     llm.generate(request_of(0), PARAMS)
     with llm.engine.recorded_steps() as steps:
         output = llm.generate(request_of(3), PARAMS)[0]
-        llm.engine.call(lambda core: core).result()  # after the last step
     llm.generate(request_of(1), PARAMS)
     assert sum(step.sampled for step in steps) == 24 and sum(step.decoding for step in steps) == 23
     assert sum(step.prefilled for step in steps) == output.metrics.prompt_tokens - output.num_cached_tokens
