@@ -699,3 +699,42 @@ def test_a_written_checkpoint_holds_the_same_random_weights(small_shape, tmp_pat
         with LLM(tmp_path / "m", load_format=load_format, dtype="bfloat16", backend="cpu") as llm:
             answers.append(llm.chat(None, "word700", SamplingParams(max_tokens=4, ignore_eos=True, logprobs=3)))
     assert answers[0].token_ids == answers[1].token_ids and answers[0].logprobs == answers[1].logprobs
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch on this CPU, which says that it is an accelerator with 4 GB of memory and a name."""
+    answers = {"free_memory": 4 * 10**9, "peak_memory": 3 * 10**9, "device_name": "Chip 9000"}
+    answers |= {"synchronize": None, "reset_peak_memory": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(TorchBackend, name, lambda _, answer=answer: answer)
+    monkeypatch.setattr(TorchBackend, "on_host", False)
+    monkeypatch.setattr(machine, "_SIDE", 16)
+    monkeypatch.setattr(machine, "_BUFFER", 2**21)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    ("kind", "words", "expected"),
+    [
+        ("sweep", ["--media", "MEDIA", "--batches", "2", "--max_output_length", "8", "--csv", "t.csv"], "3000"),
+        ("cache", ["--media", "MEDIA", "--rounds", "1"], "cached_tokens"),
+        ("overhead", ["--max_batch_size", "2", "--max_output_length", "4", "--text_tokens", "5"], "overhead_fraction"),
+        ("load", [], "device GB"),
+        ("serve", ["--num_requests", "2", "--max_output_length", "4"], "slowest stream"),
+    ],
+)
+def test_benchmarks_ask_the_backend_not_the_cpu(
+    kind, words, expected, checkpoint, media, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = [str(media) if word == "MEDIA" else word for word in words]
+    assert bench(kind, *model_words(checkpoint), "--kernels", "torch", "--quiet", *words) == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_peaks_of_an_accelerator() -> None:
+    found = machine.measure(TorchBackend(), rounds=1)
+    assert found.device == "Chip 9000" and found.threads == 1
+    assert {"float32", "bfloat16", "float16"} <= set(found.flops)
