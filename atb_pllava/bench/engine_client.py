@@ -85,13 +85,17 @@ class EngineTimes:
 
     @classmethod
     def between(cls, before: EngineStats, after: EngineStats, seconds: float) -> "EngineTimes":
-        """The times between two snapshots that are `seconds` apart."""
+        """The times of a run of `seconds` between two snapshots.
+
+        The engine may have waited for requests a moment longer than the run, which is not counted.
+        """
         encode = after.core.encode_seconds - before.core.encode_seconds
         forward = after.core.forward_seconds - before.core.forward_seconds
         steps = after.core.step_seconds - before.core.step_seconds
         media = after.media_seconds - before.media_seconds
-        requests = after.idle_seconds - before.idle_seconds
-        between_steps = max(0.0, seconds - steps - media - requests)
+        idle = after.idle_seconds - before.idle_seconds
+        requests = min(idle, seconds - steps - media)
+        between_steps = seconds - steps - media - requests
         return cls(encode, forward, steps - encode - forward, between_steps, media, requests)
 
 

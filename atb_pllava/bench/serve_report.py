@@ -20,9 +20,9 @@ _THROUGHPUT = {
     "completed": "answered",
     "failed": "failed",
     "duration_s": "seconds",
-    "max_concurrent_requests": "peak concurrency",
-    "request_throughput": "requests/s",
-    "request_goodput": "goodput/s",
+    "max_concurrent_requests": "peak at once",
+    "request_throughput": "req/s",
+    "request_goodput": "goodput req/s",
     "output_throughput": "output tok/s",
     "total_token_throughput": "total tok/s",
 }

@@ -11,6 +11,7 @@ manifest, the command ends with an error, unless --overwrite is given.
 import argparse
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.media_option import add_media, check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
+from atb_pllava.cli.waiting import waited_for_media
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import check_writable, read_json, write_json
@@ -94,7 +96,10 @@ def predict(arguments: argparse.Namespace) -> int:
             log.check(planned, only=True)
             results.check(planned, log)
         with load_model(arguments, workers) as llm:
+            began = time.perf_counter()
+            stats_before = llm.engine.stats()
             rows = predict_media(llm, media, arguments.prompt, params, results, log, overwrite, arguments.quiet)
+            waited = waited_for_media(stats_before, llm.engine.stats(), time.perf_counter() - began)
     failed = {medium.path: row for medium, row in zip(media, rows, strict=True) if "error" in row}
     for path, row in failed.items():
         error = row["error"]
@@ -102,7 +107,7 @@ def predict(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         kinds = Counter(str(row["kind"]) for row in failed.values())
         summary = f"{counted(len(rows) - len(failed), 'answer')}, {failures(len(failed), kinds)}"
-        print(f"wrote {target}: {summary}", file=sys.stderr)
+        print(f"wrote {target}: {summary}{waited}", file=sys.stderr)
     return 2 if failed else 0
 
 

@@ -20,6 +20,7 @@ from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.cli.media_option import add_media, add_time_range, check_paths, time_range
 from atb_pllava.cli.question import question
 from atb_pllava.cli.screen import Screen, is_same_file
+from atb_pllava.cli.waiting import waited_for_media
 from atb_pllava.engine.outputs import RequestOutput
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, PllavaError, counted
@@ -96,6 +97,7 @@ def _ask(
 ) -> int:
     """Print the answers in order, and write --output_json however the run ends. Returns the exit status."""
     began = time.perf_counter()
+    stats_before = llm.engine.stats()
     screen = Screen(jobs)
     file = RowFile(output_json)
     requests = ({**_request(number, len(jobs), *job), **times} for number, job in enumerate(jobs))
@@ -111,7 +113,9 @@ def _ask(
             part = f": {len(file.rows)} of {len(jobs)} answers" if len(file.rows) < len(jobs) else ""
             print(f"wrote {output_json}{part}", file=sys.stderr)
     rows = [file.rows[number] for number in range(len(jobs))]
-    print(_summary(rows, time.perf_counter() - began), flush=True)
+    seconds = time.perf_counter() - began
+    waited = waited_for_media(stats_before, llm.engine.stats(), seconds)
+    print(f"{_summary(rows, seconds)}{waited}", flush=True)
     failed = [_failure(number, row, len(jobs)) for number, row in enumerate(rows) if "error" in row]
     if failed and not is_same_file(sys.stdout, sys.stderr):  # else the error stands beside its answer already
         first = "" if len(failed) == 1 else ", the first"

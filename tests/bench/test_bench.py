@@ -4,7 +4,9 @@ import csv
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,12 @@ from atb_pllava.bench.tables import csv_text, markdown
 from atb_pllava.bench.timing import percentile
 from atb_pllava.convert.options import ConvertOptions
 from atb_pllava.distributed.tensor_parallel import TensorParallel
-from atb_pllava.errors import BackendError
+from atb_pllava.engine import core
+from atb_pllava.engine.output_processor import OutputProcessor
+from atb_pllava.engine.scheduler import Scheduler
+from atb_pllava.errors import BackendError, OutOfMemoryError
+from atb_pllava.executor.model_input import ModelInput
+from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.files import check_writable
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.loader.dummy_weights import dummy_quant_config
@@ -200,6 +207,14 @@ def test_peaks_of_this_machine(kernels: str) -> None:
     assert markdown(found.rows()).count("\n") == 2 + len(found.flops)
 
 
+def test_an_accelerator_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TorchBackend()
+    cpu = machine.machine_name(backend)
+    monkeypatch.setattr(TorchBackend, "on_host", False)
+    monkeypatch.setattr(TorchBackend, "device_name", lambda _: "Chip 9000")
+    assert machine.machine_name(backend) == f"Chip 9000 ({cpu})"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_probes_know_every_dtype_of_a_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     small = torch.ones(2, 2, dtype=dtype)
@@ -327,21 +342,42 @@ def test_a_batch_that_does_not_fit_ends_the_sweep(checkpoint, media, tmp_path) -
     assert rows[1]["status"] == "does not fit: 3 KV blocks are needed, 2 are there" and not rows[1]["ttft_ms"]
 
 
+OUT_OF_MEMORY = [
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    OutOfMemoryError("the kernels need 1 GB more"),
+]
+
+
+def fail_in_batches(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let every forward pass of several decoding sequences fail."""
+    real = ModelRunner.forward
+
+    @wraps(real)
+    def forward(self: ModelRunner, step: ModelInput) -> torch.Tensor:
+        if step.decoding > 1:
+            raise error
+        return real(self, step)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+
+
 @pytest.mark.usefixtures("quick_peaks")
-def test_running_out_of_memory_ends_the_sweep(checkpoint, media, tmp_path, monkeypatch) -> None:
-    from atb_pllava.bench import sweep
-
-    real = sweep.run_batch
-
-    def limited(llm: Any, requests: Any, params: Any) -> Any:
-        if len(requests) > 1:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")
-        return real(llm, requests, params)
-
-    monkeypatch.setattr(sweep, "run_batch", limited)
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_running_out_of_memory_ends_the_sweep(error, checkpoint, media, tmp_path, monkeypatch) -> None:
+    fail_in_batches(monkeypatch, error)
     options = (*model_words(checkpoint), "--media", media, "--quiet")
-    assert bench(*options, "--batches", "1,2,3", "--max_output_length", 2, "--csv", tmp_path / "t.csv") == 0
-    assert [row["status"] for row in rows_of(tmp_path / "t.csv")][1:] == ["does not fit: out of memory"]
+    assert bench(*options, "--batches", "1,2,3", "--max_output_length", 8, "--csv", tmp_path / "t.csv") == 0
+    assert [row["status"] for row in rows_of(tmp_path / "t.csv")] == ["ok", "does not fit: out of memory"]
+
+
+@pytest.mark.usefixtures("quick_peaks")
+def test_another_error_of_a_step_is_the_sweeps(checkpoint, media, tmp_path, monkeypatch, capsys) -> None:
+    fail_in_batches(monkeypatch, RuntimeError("an operator is broken"))
+    options = (*model_words(checkpoint), "--media", media, "--quiet")
+    assert bench(*options, "--batches", "1,2", "--max_output_length", 8, "--csv", tmp_path / "t.csv") == 2
+    assert "an operator is broken" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick_peaks")
@@ -556,6 +592,34 @@ def test_overhead_is_part_of_a_step(small_shape, tmp_path) -> None:
     assert 0 < float(row["overhead_fraction"].split()[0]) < 100
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "is_overhead"),
+    [
+        (Scheduler, "schedule", True),
+        (core, "build_model_input", True),
+        (core, "sample", True),
+        (OutputProcessor, "process", True),
+        (ModelRunner, "forward", False),
+    ],
+)
+def test_what_counts_as_overhead(owner, name, is_overhead, checkpoint, tmp_path, monkeypatch) -> None:
+    """A part of a step that takes at least 20 ms makes its side of the step at least as long."""
+    real = getattr(owner, name)
+
+    @wraps(real)
+    def slow(*arguments: Any) -> Any:
+        threading.Event().wait(0.02)
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, name, slow)
+    options = ("--dtype", "float32", "--backend", "cpu", "--quiet", "--json", tmp_path / "o.json")
+    options += ("--max_batch_size", 2, "--max_output_length", 6, "--text_tokens", 20)
+    assert bench("overhead", "--model_path", checkpoint, *options) == 0
+    (row,) = json.loads((tmp_path / "o.json").read_text())
+    overhead = row["engine_overhead_p50_ms"]
+    assert (overhead if is_overhead else row["step_p50_ms"] - overhead) >= 20
+
+
 def test_overhead_of_a_checkpoint(checkpoint, tmp_path) -> None:
     target = tmp_path / "o.json"
     options = ("--dtype", "float32", "--backend", "cpu", "--quiet", "--json", target)
@@ -667,3 +731,42 @@ def test_a_written_checkpoint_holds_the_same_random_weights(small_shape, tmp_pat
         with LLM(tmp_path / "m", load_format=load_format, dtype="bfloat16", backend="cpu") as llm:
             answers.append(llm.chat(None, "word700", SamplingParams(max_tokens=4, ignore_eos=True, logprobs=3)))
     assert answers[0].token_ids == answers[1].token_ids and answers[0].logprobs == answers[1].logprobs
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch on this CPU, which says that it is an accelerator with 4 GB of memory and a name."""
+    answers = {"free_memory": 4 * 10**9, "peak_memory": 3 * 10**9, "device_name": "Chip 9000"}
+    answers |= {"synchronize": None, "reset_peak_memory": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(TorchBackend, name, lambda _, answer=answer: answer)
+    monkeypatch.setattr(TorchBackend, "on_host", False)
+    monkeypatch.setattr(machine, "_SIDE", 16)
+    monkeypatch.setattr(machine, "_BUFFER", 2**21)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    ("kind", "words", "expected"),
+    [
+        ("sweep", ["--media", "MEDIA", "--batches", "2", "--max_output_length", "8", "--csv", "t.csv"], "3000"),
+        ("cache", ["--media", "MEDIA", "--rounds", "1"], "cached_tokens"),
+        ("overhead", ["--max_batch_size", "2", "--max_output_length", "4", "--text_tokens", "5"], "overhead_fraction"),
+        ("load", [], "device GB"),
+        ("serve", ["--num_requests", "2", "--max_output_length", "4"], "slowest stream"),
+    ],
+)
+def test_benchmarks_ask_the_backend_not_the_cpu(
+    kind, words, expected, checkpoint, media, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = [str(media) if word == "MEDIA" else word for word in words]
+    assert bench(kind, *model_words(checkpoint), "--kernels", "torch", "--quiet", *words) == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_peaks_of_an_accelerator() -> None:
+    found = machine.measure(TorchBackend(), rounds=1)
+    assert found.device == "Chip 9000" and found.threads == 1
+    assert {"float32", "bfloat16", "float16"} <= set(found.flops)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from atb_pllava.cli.help import CONVERSATION_WORDS
 from atb_pllava.cli.mindie import ACTIONS
 from atb_pllava.cli.screen import Screen, is_same_file
 from atb_pllava.cli.verbs import VERBS, main
+from atb_pllava.cli.waiting import waited_for_media
 from atb_pllava.engine import activity as progress
 from atb_pllava.engine.activity import Activity
 from atb_pllava.engine.core import EngineCore
+from atb_pllava.engine.stats import CoreCounters, EngineStats
 from atb_pllava.errors import ConfigError, PllavaError, VideoError, counted
 from atb_pllava.prompt.chat_template import CONVERSATIONS
 from tests.support import ROOT, load_llm, model_words, raw_config, run_main, write_checkpoint
@@ -618,3 +621,13 @@ def test_the_examples_of_help_are_commands(capsys, monkeypatch) -> None:
     for words in lines:
         assert words[:3] == ["python", "-m", "atb_pllava"]
         assert parse(words[3:]).model_path
+
+
+@pytest.mark.parametrize(
+    ("media_seconds", "words"),
+    [(0.0, ""), (0.4, ""), (0.6, ", waited 0.6 s (6 %) for media"), (10.0, ", waited 10.0 s (100 %) for media")],
+)
+def test_the_summary_says_what_the_run_waited_for(media_seconds: float, words: str) -> None:
+    before = EngineStats(0, 0, 0, 0, 1, 0, 0, media_seconds=3.0, idle_seconds=0.0, core=CoreCounters())
+    after = replace(before, media_seconds=3.0 + media_seconds)
+    assert waited_for_media(before, after, 10.0) == words
