@@ -270,11 +270,11 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
 def test_python_examples_print_what_is_shown(name: str) -> None:
-    (code,) = blocks(name, "python")
-    shown = blocks(name, "text")[0]
+    """All examples of a page in one program, as a reader types them one after the other."""
+    code = "\n".join(blocks(name, "python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == shown
+    assert done.stdout == "".join(blocks(name, "text"))
 
 
 def test_the_first_command_prints_what_is_shown() -> None:
