@@ -40,7 +40,6 @@ class LLM:
         **options: Any,
     ) -> None:
         self.args = EngineArgs.of(model_path, weight_dir, options)
-        self.options = self.args.model
         self.engine, launcher = build_engine(self.args, rendezvous)
         self.model = launcher.model  # all of it, or rank 0's part
         self.weights = launcher.plan
@@ -65,10 +64,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _kept(self, answers: Iterator[Any]) -> Generator[Any, None, None]:
-        """The same, while this LLM lives: an LLM that nobody holds closes its engine."""
-        yield from answers
 
     def chat(
         self,
@@ -103,7 +98,7 @@ class LLM:
         for. Closing the iterator ends the request.
         """
         request = self.prepare(chat_request(media, question, history, answer_prefix), params, **sampling)
-        return stream_text(self.engine, request)
+        return stream_text(self.engine, request, owner=self)
 
     def generate(
         self,
@@ -140,14 +135,12 @@ class LLM:
         requests. `on_text` is called with (number, text so far) whenever a text has grown.
         """
         params = self.request_parser.sampling_params(params, sampling)
-        return self._kept(RequestWindow(self.engine, requests, params, on_text).answers())
+        return RequestWindow(self.engine, requests, params, on_text, owner=self).answers()
 
     def encode_video(self, media: Media, frame_indices: Sequence[int] | None = None) -> Tensor:
         """Embeddings [t * h * w, hidden] of one video in the model's dtype."""
         self.engine.raise_if_dead()
-        (video,) = self.processor.prepare([media], [frame_indices])
-        embeds: Tensor = self.engine.call(lambda core: core.encode_video(video)).result()
-        return embeds
+        return self.engine.encode_video(*self.processor.prepare([media], [frame_indices]))
 
     def prepare(
         self, request: Mapping[str, Any], params: SamplingParams | None = None, **sampling: Any

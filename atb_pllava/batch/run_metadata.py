@@ -47,7 +47,7 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
     model = llm.model
     settings = {
         "weights": llm.weights.fingerprint(),
-        "files": checkpoint_files(llm.options.model_path, llm.options.weight_dir),
+        "files": checkpoint_files(llm.args.model.model_path, llm.args.model.weight_dir),
         "lora_alpha": llm.weights.lora_alpha,
         "lora_scale": llm.weights.lora_scale,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -78,8 +78,8 @@ def manifest_of(llm: LLM, params: SamplingParams | None = None, **more: Any) -> 
     return {
         **more,
         **settings_of(llm, params),
-        "model_path": os.path.abspath(llm.options.model_path),
-        "weight_dir": llm.options.weight_dir and os.path.abspath(llm.options.weight_dir),
+        "model_path": os.path.abspath(llm.args.model.model_path),
+        "weight_dir": llm.args.model.weight_dir and os.path.abspath(llm.args.model.weight_dir),
         **surroundings(),
     }
 

@@ -50,7 +50,7 @@ def load_model(arguments: argparse.Namespace, rendezvous: Rendezvous | None = No
 def _loaded(llm: LLM) -> str:
     """One line: which checkpoint, with which weights, on which device, with which LoRA."""
     model = llm.model
-    options = llm.options
+    options = llm.args.model
     name = options.model_path if options.load_format == "safetensors" else "dummy weights"
     on_top = "" if options.weight_dir is None else f" with {options.weight_dir}"
     dtype = str(model.dtype).removeprefix("torch.")

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.activity import ActivityLog
 from atb_pllava.engine.core import EngineCore
@@ -28,6 +30,7 @@ from atb_pllava.engine.request_stream import RequestStream
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.engine.stats import EngineStats, StepStats
 from atb_pllava.errors import BackendError, EngineDeadError, PllavaError, RequestError
+from atb_pllava.multimodal.processor import ProcessedVideo
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +146,11 @@ class AsyncEngine:
             self.raise_if_dead()
             self._post(_Message(function, future))
         return future
+
+    def encode_video(self, video: ProcessedVideo) -> Tensor:
+        """The embeddings [t * h * w, hidden] of one video, without a request. Waits for the engine's thread."""
+        embeds: Tensor = self.call(lambda core: core.encode_video(video)).result()
+        return embeds
 
     # State
 

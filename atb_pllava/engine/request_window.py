@@ -16,7 +16,8 @@ from atb_pllava.errors import PllavaError
 class RequestWindow:
     """Takes requests from an iterable while fewer than `size` are under way. `answers` yields each one when it ends.
 
-    on_text: called with (number of the request, text so far) when a text grows, by the thread that iterates.
+    on_text: called with (number of the request, text so far) when a text grows, by the thread that iterates. The window
+    holds `owner`: an LLM that nobody holds closes its engine.
     """
 
     def __init__(
@@ -25,8 +26,10 @@ class RequestWindow:
         requests: Iterable[Mapping[str, Any]],
         params: SamplingParams,
         on_text: Callable[[int, str], None] | None = None,
+        owner: object = None,
     ) -> None:
         self._engine = engine
+        self._owner = owner
         self._source = enumerate(requests)
         self._params = params
         self._on_text = on_text
