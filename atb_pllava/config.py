@@ -200,7 +200,8 @@ def option(help: str, metavar: str = "N", choices: Sequence[str] | None = None) 
 class EngineConfig:
     """How the engine runs. Every field is the user's choice. No field comes from the checkpoint.
 
-    `block_size` is the number of tokens in a KV block. `max_batch_size` is the number of requests at a time.
+    `block_size` is the number of tokens in a KV block. `max_batch_size` is the number of sequences at a time.
+    A request for n answers or with n beams is n sequences.
     `max_input_length` and `max_output_length` count tokens of one request. None: the KV cache is the only bound.
     `kv_cache_bytes` bounds the KV cache. None: room for `max_batch_size` requests, but at most half the free memory.
     `prefill_chunk` is the largest number of prompt tokens in a step while other requests decode. `vision_batch` is the

@@ -112,8 +112,8 @@ class LLM:
         of the request's media. A question is put into the conversation format as `chat` does, with "history" and
         "answer_prefix" if they are given. Media are "video" or "image" (a path, a file's bytes, or a list of them) or
         "frames" (uint8 [frames, height, width, 3], or a list). "frame_indices" (a list, or one for each video) names
-        the frames. An "id" (text or a whole number) names the request in progress lines and is the answer's request_id.
-        `sampling` are fields of SamplingParams, in place of `params`.
+        the frames. "start_seconds" and "end_seconds" bound them. An "id" (text or a whole number) names the request in
+        progress lines and is the answer's request_id. `sampling` are fields of SamplingParams, in place of `params`.
 
         Raises the error of the first bad request, and then returns no answer. `generate_iter` goes on instead.
         """

@@ -100,7 +100,8 @@ class AsyncEngine:
     ) -> RequestStream:
         """Read the media of a request of `LLM.generate` on another thread, then compute its answer.
 
-        The errors of a bad request come from the stream. Raises EngineDeadError and, while draining, BackendError.
+        The errors of a bad request come from the stream. Raises the error of a dead or closed engine, and BackendError
+        while draining.
         """
         params = self.request_parser.sampling_params(params, {})
         stream = self._new_stream(new_request_id(), name, params.n)
