@@ -8,7 +8,15 @@ from atb_pllava.doctor.required_packages import REQUIRED, missing_package
 if TYPE_CHECKING:
     from atb_pllava.engine.outputs import Metrics, RequestOutput
     from atb_pllava.engine.sampling_params import SamplingParams
-    from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, WeightError
+    from atb_pllava.errors import (
+        BackendError,
+        ConfigError,
+        EngineDeadError,
+        PllavaError,
+        RequestError,
+        VideoError,
+        WeightError,
+    )
     from atb_pllava.llm import LLM
     from atb_pllava.multimodal.limits import MediaLimits
 
@@ -18,6 +26,7 @@ __all__ = [
     "LLM",
     "BackendError",
     "ConfigError",
+    "EngineDeadError",
     "MediaLimits",
     "Metrics",
     "PllavaError",

@@ -23,14 +23,19 @@ def share(parts: Sequence[bytes | np.ndarray]) -> int:
 
     Raises MemoryError when there is no memory for them.
     """
-    total = sum(map(num_bytes, parts))
-    descriptor = _new_memory()
     try:
-        for part in parts:
-            _write(descriptor, np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else memoryview(part))
-        _seal(descriptor)
+        descriptor = _new_memory()
+        try:
+            for part in parts:
+                _write(
+                    descriptor, np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else memoryview(part)
+                )
+            _seal(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
     except OSError as error:
-        os.close(descriptor)
+        total = sum(map(num_bytes, parts))
         raise MemoryError(f"no shared memory of {total} bytes: {error.strerror}") from None
     return descriptor
 

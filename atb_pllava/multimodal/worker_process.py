@@ -37,7 +37,10 @@ class WorkerProcess:
     """
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:  # no descriptor is left
+            raise BackendError(f"no media worker can be started: {error}; --media_workers 0 needs none") from None
         self._channel = Channel(ours)
         self._is_ready = False
         # The worker inherits the mask, so that Ctrl-C does not end it before it ignores SIGINT itself. A session of its
