@@ -33,8 +33,9 @@ class BeamSearch:
     The hypotheses equal those of transformers 5.9, `generate(num_beams=num_beams, do_sample=False, length_penalty=1.0,
     early_stopping=False)`. The order of equal scores is that of torch.topk on the device, there and here.
 
-    Transformers 4.37 stops later in one case. There, a hypothesis that has just finished counts among the beams that
-    may still improve. So the two versions can choose different hypotheses where a later hypothesis has a higher score.
+    Transformers 4.37 sometimes searches longer. There, the estimate of `_may_improve` also counts a hypothesis that has
+    just finished. So the older version sometimes finds a longer hypothesis with a higher score. It also writes the
+    first end-of-sequence token in the place of any other.
 
     The repetition penalty applies to log-probabilities, as in transformers. Without beam search it applies to logits,
     so one beam with a repetition penalty is not the same as greedy decoding.

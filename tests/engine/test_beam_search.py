@@ -20,7 +20,7 @@ PROMPT = [1, 7, 9, 9, 30]
 def random_llama(seed: int, eos: Sequence[int] = (), likelier: float = 0.0):
     """A small LLaMA with peaked logits. `likelier` is added to the logits of the end-of-sequence tokens.
 
-    The weights are float64, so that no two scores are equal by rounding.
+    The weights are float64, so that the float32 logits do not depend on the number of rows in a batch.
     """
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
@@ -108,6 +108,13 @@ def test_short_answers_equal_transformers(max_tokens: int) -> None:
         assert_equals_transformers(random_llama(seed, (2,), 3.0), 4, max_tokens, (2,), 1.0)
 
 
+@pytest.mark.parametrize("seed", [84, 133, 172])
+def test_more_candidates_than_two_a_beam(seed: int) -> None:
+    """With these weights, ending tokens take more than four of the best eight candidates of four beams."""
+    eos = (2, 5, 11, 20, 33, 40)
+    assert_equals_transformers(random_llama(seed, eos, 4.0), 4, 12, eos, 1.0)
+
+
 def test_one_beam_is_greedy() -> None:
     for seed in range(5):
         assert_equals_greedy(random_llama(seed, (2,), 2.0), max_tokens=20, eos=2)
@@ -147,7 +154,7 @@ def logits_after(llama, prompt: Tensor) -> Callable[[list[list[int]]], Tensor]:
 
 
 def test_fewer_tokens_than_beams_start_fewer_beams() -> None:
-    """Two tokens give 2, 4 and then 5 of 8 beams."""
+    """Two tokens give 2 and then 4 running beams. The third step ranks all 8 hypotheses and keeps the best 5."""
     search = BeamSearch(5, 3, frozenset())
     table = torch.tensor([[0.0, 0.7], [1.0, -0.4]]).double().log_softmax(-1)
     hypotheses = run(search, lambda tokens: table[[beam[-1] if beam else 0 for beam in tokens]])
