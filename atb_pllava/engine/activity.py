@@ -59,7 +59,7 @@ class ActivityLog:
     def __init__(self) -> None:
         self.activity: Activity | None = None
         self.tokens = 0  # generated since the start, for all requests
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection inside it may close an iterator that logs
         self._num_logging = 0  # bodies of `logged` that run, in any thread
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None

@@ -289,6 +289,7 @@ class AsyncEngine:
         try:
             if stream.is_finished:
                 return
+            self.core.scheduler.check_params(params)  # before the media are read
             parsed = self.request_parser.parse(request, params, stream.name, arrival_time, stream.request_id)
             self.core.check(parsed)
             with self._changed:

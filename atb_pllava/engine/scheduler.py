@@ -16,6 +16,7 @@ from atb_pllava.engine.block_manager import BlockManager, blocks_for, full_block
 from atb_pllava.engine.encoder_cache import EncoderEntry
 from atb_pllava.engine.engine_request import EngineRequest
 from atb_pllava.engine.request import Request, RequestStatus
+from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import RequestError, counted
 from atb_pllava.multimodal.processor import ProcessedVideo
 
@@ -102,12 +103,7 @@ class Scheduler:
     def check(self, request: EngineRequest) -> None:
         """Raises RequestError when the batch or the KV cache is too small for the request even without others."""
         params = request.params
-        if params.num_sequences > self.config.max_batch_size:
-            name = "num_beams" if params.num_beams > 1 else "n"
-            raise RequestError(
-                f"{name} is {params.num_sequences}, and the engine runs {self.config.max_batch_size} sequences at a "
-                f"time: ask for fewer, or load the model with --max_batch_size {params.num_sequences} or more"
-            )
+        self.check_params(params)
         block_size = self.config.block_size
         longest = request.prompt_length + params.max_tokens - 1  # the last token is never fed back
         needed = blocks_for(longest, block_size)
@@ -120,6 +116,15 @@ class Scheduler:
                 f"{params.max_tokens} more are wanted{beams}, but the KV cache holds "
                 f"{self.block_manager.total * block_size} tokens in all: ask for fewer tokens, use a smaller "
                 "pooling shape, or give the KV cache more memory (kv_cache_bytes)"
+            )
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises RequestError when the batch has too few places for the answers or beams of one request."""
+        if params.num_sequences > self.config.max_batch_size:
+            name = "num_beams" if params.num_beams > 1 else "n"
+            raise RequestError(
+                f"{name} is {params.num_sequences}, and the engine runs {self.config.max_batch_size} sequences at a "
+                f"time: ask for fewer, or load the model with --max_batch_size {params.num_sequences} or more"
             )
 
     def schedule(self) -> SchedulerOutput:
