@@ -758,7 +758,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_benchmarks_ask_the_backend_not_the_cpu(
     kind, words, expected, checkpoint, media, tmp_path, monkeypatch, capsys
-):
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = [str(media) if word == "MEDIA" else word for word in words]
     assert bench(kind, *model_words(checkpoint), "--kernels", "torch", "--quiet", *words) == 0
