@@ -35,12 +35,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert cached == [self.cached[key] for key in hashes[:prefix]]
         self.manager.touch(cached)
         self.freed = [block for block in self.freed if block not in cached]
+        blocks = list(cached)
+        self.held.append(blocks)
         if length - len(cached) > self.manager.num_free_blocks:
-            self.held.append(cached)
             self.release(len(self.held) - 1)
             return
-        blocks = cached + self.allocated(length - len(cached))
-        self.held.append(blocks)
+        blocks += self.allocated(length - len(cached))
         for block, key in list(zip(blocks, hashes, strict=True))[len(cached) : filled]:
             self.manager.cache_block(block, key)
             self.cached.setdefault(key, block)
@@ -111,5 +111,5 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 TestBlockManager = BlockManagerMachine.TestCase
 TestBlockManager.settings = settings(
-    derandomize=True, database=None, deadline=None, max_examples=150, stateful_step_count=40
+    derandomize=True, database=None, deadline=None, max_examples=300, stateful_step_count=30
 )
