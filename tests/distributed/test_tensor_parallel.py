@@ -87,6 +87,23 @@ def test_every_size_gives_the_answers_of_size_1(model: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=8, ignore_eos=True, n=3, temperature=1.0, seed=5),
+        SamplingParams(max_tokens=8, num_beams=3),
+    ],
+    ids=["n", "beams"],
+)
+def test_two_ranks_copy_the_same_blocks(model: Path, params: SamplingParams) -> None:
+    """Answers that share the blocks of a prompt: both ranks copy a block before one of them writes into it."""
+    alone = load_llm(model, block_size=16).generate(REQUESTS, params)
+    with load_llm(model, world_size=2, block_size=16) as llm:
+        together = llm.generate(REQUESTS, params)
+    for one, other in zip(alone, together, strict=True):
+        assert [out.token_ids for out in one.outputs] == [out.token_ids for out in other.outputs]
+
+
+@pytest.mark.parametrize(
     ("size", "heads", "options"),
     [
         (2, 8, {"symmetric": False}),
