@@ -263,7 +263,9 @@ class AsyncEngine:
         self._changed.notify_all()
 
     def _start_thread(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
+        """Start the engine's thread and wake it. A dead engine stays dead."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        if not is_alive and self._failure is None:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
         self._changed.notify_all()
@@ -280,7 +282,7 @@ class AsyncEngine:
     # Called by any thread
 
     def _new_stream(self, request_id: str, name: str, n: int) -> RequestStream:
-        return RequestStream(request_id, name, n, self._forget, self._abort)
+        return RequestStream(request_id, name, n, self._forget)
 
     def _read(
         self, stream: RequestStream, request: Mapping[str, Any], params: SamplingParams, arrival_time: float
@@ -310,22 +312,14 @@ class AsyncEngine:
             self._reading.pop(stream.request_id, None)
             self._changed.notify_all()
 
-    def _abort(self, stream: RequestStream) -> None:
-        """Take an aborted request out of the core."""
-
-        def abort(core: EngineCore) -> None:
-            if self._output_processor.remove(stream):
-                core.abort(stream.request_id)
-
-        with self._changed:
-            if self._failure is None:
-                self._post(_Message(abort))
-
     def _forget(self, stream: RequestStream) -> None:
+        """Count a request that has ended. A failed one leaves the core before a request with the same id enters it."""
         with self._changed:
             self._streams.pop(stream.request_id, None)
             if stream.has_failed:
                 self._num_failed += 1
+                if self._failure is None:
+                    self._inbox.append(_Message(lambda core: self._remove(stream, core)))
             else:
                 self._num_finished += 1
             self._changed.notify_all()
@@ -404,6 +398,11 @@ class AsyncEngine:
             except BaseException as error:
                 message.future.set_exception(self._failure or error)
                 raise
+
+    def _remove(self, stream: RequestStream, core: EngineCore) -> None:
+        """Take a request out of the core, if it is there."""
+        if self._output_processor.remove(stream):
+            core.abort(stream.request_id)
 
     def _step(self) -> None:
         outputs, stats = self.core.step()
