@@ -38,7 +38,7 @@ _SECONDS_TO_FINISH_A_STEP = 0.5  # in `close`, before the engine's thread is int
 
 
 class _EngineClosed(BaseException):
-    """Interrupts the engine's thread in the middle of a step. No code handles the exception on its way."""
+    """Interrupts the engine's thread in the middle of a step. On its way to `_run`, code only cleans up."""
 
 
 _engines: "weakref.WeakSet[AsyncEngine]" = weakref.WeakSet()
@@ -116,6 +116,10 @@ class AsyncEngine:
         except RuntimeError as error:  # the system grants no thread, Python is about to exit, or the engine was closed
             self._end_reading(stream)
             stream.fail(BackendError(f"the request cannot be read: {error}"))
+        except BaseException:  # Ctrl-C: the caller gets no stream that it could abort
+            self._end_reading(stream)
+            stream.abort()
+            raise
         return stream
 
     def add(self, request: EngineRequest) -> RequestStream:
@@ -130,7 +134,13 @@ class AsyncEngine:
         streams = [self._new_stream(request.request_id, request.name, request.params.n) for request in requests]
         with self._changed:
             self._register(streams)
-            self._add_to_core(list(zip(requests, streams, strict=True)))
+        try:
+            with self._changed:
+                self._add_to_core(list(zip(requests, streams, strict=True)))
+        except BaseException:  # Ctrl-C, or no thread: the caller gets no stream that it could abort
+            for stream in streams:
+                stream.abort()
+            raise
         return streams
 
     def abort(self, request_id: str) -> None:

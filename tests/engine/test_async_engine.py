@@ -441,6 +441,33 @@ def test_a_listener_may_ask_an_aborted_request_again(llm: LLM, gate: Gate, alone
     assert_idle(llm)
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("interrupted", ["_start_thread", "_reader.submit", "_post"])
+def test_ctrl_c_while_a_request_is_added_leaves_nothing(
+    llm: LLM, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch, interrupted: str, before: bool
+) -> None:
+    """Ctrl-C comes before or after a part of `submit` or `add`. The caller has no stream to abort then."""
+    owner, _, name = interrupted.rpartition(".")
+    part = getattr(llm.engine, owner) if owner else llm.engine
+    work = getattr(part, name)
+    prepared = llm.prepare(request_of(0), LONG)
+
+    def interrupt(*arguments: Any) -> None:
+        monkeypatch.setattr(part, name, work)
+        if not before:
+            work(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(part, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "_post":
+            llm.engine.add(prepared)
+        else:
+            llm.engine.submit(request_of(0), LONG)
+    assert not llm.engine.has_work
+    assert_still_answers(llm, alone)
+
+
 # Time limits and shutting down
 
 
