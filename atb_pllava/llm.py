@@ -132,7 +132,7 @@ class LLM:
 
         A request is taken from the iterable only when the engine has room for it soon. Media are read while the model
         works. A bad request is yielded as its error, and the others go on. Closing the iterator drops unfinished
-        requests. `on_text` is called with (number, text so far) whenever a text has grown.
+        requests. `on_text` is called with (number, text so far) after new tokens.
         """
         params = self.request_parser.sampling_params(params, sampling)
         return RequestWindow(self.engine, requests, params, on_text, owner=self).answers()

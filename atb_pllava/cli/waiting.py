@@ -11,6 +11,6 @@ def waited_for_media(before: EngineStats, after: EngineStats, seconds: float) ->
     The wait is the time in which the engine had nothing to compute because media were being read.
     """
     waited = after.media_seconds - before.media_seconds
-    if waited < _LEAST_SHARE * seconds:
+    if waited <= _LEAST_SHARE * seconds:
         return ""
     return f", waited {waited:.1f} s ({100 * waited / seconds:.0f} %) for media"

@@ -1,6 +1,6 @@
 """Log lines about the current work, every few seconds, even in the middle of a step that takes a minute.
 
-The engine and `LLM` write their current work into an `ActivityLog`. A thread of the activity log reads it and logs.
+The engine's thread writes its current work into an `ActivityLog`. A thread of the activity log reads it and logs.
 Without level INFO nothing is logged and no thread is started.
 """
 

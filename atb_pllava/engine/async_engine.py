@@ -38,7 +38,7 @@ _SECONDS_TO_FINISH_A_STEP = 0.5  # in `close`, before the engine's thread is int
 
 
 class _EngineClosed(BaseException):
-    """Interrupts the engine's thread in the middle of a step. No code handles the exception on its way."""
+    """Interrupts the engine's thread in the middle of a step. On its way to `_run`, code only cleans up."""
 
 
 _engines: "weakref.WeakSet[AsyncEngine]" = weakref.WeakSet()
@@ -116,6 +116,10 @@ class AsyncEngine:
         except RuntimeError as error:  # the system grants no thread, Python is about to exit, or the engine was closed
             self._end_reading(stream)
             stream.fail(BackendError(f"the request cannot be read: {error}"))
+        except BaseException:  # Ctrl-C: the caller gets no stream that it could abort
+            self._end_reading(stream)
+            stream.abort()
+            raise
         return stream
 
     def add(self, request: EngineRequest) -> RequestStream:
@@ -130,7 +134,13 @@ class AsyncEngine:
         streams = [self._new_stream(request.request_id, request.name, request.params.n) for request in requests]
         with self._changed:
             self._register(streams)
-            self._add_to_core(list(zip(requests, streams, strict=True)))
+        try:
+            with self._changed:
+                self._add_to_core(list(zip(requests, streams, strict=True)))
+        except BaseException:  # Ctrl-C, or no thread: the caller gets no stream that it could abort
+            for stream in streams:
+                stream.abort()
+            raise
         return streams
 
     def abort(self, request_id: str) -> None:
@@ -263,7 +273,9 @@ class AsyncEngine:
         self._changed.notify_all()
 
     def _start_thread(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
+        """Start the engine's thread and wake it. A dead engine stays dead."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        if not is_alive and self._failure is None:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
         self._changed.notify_all()
@@ -280,7 +292,7 @@ class AsyncEngine:
     # Called by any thread
 
     def _new_stream(self, request_id: str, name: str, n: int) -> RequestStream:
-        return RequestStream(request_id, name, n, self._forget, self._abort)
+        return RequestStream(request_id, name, n, self._forget)
 
     def _read(
         self, stream: RequestStream, request: Mapping[str, Any], params: SamplingParams, arrival_time: float
@@ -311,22 +323,14 @@ class AsyncEngine:
             self._reading.pop(stream.request_id, None)
             self._changed.notify_all()
 
-    def _abort(self, stream: RequestStream) -> None:
-        """Take an aborted request out of the core."""
-
-        def abort(core: EngineCore) -> None:
-            if self._output_processor.remove(stream):
-                core.abort(stream.request_id)
-
-        with self._changed:
-            if self._failure is None:
-                self._post(_Message(abort))
-
     def _forget(self, stream: RequestStream) -> None:
+        """Count a request that has ended. A failed one leaves the core before a request with the same id enters it."""
         with self._changed:
             self._streams.pop(stream.request_id, None)
             if stream.has_failed:
                 self._num_failed += 1
+                if self._failure is None:
+                    self._inbox.append(_Message(lambda core: self._remove(stream, core)))
             else:
                 self._num_finished += 1
             self._changed.notify_all()
@@ -405,6 +409,11 @@ class AsyncEngine:
             except BaseException as error:
                 message.future.set_exception(self._failure or error)
                 raise
+
+    def _remove(self, stream: RequestStream, core: EngineCore) -> None:
+        """Take a request out of the core, if it is there."""
+        if self._output_processor.remove(stream):
+            core.abort(stream.request_id)
 
     def _step(self) -> None:
         outputs, stats = self.core.step()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atb_pllava.engine.sampler import NOT_FINITE
 from atb_pllava.errors import BackendError
 
 
@@ -100,7 +101,7 @@ class BeamSearch:
         """The second half of `step`: continue and finish beams, from the result of `rank` on the host."""
         logprobs = candidates[0].view(torch.float32)
         if math.isnan(logprobs[0]):
-            raise BackendError("the model's logits are not finite; check the weights, the dtype and the backend")
+            raise BackendError(NOT_FINITE)
         length = len(self.tokens[0]) + 1
         scores = (logprobs / length).tolist()
         beams, tokens = candidates[1:].tolist()

@@ -39,7 +39,7 @@ class BlockManager:
         return cached
 
     def touch(self, blocks: Sequence[int]) -> None:
-        """Add one reference to each block that `get_cached_blocks` returned."""
+        """Add one reference to each block. Blocks of `get_cached_blocks` can no longer be evicted then."""
         for block in blocks:
             self._ref_count[block] += 1
             self._evictable.pop(block, None)
@@ -80,7 +80,7 @@ class BlockManager:
             self._hash_of_block[block] = block_hash
 
     def evict(self, blocks: Sequence[int]) -> None:
-        """Remove blocks from the prefix cache, so that no later request shares their contents. References stay."""
+        """Remove blocks from the prefix cache, so that no later request shares them. Their references stay."""
         for block in blocks:
             if block in self._hash_of_block:
                 del self._block_of_hash[self._hash_of_block.pop(block)]

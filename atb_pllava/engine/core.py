@@ -130,11 +130,23 @@ class EngineCore:
         """The embeddings [t * h * w, hidden] of one video, without a request."""
         entry = self.encoder_cache.acquire(video)
         try:
-            for frames in entry.frames_to_encode(video, self.encoder_chunk):
-                self._encode_frames(entry, video, frames)
+            self._encode_rest(entry, video)
             return self.executor.runner.video_embeds(entry.video_id).clone()  # the cache keeps its own
         finally:
             self.encoder_cache.release(entry)
+
+    def _encode_rest(self, entry: EncoderEntry, video: ProcessedVideo) -> None:
+        """Encode the frames that are not encoded yet.
+
+        After an error, requests that share the entry encode the video from its first frame.
+        """
+        try:
+            for frames in entry.frames_to_encode(video, self.encoder_chunk):
+                self._encode_frames(entry, video, frames)
+        except BaseException:
+            self.executor.free_video(entry.video_id)
+            entry.num_encoded_frames = 0
+            raise
 
     def _encode_chunk(self, chunk: EncoderChunk) -> None:
         self._activity.start_encoding(chunk, self.scheduler.num_decoding)

@@ -87,7 +87,7 @@ class _RequestState:
     def _metrics(self) -> Metrics:
         request = self.request
         slowest = max(range(len(self.completions)), key=lambda index: self.completions[index].finished_time)
-        times = self._last(slowest).times
+        times = self._last(0).times  # the other answers are forked in the step of the first token
         finished_time = self.completions[slowest].finished_time
         later_tokens = len(self.completions[slowest].token_ids) - 1
         decode_seconds = finished_time - times.first_token_time

@@ -13,7 +13,8 @@ TokenLogprobs = dict[int, float] | np.ndarray
 class Metrics:
     """Sizes of a request in tokens, and times in seconds.
 
-    video_decode: reading the media. queue: from the end of reading until the scheduler admits the request.
+    video_decode: reading the media. queue: the other time until the scheduler admits the request, also the wait for a
+    reader.
     vision_encode, prefill: the steps that worked on this request, including work on other requests in the same steps.
     ttft: from the arrival, before the media are read, to the first token. tpot: mean time of each later token. latency:
     from the arrival to the last token. preemptions: how often the scheduler preempted the request.

@@ -127,7 +127,7 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Whether the next step is a decode step: the request runs, and only its last token is not computed yet."""
-        has_one_left = len(self.token_ids) - self.num_computed_tokens == 1 and self.num_computed_tokens > 0
+        has_one_left = self.num_uncomputed_tokens == 1 and self.num_computed_tokens > 0
         return has_one_left and self.status is RequestStatus.RUNNING and not self.videos_to_encode
 
     @property

@@ -39,7 +39,7 @@ class RequestStream:
 
     A stream keeps only the answer itself: a slow reader gets longer deltas, and never holds up the engine. `name`
     stands for the request in progress lines. One thread or one task at a time may iterate. `on_finished(stream)` is
-    called before any reader gets the answer or the error, and `on_abort(stream)` after `abort` has ended the request.
+    called before any reader gets the answer or the error.
     """
 
     def __init__(
@@ -48,12 +48,10 @@ class RequestStream:
         name: str,
         n: int,
         on_finished: Callable[["RequestStream"], None],
-        on_abort: Callable[["RequestStream"], None],
     ) -> None:
         self.request_id = request_id
         self.name = name
         self._on_finished = on_finished
-        self._on_abort = on_abort
         self.renew_lock()
         self._completions = [_Completion() for _ in range(n)]
         self._listeners: list[Callable[[RequestStream], None]] = []
@@ -95,8 +93,7 @@ class RequestStream:
 
         A finished request stays as it is.
         """
-        if self.fail(RequestError("the request was aborted")):
-            self._on_abort(self)
+        self.fail(RequestError("the request was aborted"))
 
     def __iter__(self) -> Iterator[CompletionDelta]:
         """Yields what is new, until the request has ended. Raises the request's error. Does not abort when closed."""
@@ -114,20 +111,14 @@ class RequestStream:
 
     async def wait(self) -> RequestOutput:
         """Like `result`, for asyncio. A cancelled task does not abort the request."""
-        async for _ in self:
-            pass
+        with self._changes_in_loop() as news:
+            while not self.is_finished:
+                await news.wait()
+                news.clear()
         return self._finished_output()
 
     async def _iterate_in_loop(self) -> AsyncIterator[CompletionDelta]:
-        loop = asyncio.get_running_loop()
-        news = asyncio.Event()
-
-        def notify(_: RequestStream) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed before the request ended
-                loop.call_soon_threadsafe(news.set)
-
-        self.add_listener(notify)
-        try:
+        with self._changes_in_loop() as news:
             while True:
                 news.clear()
                 for delta in self._take_deltas():
@@ -137,13 +128,28 @@ class RequestStream:
                     return
                 if not self._has_news():
                     await news.wait()
+
+    @contextlib.contextmanager
+    def _changes_in_loop(self) -> Iterator[asyncio.Event]:
+        """An event of the running loop that every change of the stream sets."""
+        loop = asyncio.get_running_loop()
+        news = asyncio.Event()
+
+        def notify(_: RequestStream) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed before the request ended
+                loop.call_soon_threadsafe(news.set)
+
+        self.add_listener(notify)
+        try:
+            yield news
         finally:
             self.remove_listener(notify)
 
     def add_listener(self, listener: Callable[["RequestStream"], None]) -> None:
-        """Call `listener(self)` after every change, on the engine's thread, and at once if there was a change before.
+        """Call `listener(self)` after every change, and at once if there was a change before.
 
-        A listener must return at once and must not raise.
+        The thread that makes the change calls the listener: mostly the engine's thread. A listener must return at once
+        and must not raise.
         """
         with self._changed:
             self._listeners.append(listener)
@@ -156,7 +162,7 @@ class RequestStream:
         with self._changed:
             self._listeners.remove(listener)
 
-    # Written by the output processor, on the engine's thread.
+    # Called by the engine
 
     def extend(
         self,
@@ -166,8 +172,10 @@ class RequestStream:
         logprobs: Sequence[TokenLogprobs],
         finish_reason: str | None,
     ) -> None:
-        """Add tokens to answer `index`. `text` is the whole text so far."""
+        """Add tokens to answer `index`, unless the request was aborted. `text` is the whole text so far."""
         with self._changed:
+            if self.is_finished:
+                return
             completion = self._completions[index]
             completion.text = text
             completion.new_token_ids += token_ids
@@ -194,15 +202,15 @@ class RequestStream:
 
     def _end(self, output: RequestOutput | None, error: PllavaError | None) -> bool:
         with self._changed:
-            is_first = not self.is_finished
-            if is_first:
-                self._output = output
-                self._error = error
-                self._on_finished(self)
+            if self.is_finished:
+                return False
+            self._output = output
+            self._error = error
+            self._on_finished(self)
             self._changed.notify_all()
             self._ended.notify_all()
         self._notify_listeners()
-        return is_first
+        return True
 
     def _notify_listeners(self) -> None:
         for listener in list(self._listeners):

@@ -16,8 +16,8 @@ from atb_pllava.errors import PllavaError
 class RequestWindow:
     """Takes requests from an iterable while fewer than `size` are under way. `answers` yields each one when it ends.
 
-    on_text: called with (number of the request, text so far) when a text grows, by the thread that iterates. The window
-    holds `owner`: an LLM that nobody holds closes its engine.
+    on_text: called with (number of the request, text so far) after new tokens, by the thread that iterates. The text
+    may be the same as before. The window holds `owner`: an LLM that nobody holds closes its engine.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class RequestWindow:
         """Submit requests until the window is full or the iterable ends. Returns whether a request was submitted."""
         submitted = False
         while len(self._streams) < self._size:
-            number, request = next(self._source, (-1, None))
-            if request is None and number < 0:
+            item = next(self._source, None)
+            if item is None:
                 break
-            self._submit(number, request)
+            self._submit(*item)
             submitted = True
         return submitted
 

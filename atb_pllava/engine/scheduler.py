@@ -9,7 +9,7 @@ blocks are freed, and its tokens are computed anew later. Preemption does not ch
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.block_manager import BlockManager, blocks_for, full_block_hashes
@@ -47,13 +47,10 @@ class SchedulerOutput:
     The forward pass has decoding requests with one token each, and prompt chunks as (request, tokens).
     """
 
-    decode: list[Request] = field(default_factory=list)
-    prefill: list[tuple[Request, int]] = field(default_factory=list)
-    encode: list[EncoderChunk] = field(default_factory=list)
-    block_copies: list[tuple[int, int]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill or self.encode)
+    decode: list[Request]
+    prefill: list[tuple[Request, int]]
+    encode: list[EncoderChunk]
+    block_copies: list[tuple[int, int]]
 
     @property
     def work(self) -> list[tuple[Request, int]]:

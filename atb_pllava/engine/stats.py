@@ -59,10 +59,10 @@ class CoreCounters:
 class EngineStats:
     """The engine's state at one moment, and its totals since the start.
 
-    reading: requests whose media are read. waiting, running: requests in the queue, and sequences in the batch.
-    kv_blocks_used: blocks that running sequences hold, of kv_blocks_total. finished and failed count requests.
-    media_seconds: time without work while media were read. idle_seconds: time without any request. The time in steps is
-    core.step_seconds.
+    reading: requests whose media are read or wait for a reader. waiting: requests in the queue. running: sequences in
+    the batch. kv_blocks_used: blocks that running sequences hold, of kv_blocks_total. finished and failed count
+    requests. media_seconds: time without work while media were read. idle_seconds: time without any request. The time
+    in steps is core.step_seconds.
     """
 
     reading: int

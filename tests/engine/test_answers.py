@@ -159,6 +159,12 @@ def test_answers_share_the_prompts_work(checkpoint: Path) -> None:
     assert max(used) <= shared + 8 * own
 
 
+def test_times_of_answers_include_the_prompt(checkpoint: Path) -> None:
+    """The answers are forked in the very step that encodes the video and computes the prompt."""
+    metrics = load_llm(checkpoint).generate(prompts(2)[1], THREE)[0].metrics
+    assert metrics.vision_encode > 0 and metrics.prefill > 0
+
+
 def test_unseeded_answers_differ(checkpoint: Path) -> None:
     llm = load_llm(checkpoint)
     output = llm.generate(prompts(1), replace(THREE, seed=None, n=4))[0]

@@ -264,6 +264,20 @@ def test_async_deltas_join_to_the_answer(llm: LLM, alone: list[RequestOutput]) -
     asyncio.run(ask())
 
 
+def test_wait_leaves_the_deltas_to_the_reader(llm: LLM, gate: Gate, alone: list[RequestOutput]) -> None:
+    async def ask() -> None:
+        stream = llm.engine.submit(request_of(0), PARAMS)
+        wait = asyncio.create_task(stream.wait())
+        await asyncio.to_thread(gate.wait_for_step)
+        await asyncio.to_thread(gate.let)
+        gate.open()
+        output = await wait
+        assert_deltas_make([delta async for delta in stream], output)
+        assert_same_output(output, alone[0])
+
+    asyncio.run(ask())
+
+
 def test_many_streams_in_one_loop_beside_threads(llm: LLM, alone: list[RequestOutput]) -> None:
     async def read(number: int) -> str:
         text = ""
@@ -413,6 +427,45 @@ def test_a_prepared_request_cannot_run_twice_at_once(llm: LLM, gate: Gate, alone
     assert_same_output(again.result(PATIENCE), alone[0])
     assert_same_output(llm.engine.add(request).result(PATIENCE), alone[0])
     assert_idle(llm)
+
+
+def test_a_listener_may_ask_an_aborted_request_again(llm: LLM, gate: Gate, alone: list[RequestOutput]) -> None:
+    request = llm.prepare(request_of(0), PARAMS)
+    stream = llm.engine.add(request)
+    gate.wait_for_step()
+    again: list[RequestStream] = []
+    stream.add_listener(lambda _: again.append(llm.engine.add(request)))
+    stream.abort()
+    gate.open()
+    assert_same_output(again[0].result(PATIENCE), alone[0])
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("interrupted", ["_start_thread", "_reader.submit", "_post"])
+def test_ctrl_c_while_a_request_is_added_leaves_nothing(
+    llm: LLM, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch, interrupted: str, before: bool
+) -> None:
+    """Ctrl-C comes before or after a part of `submit` or `add`. The caller has no stream to abort then."""
+    owner, _, name = interrupted.rpartition(".")
+    part = getattr(llm.engine, owner) if owner else llm.engine
+    work = getattr(part, name)
+    prepared = llm.prepare(request_of(0), LONG)
+
+    def interrupt(*arguments: Any) -> None:
+        monkeypatch.setattr(part, name, work)
+        if not before:
+            work(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(part, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        if name == "_post":
+            llm.engine.add(prepared)
+        else:
+            llm.engine.submit(request_of(0), LONG)
+    assert not llm.engine.has_work
+    assert_still_answers(llm, alone)
 
 
 # Time limits and shutting down
@@ -580,10 +633,59 @@ def test_an_exception_in_a_step_fails_every_request(
     llm.close()
 
 
+def test_a_request_that_comes_while_the_engine_dies_does_not_revive_it(
+    llm: LLM, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llm.engine
+    llm.engine.submit(request_of(3), PARAMS)
+    gate.wait_for_step()
+    thread = engine._thread
+    start_thread = engine._start_thread
+    steps: list[Any] = []
+
+    def start_after_death() -> None:
+        gate.open(RuntimeError("boom"))
+        assert engine._changed.wait_for(lambda: engine.is_dead and not engine.has_work, PATIENCE)
+        assert thread is not None
+        thread.join(PATIENCE)
+        monkeypatch.setattr(engine.core, "step", steps.append)
+        start_thread()
+
+    monkeypatch.setattr(engine, "_start_thread", start_after_death)
+    with pytest.raises(EngineDeadError, match="boom"):
+        engine.submit(request_of(7), PARAMS).result(PATIENCE)
+    assert engine._thread is thread and not steps
+
+
 def test_an_exception_in_a_batch_is_its_own(llm: LLM, gate: Gate) -> None:
     gate.open(RuntimeError("boom"))
     with pytest.raises(EngineDeadError, match="boom"):
         llm.generate([request_of(number) for number in range(6)], PARAMS)
+
+
+def test_a_failed_encoding_leaves_its_video_to_others(
+    llm: LLM, gate: Gate, alone: list[RequestOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = llm.engine.core.executor.runner
+    pool_frames = runner.pool_frames
+
+    def fail(video: int, inverse_indices: Any) -> None:
+        pool_frames(video, inverse_indices)
+        monkeypatch.setattr(runner, "pool_frames", pool_frames)
+        raise MemoryError("no room")
+
+    other = llm.engine.submit(request_of(3), PARAMS)
+    gate.wait_for_step()
+    stream = llm.engine.add(llm.prepare(request_of(0), PARAMS))
+    monkeypatch.setattr(runner, "pool_frames", fail)
+    with ThreadPoolExecutor(1) as thread:
+        encoding = thread.submit(llm.encode_video, FRAMES[0])
+        gate.open()
+        with pytest.raises(MemoryError, match="no room"):
+            encoding.result(PATIENCE)
+    assert_same_output(stream.result(PATIENCE), alone[0])
+    assert_same_output(other.result(PATIENCE), alone[3])
+    assert_idle(llm)
 
 
 def test_an_exception_in_a_call_is_its_own(llm: LLM, alone: list[RequestOutput]) -> None:
