@@ -95,7 +95,7 @@ def predict(arguments: argparse.Namespace) -> int:
             planned = {**planned_settings(arguments, params, workers), "prompt": arguments.prompt}
             log.check(planned, only=True)
             results.check(planned, log)
-        with load_model(arguments, workers) as llm:
+        with load_model(arguments, workers, media_worker_at_load=True) as llm:
             began = time.perf_counter()
             stats_before = llm.engine.stats()
             rows = predict_media(llm, media, arguments.prompt, params, results, log, overwrite, arguments.quiet)

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--logprobs {arguments.logprobs} must be at least 1 and needs --output_json to write to")
     params = replace(sampling_params(arguments), logprobs=arguments.logprobs)
     jobs = [(item, prompt) for item in media for prompt in prompts]
-    with load_model(arguments, workers) as llm:
+    with load_model(arguments, workers, media_worker_at_load=arguments.media is not None) as llm:
         return _ask(llm, jobs, times, params, arguments.output_json, arguments.quiet)
 
 

@@ -28,6 +28,8 @@ def build_engine(args: EngineArgs, rendezvous: Rendezvous | None = None) -> tupl
     conversation = args.prompt.choose(tokenizer.is_chatml)
     workers = args.multimodal.media_workers
     pool = None if workers == 0 else MediaPool(workers)
+    if pool is not None and args.multimodal.media_worker_at_load:
+        pool.start_worker()
     processor = _make_processor(args, config, pool)
     parser = RequestParser(config, tokenizer, conversation, processor, args.engine.max_output_length)
     launcher = Launcher(args.model, args.parallel, rendezvous)

@@ -83,6 +83,14 @@ class MediaPool:
                     os.close(memory)
         return _videos_of(answer, frames, processor, names)
 
+    def start_worker(self) -> None:
+        """Start a worker before a job needs it. Returns at once. Errors of its start come from the job."""
+        with self._lock:
+            if not self._is_closed and not self._workers:
+                worker = WorkerProcess()
+                self._workers.add(worker)
+                self._idle.append(worker)
+
     def close(self) -> None:
         """End all workers. Jobs under way and later ones raise VideoError. May be called several times."""
         with self._lock:

@@ -17,7 +17,8 @@ class MultimodalOptions:
 
     `frame_sampler`: see `frame_sampling.sample_frame_indices`. `resize`: see `transforms.resize_frames`. `limits` None
     means `MediaLimits()`. `media_workers`: see `media_pool.MediaPool`. 0 reads media in this process, which a
-    damaged file may then crash.
+    damaged file may then crash. `media_worker_at_load` starts the first worker while the model loads. Otherwise it
+    starts with the first request that has media.
     """
 
     frame_sampler: str = field(
@@ -43,6 +44,8 @@ class MultimodalOptions:
         default=None,
         metadata=option("processes that read media (default: cores, at most 8; 0: none)"),
     )
+
+    media_worker_at_load: bool = False
 
     def __post_init__(self) -> None:
         check_choice("frame_sampler", self.frame_sampler, FRAME_SAMPLERS)

@@ -253,6 +253,15 @@ def test_workers_start_as_jobs_need_them(failing: MediaPool, clip: Path) -> None
     assert len(failing.pids) == 2
 
 
+def test_a_worker_that_was_started_early_does_the_first_job(pool: MediaPool, clip: Path) -> None:
+    assert not pool.pids
+    pool.start_worker()
+    pool.start_worker()
+    (early,) = pool.pids
+    reader(pool).prepare([str(clip)])
+    assert pool.pids == [early]
+
+
 def test_closing_ends_everything(failing: MediaPool, clip: Path) -> None:
     processor = reader(failing)
     processor.prepare([clip])
