@@ -264,10 +264,8 @@ class Scheduler:
                         scheduled.remove(preempted)
             if request.status is RequestStatus.RUNNING:
                 scheduled.append(request)
-        if not copied_from:
-            return scheduled, []
-        held = {block for request in scheduled for block in request.blocks}
-        return scheduled, [(source, block) for block, source in copied_from.items() if block in held]
+        # A copy for a request that was preempted after it goes into a block that nobody has read from: no harm.
+        return scheduled, [(source, block) for block, source in copied_from.items()]
 
     def _append_slot(self, request: Request, copied_from: dict[int, int]) -> bool:
         """Give a decoding request a slot for its next token. Returns False when a block is needed and none is free.
@@ -283,7 +281,6 @@ class Scheduler:
         if not self.block_manager.num_free_blocks:
             return False
         (block,) = self.block_manager.allocate(1)
-        copied_from.pop(block, None)  # of a request that was preempted in this step
         if not has_block:
             request.blocks.append(block)
             return True
