@@ -237,7 +237,7 @@ class EngineCore:
         """Continue the beams of a request from their logits [beams, vocabulary]. Returns the answer at the end."""
         params = first.params
         if first.search is None:
-            first.times.first_token_time = time.perf_counter()
+            first.times.first_token_time = first.times.first_token_time or time.perf_counter()  # a search may restart
             first.is_forked = True
             first.search = BeamSearch(
                 params.num_beams,
