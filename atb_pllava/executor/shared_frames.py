@@ -38,6 +38,8 @@ def share_memory(parallel: TensorParallel, num_bytes: int = 0) -> np.ndarray | N
 
 def _create(num_bytes: int) -> Path | None:
     """A new file of `num_bytes` bytes that only this user can open. None if the system refuses the file or the room."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return None
     folder = _MEMORY_FOLDER if _MEMORY_FOLDER.is_dir() else Path(tempfile.gettempdir())
     path = folder / f"atb_pllava-{secrets.token_hex(16)}"
     try:
