@@ -243,6 +243,8 @@ def _error_of(answer: Failed, names: Sequence[str]) -> Exception:
         return VideoError(text)
     if answer.kind == "memory":
         return MemoryError(text)
+    if answer.kind == "system":
+        return VideoError(f"{', '.join(names)}: could not be read: {text}")
     return VideoError(f"{', '.join(names)}: not read because of an error in atb_pllava: {text}; please report it")
 
 

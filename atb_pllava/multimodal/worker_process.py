@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class WorkerProcess:
         try:
             self._channel.send(job, descriptor, GRACE_SECONDS)
             while True:
-                message, frames = self._channel.receive(job.limits.max_decode_seconds + GRACE_SECONDS)
+                message, frames = self._channel.receive(_patience(job.limits))
                 if isinstance(message, Done | Failed):
                     return message, frames
                 if not isinstance(message, Started) or not 0 <= message.number < len(names):
@@ -139,7 +140,16 @@ class WorkerProcess:
 def _environment() -> dict[str, str]:
     """This process's environment, with its import path. The worker's folder, where -m looks first, is the package's."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    return {**variables, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+    folders = []
+    for entry in sys.path:
+        with contextlib.suppress(OSError, TypeError):  # relative to a deleted folder, or no path: imports skip both
+            folders.append(os.path.abspath(entry))
+    return {**variables, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def _patience(limits: MediaLimits) -> float:
+    """Seconds to wait for a medium. A socket cannot wait for longer than threading.TIMEOUT_MAX, 292 years."""
+    return min(limits.max_decode_seconds + GRACE_SECONDS, threading.TIMEOUT_MAX / 2)
 
 
 def _too_slow(name: str, limits: MediaLimits) -> str:
