@@ -31,6 +31,10 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _REMEDY = "convert the file again, with ffmpeg for example, or leave it out"
 
 
+class WorkerDiedIdleError(VideoError):
+    """The worker ended before it began to read a medium, so no medium is the cause: another worker may be asked."""
+
+
 class WorkerProcess:
     """A running worker. One thread at a time uses it. Starting returns at once, and `run` waits until it is ready.
 
@@ -73,11 +77,13 @@ class WorkerProcess:
     def run(self, job: Job, descriptor: int | None, names: Sequence[str]) -> tuple[Done | Failed, int | None]:
         """The worker's answer and the descriptor of its frames. `names` are the media's names in messages.
 
-        Raises VideoError, which names the medium, when the worker crashes, hangs or sends nonsense. Raises BackendError
-        when it cannot start. The worker cannot be used after an exception: the caller kills it.
+        Raises VideoError, which names the medium, when the worker crashes, hangs or sends nonsense. The VideoError is a
+        WorkerDiedIdleError when the worker had not begun. Raises BackendError when it cannot start. The worker cannot
+        be used after an exception: the caller kills it.
         """
         self._await_ready()
         name = names[0]
+        lost: type[VideoError] = WorkerDiedIdleError
         try:
             self._channel.send(job, descriptor, GRACE_SECONDS)
             while True:
@@ -87,10 +93,11 @@ class WorkerProcess:
                 if not isinstance(message, Started) or not 0 <= message.number < len(names):
                     raise BadMessageError(type(message).__name__)
                 name = names[message.number]
+                lost = VideoError
         except TimeoutError:
             raise VideoError(_too_slow(name, job.limits)) from None
         except PeerLostError:
-            raise VideoError(f"{name}: the process that read it {self._end()}; {_REMEDY}") from None
+            raise lost(f"{name}: the process that read it {self._end()}; {_REMEDY}") from None
         except BadMessageError as error:
             raise VideoError(f"{name}: the process that read it sent nonsense ({error}); {_REMEDY}") from None
 
