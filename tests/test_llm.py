@@ -137,6 +137,7 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": -1}, RequestError, "end_seconds is -1; it must"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": True}, RequestError, "end_seconds is True"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": np.inf}, RequestError, "start_seconds is inf"),
+        ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": 10**400}, RequestError, "end_seconds is 1000"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "end_seconds": [1, 2]}, RequestError, "given for 2 videos, the req"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": 1, "end_seconds": 0.5}, RequestError, "come first"),
         ({"prompt": PROMPT, "video": "clip2.mp4", "start_seconds": 99}, VideoError, "no frame lies between"),

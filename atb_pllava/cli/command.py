@@ -33,6 +33,7 @@ def run_command(
 
     `interrupted` is the message on Ctrl-C. `no_stdout`, with the reason, is the message when stdout cannot be written.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # answers and file names may not fit the terminal's encoding
@@ -66,6 +67,13 @@ def run_command(
         if rank() == 0:  # torchrun hands the signal to every rank, and ends in a traceback of its own
             print(interrupted, file=sys.stderr)
         return 143 if isinstance(end, Terminated) else 130
+
+
+def _open_closed_streams() -> None:
+    """Drop what is written to a stream that the program was started without (`>&-`): Python has None for it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
 def _level(arguments: argparse.Namespace) -> int:

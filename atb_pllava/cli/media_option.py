@@ -50,6 +50,11 @@ def time_range(arguments: argparse.Namespace) -> dict[str, float]:
     for name, seconds in times.items():
         if not 0 <= seconds < inf:
             raise ConfigError(f"--{name} is {seconds:g}; it must be a number of seconds from 0")
+    if len(times) == 2 and times["start_seconds"] > times["end_seconds"]:
+        raise ConfigError(
+            f"--start_seconds is {times['start_seconds']:g} and --end_seconds {times['end_seconds']:g}; "
+            "the start must come first"
+        )
     return times
 
 

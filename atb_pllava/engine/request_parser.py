@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from math import inf
+from math import inf, nan
 from numbers import Real
 from operator import index
 from typing import Any
@@ -254,9 +254,13 @@ def _seconds_of(request: Mapping[str, Any], key: str, media: int) -> list[float 
 
 def _seconds(key: str, seconds: object) -> float:
     is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    if not is_number or not 0 <= seconds < inf:  # type: ignore[operator]
+    try:
+        value = float(seconds) if is_number else nan  # type: ignore[arg-type]
+    except OverflowError:  # a whole number that no float is near
+        value = inf
+    if not 0 <= value < inf:
         raise RequestError(f"{key} is {seconds!r}; it must be a number of seconds from 0, or one for each video")
-    return float(seconds)  # type: ignore[arg-type]
+    return value
 
 
 def _whole_numbers(values: Sequence[object]) -> list[int]:

@@ -69,14 +69,17 @@ class FrameSelection:
         """The frame numbers in a clip of `total` frames. Raises VideoError when the clip has no such frames."""
         if self.frame_indices is not None:
             return check_indices(self.frame_indices, total, name)
-        indices = sample_frame_indices(
-            total,
-            self.num_frames or 0,
-            self.frame_sampler,
-            fps=fps,
-            start_seconds=self.start_seconds,
-            end_seconds=self.end_seconds,
-        )
+        try:
+            indices = sample_frame_indices(
+                total,
+                self.num_frames or 0,
+                self.frame_sampler,
+                fps=fps,
+                start_seconds=self.start_seconds,
+                end_seconds=self.end_seconds,
+            )
+        except VideoError as error:
+            raise VideoError(f"{name}: {error}") from None
         if self.frame_sampler == "eval" and is_gif:
             # For a GIF, the original removes repeated indices, then repeats the whole sequence.
             return _repeat(sorted(set(indices)), len(indices))
@@ -111,8 +114,10 @@ def _frame_bounds(
     first = 0 if start_seconds is None else max(0, _frame_at(start_seconds, fps or 0.0, "start_seconds"))
     last = total - 1 if end_seconds is None else min(_frame_at(end_seconds, fps or 0.0, "end_seconds"), total - 1)
     if first > last:
-        seconds = f", it is {total / fps:.2f} seconds long" if fps else ""
-        raise VideoError(f"no frame lies between start_seconds {start_seconds} and end_seconds {end_seconds}{seconds}")
+        start = "the start" if start_seconds is None else f"start_seconds {start_seconds:g}"
+        end = "the end" if end_seconds is None else f"end_seconds {end_seconds:g}"
+        length = f", and the clip is {total / fps:.2f} seconds long" if fps else ""
+        raise VideoError(f"no frame lies between {start} and {end}{length}")
     return first, last
 
 

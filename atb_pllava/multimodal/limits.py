@@ -4,14 +4,20 @@ Every message names the number that was found, the limit, and the field of Media
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 
-from atb_pllava.errors import VideoError
+from atb_pllava.errors import ConfigError, VideoError
+
+_LARGEST = 2**62  # a larger whole number fits into no message to a media worker
 
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """The largest media that are read. Every limit but the deadline is checked before frames are decoded."""
+    """The largest media that are read. Every limit but the deadline is checked before frames are decoded.
+
+    Limits may be whole numbers or floats, also infinity, and numpy's numbers. Raises ConfigError for anything else.
+    """
 
     max_bytes: int = 512 * 2**20  # size of the file
     max_side: int = 8192  # pixels of the longer side
@@ -22,6 +28,15 @@ class MediaLimits:
     max_sampled_frames: int = 64  # frames taken from one video or image
     max_clip_bytes: int = 2 * 2**30  # decoded frames held at once, T * H * W * 3
     max_decode_seconds: float = 120.0  # wall-clock time for reading one file
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number or not value >= 0:
+                raise ConfigError(f"limit {field.name} is {value!r}; it must be a number of at least 0")
+            kind = int if isinstance(field.default, int) else float
+            object.__setattr__(self, field.name, kind(min(value, _LARGEST)))
 
 
 def check_size(width: int, height: int, name: str, limits: MediaLimits) -> None:

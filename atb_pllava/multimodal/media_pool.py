@@ -35,7 +35,7 @@ from atb_pllava.multimodal.worker_messages import (
     Job,
     PathMedium,
 )
-from atb_pllava.multimodal.worker_process import WorkerProcess
+from atb_pllava.multimodal.worker_process import WorkerDiedIdleError, WorkerProcess
 
 _USUAL_WORKERS = 8  # at most, by default: more readers than that wait for memory and disks
 
@@ -77,7 +77,10 @@ class MediaPool:
         with self._slots:
             memory = share(contents) if contents else None
             try:
-                answer, frames = self._ask(job, memory, names)
+                try:
+                    answer, frames = self._ask(job, memory, names)
+                except WorkerDiedIdleError:
+                    answer, frames = self._ask(job, memory, names)
             finally:
                 if memory is not None:
                     os.close(memory)
@@ -251,6 +254,8 @@ def _error_of(answer: Failed, names: Sequence[str]) -> Exception:
         return VideoError(text)
     if answer.kind == "memory":
         return MemoryError(text)
+    if answer.kind == "system":
+        return VideoError(f"{', '.join(names)}: could not be read: {text}")
     return VideoError(f"{', '.join(names)}: not read because of an error in atb_pllava: {text}; please report it")
 
 

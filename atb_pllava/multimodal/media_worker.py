@@ -116,6 +116,8 @@ def _failure(error: Exception, log: _LogLines) -> Failed:
         kind = "media"
     elif isinstance(error, MemoryError):
         kind = "memory"
+    elif isinstance(error, OSError):  # no thread, descriptor or shared memory is left
+        kind = "system"
     else:
         kind = "bug"
         logger.error("a media worker failed: %s", error, exc_info=error)

@@ -35,6 +35,7 @@ FIXED_SKIPPING = frozenset(["libdav1d"])  # decoders that read skip_frame once, 
 DEFAULT_STREAM = 0x1  # AV_DISPOSITION_DEFAULT
 USUAL_THREADS = 8  # at most. Each thread holds a frame, or the frames of a decoder
 MAX_THREADS = 64
+_MOST_PIXELS = 2**31 - 1  # FFmpeg refuses a larger value of its option max_pixels (libavcodec/options_table.h)
 ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a cover, not a video
 
 
@@ -140,7 +141,7 @@ def open_stream(video: VideoFile, decoders: int = 1) -> Iterator[VideoStream]:
     with container:
         stream = _choose_stream(container, video)
         _check_limits(stream, video)
-        stream.codec_context.options = {"max_pixels": str(video.limits.max_pixels // decoders)}
+        stream.codec_context.options = {"max_pixels": str(min(video.limits.max_pixels, _MOST_PIXELS) // decoders)}
         stream.codec_context.thread_type = "AUTO"
         stream.codec_context.thread_count = max(1, video.threads // decoders)
         yield VideoStream(video, container, stream)

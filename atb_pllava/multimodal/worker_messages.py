@@ -84,7 +84,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The error of a job. kind: "media" for a VideoError, "memory" for a MemoryError, "bug" for any other error."""
+    """The error of a job. `media_pool` makes an exception of each `kind`."""
 
     kind: str
     text: bytes

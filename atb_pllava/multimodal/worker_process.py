@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,10 @@ GRACE_SECONDS = 15.0  # beyond max_decode_seconds, for a last frame, for resizin
 _EXIT_SECONDS = 5.0  # a killed process in an uninterruptible read ends later
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _REMEDY = "convert the file again, with ffmpeg for example, or leave it out"
+
+
+class WorkerDiedIdleError(VideoError):
+    """The worker ended before it began to read a medium, so no medium is the cause: another worker may be asked."""
 
 
 class WorkerProcess:
@@ -72,24 +77,27 @@ class WorkerProcess:
     def run(self, job: Job, descriptor: int | None, names: Sequence[str]) -> tuple[Done | Failed, int | None]:
         """The worker's answer and the descriptor of its frames. `names` are the media's names in messages.
 
-        Raises VideoError, which names the medium, when the worker crashes, hangs or sends nonsense. Raises BackendError
-        when it cannot start. The worker cannot be used after an exception: the caller kills it.
+        Raises VideoError, which names the medium, when the worker crashes, hangs or sends nonsense. The VideoError is a
+        WorkerDiedIdleError when the worker had not begun. Raises BackendError when it cannot start. The worker cannot
+        be used after an exception: the caller kills it.
         """
         self._await_ready()
         name = names[0]
+        lost: type[VideoError] = WorkerDiedIdleError
         try:
             self._channel.send(job, descriptor, GRACE_SECONDS)
             while True:
-                message, frames = self._channel.receive(job.limits.max_decode_seconds + GRACE_SECONDS)
+                message, frames = self._channel.receive(_patience(job.limits))
                 if isinstance(message, Done | Failed):
                     return message, frames
                 if not isinstance(message, Started) or not 0 <= message.number < len(names):
                     raise BadMessageError(type(message).__name__)
                 name = names[message.number]
+                lost = VideoError
         except TimeoutError:
             raise VideoError(_too_slow(name, job.limits)) from None
         except PeerLostError:
-            raise VideoError(f"{name}: the process that read it {self._end()}; {_REMEDY}") from None
+            raise lost(f"{name}: the process that read it {self._end()}; {_REMEDY}") from None
         except BadMessageError as error:
             raise VideoError(f"{name}: the process that read it sent nonsense ({error}); {_REMEDY}") from None
 
@@ -139,7 +147,16 @@ class WorkerProcess:
 def _environment() -> dict[str, str]:
     """This process's environment, with its import path. The worker's folder, where -m looks first, is the package's."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-    return {**variables, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+    folders = []
+    for entry in sys.path:
+        with contextlib.suppress(OSError, TypeError):  # relative to a deleted folder, or no path: imports skip both
+            folders.append(os.path.abspath(entry))
+    return {**variables, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def _patience(limits: MediaLimits) -> float:
+    """Seconds to wait for a medium. A socket cannot wait for longer than threading.TIMEOUT_MAX, 292 years."""
+    return min(limits.max_decode_seconds + GRACE_SECONDS, threading.TIMEOUT_MAX / 2)
 
 
 def _too_slow(name: str, limits: MediaLimits) -> str:

@@ -84,7 +84,8 @@ def test_part_of_each_video(capsys, options, media: Path, tmp_path: Path) -> Non
     for times, message in (
         (["--start_seconds", "-1"], "--start_seconds is -1; it must be a number of seconds from 0"),
         (["--end_seconds", "nan"], "--end_seconds is nan; it must be a number of seconds from 0"),
-        (["--start_seconds", 99], "no frame lies between start_seconds 99"),
+        (["--start_seconds", 2, "--end_seconds", 1], "--start_seconds is 2 and --end_seconds 1; the start must come"),
+        (["--start_seconds", 99], "clip2.mp4: no frame lies between start_seconds 99 and the end"),
     ):
         status, _, err = run(capsys, *options, *words, *times)
         assert status == 2 and message in err

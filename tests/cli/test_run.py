@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,9 @@ def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, mon
     with caplog.at_level(logging.INFO, logger="atb_pllava"):
         answers = dict(llm.generate_iter(requests, PARAMS))
     lines = [record.getMessage() for record in caplog.records]
-    assert any(re.fullmatch(r"\[clip2\]: encoding frames 1 to 2 of 4(, for [\d.]+ s so far)?", line) for line in lines)
+    assert any(
+        re.fullmatch(r"\[clip2\]: encoding frames 1 to 2 of 4(, for [\d.]+ s so far)?(;.*)?", line) for line in lines
+    )
     assert any(line.startswith("[clip2]: encoding frames 3 to 4 of 4") for line in lines)
     assert any(line.startswith("[clip10]: encoding frame") for line in lines)
     assert any(re.search(r"\]: token \d of at most 6.*; [12] answers? being written", line) for line in lines)
@@ -283,6 +286,16 @@ def test_a_failure_is_told_once_wherever_one_looks(options, media: Path, tmp_pat
     if not together:
         (line,) = [line for line in done.stderr.splitlines() if "error" in line]
         assert line.startswith(f"error: 2 of 3 failed, the first: [1/3] {tmp_path}/a.mp4: ")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_run_without_stdout_or_stderr_writes_its_file(options, media: Path, tmp_path: Path, closed: str) -> None:
+    target = tmp_path / "answers.json"
+    words = ["run", *options, "--media", media / "clip2.mp4", "--max_output_length", 2, "--output_json", target]
+    command = shlex.join([sys.executable, "-m", "atb_pllava", *map(str, words)])
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=ROOT, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "ready after" not in done.stdout
+    assert len(read_rows(target)) == 1
 
 
 # Rows

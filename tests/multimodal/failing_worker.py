@@ -1,5 +1,6 @@
 """A media worker that fails as the name of a file says. Tests start it in place of the real one."""
 
+import errno
 import logging
 import os
 import resource
@@ -37,6 +38,8 @@ def fail(item: object) -> None:
         raise TypeError("of the reader")
     elif name.startswith("memory"):
         raise MemoryError("none is left")
+    elif name.startswith("system"):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))  # what PyAV raises when no thread is granted
     elif name.startswith("warn"):
         logging.getLogger("atb_pllava.multimodal.video").warning("%s: damaged a bit", item)
 

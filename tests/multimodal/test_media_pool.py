@@ -125,6 +125,27 @@ def test_relative_and_strange_file_names(pool: MediaPool, clip: Path, monkeypatc
     assert strange in str(error.value)
 
 
+def test_a_deleted_working_folder(pool: MediaPool, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = clip.parent / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    monkeypatch.setattr(sys, "path", ["", *sys.path, 5])  # "" as in `python -c`; imports skip what is no text
+    assert_same(reader(pool).prepare([clip]), HERE.prepare([clip]))
+
+
+@pytest.mark.parametrize("value", [2e9, np.float32(2e9), np.int64(2**40), 10**30, float("inf")])
+def test_limits_of_every_kind_of_number(pool: MediaPool, clip: Path, value: float) -> None:
+    limits = MediaLimits(**dict.fromkeys(vars(MediaLimits()), value))
+    assert_same(reader(pool, limits=limits).prepare([clip]), HERE.prepare([clip]))
+
+
+@pytest.mark.parametrize("value", [None, "5", True, -1, float("nan")])
+def test_a_limit_that_is_no_number(value: object) -> None:
+    with pytest.raises(ConfigError, match="limit max_side is .*; it must be a number of at least 0"):
+        MediaLimits(max_side=value)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "media, indices, times",
     [
@@ -209,6 +230,8 @@ def test_a_worker_that_hangs_is_killed(failing: MediaPool, clip: Path, monkeypat
 def test_other_errors_of_a_worker(failing: MediaPool, clip: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(MemoryError, match="^none is left$"):
         reader(failing).prepare([named(clip, "memory.mp4")])
+    with pytest.raises(VideoError, match=r"system.mp4: could not be read: .*Resource temporarily unavailable$"):
+        reader(failing).prepare([named(clip, "system.mp4")])
     bad = named(clip, "bug.mp4")
     with pytest.raises(VideoError, match=f"{bad}: .*error in atb_pllava: TypeError: of the reader; please report"):
         reader(failing).prepare([bad])
@@ -225,12 +248,15 @@ def test_a_worker_that_cannot_start(pool: MediaPool, clip: Path, monkeypatch: py
         reader(pool).prepare([clip])
 
 
-def test_an_idle_worker_that_died_is_replaced(pool: MediaPool, clip: Path) -> None:
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
+def test_an_idle_worker_that_died_is_replaced(pool: MediaPool, clip: Path, monkeypatch, seen: bool) -> None:
     processor = reader(pool)
     expected = processor.prepare([clip])
     (pid,) = pool.pids
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_running(pid))
+    if not seen:  # the system cannot be asked about a process whose threads are still ending
+        monkeypatch.setattr(f"{WORKER}.WorkerProcess.is_alive", True)
     assert_same(processor.prepare([clip]), expected)
     assert len(pool.pids) == 1 and pool.pids != [pid]
 

@@ -397,7 +397,11 @@ def test_duration_and_count_bombs(tmp_path):
         ({"frame_sampler": "npu", "start_seconds": 1}, "need frame_sampler 'demo' or 'eval'"),
         ({"frame_sampler": "eval", "start_seconds": float("nan")}, "start_seconds is nan"),
         ({"frame_sampler": "eval", "end_seconds": float("inf")}, "end_seconds is inf"),
-        ({"frame_sampler": "eval", "start_seconds": 3, "end_seconds": 1}, "no frame lies between"),
+        (
+            {"frame_sampler": "eval", "start_seconds": 3, "end_seconds": 1},
+            "a.mp4: no frame lies between start_seconds 3 and end_seconds 1, and the clip is 10.00 seconds long",
+        ),
+        ({"start_seconds": 99}, "no frame lies between start_seconds 99 and the end,"),
         ({"frame_indices": []}, "the number of frame_indices is 0"),
         ({"frame_indices": [0] * 65}, "the number of frame_indices is 65"),
         ({"frame_indices": [10]}, "frame index 10 is not a frame number; they go from 0 to 9"),
