@@ -62,7 +62,7 @@ class ModelOptions:
     )
     backend: str = field(
         default="auto",
-        metadata=option("cpu, cuda, ascend; auto (default): the best one here", metavar="NAME", choices=BACKENDS),
+        metadata=option("cpu, cuda, ascend; auto (default): the best here", metavar="NAME", choices=BACKENDS),
     )
     kernels: str = field(
         default="auto",
