@@ -48,6 +48,8 @@ MUTATIONS = [
     ("lengths are not updated before a replay", B, ascend_graph, "if self._has_host_lengths:", "if False:"),
     ("old lengths at a replay", B, ascend_graph, "list(context_lens)}", "[1] * len(context_lens)}"),
     ("sine and cosine change places", ALL, ascend_rotary, "cat((self._cos, self._sin))", "cat((self._sin, self._cos))"),
+    ("a step has the angles of the first", ALL, ascend, "rotary_tables=RotaryTables(cos, sin)",
+     'rotary_tables=self.__dict__.setdefault("tables", RotaryTables(cos, sin))'),
     ("tables in float32", ALL, ascend_rotary, ".to(dtype)", ""),
     ("the rotated copies are dropped", ALL, ascend, "return rotated[0][0], rotated[1][0]", "return query, keys"),
     ("the sum is returned as the norm", ALL, ascend, "normed, _, total =", "total, _, normed ="),

@@ -44,7 +44,7 @@ REQUESTS = [
     {"prompt": LONG + " again"},  # the first block is in the cache
 ]
 GREEDY = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=-1)
-# Head dimension 32, which npu_apply_rotary_pos_emb does not take, and 128 and 64, which it takes.
+# Head dimension 32, which npu_apply_rotary_pos_emb does not take, and 128, which it takes.
 SHAPES = {
     "gqa": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192},
     "wide": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128},
@@ -52,7 +52,7 @@ SHAPES = {
         "hidden_size": 128,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 64,
+        "head_dim": 128,
         "intermediate_size": 192,
     },
 }
@@ -62,7 +62,7 @@ WEIGHTS = {
     "grouped": ConvertOptions("pllava_w8a16", symmetric=False, group_size=64),
 }
 # Weights whose answers hold no near tie: the second best token is always 0.06 or more behind, in log-probability.
-SEEDS = {"gqa": 5, "wide": 3, "symmetric": 9, "asymmetric": 9, "grouped": 9}
+SEEDS = {"gqa": 5, "wide": 3, "symmetric": 13, "asymmetric": 25, "grouped": 25}
 
 
 def calm(path: Path) -> Path:

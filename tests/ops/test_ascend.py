@@ -162,8 +162,9 @@ def test_groups_become_float_where_the_operator_has_none(caplog: pytest.LogCaptu
         (38, 38, 128, "bfloat16", "910B", False),  # 196608 bytes: all of the unified buffer, of which CANN keeps some
         (40, 40, 128, "float16", "310P", True),
         (32, 32, 96, "float16", "910B", False),
-        (4, 2, 64, "float16", "910B", True),
-        (128, 128, 64, "float16", "910B", False),
+        (4, 2, 64, "float16", "910B", False),
+        (128, 16, 128, "float16", "910B", True),
+        (128, 32, 128, "float16", "910B", False),
     ],
 )
 def test_heads_that_one_call_rotates(heads: int, kv_heads: int, dim: int, dtype: str, chip: str, fits: bool) -> None:

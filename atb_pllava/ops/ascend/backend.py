@@ -9,6 +9,7 @@ kernels refuse the arguments that the documentation refuses. Some questions are 
 - Does graph capture work with several ranks, whose all-reduces are captured too? Does capture work on 310P at all?
 - Does paged attention of 310P accept the padded rows of a captured batch, which read one token of block 0?
 - Does 310P's _npu_flash_attention_unpad need a multiple of 16 rows, like _npu_flash_attention? Rows are padded so.
+- Is npu_apply_rotary_pos_emb captured like other operators? It works in place, and its schema does not say so.
 - Does the fused operator need a cache of at least as many blocks as the block tables list, if sequences share blocks?
 - How soon do the other ranks end if a rank dies within a collective? HCCL waits for HCCL_EXEC_TIMEOUT.
 """

@@ -12,7 +12,7 @@ takes 4 operators more, which cast queries and keys. `tests/ascend/test_rotary.p
 import torch
 from torch import Tensor
 
-HEAD_DIMS = (64, 128)  # of npu_apply_rotary_pos_emb on 910B and 310P, from the docstring of torch_npu 2.13
+_HEAD_DIM = 128  # aclnnApplyRotaryPosEmb of CANN 8 takes no other. Its later documents add 64, which no PLLaVA has
 _MOST_HEADS = 255  # queries' and keys' heads together are the 8-bit repeat count of the kernel's products
 
 
@@ -47,4 +47,4 @@ def fits_one_call(query: Tensor, keys: Tensor, unified_buffer: int) -> bool:
     is_cast = query.dtype == torch.bfloat16
     computed = 4 if is_cast else query.element_size()
     tables = 4 * dim * query.element_size() + (2 * dim * computed if is_cast else 0)
-    return dim in HEAD_DIMS and heads <= _MOST_HEADS and 5 * heads * dim * computed + tables <= unified_buffer
+    return dim == _HEAD_DIM and heads <= _MOST_HEADS and 5 * heads * dim * computed + tables <= unified_buffer
