@@ -312,7 +312,7 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Rotate query [N, H, D] and keys [N, K, D], and store the rotated keys and the values.
 
-        Returns the rotated query and keys.
+        Returns the rotated query and keys. The call may overwrite query and keys.
         """
         query = self.rotary(query, metadata.cos, metadata.sin)
         keys = self.rotary(keys, metadata.cos, metadata.sin)

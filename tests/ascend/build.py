@@ -60,6 +60,13 @@ def missing_symbols(torch_npu: Path) -> list[str]:
     return sorted(name for name in needed if name and not name.startswith(("Py", "_Py")))
 
 
+def has_cuda() -> bool:
+    """Whether this Python's torch was built for CUDA."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
 def compiler() -> list[str] | None:
     """The command of a C compiler."""
     if os.environ.get("CC"):

@@ -87,7 +87,12 @@ class Recording:
 
 
 class Machine:
-    """The device of this process. `ran` counts what has run: reference kernels by name, replays, collectives."""
+    """The device of this process.
+
+    `ran` counts what has run: reference kernels by name, replays, collectives.
+    `launched` counts every operator that the host launches, torch's own included, by name. Views and empty tensors
+    launch nothing.
+    """
 
     def __init__(self, library: ctypes.CDLL, torch: Any, torch_npu: Any) -> None:
         self.torch = torch
@@ -99,6 +104,7 @@ class Machine:
         self.updating = False
         self.can_capture = True
         self.ran: Counter[str] = Counter()
+        self.launched: Counter[str] = Counter()
         self._hook = _HOOK(self._called)
         library.stand_in_set_hook(self._hook)
         self._libraries: list[Any] = []
@@ -218,6 +224,7 @@ class Machine:
 
     def call(self, kernel: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run or record a kernel on device tensors. An argument that the kernel returns stays the same tensor."""
+        self.launched[kernel.__name__] += 1
         tree = self.torch.utils._pytree
         leaves, spec = tree.tree_flatten((args, kwargs))
         found = [self.address(x) if self._on_device(x) else x for x in leaves]
@@ -330,7 +337,7 @@ class Machine:
         if not self._on_device(target):
             target.copy_(self.on_host(self.address(source)))
             return target
-        return self.call(_copy_kernel, (target, source), {})
+        return self.call(copy, (target, source), {})
 
     def _to_copy(
         self, source: Any, *, dtype: Any = None, device: Any = None, memory_format: Any = None, **_: Any
@@ -360,6 +367,7 @@ class Machine:
             self.ran[kernel.__name__] += 1
             return kernel(*args, **kwargs)
 
+        counted.__name__ = kernel.__name__
         return lambda *args, **kwargs: self.call(counted, args, kwargs)
 
 
@@ -376,7 +384,7 @@ def _is_dense(tensor: Any) -> bool:
     return True
 
 
-def _copy_kernel(target: Any, source: Any) -> Any:
+def copy(target: Any, source: Any) -> Any:
     return target.copy_(source)
 
 

@@ -30,8 +30,11 @@ def for_soc(torch: Any, soc: int) -> dict[str, Callable[..., Any]]:
     rules = Rules(torch, soc in P310)
     return {
         "npu::npu_rms_norm": rules.rms_norm,
+        "npu::npu_add_rms_norm": rules.add_rms_norm,
+        "npu::npu_apply_rotary_pos_emb": rules.apply_rotary_pos_emb,
         "npu::npu_rotary_mul": rules.rotary_mul,
         "npu::npu_swiglu": rules.swiglu,
+        "npu::npu_fast_gelu": rules.fast_gelu,
         "npu::npu_weight_quant_batchmatmul": rules.weight_quant_batchmatmul,
         "npu::npu_fused_infer_attention_score": rules.fused_infer_attention,
         "npu::npu_fused_infer_attention_score.out": rules.fused_infer_attention_out,
@@ -108,6 +111,60 @@ class Rules:
         wide = input.float()
         rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
         return (wide * rstd * gamma.float()).to(input.dtype), rstd
+
+    def add_rms_norm(self, x1: Any, x2: Any, gamma: Any, epsilon: float = 1e-6) -> Any:
+        """aclnnAddRmsNorm. The kernel rounds the sum before the norm (add_rms_norm_merge_n.h)."""
+        torch = self.torch
+        self.on_device("npu_add_rms_norm: x1, x2 and gamma", x1, x2, gamma)
+        self.kinds("npu_add_rms_norm", {*self.half, torch.float32}, x1, x2, gamma)
+        need(x1.shape == x2.shape and 1 <= x1.dim() <= 8, f"x1 is {tuple(x1.shape)}, x2 {tuple(x2.shape)}")
+        need(x1.numel() > 0, "npu_add_rms_norm of nothing")
+        need(gamma.shape == x1.shape[-1:], f"gamma is {tuple(gamma.shape)} for {tuple(x1.shape)}")
+        need(epsilon >= 0, "epsilon must not be negative")
+        total = x1 + x2
+        wide = total.float()
+        rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        normed = (wide * rstd).to(x1.dtype) * gamma
+        return normed, rstd.fill_(float("nan")) if self.is_310p else rstd, total
+
+    def apply_rotary_pos_emb(
+        self, query: Any, key: Any, cos: Any, sin: Any, layout: str = "BSND", rotary_mode: str = "half"
+    ) -> Any:
+        """In place, whatever the schema says. float16 is computed in float16, bfloat16 in float32, as the kernel does.
+
+        Sources: torch_npu's docstring, aclnnApplyRotaryPosEmb's document for the unified buffer, the kernel.
+        """
+        torch = self.torch
+        tensors = (query, key, cos, sin)
+        self.on_device("npu_apply_rotary_pos_emb: inputs", *tensors)
+        self.kinds("npu_apply_rotary_pos_emb", {*self.half, torch.float32}, *tensors)
+        need(layout in ("BSND", "BSH") and rotary_mode == "half", "only layout BSND and mode half are modelled")
+        need(all(x.dim() == 4 and x.numel() > 0 for x in tensors), "inputs must be 4-D and not empty")
+        need(len({x.shape[:2] for x in tensors}) == 1, f"B and S differ: {[tuple(x.shape) for x in tensors]}")
+        need(cos.shape == sin.shape and cos.shape[2] == 1, f"cos is {tuple(cos.shape)}, its third axis must be 1")
+        dim = query.shape[3]
+        need(dim in (64, 128) and {x.shape[3] for x in tensors} == {dim}, f"D is {dim}; it must be 64 or 128")
+        heads = query.shape[2] + key.shape[2]
+        need(heads <= 255, f"{heads} heads; the operator takes 255")
+        is_cast = query.dtype == torch.bfloat16
+        size = 4 if is_cast else query.element_size()
+        used = 5 * heads * dim * size + 4 * dim * query.element_size() + is_cast * 2 * dim * 4
+        room = 261888 if self.is_310p else 196352
+        need(used <= room, f"the heads of a token take {used} bytes of a unified buffer of {room}")
+        computed = torch.float32 if is_cast else query.dtype
+        for x in (query, key):
+            first, second = x.chunk(2, -1)
+            turned = torch.cat((-second, first), -1).to(computed) * sin.to(computed)
+            x.copy_(turned + x.to(computed) * cos.to(computed))
+        return query, key
+
+    def fast_gelu(self, input: Any) -> Any:
+        """aclnnFastGelu: x / (1 + exp(-1.702 x)). Its document excludes 310P."""
+        self.only_a2("npu_fast_gelu")
+        self.on_device("npu_fast_gelu: input", input)
+        self.kinds("npu_fast_gelu", {*self.half, self.torch.float32}, input)
+        wide = input.float()
+        return (wide / (1 + (-1.702 * wide).exp())).to(input.dtype)
 
     def rotary_mul(self, input: Any, r1: Any, r2: Any, rotary_mode: str = "half", rotate: Any = None) -> Any:
         torch = self.torch

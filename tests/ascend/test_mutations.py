@@ -16,11 +16,13 @@ if "STAND_IN_LIBRARIES" not in os.environ:
 from test_on_npu import IS_310P, MACHINE, answers, check_equal, models  # noqa: F401
 
 import atb_pllava.ops.registry
+from atb_pllava.errors import BackendError
 from atb_pllava.executor import graph_runner, model_runner
 from atb_pllava.ops.ascend import attention as ascend_attention
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend import graph as ascend_graph
 from atb_pllava.ops.ascend import int8 as ascend_int8
+from atb_pllava.ops.ascend import rotary as ascend_rotary
 
 B = ("910B",)
 P = ("310P",)
@@ -45,7 +47,16 @@ MUTATIONS = [
     ("the layout of another tensor", B, ascend_attention, 'input_layout="BSH"', 'input_layout="BSND"'),
     ("lengths are not updated before a replay", B, ascend_graph, "if self._has_host_lengths:", "if False:"),
     ("old lengths at a replay", B, ascend_graph, "list(context_lens)}", "[1] * len(context_lens)}"),
-    ("sine and cosine change places", B, ascend, "cos=_for_rotary_mul(cos)", "cos=_for_rotary_mul(sin)"),
+    ("sine and cosine change places", ALL, ascend_rotary, "cat((self._cos, self._sin))", "cat((self._sin, self._cos))"),
+    ("a step has the angles of the first", ALL, ascend, "rotary_tables=RotaryTables(cos, sin)",
+     'rotary_tables=self.__dict__.setdefault("tables", RotaryTables(cos, sin))'),
+    ("tables in float32", ALL, ascend_rotary, ".to(dtype)", ""),
+    ("the rotated copies are dropped", ALL, ascend, "return rotated[0][0], rotated[1][0]", "return query, keys"),
+    ("the sum is returned as the norm", ALL, ascend, "normed, _, total =", "total, _, normed ="),
+    ("the residual is not added", ALL, ascend, "npu_add_rms_norm(x, residual,", "npu_add_rms_norm(x, x,"),
+    ("the second result of the norm", ALL, ascend, "normed, _, total =", "_, normed, total ="),
+    ("another activation", B, ascend, "npu_fast_gelu(x)", "npu_fast_gelu(-x)"),
+    ("gate and up change places", B, ascend, "npu_swiglu(gate_up,", "npu_swiglu(gate_up.flip(-1),"),
     ("context lengths stay on the host", P, ascend, "device_context_lens.int()", "device_context_lens.int().cpu()"),
     ("query lengths on the device", P, ascend_attention, "torch.tensor(lengths, dtype=torch.int32)",
      "torch.tensor(lengths, dtype=torch.int32).to(query.device)"),
@@ -61,7 +72,13 @@ MUTATIONS = [
 HERE = [m for m in MUTATIONS if ("310P" if IS_310P else "910B") in m[1]]
 
 
-SEAMS = (ascend_int8, ascend_graph, ascend_attention, ascend)  # the backend's module comes last: it imports the others
+SEAMS = (
+    ascend_int8,
+    ascend_graph,
+    ascend_attention,
+    ascend_rotary,
+    ascend,
+)  # the backend's module comes last: it imports the others
 
 
 def fresh(module: ModuleType, old: str = "", new: str = "") -> ModuleType:
@@ -113,6 +130,6 @@ def test_unchanged_is_green(models, module, expected, monkeypatch, caplog) -> No
 @pytest.mark.parametrize(("name", "chips", "module", "old", "new"), HERE, ids=[m[0] for m in HERE])
 def test_turns_red(models, name, chips, module, old, new, expected, monkeypatch, caplog) -> None:  # noqa: F811
     mutate(module, old, new, monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError, TypeError)) as failure:
+    with pytest.raises((AssertionError, RuntimeError, TypeError, BackendError)) as failure:
         run(models["asymmetric"], expected, caplog)
     print(f"{name}: {str(failure.value).splitlines()[0][:150]}")

@@ -22,6 +22,7 @@ from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend import runtime
 from atb_pllava.ops.ascend.attention import pad_rows
 from atb_pllava.ops.ascend.chips import CHIPS, chip_of
+from atb_pllava.ops.ascend.rotary import RotaryTables, fits_one_call
 from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight, quantise
 from atb_pllava.ops.interface import CapturedGraph, Feature, LayerCache
@@ -148,6 +149,36 @@ def test_groups_become_float_where_the_operator_has_none(caplog: pytest.LogCaptu
     assert_close(backend.pack(weight), weight.dequantise())
     backend.pack(weight)
     assert caplog.text.count("convert without -group_size") == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "dtype", "chip", "fits"),
+    [
+        (32, 32, 128, "bfloat16", "910B", True),  # 7B
+        (40, 40, 128, "bfloat16", "910B", False),  # 13B: 206848 bytes of 196352
+        (40, 40, 128, "float16", "910B", True),
+        (20, 20, 128, "bfloat16", "910B", True),  # 13B on two devices
+        (56, 8, 128, "bfloat16", "910B", True),  # 34B
+        (38, 38, 128, "bfloat16", "910B", False),  # 196608 bytes: all of the unified buffer, of which CANN keeps some
+        (40, 40, 128, "float16", "310P", True),
+        (32, 32, 96, "float16", "910B", False),
+        (4, 2, 64, "float16", "910B", False),
+        (128, 16, 128, "float16", "910B", True),
+        (128, 32, 128, "float16", "910B", False),
+    ],
+)
+def test_heads_that_one_call_rotates(heads: int, kv_heads: int, dim: int, dtype: str, chip: str, fits: bool) -> None:
+    query, keys = (torch.empty(2, n, dim, dtype=getattr(torch, dtype)) for n in (heads, kv_heads))
+    assert fits_one_call(query, keys, backend_of(chip).chip.unified_buffer) is fits
+
+
+def test_rotary_tables_have_both_halves_of_a_head_and_are_made_once() -> None:
+    cos, sin = torch.randn(2, 5, 16)
+    tables = RotaryTables(cos, sin)
+    for table, made in zip((cos, sin), tables.of(torch.bfloat16), strict=True):
+        assert made.shape == (1, 5, 1, 32) and made.is_contiguous()
+        assert torch.equal(made[0, :, 0, :16], table.bfloat16()) and torch.equal(made[..., 16:], made[..., :16])
+    assert tables.of(torch.bfloat16) is tables.of(torch.bfloat16)
 
 
 @pytest.mark.parametrize(

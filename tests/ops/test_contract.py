@@ -145,7 +145,7 @@ def test_fused_operators_equal_their_parts(kernels: str, dtype: torch.dtype) -> 
         part.zero_()
     slot_mapping = torch.tensor([0, 1, 2, 3, 7])
     metadata = AttentionMetadata(slot_mapping, None, None, cos, sin)  # type: ignore[arg-type]
-    rotated = ops.rotary_and_write_kv(query, keys, values, cache, metadata)
+    rotated = ops.rotary_and_write_kv(query.clone(), keys.clone(), values, cache, metadata)
     ops.write_kv(ops.rotary(keys, cos, sin), values, expected, slot_mapping)
     assert torch.equal(rotated[0], ops.rotary(query, cos, sin)) and torch.equal(rotated[1], ops.rotary(keys, cos, sin))
     for part, other in zip(cache, expected, strict=True):

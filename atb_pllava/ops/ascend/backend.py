@@ -9,6 +9,7 @@ kernels refuse the arguments that the documentation refuses. Some questions are 
 - Does graph capture work with several ranks, whose all-reduces are captured too? Does capture work on 310P at all?
 - Does paged attention of 310P accept the padded rows of a captured batch, which read one token of block 0?
 - Does 310P's _npu_flash_attention_unpad need a multiple of 16 rows, like _npu_flash_attention? Rows are padded so.
+- Is npu_apply_rotary_pos_emb captured like other operators? It works in place, and its schema does not say so.
 - Does the fused operator need a cache of at least as many blocks as the block tables list, if sequences share blocks?
 - How soon do the other ranks end if a rank dies within a collective? HCCL waits for HCCL_EXEC_TIMEOUT.
 """
@@ -27,6 +28,7 @@ from atb_pllava.ops.ascend.attention import FRACTAL_NZ, AtbAttention, FusedAtten
 from atb_pllava.ops.ascend.chips import Chip, chip_of
 from atb_pllava.ops.ascend.graph import NpuGraph, can_update_lengths, capture
 from atb_pllava.ops.ascend.int8 import Int8Operands, int8_operands
+from atb_pllava.ops.ascend.rotary import RotaryTables, fits_one_call
 from atb_pllava.ops.ascend.runtime import import_torch_npu
 from atb_pllava.ops.forward_batch import AttentionMetadata, ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight
@@ -50,10 +52,11 @@ _MAX_BLOCK_ELEMENTS = 128 * 128  # block size * head dimension of ATB's paged at
 class AscendMetadata(AttentionMetadata):
     """slot_mapping and block tables are int32. On 310P, device_context_lens are int32 too, and at least 1.
 
-    cos, sin: [1, N, 1, D] float32 for npu_rotary_mul. Chips without npu_rotary_mul take [N, D / 2] float32.
+    rotary_tables: cos and sin in the form of the rotary operators.
     prefix_mask: the full mask of prompt chunks with a prefix. None if the operator does not need a full mask.
     """
 
+    rotary_tables: RotaryTables
     prefix_mask: Tensor | None = None
 
 
@@ -80,6 +83,7 @@ class AscendBackend(Backend):
         super().__init__(torch.device("npu", rank))
         self._npu.npu.set_device(self.device)
         self.chip: Chip = chip_of(self._npu._C._npu_get_soc_version())
+        self._fused = frozenset(name for name in self.chip.fused if hasattr(self._npu, name))
         # Without JIT compilation: JIT would compile an operator for every new shape. CANN has precompiled operators.
         self._npu.npu.set_compile_mode(jit_compile=False)
         self._npu.npu.config.allow_internal_format = self.chip.nz_cache
@@ -88,6 +92,9 @@ class AscendBackend(Backend):
         self._warned_of_groups = False
         self._pool: Any = None
         logger.debug("NPU %d: %s, Ascend %s", rank, self._npu.npu.get_device_name(rank), self.chip.name)
+        if missing := sorted(self.chip.fused - self._fused):
+            names = ", ".join(missing)
+            logger.info("torch_npu %s has no %s: plain operators take over", self._npu.__version__, names)
 
     def preferred_dtype(self, stored: str) -> str:
         """`stored` if the chip computes in that dtype, else the chip's preferred dtype."""
@@ -139,23 +146,45 @@ class AscendBackend(Backend):
         normed: Tensor = self._npu.npu_rms_norm(x, weight, eps)[0]
         return normed
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not self.chip.fused_rotary:
-            return super().rotary(x, cos, sin)
-        return self._rotary_mul(x, _for_rotary_mul(cos), _for_rotary_mul(sin))
+    def fused_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Backend.fused_add_rms_norm`. npu_add_rms_norm takes tensors of one dtype, without bfloat16 on 310P.
 
-    def _rotary_mul(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [N, heads, D] by cos, sin [1, N, 1, D] in layout BSND, [1, N, heads, D].
-
-        The rotation is in float32, because bfloat16 would round a cosine by up to a thousandth.
+        Its second result is not valid on 310P. Source: CANN's document of aclnnAddRmsNorm. Its kernel rounds the sum
+        before the norm (add_rms_norm_merge_n.h).
         """
-        rotated: Tensor = self._npu.npu_rotary_mul(x.float()[None], cos, sin)
-        return rotated[0].to(x.dtype)
+        if "npu_add_rms_norm" not in self._fused:
+            return super().fused_add_rms_norm(x, residual, weight, eps)
+        normed, _, total = self._npu.npu_add_rms_norm(x, residual, weight, eps)
+        return normed, total
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if "npu_rotary_mul" not in self._fused:
+            return super().rotary(x, cos, sin)
+        return self._rotary_mul(x, RotaryTables(cos, sin))
+
+    def _rotary_mul(self, x: Tensor, tables: RotaryTables) -> Tensor:
+        """Rotate x [N, heads, D] in its dtype, in layout BSND: [1, N, heads, D].
+
+        npu_rotary_mul takes fewer than 1000 heads and D below 896, and without JIT compilation it is for 910B only.
+        Source: its docstring in torch_npu 2.13.
+        """
+        rotated: Tensor = self._npu.npu_rotary_mul(x[None], *tables.of(x.dtype))
+        return rotated[0]
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        if not self.chip.fused_swiglu:
+        if "npu_swiglu" not in self._fused:
             return super().swiglu(gate_up)
         out: Tensor = self._npu.npu_swiglu(gate_up, dim=-1)
+        return out
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        """See `Backend.quick_gelu`. npu_fast_gelu is the same function, x / (1 + exp(-1.702 x)), on 910B only.
+
+        Source: CANN's document of aclnnFastGelu.
+        """
+        if "npu_fast_gelu" not in self._fused:
+            return super().quick_gelu(x)
+        out: Tensor = self._npu.npu_fast_gelu(x)
         return out
 
     def pool_video(self, grid: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -202,22 +231,39 @@ class AscendBackend(Backend):
     def rotary_and_write_kv(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
-        if not self.chip.fused_rotary:
+        """See `Backend.rotary_and_write_kv`. One call rotates both where `fits_one_call`, in the dtype of the model."""
+        assert isinstance(metadata, AscendMetadata)
+        tables = metadata.rotary_tables
+        if "npu_apply_rotary_pos_emb" in self._fused and fits_one_call(query, keys, self.chip.unified_buffer):
+            query, keys = self._rotate_both(query, keys, tables)
+        elif "npu_rotary_mul" in self._fused:
+            query = self._rotary_mul(query, tables)
+            keys = self._rotary_mul(keys, tables)
+        else:
             return super().rotary_and_write_kv(query, keys, values, cache, metadata)
-        query = self._rotary_mul(query, metadata.cos, metadata.sin)
-        keys = self._rotary_mul(keys, metadata.cos, metadata.sin)
         self.write_kv(keys, values, cache, metadata.slot_mapping)
         return query, keys
 
+    def _rotate_both(self, query: Tensor, keys: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        """Rotate query [N, H, D] and keys [N, K, D] in layout BSND: [1, N, heads, D].
+
+        The operator rotates in place, whatever its schema says, and returns its arguments. For several rows
+        `contiguous` copies the heads out of the rows of the projection, which attention and the cache need anyway.
+        The layout is the default, whose name differs between versions.
+        """
+        cos, sin = tables.of(query.dtype)
+        rotated = self._npu.npu_apply_rotary_pos_emb(query.contiguous()[None], keys.contiguous()[None], cos, sin)
+        return rotated[0][0], rotated[1][0]
+
     def prepare(self, batch: ForwardBatch, cos: Tensor, sin: Tensor) -> AscendMetadata:
         prefill = self._on_device(batch.prefill)
-        fused_rotary = self.chip.fused_rotary
         return AscendMetadata(
             slot_mapping=batch.slot_mapping.int(),
             decode=self._on_device(batch.decode),
             prefill=prefill,
-            cos=_for_rotary_mul(cos) if fused_rotary else cos,
-            sin=_for_rotary_mul(sin) if fused_rotary else sin,
+            cos=cos,
+            sin=sin,
+            rotary_tables=RotaryTables(cos, sin),
             prefix_mask=self._attention.prefix_mask(prefill),
         )
 
@@ -289,11 +335,6 @@ class AscendBackend(Backend):
                 f"the KV cache has room for {blocks * block_size} tokens, but the operators address {most}: lower "
                 "--kv_cache_bytes or --max_batch_size"
             )
-
-
-def _for_rotary_mul(table: Tensor) -> Tensor:
-    """A rotary table [N, D / 2], repeated to [1, N, 1, D] for npu_rotary_mul."""
-    return torch.cat((table, table), dim=-1)[None, :, None]
 
 
 def _pool_axis(x: Tensor, axis: int, size: int) -> Tensor:

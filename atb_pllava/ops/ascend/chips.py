@@ -13,8 +13,11 @@ class Chip:
     block_sizes: allowed tokens in a KV block. nz_cache: keys and values are stored as 16-wide fractals (NZ).
     fused_attention: the chip has npu_fused_infer_attention_score.
     row_multiple: unpaged ATB attention needs a multiple of row_multiple rows.
-    fused_rotary: the chip has npu_rotary_mul. fused_swiglu: the chip has npu_swiglu.
     int8_groups: npu_weight_quant_batchmatmul takes one scale for each group of columns.
+    fused: the operators that replace several of torch's, and that are documented for the chip. CANN's and torch_npu's
+    documents disagree about npu_swiglu on 310P.
+    unified_buffer: bytes of a vector core's memory that a kernel may use. CANN keeps 256 of the ub_size in its
+    platform_config.
     """
 
     name: str
@@ -24,21 +27,25 @@ class Chip:
     nz_cache: bool
     fused_attention: bool
     row_multiple: int
-    fused_rotary: bool
-    fused_swiglu: bool
     int8_groups: bool
+    fused: frozenset[str]
+    unified_buffer: int
 
 
 CHIPS = (
     Chip(
         name="910B", soc_versions=(range(220, 226), range(250, 256)), dtypes=("float16", "bfloat16"),
         block_sizes=range(128, 513, 128), nz_cache=False, fused_attention=True, row_multiple=1,
-        fused_rotary=True, fused_swiglu=True, int8_groups=True,
+        int8_groups=True, unified_buffer=192 * 1024 - 256,
+        fused=frozenset(
+            {"npu_add_rms_norm", "npu_apply_rotary_pos_emb", "npu_rotary_mul", "npu_swiglu", "npu_fast_gelu"}
+        ),
     ),
     Chip(
         name="310P", soc_versions=(range(200, 206),), dtypes=("float16",),
         block_sizes=range(16, 129, 16), nz_cache=True, fused_attention=False, row_multiple=16,
-        fused_rotary=False, fused_swiglu=False, int8_groups=False,
+        int8_groups=False, unified_buffer=256 * 1024 - 256,
+        fused=frozenset({"npu_add_rms_norm", "npu_apply_rotary_pos_emb"}),
     ),
 )  # fmt: skip
 
