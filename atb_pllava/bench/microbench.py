@@ -12,6 +12,7 @@ from atb_pllava.bench.run import run_batch
 from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.timing import percentile
 from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.errors import RequestError
 from atb_pllava.llm import LLM
 from atb_pllava.ops.reference import TorchBackend
 
@@ -45,10 +46,16 @@ def engine_overhead(llm: LLM, request: Mapping[str, Any], batch: int, new_tokens
     """The part of a decode step that is not the forward pass: scheduling, model input, sampling, detokenizing.
 
     A step lasts until the next step begins. Steps with fewer than `batch` requests are not counted.
+    Raises RequestError if all steps have fewer.
     """
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     measured = run_batch(llm, [request] * batch, params)
     seconds = measured.decode_seconds
+    if not seconds:
+        raise RequestError(
+            f"no step had all {batch} requests decoding: the first answers of {new_tokens} tokens end before the last "
+            "prompt is computed; raise --max_output_length, or lower --max_batch_size or --text_tokens"
+        )
     overheads = [duration - step.forward for step, duration in measured.decode_steps]
     return {
         "batch_size": batch,

@@ -629,6 +629,13 @@ def test_overhead_of_a_checkpoint(checkpoint, tmp_path) -> None:
     assert row["batch_size"] == 2 and 0 < row["engine_overhead_p50_ms"] < row["step_p50_ms"]
 
 
+def test_overhead_needs_a_step_of_the_whole_batch(checkpoint, capsys) -> None:
+    options = ("--dtype", "float32", "--backend", "cpu", "--quiet", "--prefill_chunk", 8)
+    options += ("--max_batch_size", 2, "--max_output_length", 2, "--text_tokens", 40)
+    assert bench("overhead", "--model_path", checkpoint, *options) == 2
+    assert "no step had all 2 requests decoding" in capsys.readouterr().err
+
+
 def test_loading_counts_bytes(checkpoint, tmp_path, capsys) -> None:
     target = tmp_path / "l.json"
     options = ("--dtype", "float32", "--quiet", "--trust_remote_code")
