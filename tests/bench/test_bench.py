@@ -44,6 +44,7 @@ from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.costs import Cost, Costs
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.multimodal.media import read_media
+from atb_pllava.ops.device_event import HostEvent
 from atb_pllava.ops.forward_batch import ForwardBatch, SequenceBatch
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
@@ -748,6 +749,8 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in answers.items():
         monkeypatch.setattr(TorchBackend, name, lambda _, answer=answer: answer)
     monkeypatch.setattr(TorchBackend, "on_host", False)
+    monkeypatch.setattr(TorchBackend, "record", lambda _: HostEvent())
+    monkeypatch.setattr(TorchBackend, "upload", lambda _, array: torch.from_numpy(array))
     monkeypatch.setattr(machine, "_SIDE", 16)
     monkeypatch.setattr(machine, "_BUFFER", 2**21)
 
