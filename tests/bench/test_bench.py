@@ -631,8 +631,8 @@ def test_overhead_of_a_checkpoint(checkpoint, tmp_path) -> None:
 
 
 def test_overhead_needs_a_step_of_the_whole_batch(checkpoint, capsys) -> None:
-    options = ("--dtype", "float32", "--backend", "cpu", "--quiet", "--prefill_chunk", 8)
-    options += ("--max_batch_size", 2, "--max_output_length", 2, "--text_tokens", 40)
+    options = ("--dtype", "float32", "--backend", "cpu", "--quiet")
+    options += ("--max_batch_size", 2, "--max_output_length", 1, "--text_tokens", 40)
     assert bench("overhead", "--model_path", checkpoint, *options) == 2
     assert "no step had all 2 requests decoding" in capsys.readouterr().err
 
