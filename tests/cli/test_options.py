@@ -142,7 +142,7 @@ def test_scripts_share_the_habits(name: str) -> None:
         (["serv"], "COMMAND is 'serv'; it must be run, predict"),
         (["rn"], "did you mean run?"),
         (["--model_path", "W"], "unknown option --model_path; first comes run, predict"),
-        (["bench", "swep"], "KIND is 'swep'; it must be sweep, peaks"),
+        (["bench", "swep"], "KIND is 'swep'; it must be sweep, serve, peaks"),
         (["bench", "--shpe", "1b"], "unknown option --shpe; did you mean --shape?"),
         (["bench"], "a benchmark needs one model"),
         (["mindie"], "ACTION is missing"),

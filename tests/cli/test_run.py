@@ -344,9 +344,11 @@ def test_an_interrupted_run_keeps_what_was_answered(
 
 def test_what_was_answered_outlives_a_later_failure(capsys, options, media: Path, tmp_path: Path, monkeypatch) -> None:
     finish = Screen.finish
+    finished: list[int] = []
 
     def full_disk(screen: Screen, number: int, answer: object) -> None:
-        if number == 2:
+        finished.append(number)
+        if len(finished) == 3:
             raise ConfigError("something else broke")
         finish(screen, number, answer)  # type: ignore[arg-type]
 
