@@ -136,7 +136,7 @@ def test_mvbench(capsys, options, mvbench_data: Path, tmp_path: Path) -> None:
     for broken in (
         "broken.mp4",
         "missing.mp4",
-        "start_seconds 5.0",
+        "no frame lies between start_seconds 5",
         "'start' is None",
         "'a cow' is not among",
         "'question' is None",

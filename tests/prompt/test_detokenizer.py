@@ -1,6 +1,7 @@
 """Answers come out whole, whatever bytes they are made of, and end at once at a stop string."""
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from atb_pllava import LLM, SamplingParams
 from atb_pllava.engine import core as engine_module
+from atb_pllava.engine.sampler import SampledToken
 from atb_pllava.prompt.detokenizer import IncrementalDetokenizer
 from atb_pllava.prompt.tokenizer import Tokenizer
 from tests.prompt.llama_tokenizers import ANSWERS, BLANK, PIECES, TOKENIZERS
@@ -196,9 +198,12 @@ def test_text_in_front_of_a_run_that_is_no_stop_string_comes_out() -> None:
 def test_an_engine_stops_at_once_and_cuts_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output's token_ids and metrics have no token behind the stop string."""
     planned: list[int] = []
+    counts: dict[Any, int] = defaultdict(int)  # tokens of each sequence so far
 
-    def forced(logits: Any, request: Any) -> tuple[int, None]:
-        return planned[request.num_generated], None
+    def forced(logits: Any, states: list[Any]) -> list[SampledToken]:
+        for state in states:
+            counts[state] += 1
+        return [SampledToken(planned[counts[state] - 1], None) for state in states]
 
     monkeypatch.setattr(engine_module, "sample", forced)
     car = Tokenizer(tokenizer_definition(), IMAGE_ID, "x").encode("a car.")[1:]
