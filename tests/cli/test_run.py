@@ -85,9 +85,7 @@ def test_long_work_says_what_it_does_to_which_request(llm: LLM, media: Path, mon
     with caplog.at_level(logging.INFO, logger="atb_pllava"):
         answers = dict(llm.generate_iter(requests, PARAMS))
     lines = [record.getMessage() for record in caplog.records]
-    assert any(
-        re.fullmatch(r"\[clip2\]: encoding frames 1 to 2 of 4(, for [\d.]+ s so far)?(;.*)?", line) for line in lines
-    )
+    assert any(re.fullmatch(r"\[clip2\]: encoding frames 1 to 2 of 4([,;] .*)?", line) for line in lines)
     assert any(line.startswith("[clip2]: encoding frames 3 to 4 of 4") for line in lines)
     assert any(line.startswith("[clip10]: encoding frame") for line in lines)
     assert any(re.search(r"\]: token \d of at most 6.*; [12] answers? being written", line) for line in lines)
