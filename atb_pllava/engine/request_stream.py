@@ -190,9 +190,9 @@ class RequestStream:
         """End the request with its answer, unless it was aborted."""
         self._end(output, None)
 
-    def fail(self, error: PllavaError) -> bool:
-        """End the request with an error. Returns False, and changes nothing, if the request has ended already."""
-        return self._end(None, error)
+    def fail(self, error: PllavaError) -> None:
+        """End the request with an error, unless it has ended already."""
+        self._end(None, error)
 
     def renew_lock(self) -> None:
         """In a forked child: replace the lock, which a thread of the parent may have held."""
@@ -200,17 +200,16 @@ class RequestStream:
         self._changed = threading.Condition(lock)
         self._ended = threading.Condition(lock)  # of its own: `result` must not wake up for every token
 
-    def _end(self, output: RequestOutput | None, error: PllavaError | None) -> bool:
+    def _end(self, output: RequestOutput | None, error: PllavaError | None) -> None:
         with self._changed:
             if self.is_finished:
-                return False
+                return
             self._output = output
             self._error = error
             self._on_finished(self)
             self._changed.notify_all()
             self._ended.notify_all()
         self._notify_listeners()
-        return True
 
     def _notify_listeners(self) -> None:
         for listener in list(self._listeners):
