@@ -16,6 +16,7 @@ from atb_pllava import LLM, RequestError, RequestOutput, SamplingParams
 from atb_pllava.engine.block_manager import full_block_hashes
 from atb_pllava.engine.request import Request
 from atb_pllava.engine.sampler import SamplingState
+from tests.engine.transformers_beams import transformers_hypotheses
 from tests.support import (
     EXAMPLES,
     IMAGE_ID,
@@ -242,23 +243,11 @@ def input_embeds(llm: LLM, llama: Any, request: dict[str, Any]) -> Tensor:
     return torch.cat(rows)[None]
 
 
-@torch.no_grad()
 def transformers_beams(llama: Any, embeds: Tensor, num_beams: int, max_tokens: int, eos: Sequence[int]) -> list[int]:
     """The best hypothesis of transformers' beam search, including its end-of-sequence token."""
-    out = llama.generate(
-        inputs_embeds=embeds,
-        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64),
-        num_beams=num_beams,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        length_penalty=1.0,
-        early_stopping=False,
-        eos_token_id=list(eos) or None,
-        pad_token_id=0,
-    )
-    tokens: list[int] = out[0].tolist()
-    end = next((number for number, token in enumerate(tokens) if token in eos), len(tokens))
-    return tokens[: end + 1]
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    best = transformers_hypotheses(llama, num_beams, max_tokens, eos, inputs_embeds=embeds, attention_mask=mask)[0]
+    return best.token_ids
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atb_pllava.engine.beam_search import BeamSearch, Hypothesis
 from atb_pllava.errors import BackendError
+from tests.engine.transformers_beams import transformers_hypotheses
 from tests.support import EXAMPLES, TINY, random_frames
 
 transformers = pytest.importorskip("transformers")
@@ -38,33 +39,6 @@ def random_llama(seed: int, eos: Sequence[int] = (), likelier: float = 0.0):
     head.bias.data[list(eos)] = likelier
     model.lm_head = head
     return model
-
-
-@torch.no_grad()
-def transformers_hypotheses(model, num_beams: int, max_tokens: int, eos: Sequence[int], **inputs) -> list[Hypothesis]:
-    """All hypotheses of transformers' beam search, best first. `inputs`: the prompt and more options of `generate`."""
-    out = model.generate(
-        num_beams=num_beams,
-        num_return_sequences=num_beams,
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        length_penalty=1.0,
-        early_stopping=False,
-        eos_token_id=list(eos) or None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **inputs,
-    )
-    before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    scores = out.sequences_scores.tolist()
-    return [hypothesis(row[before:], score, eos) for row, score in zip(out.sequences.tolist(), scores, strict=True)]
-
-
-def hypothesis(padded: list[int], score: float, eos: Sequence[int]) -> Hypothesis:
-    """A hypothesis from a row of transformers' result, which has padding after the end-of-sequence token."""
-    stop = next((i for i, token in enumerate(padded) if token in eos), None)
-    return Hypothesis(padded if stop is None else padded[: stop + 1], score, stop is not None)
 
 
 @torch.no_grad()
