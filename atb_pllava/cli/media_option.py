@@ -9,6 +9,7 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_object
 from atb_pllava.loader.checkpoint_config import MODEL_TYPES
 from atb_pllava.loader.directory import check_has_config, config_directory, holds_media
+from atb_pllava.multimodal.frame_sampling import check_time_order
 
 _LARGEST_CONFIG = 1 << 20  # bytes
 
@@ -50,11 +51,7 @@ def time_range(arguments: argparse.Namespace) -> dict[str, float]:
     for name, seconds in times.items():
         if not 0 <= seconds < inf:
             raise ConfigError(f"--{name} is {seconds:g}; it must be a number of seconds from 0")
-    if len(times) == 2 and times["start_seconds"] > times["end_seconds"]:
-        raise ConfigError(
-            f"--start_seconds is {times['start_seconds']:g} and --end_seconds {times['end_seconds']:g}; "
-            "the start must come first"
-        )
+    check_time_order(given["start_seconds"], given["end_seconds"], ConfigError, prefix="--")
     return times
 
 

@@ -15,6 +15,7 @@ from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.engine_request import EngineRequest, new_request_id
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, RequestError, counted
+from atb_pllava.multimodal.frame_sampling import check_time_order
 from atb_pllava.multimodal.processor import Media, TimeRange, VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, render
 from atb_pllava.prompt.placeholders import expand_placeholders
@@ -236,8 +237,7 @@ def _time_ranges_of(request: Mapping[str, Any], media: int) -> list[TimeRange]:
     """Start and end in seconds of each of the `media` media. None where the request names no time."""
     starts, ends = (_seconds_of(request, key, media) for key in TIME_KEYS)
     for start, end in zip(starts, ends, strict=True):
-        if start is not None and end is not None and start > end:
-            raise RequestError(f"start_seconds is {start:g} and end_seconds {end:g}; the start must come first")
+        check_time_order(start, end, RequestError)
     return list(zip(starts, ends, strict=True))
 
 

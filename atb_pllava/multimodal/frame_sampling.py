@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from atb_pllava.errors import VideoError, check_whole_number
+from atb_pllava.errors import PllavaError, VideoError, check_whole_number
 from atb_pllava.multimodal.limits import MediaLimits
 
 FRAME_SAMPLERS = ("demo", "eval", "npu")
@@ -100,6 +100,12 @@ def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_sec
         raise VideoError(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
     if frame_sampler == "npu" and (start_seconds is not None or end_seconds is not None):
         raise VideoError("start_seconds and end_seconds need frame_sampler 'demo' or 'eval', not 'npu'")
+
+
+def check_time_order(start: float | None, end: float | None, error: type[PllavaError], prefix: str = "") -> None:
+    """Raises `error` when `start` is after `end`. `prefix` stands before the names of both in the message."""
+    if start is not None and end is not None and start > end:
+        raise error(f"{prefix}start_seconds is {start:g} and {prefix}end_seconds {end:g}; the start must come first")
 
 
 def _frame_bounds(
