@@ -18,7 +18,7 @@ from atb_pllava.engine.scheduler import EncoderChunk, Scheduler, SchedulerOutput
 from atb_pllava.engine.stats import CoreCounters, StepStats
 from atb_pllava.engine.step_activity import StepActivity
 from atb_pllava.errors import BackendError, RequestError, counted
-from atb_pllava.executor.executor import Executor
+from atb_pllava.executor.executor import Executor, frames_at_once
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.multimodal.processor import ProcessedVideo
@@ -36,8 +36,7 @@ class EngineCore:
         self.config = config
         self.block_manager = BlockManager(executor.runner.blocks)
         self._ops = executor.runner.ops
-        vision_batch = config.vision_batch or self._ops.preferred_vision_batch
-        self.encoder_chunk = vision_batch * executor.parallel.size
+        self.encoder_chunk = frames_at_once(config, self._ops, executor.parallel.size)
         prefill_chunk = config.prefill_chunk or self._ops.preferred_chunk
         self.scheduler = Scheduler(config, self.block_manager, self.encoder_chunk, prefill_chunk)
         capacity = config.video_cache_bytes // executor.runner.bytes_per_video

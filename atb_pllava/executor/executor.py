@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 import torch
 
+from atb_pllava.config import EngineConfig
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
 from atb_pllava.executor.graph_runner import padded_batch_sizes
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.executor.warm_up_progress import WarmUpProgress
-from atb_pllava.ops.interface import Feature
+from atb_pllava.ops.interface import Backend, Feature
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -54,6 +55,11 @@ class ArrayHeader(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     shape: list[int]
     is_shared: bool
+
+
+def frames_at_once(config: EngineConfig, ops: Backend, ranks: int) -> int:
+    """The most frames that all ranks together put through the vision tower in one call."""
+    return (config.vision_batch or ops.preferred_vision_batch) * ranks
 
 
 class Executor:
@@ -102,17 +108,18 @@ class Executor:
                 raise self._failure from None
             raise
 
-    def warm_up(self, max_batch_size: int) -> None:
+    def warm_up(self, max_batch_size: int, frames: int) -> None:
         """Compile the kernels and capture the graphs of all batch sizes, so that the first requests need not wait.
 
-        Graphs of more than _LARGEST_WARM_UP sequences are captured when a step first needs them.
+        frames: the most frames to encode at once, see `frames_at_once`. Graphs of more than _LARGEST_WARM_UP sequences
+        are captured when a step first needs them.
         Long work logs its progress. Nothing happens on a backend without Feature.GRAPH_CAPTURE.
         """
         if not self.runner.ops.supports(Feature.GRAPH_CAPTURE):
             return
         sizes = padded_batch_sizes(min(max_batch_size, _LARGEST_WARM_UP))
         progress = WarmUpProgress(1 + len(sizes))
-        self.call(ModelRunner.warm_up_prompt)
+        self.call(ModelRunner.warm_up_prompt, frames)
         progress.add()
         for size in sizes:
             self.call(ModelRunner.warm_up_decode, size)

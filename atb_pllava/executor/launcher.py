@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from atb_pllava.config import EngineConfig, option
+from atb_pllava.config import EngineConfig, PreprocessorConfig, option
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError, PllavaError
-from atb_pllava.executor.executor import Executor
+from atb_pllava.executor.executor import Executor, frames_at_once
 from atb_pllava.executor.shared_frames import share_memory
 from atb_pllava.executor.worker import (
     RunnerOptions,
@@ -20,7 +20,6 @@ from atb_pllava.executor.worker import (
     share_threads,
     start_workers,
 )
-from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.loader.model_loader import fill_model, plan_model
 from atb_pllava.loader.model_options import ModelOptions
 from atb_pllava.model.pllava import Pllava
@@ -54,7 +53,6 @@ class Launcher:
         self.parallel = rendezvous.parallel if rendezvous else TensorParallel(0, size)
         self.model, self.plan = plan_model(options, self.parallel)
         self.executor: Executor | None = None
-        self._preprocessor = read_preprocessor_config(options.model_path, self.model.config.vision.image_size)
         self._port = parallel.master_port
         self._owner = os.getpid()
         self._restore_threads: Callable[[], None] = lambda: None
@@ -68,7 +66,9 @@ class Launcher:
         backend = self.model.ops
         return f"{options.model_path!r}{on_top}, dtype={dtype}, backend={backend}, device={backend.device}{ranks}"
 
-    def launch(self, config: EngineConfig, plan_blocks: Callable[[Pllava], int]) -> Executor:
+    def launch(
+        self, config: EngineConfig, preprocessor: PreprocessorConfig, plan_blocks: Callable[[Pllava], int]
+    ) -> Executor:
         """Load the model on every rank. Returns the executor, whose KV cache has `plan_blocks(model)` blocks.
 
         `plan_blocks` is called after loading, so that the weights count as used memory.
@@ -79,22 +79,18 @@ class Launcher:
             self._load()
             blocks = plan_blocks(self.model)
             options = RunnerOptions(
-                blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs, self._preprocessor
+                blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs, preprocessor
             )
             if self.rendezvous is not None:
                 send_runner_options(self.parallel, options)
             runner = options.make_runner(self.model)
-            shared = None if self.rendezvous is None else share_memory(self.parallel, self._bytes_of_frames(config))
-        self.executor = Executor(runner, self.parallel, self._stop_after_loss, shared)
-        with self._stopped_on_error():
-            self.executor.warm_up(config.max_batch_size)
+            frames = frames_at_once(config, self.model.ops, self.parallel.size)
+            side = self.model.config.vision.image_size
+            frame_bytes = side * side * 3  # uint8
+            shared = None if self.rendezvous is None else share_memory(self.parallel, frames * frame_bytes)
+            self.executor = Executor(runner, self.parallel, self._stop_after_loss, shared)
+            self.executor.warm_up(config.max_batch_size, frames)
         return self.executor
-
-    def _bytes_of_frames(self, config: EngineConfig) -> int:
-        """Bytes of all uint8 frames that the ranks encode in one call."""
-        frames = (config.vision_batch or self.model.ops.preferred_vision_batch) * self.parallel.size
-        side = self.model.config.vision.image_size
-        return frames * side * side * 3
 
     def close(self) -> None:
         """Stop the other ranks, if there are any, and free their memory. A second call does nothing.

@@ -130,14 +130,15 @@ class ModelRunner:
         return logits
 
     @torch.no_grad()
-    def warm_up_prompt(self) -> None:
-        """Encode a video of zeros and run a prompt, so that the device compiles and loads their kernels.
+    def warm_up_prompt(self, frames: int) -> None:
+        """Encode frames of zeros and run a prompt, so that the device compiles and loads their kernels.
 
-        Nothing is kept. The prompt's slots are -1, so no block is written. Backends with Feature.GRAPH_CAPTURE only.
+        The number of frames is a video's, or `frames` if that is less. Nothing is kept. The prompt's slots are -1, so
+        no block is written. Backends with Feature.GRAPH_CAPTURE only.
         """
         config = self.model.config
         side = config.vision.image_size
-        frames = min(config.num_frames, self.ops.preferred_vision_batch)
+        frames = min(config.num_frames, frames)
         features = self.model.encode_share(self._pixels(np.zeros((frames, side, side, 3), np.uint8)), frames)
         self.model.pool_frames(features, [t % frames for t in range(config.num_frames)])
         tokens = min(_WARM_UP_TOKENS, config.text.max_position_embeddings)

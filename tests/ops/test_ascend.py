@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import BackendError
-from atb_pllava.executor import warm_up_progress
 from atb_pllava.executor.executor import Executor
 from atb_pllava.executor.model_input import ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
+from atb_pllava.loader import progress
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.ops.ascend import backend as ascend
 from atb_pllava.ops.ascend import runtime
@@ -259,7 +259,7 @@ def warm_up_unnoticed(runner: ModelRunner, max_batch_size: int) -> None:
     parts = [part for layer in runner.cache for part in layer]
     for part in parts:
         part.fill_(7)
-    Executor(runner, TensorParallel()).warm_up(max_batch_size)
+    Executor(runner, TensorParallel()).warm_up(max_batch_size, frames=8)
     assert all(bool((part == 7).all()) for part in parts)
     with pytest.raises(KeyError):
         runner.video_embeds(0)
@@ -335,18 +335,37 @@ def test_a_warm_up_goes_on_where_nothing_can_be_captured(caplog: pytest.LogCaptu
 def test_a_cpu_is_not_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = ModelRunner(random_model(config_from_json(raw_config())), 1, 16)
     monkeypatch.setattr(runner, "model", None)  # any step would fail
-    Executor(runner, TensorParallel()).warm_up(8)
+    Executor(runner, TensorParallel()).warm_up(8, frames=8)
 
 
 def test_a_long_warm_up_logs_its_progress(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = ModelRunner(random_model(config_from_json(raw_config()), ops=Recorder()), 1, 16)
     caplog.set_level(logging.INFO, logger="atb_pllava")
-    Executor(runner, TensorParallel()).warm_up(2)
+    Executor(runner, TensorParallel()).warm_up(2, frames=8)
     assert not caplog.messages
-    monkeypatch.setattr(warm_up_progress, "SECONDS_BETWEEN_LINES", 0.0)
-    Executor(runner, TensorParallel()).warm_up(4)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    Executor(runner, TensorParallel()).warm_up(4, frames=8)
     lines = [line.partition(" steps, ")[0] for line in caplog.messages]
     assert lines == [f"preparing the device {done}/4" for done in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("frames", "encoded"), [(1, 1), (3, 3), (8, 4)])
+def test_a_warm_up_encodes_no_more_frames_at_once_than_requests_may(
+    frames: int, encoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frames bound the memory of the vision tower. A video of the model has 4."""
+    recorder = Recorder()
+    runner = ModelRunner(random_model(config_from_json(raw_config()), ops=recorder), 1, 16)
+    seen: list[int] = []
+    normalize = recorder.normalize_frames
+
+    def counted(frames: Tensor, table: Tensor) -> Tensor:
+        seen.append(len(frames))
+        return normalize(frames, table)
+
+    monkeypatch.setattr(recorder, "normalize_frames", counted)
+    Executor(runner, TensorParallel()).warm_up(1, frames)
+    assert seen == [encoded]
 
 
 @pytest.mark.parametrize(("device", "free"), [("meta", 5), ("meta:3", 8)])
