@@ -31,10 +31,15 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"config", "distributed", "errors", "files", "loader", "model", "multimodal", "ops", "prompt"},
     "llm": {"config", "distributed", "engine", "errors", "executor", "files", "loader", "model", "multimodal"}
     | {"ops.interface", "prompt"},
+    # A client of the server's API: of the package it knows no more than any other program.
+    "client": {"errors", "files"},
+    "server": {"config", "distributed", "engine", "errors", "files", "multimodal", "prompt"},
+    "ui": {"client", "config", "errors", "files"},
     "batch": {"config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
     "doctor": {"config", "distributed", "engine", "errors", "files", "loader", "model", "ops"},
     "bench": {
         "batch",
+        "client",
         "config",
         "distributed",
         "engine",
@@ -50,8 +55,8 @@ ALLOWED: dict[str, set[str]] = {
     # The host has an engine of its own. Of the doctor, mindie uses the form of a check and Ascend's folders.
     "mindie": {"config", "distributed", "doctor.ascend_folders", "doctor.check", "doctor.npu_smi", "doctor.setting"}
     | {"errors", "files", "loader", "model", "multimodal", "ops", "prompt"},
-    "cli": {"batch", "bench", "config", "convert", "distributed", "doctor", "engine", "errors", "executor", "files"}
-    | {"llm", "loader", "mindie", "model", "multimodal", "ops", "prompt"},
+    "cli": {"batch", "bench", "client", "config", "convert", "distributed", "doctor", "engine", "errors", "executor"}
+    | {"files", "llm", "loader", "mindie", "model", "multimodal", "ops", "prompt", "server", "ui"},
     "__init__": {"doctor.required_packages", "engine.outputs", "engine.sampling_params", "errors", "llm"}
     | {"multimodal.limits"},
     "__main__": {"cli", "errors"},
@@ -59,8 +64,9 @@ ALLOWED: dict[str, set[str]] = {
 # Optional packages, and the folders that may import them.
 LAZY = {
     "atb_llm": {"mindie"},
-    "fastapi": set(),
-    "gradio": set(),
+    "fastapi": {"server"},
+    "gradio": {"ui"},
+    "httpx": {"client", "multimodal"},
     "huggingface_hub": {"convert"},
     "llama_cpp": {"bench"},
     "matplotlib": {"bench"},
@@ -68,12 +74,16 @@ LAZY = {
     "msmodelslim": {"convert"},
     "openai": set(),
     "peft": set(),
+    "prometheus_client": {"server"},
+    "pydantic": {"server"},
     "ray": set(),
+    "starlette": {"server"},
     "tabulate": {"bench"},
     "torch_npu": {"ops"},
     "tqdm": {"batch"},
     "transformers": {"bench", "convert"},
     "triton": {"ops"},
+    "uvicorn": {"server"},
     "vllm": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
