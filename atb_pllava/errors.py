@@ -36,6 +36,18 @@ class EngineDeadError(BackendError):
     """The engine ended after an exception in a step. All its requests fail with this error, later ones too."""
 
 
+class ServerError(PllavaError):
+    """A server that cannot be reached, or that refused a request.
+
+    status: the HTTP status. None without an answer. code: the server's short name of the cause, or None.
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
 class OutOfMemoryError(BackendError, MemoryError):
     """A backend could not allocate the memory that a computation needs."""
 
