@@ -179,7 +179,7 @@ def _chat_request(text: str, media: Sequence[Mapping[str, Any]], number: int) ->
 
 
 def _video_part(path: str) -> dict[str, Any]:
-    """A medium as a data URL, so that each request carries the file. The server goes by the content, not the MIME type."""
+    """A medium as a data URL, so that each request carries the file. A server goes by the content of a video."""
     try:
         with open(path, "rb") as file:
             content = base64.b64encode(file.read()).decode("ascii")
