@@ -1,6 +1,6 @@
 """Compiles each launch of the Triton kernels for an H200 (sm_90), without a device. Prints what each launch takes.
 
-The launches are those of `ops.cuda.kernels` for real shapes, on tensors without memory. A kernel gets the types,
+The launches are those of `ops.cuda.kernels` and `ops.cuda.int8_linear` for real shapes, on tensors without memory. A kernel gets the types,
 alignments and constants that Triton would find at that launch.
 """
 
@@ -14,12 +14,15 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+from atb_pllava.ops.cuda import int8_linear
 from atb_pllava.ops.cuda import kernels as cuda_kernels
 from atb_pllava.ops.int8 import Int8Weight
 
 TARGET = GPUTarget("cuda", 90, 32)
 PROGRAMS = 4 * 132
+HELPERS = ("_span",)  # are called by kernels, and not launched
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -68,8 +71,10 @@ def resources(cubin: bytes) -> tuple[str, str]:
 
 
 def main() -> None:
-    for name in ("_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear", "_dequantise"):
-        setattr(cuda_kernels, name, Compiled(getattr(cuda_kernels, name)))
+    for module in (cuda_kernels, int8_linear):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction) and name not in HELPERS:
+                setattr(module, name, Compiled(value))
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -93,8 +98,8 @@ def main() -> None:
             for height, group_size in ((4096, 0), (22016, 0), (4096, 64), (22016, 128)):
                 with torch.device("meta"):
                     weight = Int8Weight.empty(height, 4096, dtype, group_size)
-                cuda_kernels.int8_linear(empty(rows, 4096, dtype=dtype), weight, None, PROGRAMS)
-                cuda_kernels.dequantise(weight, dtype)
+                int8_linear.int8_linear(empty(rows, 4096, dtype=dtype), weight, None, PROGRAMS)
+                int8_linear.dequantise(weight, dtype)
 
 
 if __name__ == "__main__":

@@ -356,9 +356,9 @@ class OnlyMeta(TorchDispatchMode):
 def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
-    kernels = cuda.import_kernels()
-    for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
-        monkeypatch.setattr(kernels, name, Noted(name, launches))
+    for module in (cuda.import_kernels(), cuda.import_int8_kernels()):
+        for name in [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]:
+            monkeypatch.setattr(module, name, Noted(name, launches))
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
     config = config_from_json(raw_config())
@@ -444,8 +444,8 @@ def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.Monke
 
 
 def test_a_triton_that_computes_nonsense(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fast._kernels.int8_linear
-    monkeypatch.setattr(fast._kernels, "int8_linear", lambda *arguments: right(*arguments) * 1.01)
+    right = fast._int8_kernels.int8_linear
+    monkeypatch.setattr(fast._int8_kernels, "int8_linear", lambda *arguments: right(*arguments) * 1.01)
     with pytest.raises(BackendError, match=r"triton \S+ miscompiles the kernels of this .* error of 0\.01"):
         CudaBackend(DEVICE, 1)
 

@@ -52,6 +52,7 @@ class CudaBackend(TorchBackend):
         self.name = "cuda"
         self.features = CudaBackend.features if self.device.type == "cuda" else frozenset()
         self._kernels = import_kernels()
+        self._int8_kernels = import_int8_kernels()
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         if multiprocessors is None:
@@ -64,12 +65,12 @@ class CudaBackend(TorchBackend):
         assert isinstance(weight, Int8Weight), "the weight was packed by another backend"
         most = INT8_LINEAR_MAX_FLOAT32_ROWS if x.dtype == torch.float32 else INT8_LINEAR_MAX_ROWS
         if 0 < len(x) <= most:
-            out: Tensor = self._kernels.int8_linear(x, weight, bias, self._programs)
+            out: Tensor = self._int8_kernels.int8_linear(x, weight, bias, self._programs)
             return out
         return self._linear_dequantised(x, weight, bias, DEQUANTISED_ELEMENTS)
 
     def _dequantise(self, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
-        dequantised: Tensor = self._kernels.dequantise(weight, dtype)
+        dequantised: Tensor = self._int8_kernels.dequantise(weight, dtype)
         return dequantised
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -183,6 +184,13 @@ def import_kernels() -> ModuleType:
             f"triton cannot be imported: {error}; install the triton that torch {torch.__version__} names"
         ) from None
     return cuda_kernels
+
+
+def import_int8_kernels() -> ModuleType:
+    """The module `ops.cuda.int8_linear`. `import_kernels` has shown that triton can be imported."""
+    from atb_pllava.ops.cuda import int8_linear
+
+    return int8_linear
 
 
 def _lower_right(rows: int, context: int, device: torch.device) -> Tensor | None:
