@@ -1,7 +1,7 @@
 """Compiles each launch of the Triton kernels for an H200 (sm_90), without a device. Prints what each launch takes.
 
-The launches are those of `ops.cuda.kernels` and `ops.cuda.int8_linear` for real shapes, on tensors without memory. A kernel gets the types,
-alignments and constants that Triton would find at that launch.
+The launches are those of `ops.cuda` for real shapes, on tensors without memory. A kernel gets the types, alignments and
+constants that Triton would find at that launch.
 """
 
 import re
@@ -16,13 +16,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from atb_pllava.ops.cuda import int8_linear
+from atb_pllava.ops.cuda import int8_dequantise, int8_linear
 from atb_pllava.ops.cuda import kernels as cuda_kernels
 from atb_pllava.ops.int8 import Int8Weight
 
 TARGET = GPUTarget("cuda", 90, 32)
-PROGRAMS = 4 * 132
-HELPERS = ("_span",)  # are called by kernels, and not launched
+MULTIPROCESSORS = 132
+PROGRAMS = 4 * MULTIPROCESSORS
+ROWS = (1, 4, 8, 16, 32, 64)
+# Rows, columns and group size of int8 weights: qkv, out, gate_up and down of 7B, and grouped ones.
+INT8_WEIGHTS = (
+    (12288, 4096, 0),
+    (4096, 4096, 0),
+    (22016, 4096, 0),
+    (4096, 11008, 0),
+    (4096, 4096, 64),
+    (22016, 4096, 128),
+)
+HELPERS = ("_span", "_store_row", "_times_row", "launch_dependents", "wait")  # are called by kernels, not launched
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -71,7 +82,7 @@ def resources(cubin: bytes) -> tuple[str, str]:
 
 
 def main() -> None:
-    for module in (cuda_kernels, int8_linear):
+    for module in (cuda_kernels, int8_dequantise, int8_linear):
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name not in HELPERS:
                 setattr(module, name, Compiled(value))
@@ -94,12 +105,13 @@ def main() -> None:
             cuda_kernels.swiglu(empty(8, 5 * width, dtype=dtype))
         angles = empty(8, 64, dtype=torch.float32)
         cuda_kernels.rotary(empty(8, 32, 128, dtype=dtype), angles, angles)
-        for rows in (1, 8, 64) if dtype != torch.float32 else (1, 8):
-            for height, group_size in ((4096, 0), (22016, 0), (4096, 64), (22016, 128)):
-                with torch.device("meta"):
-                    weight = Int8Weight.empty(height, 4096, dtype, group_size)
-                int8_linear.int8_linear(empty(rows, 4096, dtype=dtype), weight, None, PROGRAMS)
-                int8_linear.dequantise(weight, dtype)
+        for height, columns, group_size in INT8_WEIGHTS:
+            with torch.device("meta"):
+                weight = Int8Weight.empty(height, columns, dtype, group_size)
+            int8_dequantise.dequantise(weight, dtype)
+            for rows in ROWS if dtype != torch.float32 else (1, 8):
+                x = empty(rows, columns, dtype=dtype)
+                int8_linear.int8_linear(x, weight, None, MULTIPROCESSORS, symmetric=not group_size, dependent=True)
 
 
 if __name__ == "__main__":

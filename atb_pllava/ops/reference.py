@@ -67,13 +67,19 @@ class TorchBackend(Backend):
         return self._linear_dequantised(x, weight, bias, DEQUANTISED_ELEMENTS)
 
     def _linear_dequantised(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, elements: int) -> Tensor:
-        """x [R, in] times an int8 weight transposed: [R, out]. About `elements` weights are dequantised at a time."""
+        """x [R, in] times an int8 weight transposed: [R, out]. About `elements` weights are dequantised at a time.
+
+        The product of a block is written straight into its columns of the result.
+        """
         rows = max(1, elements // weight.shape[1])
         out = x.new_empty(len(x), weight.shape[0])
         for start in range(0, weight.shape[0], rows):
             block = slice(start, start + rows)
-            part = None if bias is None else bias[block]
-            out[:, block] = F.linear(x, self._dequantise(weight.rows(block), x.dtype), part)
+            transposed = self._dequantise(weight.rows(block), x.dtype).T
+            if bias is None:
+                torch.mm(x, transposed, out=out[:, block])
+            else:
+                torch.addmm(bias[block], x, transposed, out=out[:, block])
         return out
 
     def _dequantise(self, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
