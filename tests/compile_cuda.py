@@ -6,6 +6,7 @@ constants that Triton would find at that launch.
 
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -23,16 +24,9 @@ from atb_pllava.ops.int8 import Int8Weight
 TARGET = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132
 PROGRAMS = 4 * MULTIPROCESSORS
-ROWS = (1, 4, 8, 16, 32, 64)
-# Rows, columns and group size of int8 weights: qkv, out, gate_up and down of 7B, and grouped ones.
-INT8_WEIGHTS = (
-    (12288, 4096, 0),
-    (4096, 4096, 0),
-    (22016, 4096, 0),
-    (4096, 11008, 0),
-    (4096, 4096, 64),
-    (22016, 4096, 128),
-)
+ROWS = (1, 4, 8, 32, 64)
+# Rows, columns and group size of int8 weights: out and gate_up of 7B, and grouped ones.
+INT8_WEIGHTS = ((4096, 4096, 0), (22016, 4096, 0), (4096, 4096, 64), (22016, 4096, 128))
 HELPERS = ("_span", "_store_row", "_times_row", "launch_dependents", "wait")  # are called by kernels, not launched
 POINTERS = {
     torch.float32: "*fp32",
@@ -67,7 +61,18 @@ class Compiled:
             if isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0 and not fixed):
                 aligned[(i,)] = [["tt.divisibility", 16]]
         made = triton.compile(ASTSource(self.kernel, signature, constants, aligned), target=TARGET, options=options)
+        if options.get("launch_pdl"):
+            check_wait(self.kernel.__name__, made.asm["ptx"])
         print(self.kernel.__name__, options, f"shared {made.metadata.shared}", *resources(made.asm["cubin"]))
+
+
+def check_wait(kernel: str, ptx: str) -> None:
+    """Before it waits for the kernel in front of it, a kernel loads int8 weights (".cg") and accesses nothing else."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    accesses = re.findall(r"(?:ld|st|red|atom)\.global\S*|cp\.async\.c\S*", before)
+    early = [access for access in accesses if not access.startswith("ld.global.cg")]
+    if early or not waits:
+        sys.exit(f"{kernel}: {early or 'nothing'} in front of griddepcontrol.wait")
 
 
 def resources(cubin: bytes) -> tuple[str, str]:

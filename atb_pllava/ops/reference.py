@@ -67,20 +67,24 @@ class TorchBackend(Backend):
         return self._linear_dequantised(x, weight, bias, DEQUANTISED_ELEMENTS)
 
     def _linear_dequantised(self, x: Tensor, weight: Int8Weight, bias: Tensor | None, elements: int) -> Tensor:
-        """x [R, in] times an int8 weight transposed: [R, out]. About `elements` weights are dequantised at a time.
-
-        The product of a block is written straight into its columns of the result.
-        """
+        """x [R, in] times an int8 weight transposed: [R, out]. About `elements` weights are dequantised at a time."""
         rows = max(1, elements // weight.shape[1])
         out = x.new_empty(len(x), weight.shape[0])
         for start in range(0, weight.shape[0], rows):
             block = slice(start, start + rows)
-            transposed = self._dequantise(weight.rows(block), x.dtype).T
-            if bias is None:
-                torch.mm(x, transposed, out=out[:, block])
-            else:
-                torch.addmm(bias[block], x, transposed, out=out[:, block])
+            part = None if bias is None else bias[block]
+            self._multiply_into(out[:, block], x, self._dequantise(weight.rows(block), x.dtype), part)
         return out
+
+    def _multiply_into(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Write x [R, in] times a weight [n, in] transposed into `out` [R, n], columns of a larger tensor.
+
+        On a CPU the product is copied: oneDNN multiplies bfloat16 into strided memory at half the speed.
+        """
+        if self.on_host:
+            out.copy_(F.linear(x, weight, bias))
+        else:
+            multiply_into(out, x, weight, bias)
 
     def _dequantise(self, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
         return weight.dequantise(dtype)
@@ -156,6 +160,14 @@ class TorchBackend(Backend):
     def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
         return out.transpose(1, 2)
+
+
+def multiply_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write x [R, in] times a weight [n, in] transposed into `out` [R, n] without a copy. `out` may be strided."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
 
 
 def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:
