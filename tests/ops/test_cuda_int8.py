@@ -1,6 +1,6 @@
 """Products of int8 weights on CUDA against float64, by number of rows: see `tests.ops.cuda_support`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atb_pllava.errors import BackendError
 from atb_pllava.ops.int8 import Int8Weight, quantise
+from atb_pllava.ops.interface import PackedWeight
 from atb_pllava.ops.reference import TorchBackend
 from tests.ops.cuda_support import DEVICE, DTYPES, Noted, random, right_bfloat16_products
 from tests.ops.kernel_support import INT8_SHARDS
@@ -164,6 +165,30 @@ def test_only_complete_weights_are_read_early(count: int, supported: bool, monke
 
 def test_the_interpreter_has_no_dependent_launch() -> None:
     assert not dependent_launch.is_supported(torch.device("cpu"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="one kernel overlaps with another on a device only")
+@pytest.mark.parametrize("count", [1, 4, 8, 32, 64])
+def test_a_chain_of_dependent_products_in_a_graph(count: int) -> None:
+    """Each product reads what the product in front of it writes, and memory is used again and again."""
+    ops = CudaBackend()
+    weights = [quantise(random(4096, 4096, seed=i).mul_(1 / 64).bfloat16()) for i in range(4)]
+    packed = [ops.pack(weight) for weight in weights]
+    x = random(count, 4096).bfloat16()
+
+    def chain(given: Sequence[Int8Weight | PackedWeight]) -> Tensor:
+        out = x
+        for weight in [*given] * 8:
+            out = F.normalize(ops.linear(ops.linear(out, weight), given[0]), dim=1)
+        return out
+
+    expected = chain(weights)
+    early = chain(packed)
+    captured = ops.capture(lambda: chain(packed))
+    for seed in range(20):
+        x.copy_(random(count, 4096, seed=seed))
+        assert torch.equal(captured.replay([]), chain(packed))
+    assert_near(early, expected)
 
 
 # Many rows

@@ -23,7 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="device to measure (default: as for `run`)")
     parser.add_argument("--shape", default="7b", metavar=f"{'|'.join(SHAPES)}|FILE", help="sizes of a layer (7b)")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64", metavar="N,N,...", help="rows (default 1,2,4,8,16,32,64)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of rows and float weights")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        metavar="NAME",
+        help=f"of rows and float weights: auto, {', '.join(DTYPES)} (default auto: the device's for bfloat16)",
+    )
     parser.add_argument(
         "--group_size", type=int, choices=GROUP_SIZES, default=0, help="columns of a scale (0: the whole row)"
     )

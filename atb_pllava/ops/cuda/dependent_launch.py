@@ -36,8 +36,8 @@ else:
 
 
 def is_supported(device: torch.device) -> bool:
-    """Whether Triton and the device have dependent launch. Triton's interpreter has none."""
-    if device.type != "cuda" or not _KNOWN or not isinstance(wait, JITFunction):
+    """Whether Triton and the device have dependent launch. Triton's interpreter and AMD's GPUs have none."""
+    if device.type != "cuda" or torch.version.cuda is None or not _KNOWN or not isinstance(wait, JITFunction):
         return False
     return torch.cuda.get_device_capability(device) >= _CAPABILITY
 
