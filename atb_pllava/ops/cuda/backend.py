@@ -59,14 +59,16 @@ class CudaBackend(TorchBackend):
         self.name = "cuda"
         self.features = CudaBackend.features if self.device.type == "cuda" else frozenset()
         self._kernels = import_kernels()
-        self._int8 = import_int8_kernels()
+        from atb_pllava.ops.cuda import dependent_launch, int8_linear  # import triton, which `import_kernels` has found
+
+        self._int8 = int8_linear
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._multiprocessors = multiprocessors
         self._programs = PROGRAMS_PER_SM * multiprocessors
-        self._has_dependent_launch = self._int8.dependent_launch.is_supported(self.device)
+        self._has_dependent_launch = dependent_launch.is_supported(self.device)
         self._pool: Any = None
         self._try_kernels()
 
@@ -215,13 +217,6 @@ def import_kernels() -> ModuleType:
             f"triton cannot be imported: {error}; install the triton that torch {torch.__version__} names"
         ) from None
     return cuda_kernels
-
-
-def import_int8_kernels() -> ModuleType:
-    """The module `ops.cuda.int8_linear`. `import_kernels` has shown that triton can be imported."""
-    from atb_pllava.ops.cuda import int8_linear
-
-    return int8_linear
 
 
 def _lower_right(rows: int, context: int, device: torch.device) -> Tensor | None:
