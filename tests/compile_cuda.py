@@ -1,11 +1,12 @@
 """Compiles each launch of the Triton kernels for an H200 (sm_90), without a device. Prints what each launch takes.
 
-The launches are those of `ops.cuda.kernels` for real shapes, on tensors without memory. A kernel gets the types,
-alignments and constants that Triton would find at that launch.
+The launches are those of `ops.cuda` for real shapes, on tensors without memory. A kernel gets the types, alignments and
+constants that Triton would find at that launch.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -14,12 +15,19 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+from atb_pllava.ops.cuda import int8_dequantise, int8_linear
 from atb_pllava.ops.cuda import kernels as cuda_kernels
 from atb_pllava.ops.int8 import Int8Weight
 
 TARGET = GPUTarget("cuda", 90, 32)
-PROGRAMS = 4 * 132
+MULTIPROCESSORS = 132
+PROGRAMS = 4 * MULTIPROCESSORS
+ROWS = (1, 4, 8, 32, 64)
+# Rows, columns and group size of int8 weights: out and gate_up of 7B, and grouped ones.
+INT8_WEIGHTS = ((4096, 4096, 0), (22016, 4096, 0), (4096, 4096, 64), (22016, 4096, 128))
+HELPERS = ("_span", "_store_row", "_times_row", "launch_dependents", "wait")  # are called by kernels, not launched
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -53,7 +61,18 @@ class Compiled:
             if isinstance(value, Tensor) or (kind == "i32" and value % 16 == 0 and not fixed):
                 aligned[(i,)] = [["tt.divisibility", 16]]
         made = triton.compile(ASTSource(self.kernel, signature, constants, aligned), target=TARGET, options=options)
+        if options.get("launch_pdl"):
+            check_wait(self.kernel.__name__, made.asm["ptx"])
         print(self.kernel.__name__, options, f"shared {made.metadata.shared}", *resources(made.asm["cubin"]))
+
+
+def check_wait(kernel: str, ptx: str) -> None:
+    """Before it waits for the kernel in front of it, a kernel loads int8 weights (".cg") and accesses nothing else."""
+    before, waits, _ = ptx.partition("griddepcontrol.wait")
+    accesses = re.findall(r"(?:ld|st|red|atom)\.global\S*|cp\.async\.c\S*", before)
+    early = [access for access in accesses if not access.startswith("ld.global.cg")]
+    if early or not waits:
+        sys.exit(f"{kernel}: {early or 'nothing'} in front of griddepcontrol.wait")
 
 
 def resources(cubin: bytes) -> tuple[str, str]:
@@ -68,8 +87,10 @@ def resources(cubin: bytes) -> tuple[str, str]:
 
 
 def main() -> None:
-    for name in ("_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear", "_dequantise"):
-        setattr(cuda_kernels, name, Compiled(getattr(cuda_kernels, name)))
+    for module in (cuda_kernels, int8_dequantise, int8_linear):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction) and name not in HELPERS:
+                setattr(module, name, Compiled(value))
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -89,12 +110,13 @@ def main() -> None:
             cuda_kernels.swiglu(empty(8, 5 * width, dtype=dtype))
         angles = empty(8, 64, dtype=torch.float32)
         cuda_kernels.rotary(empty(8, 32, 128, dtype=dtype), angles, angles)
-        for rows in (1, 8, 64) if dtype != torch.float32 else (1, 8):
-            for height, group_size in ((4096, 0), (22016, 0), (4096, 64), (22016, 128)):
-                with torch.device("meta"):
-                    weight = Int8Weight.empty(height, 4096, dtype, group_size)
-                cuda_kernels.int8_linear(empty(rows, 4096, dtype=dtype), weight, None, PROGRAMS)
-                cuda_kernels.dequantise(weight, dtype)
+        for height, columns, group_size in INT8_WEIGHTS:
+            with torch.device("meta"):
+                weight = Int8Weight.empty(height, columns, dtype, group_size)
+            int8_dequantise.dequantise(weight, dtype)
+            for rows in ROWS if dtype != torch.float32 else (1, 8):
+                x = empty(rows, columns, dtype=dtype)
+                int8_linear.int8_linear(x, weight, None, MULTIPROCESSORS, symmetric=not group_size, dependent=True)
 
 
 if __name__ == "__main__":

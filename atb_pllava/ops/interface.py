@@ -204,7 +204,7 @@ class Backend(ABC):
     def pack(self, weight: Weight) -> Weight:
         """`weight` in the form that `linear` multiplies fastest. The default returns `weight` itself.
 
-        Loading calls `pack` once for each weight. A packed weight shares no memory with `weight`.
+        Loading calls `pack` once for each weight. The caller does not change `weight` afterwards.
         """
         return weight
 

@@ -73,8 +73,18 @@ class TorchBackend(Backend):
         for start in range(0, weight.shape[0], rows):
             block = slice(start, start + rows)
             part = None if bias is None else bias[block]
-            out[:, block] = F.linear(x, self._dequantise(weight.rows(block), x.dtype), part)
+            self._multiply_into(out[:, block], x, self._dequantise(weight.rows(block), x.dtype), part)
         return out
+
+    def _multiply_into(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Write x [R, in] times a weight [n, in] transposed into `out` [R, n], columns of a larger tensor.
+
+        On a CPU the product is copied: oneDNN multiplies bfloat16 into strided memory at half the speed.
+        """
+        if self.on_host:
+            out.copy_(F.linear(x, weight, bias))
+        else:
+            multiply_into(out, x, weight, bias)
 
     def _dequantise(self, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
         return weight.dequantise(dtype)
@@ -150,6 +160,14 @@ class TorchBackend(Backend):
     def encoder_attention(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
         return out.transpose(1, 2)
+
+
+def multiply_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write x [R, in] times a weight [n, in] transposed into `out` [R, n] without a copy. `out` may be strided."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
 
 
 def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:

@@ -1,9 +1,4 @@
-"""The Triton kernels against float64 and the plain backend: on a CUDA device where there is one, else interpreted.
-
-Triton's interpreter runs a kernel's programs one after the other with numpy. It shows what a kernel computes and which
-elements it touches. It shows neither what happens between threads nor any speed. It truncates to bfloat16 where devices
-round.
-"""
+"""The Triton kernels against float64 and the plain backend: see `tests.ops.cuda_support`."""
 
 import os
 import subprocess
@@ -14,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,47 +29,24 @@ from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import Feature
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
-from tests.ops.kernel_support import INT8_SHARDS
+from tests.ops.cuda_support import DEVICE, DTYPES, Noted, kernel_modules, random, right_bfloat16_products
 from tests.ops.test_ascend import Replay, decode
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, random_tensor, raw_config
+from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, raw_config
 
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = TorchBackend(DEVICE)
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def products_of_bfloat16() -> Iterator[None]:
-    """Triton's interpreter holds bfloat16 as uint16 and multiplies those: it gets the numbers here."""
-    if DEVICE == "cuda":
-        yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def wide(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
-        data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(data, tl.float32)
-
-    def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
-        return plain(self, wide(a), wide(b), *rest) if a.dtype == tl.bfloat16 else plain(self, a, b, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    with right_bfloat16_products():
         yield
 
 
 @pytest.fixture(scope="module")
 def fast() -> CudaBackend:
     return CudaBackend(DEVICE, multiprocessors=4)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return random_tensor(*shape, seed=seed).to(DEVICE)
 
 
 def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
@@ -195,57 +166,6 @@ def test_no_mask_is_made() -> None:
     assert cuda._lower_right(5, 5, torch.device(DEVICE)) is None and cuda._supports_gqa()
 
 
-# Products of 8 bits
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("group_size", "columns"), INT8_SHARDS)
-def test_products_of_8_bits(
-    fast: CudaBackend, dtype: torch.dtype, symmetric: bool, group_size: int, columns: slice
-) -> None:
-    whole = quantise(
-        random(70, columns.stop if not group_size else 512),
-        group_size=group_size,
-        symmetric=symmetric,
-        scale_dtype=dtype,
-    )
-    weight = whole.columns(columns)
-    bias = random(70, seed=1).to(dtype)
-    for count in (1, 4, 5, 16, 17, 64, 65):
-        x = random(count, weight.shape[1], seed=2).to(dtype)
-        expected = F.linear(x.double(), weight.dequantise(torch.float64), bias.double())
-        assert_near(fast.linear(x, weight, bias), expected)
-    assert_near(fast.linear(x[:1], weight), expected[:1] - bias.double())
-
-
-def test_many_short_programs_and_few_high_ones(fast: CudaBackend) -> None:
-    weight = quantise(random(700, 40))
-    for count in (1, 5):
-        x = random(count, 40)
-        expected = F.linear(x, weight.dequantise())
-        for multiprocessors in (1, 132):  # 700 rows are many for one, few for the other
-            assert_near(CudaBackend(DEVICE, multiprocessors).linear(x, weight), expected)
-
-
-def test_all_8_bit_values_are_exact(fast: CudaBackend) -> None:
-    values = torch.arange(-128, 128, dtype=torch.int8, device=DEVICE)[:, None].expand(256, 64).contiguous()
-    ones = torch.ones(256, 1, device=DEVICE).bfloat16()
-    weight = quantise(random(256, 64)).__class__(values, ones, ones - 1)
-    x = F.one_hot(torch.tensor([5]), 64).bfloat16().to(DEVICE)
-    for count in (1, 70):
-        assert torch.equal(fast.linear(x.expand(count, 64), weight)[-1].float(), values[:, 5].float())
-
-
-def test_inputs_of_any_shape_and_stride(fast: CudaBackend) -> None:
-    weight = quantise(random(40, 64))
-    x = random(3, 5, 128)
-    float_weight = weight.dequantise()
-    for part in (x[..., :64], x[0, :, :64], x[0].T[:64].T, x[0, :0, :64]):
-        assert_close(fast.linear(part, weight), F.linear(part, float_weight), atol=1e-4, rtol=1e-4)
-        assert_close(fast.linear(part, float_weight), F.linear(part, float_weight))
-
-
 # The functions between
 
 
@@ -325,22 +245,6 @@ def test_a_recorded_step_reads_its_lengths_on_the_device(batch: int) -> None:
     assert ops.replays == 2
 
 
-class Noted:
-    """Takes a kernel's place: of a launch all is noted that Triton chooses machine code by."""
-
-    def __init__(self, kernel: str, launches: list[object]) -> None:
-        self.kernel = kernel
-        self.launches = launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: self.launches.append(
-            (self.kernel, grid, [self.seen(value) for value in arguments], options)
-        )
-
-    def seen(self, value: object) -> object:
-        return (value.device, value.dtype, value.storage_offset()) if isinstance(value, Tensor) else value
-
-
 class OnlyMeta(TorchDispatchMode):
     """Fails where torch touches a tensor of another device."""
 
@@ -356,9 +260,9 @@ class OnlyMeta(TorchDispatchMode):
 def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
-    kernels = cuda.import_kernels()
-    for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
-        monkeypatch.setattr(kernels, name, Noted(name, launches))
+    for module in kernel_modules():
+        for name in [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]:
+            monkeypatch.setattr(module, name, Noted(name, launches))
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
     config = config_from_json(raw_config())
@@ -443,13 +347,6 @@ def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.Monke
         CudaBackend(DEVICE, 1)
 
 
-def test_a_triton_that_computes_nonsense(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fast._kernels.int8_linear
-    monkeypatch.setattr(fast._kernels, "int8_linear", lambda *arguments: right(*arguments) * 1.01)
-    with pytest.raises(BackendError, match=r"triton \S+ miscompiles the kernels of this .* error of 0\.01"):
-        CudaBackend(DEVICE, 1)
-
-
 # Machine code
 
 
@@ -469,7 +366,9 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
         "_write_kv",
         "_attend",
         "_merge",
-        "_int8_linear",
+        "_few_rows",
+        "_dot_rows",
+        "_sum_splits",
         "_dequantise",
     }
     assert not [line for line in done.stdout.splitlines() if not line.endswith("stack 0")]

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from atb_pllava.cli.bench import cache, compare, load, media, overhead, peaks, scaling, serve, sweep, video
+from atb_pllava.cli.bench import cache, compare, load, media, overhead, peaks, products, scaling, serve, sweep, video
 from atb_pllava.cli.parser import Parser
 
 Run = Callable[[argparse.Namespace], int]
@@ -16,6 +16,7 @@ KINDS = {
     "compare": ("stage by stage against Hugging Face transformers", compare),
     "cache": ("time to first token of a second question about a video", cache),
     "overhead": ("the engine's part of a decode step, without the model", overhead),
+    "products": ("products with int8 weights against float weights, by number of rows", products),
     "load": ("start-up: time and memory to load a checkpoint", load),
     "video": ("a few frames of a long file against decoding all of it", video),
     "media": ("reading videos: this process, worker processes, bare readers", media),

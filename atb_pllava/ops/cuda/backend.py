@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava.errors import BackendError
+from atb_pllava.ops.cuda.int8_tiles import DOT_TILES, FLOAT32_TILES, MAX_FEW_ROWS, max_rows
+from atb_pllava.ops.cuda.int8_weight import CompleteInt8Weight
 from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.int8 import Int8Weight, quantise
 from atb_pllava.ops.interface import (
@@ -22,17 +24,22 @@ from atb_pllava.ops.interface import (
     Feature,
     LayerCache,
     PackedWeight,
+    Weight,
 )
-from atb_pllava.ops.reference import TorchBackend
+from atb_pllava.ops.reference import TorchBackend, multiply_into
 
-# The largest number of rows for the int8 kernel. Dequantising first moves 5 bytes a weight, the kernel moves 1. At 64
-# rows the kernel does 128 operations a byte. An H200 (990 TFLOP/s dense, 4.8 TB/s) can do 206 operations a byte.
-INT8_LINEAR_MAX_ROWS = 64
-INT8_LINEAR_MAX_FLOAT32_ROWS = 16  # tensor cores do not multiply in float32
 # Elements of an int8 weight that are dequantised at a time: 128 MiB of float16, enough for a product on all SMs.
 DEQUANTISED_ELEMENTS = 2**26
 PROGRAMS_PER_SM = 4
-_FLOAT32_ERROR = 1e-4  # relative to the largest value. A right sum of some hundred float32 products is within 1e-6
+# Largest errors of `_try_kernels`, relative to the largest value. A right sum of some hundred float32 products is
+# within 1e-6, and rounding to float16 adds 5e-4.
+_LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 2e-3}
+# Rows and dtypes of the products that `_try_kernels` computes: each kernel with each of its tiles.
+_TRIED_PRODUCTS = (
+    *((rows, torch.float16) for rows in (1, MAX_FEW_ROWS, *(tiles.max_rows for tiles in DOT_TILES))),
+    (1, torch.float32),
+    (FLOAT32_TILES.max_rows, torch.float32),
+)
 
 
 class CudaBackend(TorchBackend):
@@ -52,25 +59,44 @@ class CudaBackend(TorchBackend):
         self.name = "cuda"
         self.features = CudaBackend.features if self.device.type == "cuda" else frozenset()
         self._kernels = import_kernels()
+        from atb_pllava.ops.cuda import dependent_launch, int8_linear  # import triton, which `import_kernels` has found
+
+        self._int8 = int8_linear
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._multiprocessors = multiprocessors
         self._programs = PROGRAMS_PER_SM * multiprocessors
+        self._has_dependent_launch = dependent_launch.is_supported(self.device)
         self._pool: Any = None
         self._try_kernels()
 
+    def pack(self, weight: Weight) -> Weight:
+        """See `Backend.pack`. An int8 weight is kept as it is, once the device has written it."""
+        return CompleteInt8Weight.of(weight) if isinstance(weight, Int8Weight) else weight
+
     def _linear_rows(self, x: Tensor, weight: Int8Weight | PackedWeight, bias: Tensor | None) -> Tensor:
+        """See `Backend._linear_rows`. A weight that was not packed may be in the making: kernels wait for it."""
+        options: dict[str, bool] = {}
+        if isinstance(weight, CompleteInt8Weight):
+            options = {"symmetric": weight.symmetric, "dependent": self._has_dependent_launch}
+            weight = weight.weight
         assert isinstance(weight, Int8Weight), "the weight was packed by another backend"
-        most = INT8_LINEAR_MAX_FLOAT32_ROWS if x.dtype == torch.float32 else INT8_LINEAR_MAX_ROWS
-        if 0 < len(x) <= most:
-            out: Tensor = self._kernels.int8_linear(x, weight, bias, self._programs)
+        if 0 < len(x) <= max_rows(x.dtype):
+            out: Tensor = self._int8.int8_linear(x, weight, bias, self._multiprocessors, **options)
             return out
         return self._linear_dequantised(x, weight, bias, DEQUANTISED_ELEMENTS)
 
     def _dequantise(self, weight: Int8Weight, dtype: torch.dtype) -> Tensor:
-        dequantised: Tensor = self._kernels.dequantise(weight, dtype)
+        from atb_pllava.ops.cuda.int8_dequantise import dequantise  # imports triton
+
+        dequantised: Tensor = dequantise(weight, dtype)
         return dequantised
+
+    def _multiply_into(self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """See `TorchBackend._multiply_into`. Also where Triton interprets on a CPU, so that tests see the same path."""
+        multiply_into(out, x, weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = self._kernels.rms_norm(x, weight, eps)
@@ -130,36 +156,44 @@ class CudaBackend(TorchBackend):
         return CudaGraph(graph, out)
 
     def _try_kernels(self) -> None:
-        """Run some kernels once, and compare an int8 product with plain torch.
+        """Run some kernels once, and compare int8 products with plain torch.
 
-        Triton needs a C compiler and a supported device, and the kernels need a recent Triton. The tested product
-        starts inside a group and has an odd number of columns, because some Triton versions miscompile that case.
+        Triton needs a C compiler and a supported device, and the kernels need a recent Triton.
         Raises BackendError if a kernel cannot run or its result is wrong.
         """
         (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, torch.float32)
         one = torch.ones(1, 1, 16, device=self.device)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        wave = torch.arange(16 * 512, device=self.device).reshape(16, 512).sin()
-        weight = quantise(wave, group_size=128, symmetric=False).columns(slice(96, 385))
-        x = wave[:1, :289].contiguous()
-        bias = wave[0, :16]
         try:
             self.write_kv(one, one, cache, zero[0])
             batch = SequenceBatch.of([1], [1], zero)
             self.decode_attention(one, cache, AttentionMetadata(zero[0], batch, batch, zero, zero))
-            product = self.linear(x, weight, bias)
+            errors = {(rows, dtype): self._product_error(rows, dtype) for rows, dtype in _TRIED_PRODUCTS}
         except Exception as error:  # errors of the compiler, the linker and Triton have no common class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackendError(
                 f"triton {self._kernels.VERSION} cannot run the kernels of this package here: {reason}"
             ) from error
+        for (rows, dtype), wrong in errors.items():
+            if not wrong <= _LARGEST_ERROR[dtype]:
+                raise BackendError(
+                    f"triton {self._kernels.VERSION} miscompiles the kernels of this package: a product of {rows} rows "
+                    f"of {dtype} with int8 weights has a relative error of {wrong:.1g}; install another triton"
+                )
+
+    def _product_error(self, rows: int, dtype: torch.dtype) -> float:
+        """The largest error of an int8 product of `rows` rows, relative to the largest value.
+
+        The weight starts inside a group and has an odd number of columns, because some Triton versions miscompile that
+        case.
+        """
+        wave = torch.arange(64 * 512, device=self.device).reshape(64, 512).sin()
+        weight = quantise(wave[:16], group_size=128, symmetric=False).columns(slice(96, 385))
+        x = wave[:rows, :289].to(dtype)
+        bias = wave[0, :16].to(dtype)
+        product = self.linear(x, self.pack(weight), bias)
         expected = F.linear(x.double(), weight.dequantise(torch.float64), bias.double())
-        worst = float((product - expected).abs().max() / expected.abs().max())
-        if not worst <= _FLOAT32_ERROR:
-            raise BackendError(
-                f"triton {self._kernels.VERSION} miscompiles the kernels of this package: a product of int8 weights "
-                f"has a relative error of {worst:.1g}; install another triton"
-            )
+        return float((product - expected).abs().max() / expected.abs().max())
 
 
 class CudaGraph(CapturedGraph):
