@@ -28,10 +28,11 @@ int64_t atb_linear(const Matrix* w, const void* x, int64_t count, int64_t x_stri
             Linear<Fma, float, float>(call).run();
         else if (kind == FLOAT)
             Linear<Fma, int8_t, float>(call).run();
-        else if (w->kind == BFLOAT)
-            Linear<BfloatArithmetic, bf16, bf16>(call).run();
         else
-            Linear<BfloatArithmetic, int8_t, bf16>(call).run();
+            with_bfloat_arithmetic(count, [&](auto m) {
+                typedef decltype(m) M;
+                w->kind == BFLOAT ? Linear<M, bf16, bf16>(call).run() : Linear<M, int8_t, bf16>(call).run();
+            });
     });
 }
 
@@ -71,8 +72,8 @@ int64_t atb_write_kv(const Cache* c, const void* keys, int64_t key_stride, const
 
 // Attention of one new token of each sequence, see DecodeCall.
 int64_t atb_decode(const Cache* c, const void* q, int64_t q_stride, void* out, const int64_t* block_tables,
-                   int64_t table_stride, int64_t columns, const int64_t* context_lens, int64_t sequences,
-                   int64_t heads, int64_t kind, int threads) {
+                   int64_t table_stride, int64_t columns, const int64_t* context_lens, int64_t sequences, int64_t heads,
+                   int64_t kind, int threads) {
     const DecodeCall call{c,     q,        out,          block_tables, context_lens, sequences,
                           heads, q_stride, table_stride, columns,      threads};
     return status_of([&] {
@@ -91,12 +92,13 @@ int64_t atb_prefill(const Cache* c, const void* q, int64_t q_stride, void* out, 
     return status_of([&] {
         if (length > context) throw OutOfRange{};
         check_block_table(*c, block_table, columns, context);
-        if (c->kind == INT8)
-            kind == FLOAT ? prefill_attention<Fma, int8_t, float>(call)
-                          : prefill_attention<BfloatArithmetic, int8_t, bf16>(call);
+        if (kind == FLOAT)
+            c->kind == INT8 ? prefill_attention<Fma, int8_t, float>(call) : prefill_attention<Fma, float, float>(call);
         else
-            kind == FLOAT ? prefill_attention<Fma, float, float>(call)
-                          : prefill_attention<BfloatArithmetic, bf16, bf16>(call);
+            with_bfloat_arithmetic(length, [&](auto m) {
+                typedef decltype(m) M;
+                c->kind == INT8 ? prefill_attention<M, int8_t, bf16>(call) : prefill_attention<M, bf16, bf16>(call);
+            });
     });
 }
 
@@ -105,8 +107,12 @@ int64_t atb_encoder(const void* q, const void* k, const void* v, void* out, int6
                     int64_t heads, int64_t dim, int64_t frame_stride, int64_t token_stride, int64_t head_stride,
                     int64_t kind, int threads) {
     const EncoderCall call{q, k, v, out, frames, tokens, heads, dim, frame_stride, token_stride, head_stride, threads};
-    return status_of(
-        [&] { kind == FLOAT ? encoder_attention<Fma, float>(call) : encoder_attention<BfloatArithmetic, bf16>(call); });
+    return status_of([&] {
+        if (kind == FLOAT)
+            encoder_attention<Fma, float>(call);
+        else
+            with_bfloat_arithmetic(tokens, [&](auto m) { encoder_attention<decltype(m), bf16>(call); });
+    });
 }
 
 void atb_rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, int64_t kind,
