@@ -160,16 +160,26 @@ void atb_probe_read(const void* data, int64_t pieces, int32_t* out, int threads)
     read_all((const char*)data, pieces, out, threads);
 }
 
-// Benchmark: rounds * CHAINS vector multiply-adds in each task. `out` has 64 bytes for each task's sum. The factor is
-// out[0], the addend out[1]. Writes the FLOPs of a round and the floats of a vector to `counts`.
+// Benchmark: multiply-adds in registers, `rounds` rounds in each task. `out` has 64 bytes for each task's sum. The factor
+// is out[0], the addend out[1]. Writes to `counts`: the FLOPs of a round, the floats of a vector, the multiply-adds of
+// one element in a round, and the sum of one element before the first round.
 void atb_probe_multiply_add(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* counts, int threads) {
     const vf a = splat(out[0]);
     const vf b = splat(out[1]);
-    counts[0] = CHAINS * W * 2;
     counts[1] = W;
-#if defined(HAS_DOT)
+    counts[2] = CHAINS;
+    counts[3] = CHAINS * (CHAINS - 1) / 2;
+#if defined(HAS_TILES)
     if (kind == BFLOAT) {
-        counts[0] *= 2;
+        counts[2] = TILE_CHAINS * 2 * TILE_ROWS;
+        counts[3] = 0;
+        counts[0] = counts[2] * TILE_ROWS * TILE_ROWS * 2;
+        return multiply_add_in_tiles(tasks, rounds, out[0], out[1], out, threads);
+    }
+#elif defined(HAS_DOT)
+    if (kind == BFLOAT) {
+        counts[2] *= 2;
+        counts[0] = counts[2] * W * 2;
         const __m512bh pair = (__m512bh)((vi)a | (vi)a >> 16);  // two bfloat16
         const __m512bh other = (__m512bh)((vi)b | (vi)b >> 16);
         multiply_add(tasks, rounds, out, threads,
@@ -177,7 +187,17 @@ void atb_probe_multiply_add(int64_t tasks, int64_t rounds, int64_t kind, float* 
         return;
     }
 #endif
+    counts[0] = counts[2] * W * 2;
     multiply_add(tasks, rounds, out, threads, [=](vf sum) { return sum * a + b; });
+}
+
+// Whether the probe multiplies bfloat16 numbers in tile registers.
+int atb_probe_has_tiles() {
+#if defined(HAS_TILES)
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 }  // extern "C"
