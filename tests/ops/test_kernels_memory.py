@@ -170,21 +170,18 @@ def test_a_glibc_that_refuses_a_large_threshold(tmp_path: Path) -> None:
     assert done.stdout == f"-3 {32 << 20}\n-1 {1 << 30}\n", done.stderr  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
-SANITIZERS = {
-    "address,undefined": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"},
-    "thread": {"TSAN_OPTIONS": "halt_on_error=1"},
-}
+# Sanitizers, and the level that is compiled with them. AVX2 has another conversion of int8 weights than AVX-512 VBMI.
+SANITIZERS = [("address,undefined", "best"), ("thread", "avx2")]
 
 
-@pytest.mark.parametrize("sanitizers", SANITIZERS)
-@pytest.mark.parametrize("level", ["best", "avx2"])
+@pytest.mark.parametrize(("sanitizers", "level"), SANITIZERS)
 def test_kernels_and_emulated_tiles_under_sanitizers(sanitizers: str, level: str, tmp_path: Path) -> None:
     """check_kernels.cpp compares bfloat16 products and attention with float64, on one thread and on four."""
     level = levels.best_level() if level == "best" else level
     if not levels.cpu_features().issuperset(levels.LEVELS[level]):
         pytest.skip(f"this CPU has no {level}")
     program = tmp_path / "check_kernels"
-    options = [*levels.compiler_options(level), "-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}"]
+    options = [*levels.compiler_options(level), "-std=c++17", "-O0", "-g1", "-pthread", f"-fsanitize={sanitizers}"]
     source = Path(__file__).with_name("check_kernels.cpp")
     try:
         build._run([*compiler_with_emulated_tiles(), *options, str(source), "-o", str(program)], "failed")
@@ -195,7 +192,7 @@ def test_kernels_and_emulated_tiles_under_sanitizers(sanitizers: str, level: str
     except build.BuildError as error:
         pytest.skip(str(error))
     for threads in ("1", "4"):
-        environment = {**os.environ, **SANITIZERS[sanitizers]}
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
         done = subprocess.run([str(program), threads], capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), done.stdout + done.stderr
         assert not done.stderr
