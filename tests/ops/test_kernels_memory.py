@@ -161,7 +161,7 @@ def test_a_glibc_that_refuses_a_large_threshold(tmp_path: Path) -> None:
     source = tmp_path / "old.cpp"
     source.write_text(OLD_MALLOPT)
     library = tmp_path / "old.so"
-    compiler = build.try_compiler(None, tmp_path)
+    compiler, _ = build.try_compiler(None, tmp_path)
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).atb_keep_freed_memory()"
     command = [sys.executable, "-c", program, str(build.find_library())]

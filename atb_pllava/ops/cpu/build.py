@@ -103,9 +103,10 @@ def find_library(compiler: str | None = None, directory: str | os.PathLike[str] 
     return None
 
 
-def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> list[str]:
-    """Compile a small library in `directory` with the flags of the kernels. Returns the compiler's command line.
+def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> tuple[list[str], str]:
+    """Compile a small library in `directory` with the flags of the kernels.
 
+    Returns the compiler's command line, and the best of LEVELS that the compiler supports on this CPU.
     Raises BuildError if there is no compiler, or if the compilation fails, for example without headers or linker.
     """
     command = _find_compiler(compiler)
@@ -116,9 +117,9 @@ def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> lis
     for level in better:
         with suppress(CompilerError):  # the compiler may be older than the CPU
             _run([*command, *_flags(level), str(source), "-o", str(library)], "failed")
-            return command
+            return command, level
     _run([*command, *_flags(last), str(source), "-o", str(library)], "failed")
-    return command
+    return command, last
 
 
 def _flags(level: str) -> list[str]:
