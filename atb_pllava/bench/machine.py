@@ -8,7 +8,7 @@ import mmap
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from atb_pllava.bench.roofline import Machine
 from atb_pllava.bench.timing import Work, median_seconds
 from atb_pllava.errors import counted
-from atb_pllava.ops.cpu.probe import multiply_add, read_memory
+from atb_pllava.ops.cpu.probe import multiply_add, read_memory, registers
 from atb_pllava.ops.interface import Backend
 
 _BUFFER = 512 * 2**20  # bytes, far more than any CPU cache holds
@@ -28,7 +28,8 @@ _SIDE = 2048  # rows and columns of the matrices
 class MachinePeaks:
     """Peak read bandwidth in bytes/s and peak FLOP/s by dtype, both medians over the rounds.
 
-    `flops` lacks the dtypes that torch cannot multiply on this device. `threads` is 1 for an accelerator.
+    `flops` lacks the dtypes that torch cannot multiply on this device. `ways` names what reached each of `flops`.
+    `threads` is 1 for an accelerator.
     """
 
     device: str
@@ -36,6 +37,7 @@ class MachinePeaks:
     bandwidth: float
     flops: dict[str, float]
     measured_on: str
+    ways: dict[str, str] = field(default_factory=dict)
 
     def as_machine(self, dtype: torch.dtype = torch.bfloat16) -> Machine:
         """The roofline for activations of `dtype`. W8A16 products also run in `dtype`."""
@@ -45,7 +47,9 @@ class MachinePeaks:
     def rows(self) -> list[dict[str, object]]:
         """A row for each peak, in GB/s and GFLOP/s."""
         lines = {"read bandwidth": f"{self.bandwidth / 1e9:.1f} GB/s"}
-        lines.update({f"{name} multiply-adds": f"{peak / 1e9:.0f} GFLOP/s" for name, peak in self.flops.items()})
+        for name, peak in self.flops.items():
+            way = f" in {self.ways[name]}" if name in self.ways else ""
+            lines[f"{name} multiply-adds{way}"] = f"{peak / 1e9:.0f} GFLOP/s"
         return [{"peak": name, "measured": text, "threads": self.threads} for name, text in lines.items()]
 
 
@@ -64,9 +68,11 @@ def _measure(backend: Backend, rounds: int) -> MachinePeaks:
     name = _cpu_name() if is_cpu else backend.device_name()
     kinds = ("float32", "bfloat16", "int8") if is_cpu else ("float32", "bfloat16", "float16", "int8")
     ways = {kind: list(_multiplying(kind, backend)) for kind in kinds}
-    flops = {kind: _fastest(some, rounds, backend)[1] for kind, some in ways.items() if some}
+    fastest = {kind: _fastest(some, rounds, backend) for kind, some in ways.items() if some}
+    flops = {kind: rate for kind, (_, rate) in fastest.items()}
+    names = {kind: probe.way for kind, (probe, _) in fastest.items() if probe.way}
     threads = torch.get_num_threads() if is_cpu else 1
-    return MachinePeaks(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat())
+    return MachinePeaks(name, threads, read_bandwidth(backend, rounds), flops, date.today().isoformat(), names)
 
 
 def read_bandwidth(backend: Backend, rounds: int = 7) -> float:
@@ -76,10 +82,11 @@ def read_bandwidth(backend: Backend, rounds: int = 7) -> float:
 
 @dataclass(frozen=True)
 class Probe:
-    """A short piece of work that runs at a peak of the machine, and its bytes or FLOPs."""
+    """A short piece of work that runs at a peak of the machine, and its bytes or FLOPs. way: what does the work."""
 
     work: Work
     amount: float
+    way: str = ""
 
 
 def probes(backend: Backend, dtype: torch.dtype) -> tuple[Probe, Probe]:
@@ -122,11 +129,11 @@ def _multiplying(kind: str, backend: Backend) -> Iterator[Probe]:
     """Probes that multiply and add numbers of a dtype. Yields nothing where the device cannot."""
     side = _SIDE if backend.on_host else 4 * _SIDE
     for product in _products(kind, backend, side):
-        yield Probe(product, 2 * side**3)
+        yield Probe(product, 2 * side**3, "torch's products")
     library = backend.library
     if library is not None and kind in ("float32", "bfloat16"):
         dtype: torch.dtype = getattr(torch, kind)
-        yield Probe(lambda: multiply_add(library, dtype), multiply_add(library, dtype))
+        yield Probe(lambda: multiply_add(library, dtype), multiply_add(library, dtype), registers(library, dtype))
 
 
 def _products(kind: str, backend: Backend, side: int) -> Iterator[Callable[[], Tensor]]:

@@ -24,6 +24,7 @@ from atb_pllava.loader.weight_loader import open_checkpoint
 from atb_pllava.model.costs import Costs
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED, published_size
 from atb_pllava.ops.cpu.build import BuildError, default_directory, find_library, try_compiler
+from atb_pllava.ops.cpu.levels import best_level
 from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import has_native_bfloat16
@@ -184,13 +185,17 @@ def compiler_check(compiler: str | None, directory: str | None) -> Check:
         if library is not None:
             return Check("CPU kernels", True, f"compiled: {library}")
         with tempfile.TemporaryDirectory(prefix="atb_pllava_") as folder:
-            command = try_compiler(compiler, folder)
+            command, level = try_compiler(compiler, folder)
     except BuildError as error:
         remedy = "install a C++ compiler (Debian and Ubuntu: apt-get install g++), or name a working one in CXX"
         return Check("CPU kernels", None, f"{error}; {slow}", remedy)
     except OSError as error:
         return Check("CPU kernels", None, f"{error}; {slow}", "make room in TMPDIR")
-    return Check("CPU kernels", True, f"{shlex.join(command)} can compile them, about 10 s at the first start")
+    found = f"{shlex.join(command)} can compile them for {level}, about 10 s at the first start"
+    if level == best_level():
+        return Check("CPU kernels", True, found)
+    remedy = "install a newer C++ compiler (for amx g++ 11 or later), or name one in CXX"
+    return Check("CPU kernels", None, f"{found}; this CPU has {best_level()}, which is faster", remedy)
 
 
 def cache_check(directory: str | None) -> Check:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atb_pllava.ops.cpu.build import cpu_features
+from atb_pllava.ops.cpu.levels import cpu_features
 from atb_pllava.ops.forward_batch import AttentionMetadata
 from atb_pllava.ops.int8 import HIGHEST, Int8Weight
 from atb_pllava.ops.interface import (

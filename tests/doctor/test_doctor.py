@@ -31,6 +31,7 @@ from atb_pllava.mindie.doctor import MindieSetting
 from atb_pllava.mindie.host_files import host_config
 from atb_pllava.model.published_sizes import PUBLISHED
 from atb_pllava.ops.cpu.build import BuildError, load_library
+from atb_pllava.ops.cpu.levels import best_level
 from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
@@ -412,6 +413,20 @@ def test_a_compiler_without_headers_or_linker_is_found_out(on_cpu: NativeSetting
     assert list(tmp_path.iterdir()) == [compiler]
 
 
+def test_a_compiler_that_is_older_than_the_cpu(on_cpu: NativeSetting, tmp_path) -> None:
+    best = best_level()
+    real = shutil.which("c++") or shutil.which("g++")
+    if best == "portable" or real is None:
+        pytest.skip("every compiler supports this CPU, or there is none")
+    compiler = tmp_path / "c++"
+    lines = ("#!/bin/sh", 'case "$*" in *-mavx2*) exit 1 ;; esac', f'exec {real} "$@"')
+    compiler.write_text("\n".join(lines) + "\n")
+    compiler.chmod(0o755)
+    (check,) = named(replace(on_cpu, compiler=str(compiler), kernel_dir=str(tmp_path / "kernels")), "CPU kernels")
+    assert check.status == "warning" and "install a newer C++ compiler" in check.remedy
+    assert f"can compile them for portable, about 10 s at the first start; this CPU has {best}" in check.found
+
+
 def test_a_compiler_that_works_and_a_library_that_is_there(on_cpu: NativeSetting, tmp_path) -> None:
     setting = replace(on_cpu, kernel_dir=str(tmp_path / "kernels"))
     try:
@@ -419,7 +434,11 @@ def test_a_compiler_that_works_and_a_library_that_is_there(on_cpu: NativeSetting
     except BuildError as error:
         pytest.skip(str(error))
     (check,) = named(setting, "CPU kernels")
-    assert check.status == "ok" and "can compile them" in check.found and not (tmp_path / "kernels").exists()
+    assert (
+        check.status == "ok"
+        and f"can compile them for {best_level()}" in check.found
+        and not (tmp_path / "kernels").exists()
+    )
     (check,) = named(replace(setting, kernel_dir=str(tmp_path / "made")), "CPU kernels")
     (library,) = (tmp_path / "made").glob("*.so")
     assert check.found == f"compiled: {library}"

@@ -1,25 +1,33 @@
 """What the tests of the compiled CPU kernels share: the levels of this CPU, random tensors, and filled KV caches."""
 
 import ctypes
+import shlex
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from atb_pllava.ops.cpu import build
+from atb_pllava.ops.cpu import build, levels
 from atb_pllava.ops.interface import LayerCache
 from atb_pllava.ops.reference import TorchBackend
 from tests.support import random_tensor
 
 PLAIN = TorchBackend()  # plain torch, the reference
 DTYPES = [torch.float32, torch.bfloat16]
-# Levels that this CPU can execute, at most three: the best one, AVX2, and the one for every CPU.
+# The best level with the tile registers of AMX emulated.
+EMULATED_TILES = "emulated tiles"
+# Levels that this CPU can execute: the best one, AVX2, the one for every CPU, and emulated tile registers.
 LEVELS = [
-    level
-    for level in dict.fromkeys([build.best_level(), "avx2", "portable"])
-    if build.cpu_features().issuperset(build.LEVELS[level])
+    *(
+        level
+        for level in dict.fromkeys([levels.best_level(), "avx2", "portable"])
+        if levels.cpu_features().issuperset(levels.LEVELS[level])
+    ),
+    EMULATED_TILES,
 ]
 # Group size and columns of a weight. A tensor-parallel shard begins and ends anywhere in a group, with odd lengths too.
 INT8_SHARDS = [
@@ -34,11 +42,20 @@ INT8_SHARDS = [
 def compile_kernels(level: str | None = None) -> ctypes.CDLL:
     """The kernels for `level`. Skips the test where there is no compiler. Fails where the compiler reports an error."""
     try:
+        if level == EMULATED_TILES:
+            return build.load_library(shlex.join(compiler_with_emulated_tiles()), level=levels.best_level())
         return build.load_library(level=level)
     except build.CompilerError:
         raise
     except build.BuildError as error:
         pytest.skip(str(error))
+
+
+def compiler_with_emulated_tiles() -> list[str]:
+    """A compiler command that takes the tile registers from emulated_tiles.h. Raises BuildError without a compiler."""
+    header = Path(__file__).with_name("emulated_tiles.h")
+    version = zlib.crc32(header.read_bytes())  # a change of the header changes the library's name
+    return [*build._find_compiler(None), f"-DATB_EMULATED_TILES={version}", f"-I{header.parent}"]
 
 
 @dataclass(frozen=True)

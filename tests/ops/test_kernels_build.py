@@ -1,5 +1,9 @@
 """How the CPU kernels are compiled, kept, and replaced by plain torch where there is no library."""
 
+import ctypes
+import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -8,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from atb_pllava.errors import BackendError
-from atb_pllava.ops.cpu import build
+from atb_pllava.ops.cpu import build, levels
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def test_a_library_is_compiled_once_and_kept(fake_compiler: str, tmp_path: Path)
     assert compilations(tmp_path) == 1 and folder.stat().st_mode & 0o777 == 0o700
     build.load_library(f"{fake_compiler} -DOTHER", folder)
     build.load_library(fake_compiler, folder, level="portable")
-    assert len(list(folder.glob("*.so"))) == (2 if build.best_level() == "portable" else 3)
+    assert len(list(folder.glob("*.so"))) == (2 if levels.best_level() == "portable" else 3)
     assert not list(folder.glob("*.partial"))
 
 
@@ -66,10 +71,10 @@ def test_a_change_of_any_source_is_compiled_anew(fake_compiler: str, sources: Pa
     library = build.find_library(fake_compiler, folder)
     files = sorted(path for path in sources.iterdir() if path.suffix in (".h", ".cpp"))
     assert library is None and len(files) > 10
-    names = {build._library_name([fake_compiler], [])}
+    names = {build._library_name([fake_compiler], "portable")}
     for file in files:
         file.write_text(file.read_text() + "// changed\n")
-        names.add(build._library_name([fake_compiler], []))
+        names.add(build._library_name([fake_compiler], "portable"))
     assert len(names) == len(files) + 1
     build.load_library(fake_compiler, folder)
     files[0].rename(sources / "renamed.h")
@@ -92,14 +97,13 @@ def test_every_source_is_part_of_an_installed_package() -> None:
 
 def test_processes_that_start_together_compile_once(fake_compiler: str, tmp_path: Path) -> None:
     program = (
-        "import importlib.util, sys\n"
-        "spec = importlib.util.spec_from_file_location('build', sys.argv[1])\n"
-        "build = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(build)\n"
-        "build.load_library(sys.argv[2], sys.argv[3])\n"
+        "import sys\n"
+        "from atb_pllava.ops.cpu import build\n"
+        "assert 'torch' not in sys.modules\n"
+        "build.load_library(sys.argv[1], sys.argv[2])\n"
     )
-    command = [sys.executable, "-c", program, build.__file__, fake_compiler, str(tmp_path / "kernels")]
-    processes = [subprocess.Popen(command) for _ in range(3)]
+    command = [sys.executable, "-c", program, fake_compiler, str(tmp_path / "kernels")]
+    processes = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0] and compilations(tmp_path) == 1
 
 
@@ -143,10 +147,90 @@ def test_a_compiler_that_fails_or_is_missing(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_a_compiler_older_than_the_cpu(fake_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "best_level", lambda: "avx512bf16")
+    monkeypatch.setattr(levels, "best_level", lambda: "avx512bf16")
     old = script(tmp_path / "old", 'case "$*" in *-mavx512bf16*) exit 1 ;; esac', f'exec {fake_compiler} "$@"')
     build.load_library(old, tmp_path / "kernels")
     assert compilations(tmp_path) == 1 and len(list((tmp_path / "kernels").glob("*.so"))) == 1
+
+
+def test_a_compiler_without_tile_registers(
+    fake_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(levels, "best_level", lambda: "amx")
+    error = "echo 'unrecognized option' >&2; exit 1"
+    old = script(tmp_path / "old", f'case "$*" in *-mamx-tile*) {error} ;; esac', f'exec {fake_compiler} "$@"')
+    build.load_library(old, tmp_path / "kernels")
+    assert [path.name.rpartition("-")[0] for path in (tmp_path / "kernels").glob("*.so")] == ["kernels-avx512bf16"]
+    assert "tile registers (AMX)" in caplog.text and "unrecognized option" in caplog.text
+    assert "install g++ 11 or later" in caplog.text
+
+
+class Kernel:
+    """The C library of a system that grants tile registers, or refuses them. `calls` are the system calls."""
+
+    def __init__(self, grants: bool) -> None:
+        self.grants = grants
+        self.calls: list[tuple[int, ...]] = []
+
+    def syscall(self, *arguments: int) -> int:
+        self.calls.append(arguments)
+        ctypes.set_errno(0 if self.grants else 95)
+        return 0 if self.grants else -1
+
+
+@pytest.mark.parametrize("grants", [True, False])
+def test_the_system_is_asked_once_for_tile_registers(
+    grants: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = Kernel(grants)
+    monkeypatch.setattr(levels.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(levels, "cpu_features", lambda: frozenset(levels.LEVELS["amx"]))
+    monkeypatch.setattr(levels.ctypes, "CDLL", lambda *_, **__: kernel)
+    levels.may_use_tile_registers.cache_clear()
+    try:
+        found = [levels.levels_from_best()[0] for _ in range(3)]
+    finally:
+        levels.may_use_tile_registers.cache_clear()
+    assert found == ["amx" if grants else "avx512bf16"] * 3
+    assert kernel.calls == [(158, 0x1023, 18)]
+    assert caplog.text.count(f"refuses them ({os.strerror(95)}); AVX-512 is used") == (0 if grants else 1)
+
+
+def test_the_numbers_of_the_request_are_those_of_the_headers() -> None:
+    headers = [Path("/usr/include/x86_64-linux-gnu/asm") / name for name in ("prctl.h", "unistd_64.h")]
+    if not all(header.exists() for header in headers):
+        pytest.skip("no headers of Linux")
+    text = "".join(header.read_text() for header in headers)
+    wanted = {"ARCH_REQ_XCOMP_PERM": levels._ARCH_REQ_XCOMP_PERM, "__NR_arch_prctl": levels._ARCH_PRCTL}
+    for name, number in wanted.items():
+        found = re.search(rf"#define {name}\s+(\w+)", text)
+        if found is None:
+            pytest.skip(f"headers older than {name}")
+        assert int(found[1], 0) == number
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="about an instruction set of x86-64")
+def test_the_compiler_makes_tile_instructions(tmp_path: Path) -> None:
+    """The real instructions, which this CPU may not have, are in the machine code of the level "amx"."""
+    library = tmp_path / "amx.so"
+    try:
+        command = build._find_compiler(None)
+        build._run([*command, *build._flags("amx"), str(build.TRANSLATION_UNIT), "-o", str(library)], "failed")
+    except build.CompilerError as error:
+        if "option" not in str(error):
+            raise
+        pytest.skip(f"a compiler without AMX: {error}")
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump")
+    text = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    for name in ("ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored"):
+        assert re.search(rf"\t{name}\b", text), name
+    products = re.findall(r"\ttdpbf16ps +(%tmm\d),(%tmm\d),(%tmm\d)", text)
+    # A product has four sums, each of one of two registers of the input and one of two registers of the panel.
+    assert len({sums for *_, sums in products}) == 4
+    assert {("%tmm6", "%tmm4", "%tmm0"), ("%tmm7", "%tmm5", "%tmm3")} <= set(products)
 
 
 def test_a_compiler_that_is_no_command() -> None:

@@ -19,7 +19,7 @@ def test_linear(fast: NativeBackend, dtype: torch.dtype, rows: int, columns: int
     bias = random_tensor(rows, seed=1).to(dtype)
     packed = fast.pack(weight)
     assert isinstance(packed, Panels) and torch.equal(fast.unpack(packed), weight)
-    for count in (1, 2, 3, 4, 7, 8, 11, 12, 13, 260):
+    for count in (1, 2, 3, 4, 7, 8, 11, 12, 13, 16, 17, 33, 260):
         x = random_tensor(count, columns, seed=2).to(dtype)
         assert_near(fast.linear(x, packed, bias), F.linear(x.double(), weight.double(), bias.double()))
         assert_near(fast.linear(x, packed), F.linear(x.double(), weight.double()))
@@ -35,7 +35,7 @@ def test_int8_linear(fast: NativeBackend, dtype: torch.dtype, symmetric: bool, g
     weight = int8.columns(columns)
     packed = fast.pack(weight)
     assert isinstance(packed, Panels) and torch.equal(fast.unpack(packed), weight.values)
-    for count in (1, 2, 8, 12, 13):
+    for count in (1, 2, 8, 12, 13, 16, 33):
         x = random_tensor(count, weight.shape[1], seed=3).to(dtype)
         assert_near(fast.linear(x, packed), F.linear(x.double(), weight.dequantise(torch.float64)))
 
@@ -48,6 +48,17 @@ def test_all_int8_values_are_exact(fast: NativeBackend) -> None:
     x = F.one_hot(torch.tensor([5]), 64).bfloat16()
     for count in (1, 40):
         assert torch.equal(fast.linear(x.expand(count, 64), packed)[-1].float(), values[:, 5].float())
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_more_rows_than_are_packed_at_once(fast: NativeBackend, is_int8: bool) -> None:
+    weight = random_tensor(40, 34).bfloat16()
+    int8 = quantise(weight, symmetric=False)
+    packed = fast.pack(int8 if is_int8 else weight)
+    x = random_tensor(2100, 34, seed=5).bfloat16()
+    assert_near(
+        fast.linear(x, packed), F.linear(x.double(), int8.dequantise(torch.float64) if is_int8 else weight.double())
+    )
 
 
 def test_inputs_of_any_shape_and_stride(fast: NativeBackend) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from atb_pllava.errors import OutOfMemoryError
-from atb_pllava.ops.cpu import build
+from atb_pllava.ops.cpu import build, levels
 from atb_pllava.ops.cpu.backend import NativeBackend, Panels
 from atb_pllava.ops.interface import LayerCache
-from tests.ops.kernel_support import PLAIN, CacheShape, filled_caches
+from tests.ops.kernel_support import PLAIN, CacheShape, compiler_with_emulated_tiles, filled_caches
 from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, random_tensor
 
 HUGE = 2**44  # elements: more bytes than the addresses of a process
@@ -161,10 +161,38 @@ def test_a_glibc_that_refuses_a_large_threshold(tmp_path: Path) -> None:
     source = tmp_path / "old.cpp"
     source.write_text(OLD_MALLOPT)
     library = tmp_path / "old.so"
-    compiler = build.try_compiler(None, tmp_path)
+    compiler, _ = build.try_compiler(None, tmp_path)
     subprocess.run([*compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     program = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).atb_keep_freed_memory()"
     command = [sys.executable, "-c", program, str(build.find_library())]
     environment = {**os.environ, "LD_PRELOAD": str(library)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == f"-3 {32 << 20}\n-1 {1 << 30}\n", done.stderr  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+# Sanitizers, and the level that is compiled with them. AVX2 has another conversion of int8 weights than AVX-512 VBMI.
+SANITIZERS = [("address,undefined", "best"), ("thread", "avx2")]
+
+
+@pytest.mark.parametrize(("sanitizers", "level"), SANITIZERS)
+def test_kernels_and_emulated_tiles_under_sanitizers(sanitizers: str, level: str, tmp_path: Path) -> None:
+    """check_kernels.cpp compares bfloat16 products and attention with float64, on one thread and on four."""
+    level = levels.best_level() if level == "best" else level
+    if not levels.cpu_features().issuperset(levels.LEVELS[level]):
+        pytest.skip(f"this CPU has no {level}")
+    program = tmp_path / "check_kernels"
+    options = [*levels.compiler_options(level), "-std=c++17", "-O0", "-g1", "-pthread", f"-fsanitize={sanitizers}"]
+    source = Path(__file__).with_name("check_kernels.cpp")
+    try:
+        build._run([*compiler_with_emulated_tiles(), *options, str(source), "-o", str(program)], "failed")
+    except build.CompilerError as error:
+        if "san" not in str(error):
+            raise
+        pytest.skip(f"a compiler without sanitizers: {error}")
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    for threads in ("1", "4"):
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+        done = subprocess.run([str(program), threads], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and done.stdout.endswith("0 failures\n"), done.stdout + done.stderr
+        assert not done.stderr

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import stat
@@ -21,20 +20,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from atb_pllava.ops.cpu.levels import compiler_options, levels_from_best
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("csrc")
 TRANSLATION_UNIT = SOURCES / "api.cpp"  # includes all other sources
 COMPILERS = ("c++", "g++", "clang++")
 COMMON_FLAGS = ("-O2", "-ftree-vectorize", "-std=c++17", "-fPIC", "-shared", "-pthread")
-# Instruction sets, best first, each with the CPU features that the set needs. Features have the names of /proc/cpuinfo.
-# A feature's name without underscores is the compiler's -m option.
-LEVELS = {
-    "avx512bf16": ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"),
-    "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "avx2": ("avx2", "fma"),
-    "portable": (),
-}
 _SECONDS_TO_COMPILE = 600
 _TRIAL = """#include <atomic>
 #include <cstdint>
@@ -60,28 +53,6 @@ def default_directory() -> Path:
         raise OSError(str(error)) from None
 
 
-def best_level() -> str:
-    """The first of LEVELS whose features this CPU has. A CPU that is not x86-64 has the level "portable"."""
-    features = cpu_features() if platform.machine() in ("x86_64", "AMD64") else frozenset()
-    return next(level for level, needed in LEVELS.items() if features.issuperset(needed))
-
-
-def levels_from_best() -> list[str]:
-    """The levels that this CPU can execute, best first."""
-    names = list(LEVELS)
-    return names[names.index(best_level()) :]
-
-
-def cpu_features() -> frozenset[str]:
-    """The features that /proc/cpuinfo lists for this CPU. Empty on a system without that file."""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
-    except OSError:
-        return frozenset()
-    return frozenset(word for line in lines for word in line.split())
-
-
 def load_library(
     compiler: str | None = None, directory: str | os.PathLike[str] | None = None, level: str | None = None
 ) -> ctypes.CDLL:
@@ -99,11 +70,11 @@ def load_library(
             try:
                 return load_library(compiler, directory, name)
             except CompilerError as error:  # the compiler may be older than the CPU
-                logger.info("no CPU kernels for %s: %s", name, error)
+                _report_old_compiler(name, error)
         return load_library(compiler, directory, last)
     command = _find_compiler(compiler)
     flags = _flags(level)
-    name = _library_name(command, flags)
+    name = _library_name(command, level)
     try:
         folder = _private_directory(Path(directory) if directory is not None else default_directory())
     except OSError as error:
@@ -126,15 +97,16 @@ def find_library(compiler: str | None = None, directory: str | os.PathLike[str] 
     command = _find_compiler(compiler)
     folder = Path(directory) if directory is not None else default_directory()
     for level in levels_from_best():
-        path = folder / _library_name(command, _flags(level))
+        path = folder / _library_name(command, level)
         if path.exists():
             return path
     return None
 
 
-def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> list[str]:
-    """Compile a small library in `directory` with the flags of the kernels. Returns the compiler's command line.
+def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> tuple[list[str], str]:
+    """Compile a small library in `directory` with the flags of the kernels.
 
+    Returns the compiler's command line, and the best of LEVELS that the compiler supports on this CPU.
     Raises BuildError if there is no compiler, or if the compilation fails, for example without headers or linker.
     """
     command = _find_compiler(compiler)
@@ -145,13 +117,24 @@ def try_compiler(compiler: str | None, directory: str | os.PathLike[str]) -> lis
     for level in better:
         with suppress(CompilerError):  # the compiler may be older than the CPU
             _run([*command, *_flags(level), str(source), "-o", str(library)], "failed")
-            return command
+            return command, level
     _run([*command, *_flags(last), str(source), "-o", str(library)], "failed")
-    return command
+    return command, last
 
 
 def _flags(level: str) -> list[str]:
-    return [*COMMON_FLAGS, *(f"-m{feature.replace('_', '')}" for feature in LEVELS[level])]
+    return [*COMMON_FLAGS, *compiler_options(level)]
+
+
+def _report_old_compiler(level: str, error: CompilerError) -> None:
+    if level == "amx":
+        logger.warning(
+            "no CPU kernels for this CPU's tile registers (AMX): %s; prefill and vision will be several times slower "
+            "than they could be; install g++ 11 or later, or name a newer compiler in CXX",
+            error,
+        )
+    else:
+        logger.info("no CPU kernels for %s: %s", level, error)
 
 
 def _find_compiler(given: str | None) -> list[str]:
@@ -168,13 +151,13 @@ def _find_compiler(given: str | None) -> list[str]:
     return [found, *words[1:]]
 
 
-def _library_name(command: Sequence[str], flags: Sequence[str]) -> str:
-    """A file name that differs for other sources, compilers and flags."""
+def _library_name(command: Sequence[str], level: str) -> str:
+    """A file name with the level, that differs for other sources, compilers and flags."""
     version = _run([*command, "--version"], "does not run").stdout
     files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
     sources = [f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in files]
-    parts = [*sources, *command, version, *flags]
-    return f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
+    parts = [*sources, *command, version, *_flags(level)]
+    return f"kernels-{level}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.so"
 
 
 def _private_directory(path: Path) -> Path:
@@ -246,6 +229,8 @@ def _open(path: Path) -> ctypes.CDLL:
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
         raise BuildError(f"{path} is not a file that only this user can write; delete it")
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from None
+    logger.debug("CPU kernels: %s", path)
+    return library

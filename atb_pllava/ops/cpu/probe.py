@@ -1,4 +1,4 @@
-"""Probes of the CPU's limits for benchmarks: memory bandwidth, and FLOPs of vector multiply-adds.
+"""Probes of the CPU's limits for benchmarks: memory bandwidth, and FLOPs of multiply-adds in registers.
 
 `library` is the result of `ops.cpu.build.load_library`. All functions use as many threads as torch does.
 """
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 _PIECE = 2**20  # bytes: READ_PIECE in csrc/probe.h
-_CHAINS = 12  # sums of a task: CHAINS in csrc/probe.h
 _VECTOR = 64  # bytes of the widest vector, and of the result of a piece or a task
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}  # Kind in csrc/types.h
 
@@ -26,20 +25,25 @@ def read_memory(library: ctypes.CDLL, data: Tensor) -> None:
 
 
 def multiply_add(library: ctypes.CDLL, dtype: torch.dtype, rounds: int = 200_000) -> float:
-    """Multiply and add vectors of `dtype` (float32 or bfloat16) in registers. Returns the number of FLOPs done.
+    """Multiply and add numbers of `dtype` (float32 or bfloat16) in registers. Returns the number of FLOPs done.
 
-    Every task has twelve vectors, whose elements start at 0 to 11. Every multiply-add adds 1 to an element. The sum of
-    the vectors is checked, because the compiler could leave out work whose result is unused.
+    Every multiply-add adds 1 to an element of a register. The sum of the registers is checked, because the compiler
+    could leave out work whose result is unused.
     """
     tasks = 16 * torch.get_num_threads()
     out = torch.ones(tasks, _VECTOR // 4)
-    counts = torch.zeros(2, dtype=torch.int64)
+    counts = torch.zeros(4, dtype=torch.int64)
     function = library.atb_probe_multiply_add
     function.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 2, ctypes.c_int]
     function.restype = None
     function(tasks, rounds, _KINDS[dtype], out.data_ptr(), counts.data_ptr(), torch.get_num_threads())
-    flops_of_round, lanes = counts.tolist()
-    multiply_adds = flops_of_round // (2 * lanes) * rounds  # of one element of the vectors
-    expected = sum(range(_CHAINS)) + multiply_adds
+    flops_of_round, lanes, multiply_adds, start = counts.tolist()
+    expected = start + multiply_adds * rounds
     assert out.flatten()[: tasks * lanes].eq(expected).all(), (out[0, 0].item(), expected)
     return float(tasks * rounds * flops_of_round)
+
+
+def registers(library: ctypes.CDLL, dtype: torch.dtype) -> str:
+    """The registers that `multiply_add` uses: "tile registers" (AMX) or "vector registers"."""
+    uses_tiles = dtype == torch.bfloat16 and library.atb_probe_has_tiles()
+    return "tile registers" if uses_tiles else "vector registers"

@@ -28,10 +28,11 @@ int64_t atb_linear(const Matrix* w, const void* x, int64_t count, int64_t x_stri
             Linear<Fma, float, float>(call).run();
         else if (kind == FLOAT)
             Linear<Fma, int8_t, float>(call).run();
-        else if (w->kind == BFLOAT)
-            Linear<BfloatArithmetic, bf16, bf16>(call).run();
         else
-            Linear<BfloatArithmetic, int8_t, bf16>(call).run();
+            with_bfloat_arithmetic(count, [&](auto m) {
+                typedef decltype(m) M;
+                w->kind == BFLOAT ? Linear<M, bf16, bf16>(call).run() : Linear<M, int8_t, bf16>(call).run();
+            });
     });
 }
 
@@ -71,8 +72,8 @@ int64_t atb_write_kv(const Cache* c, const void* keys, int64_t key_stride, const
 
 // Attention of one new token of each sequence, see DecodeCall.
 int64_t atb_decode(const Cache* c, const void* q, int64_t q_stride, void* out, const int64_t* block_tables,
-                   int64_t table_stride, int64_t columns, const int64_t* context_lens, int64_t sequences,
-                   int64_t heads, int64_t kind, int threads) {
+                   int64_t table_stride, int64_t columns, const int64_t* context_lens, int64_t sequences, int64_t heads,
+                   int64_t kind, int threads) {
     const DecodeCall call{c,     q,        out,          block_tables, context_lens, sequences,
                           heads, q_stride, table_stride, columns,      threads};
     return status_of([&] {
@@ -91,12 +92,13 @@ int64_t atb_prefill(const Cache* c, const void* q, int64_t q_stride, void* out, 
     return status_of([&] {
         if (length > context) throw OutOfRange{};
         check_block_table(*c, block_table, columns, context);
-        if (c->kind == INT8)
-            kind == FLOAT ? prefill_attention<Fma, int8_t, float>(call)
-                          : prefill_attention<BfloatArithmetic, int8_t, bf16>(call);
+        if (kind == FLOAT)
+            c->kind == INT8 ? prefill_attention<Fma, int8_t, float>(call) : prefill_attention<Fma, float, float>(call);
         else
-            kind == FLOAT ? prefill_attention<Fma, float, float>(call)
-                          : prefill_attention<BfloatArithmetic, bf16, bf16>(call);
+            with_bfloat_arithmetic(length, [&](auto m) {
+                typedef decltype(m) M;
+                c->kind == INT8 ? prefill_attention<M, int8_t, bf16>(call) : prefill_attention<M, bf16, bf16>(call);
+            });
     });
 }
 
@@ -105,8 +107,12 @@ int64_t atb_encoder(const void* q, const void* k, const void* v, void* out, int6
                     int64_t heads, int64_t dim, int64_t frame_stride, int64_t token_stride, int64_t head_stride,
                     int64_t kind, int threads) {
     const EncoderCall call{q, k, v, out, frames, tokens, heads, dim, frame_stride, token_stride, head_stride, threads};
-    return status_of(
-        [&] { kind == FLOAT ? encoder_attention<Fma, float>(call) : encoder_attention<BfloatArithmetic, bf16>(call); });
+    return status_of([&] {
+        if (kind == FLOAT)
+            encoder_attention<Fma, float>(call);
+        else
+            with_bfloat_arithmetic(tokens, [&](auto m) { encoder_attention<decltype(m), bf16>(call); });
+    });
 }
 
 void atb_rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, int64_t kind,
@@ -154,16 +160,26 @@ void atb_probe_read(const void* data, int64_t pieces, int32_t* out, int threads)
     read_all((const char*)data, pieces, out, threads);
 }
 
-// Benchmark: rounds * CHAINS vector multiply-adds in each task. `out` has 64 bytes for each task's sum. The factor is
-// out[0], the addend out[1]. Writes the FLOPs of a round and the floats of a vector to `counts`.
+// Benchmark: multiply-adds in registers, `rounds` rounds in each task. `out` has 64 bytes for each task's sum. The factor
+// is out[0], the addend out[1]. Writes to `counts`: the FLOPs of a round, the floats of a vector, the multiply-adds of
+// one element in a round, and the sum of one element before the first round.
 void atb_probe_multiply_add(int64_t tasks, int64_t rounds, int64_t kind, float* out, int64_t* counts, int threads) {
     const vf a = splat(out[0]);
     const vf b = splat(out[1]);
-    counts[0] = CHAINS * W * 2;
     counts[1] = W;
-#if defined(HAS_DOT)
+    counts[2] = CHAINS;
+    counts[3] = CHAINS * (CHAINS - 1) / 2;
+#if defined(HAS_TILES)
     if (kind == BFLOAT) {
-        counts[0] *= 2;
+        counts[2] = TILE_CHAINS * 2 * TILE_ROWS;
+        counts[3] = 0;
+        counts[0] = counts[2] * TILE_ROWS * TILE_ROWS * 2;
+        return multiply_add_in_tiles(tasks, rounds, out[0], out[1], out, threads);
+    }
+#elif defined(HAS_DOT)
+    if (kind == BFLOAT) {
+        counts[2] *= 2;
+        counts[0] = counts[2] * W * 2;
         const __m512bh pair = (__m512bh)((vi)a | (vi)a >> 16);  // two bfloat16
         const __m512bh other = (__m512bh)((vi)b | (vi)b >> 16);
         multiply_add(tasks, rounds, out, threads,
@@ -171,7 +187,17 @@ void atb_probe_multiply_add(int64_t tasks, int64_t rounds, int64_t kind, float* 
         return;
     }
 #endif
+    counts[0] = counts[2] * W * 2;
     multiply_add(tasks, rounds, out, threads, [=](vf sum) { return sum * a + b; });
+}
+
+// Whether the probe multiplies bfloat16 numbers in tile registers.
+int atb_probe_has_tiles() {
+#if defined(HAS_TILES)
+    return 1;
+#else
+    return 0;
+#endif
 }
 
 }  // extern "C"

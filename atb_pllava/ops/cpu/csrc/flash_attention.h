@@ -113,6 +113,7 @@ template <class M>
 class FlashAttention {
     typedef typename M::A A;
     typedef typename M::B B;
+    static constexpr int MR = M::MR;
 
   public:
     explicit FlashAttention(const PackedHead<B>& head) : head(head), dim(head.dim), width(head.value_panels() * PANEL) {
@@ -130,6 +131,7 @@ class FlashAttention {
     // Attends with queries [rows, dim], `stride` elements apart. Writes the results to `to`, to_stride elements apart.
     template <class X>
     void run(const X* query, int64_t stride, int64_t rows, const Mask& mask, X* to, int64_t to_stride) {
+        [[maybe_unused]] const typename M::Setup setup;
         const int64_t tiles = ceil_div(rows, MR);
         load_queries(query, stride, rows);
         for (int64_t block = 0; block * STEP < mask.visible(rows - 1, head.tokens); block++)
@@ -186,12 +188,16 @@ class FlashAttention {
     INLINE_METHOD void compute_scores(int64_t block, int64_t tile, int64_t key_panels) {
         for (int64_t panel = 0; panel < key_panels; panel++) {
             const B* keys = head.key_panel(block * (STEP / PANEL) + panel);
-            vf acc[MR][NV];
-            M::template tile<MR>(q + tile * MR * STEP, keys, head.pairs(), acc);
+            if constexpr (M::USES_TILES) {
+                M::multiply(MR, q + tile * MR * STEP, keys, head.pairs(), true, scores + panel * PANEL, STEP);
+            } else {
+                vf acc[MR][NV];
+                M::template tile<MR>(q + tile * MR * STEP, keys, head.pairs(), acc);
 #pragma GCC unroll 16
-            for (int r = 0; r < MR; r++)
+                for (int r = 0; r < MR; r++)
 #pragma GCC unroll 16
-                for (int v = 0; v < NV; v++) store(scores + r * STEP + panel * PANEL + v * W, acc[r][v]);
+                    for (int v = 0; v < NV; v++) store(scores + r * STEP + panel * PANEL + v * W, acc[r][v]);
+            }
         }
     }
 
@@ -225,7 +231,11 @@ class FlashAttention {
     INLINE_METHOD void add_values(int64_t block, int64_t tile, int64_t key_panels, const float (&correction)[MR]) {
         for (int64_t panel = 0; panel < head.value_panels(); panel++) {
             vf acc[MR][NV];
-            M::template tile<MR>(p, head.value_panel(block, panel), key_panels * PANEL / 2, acc);
+            const B* values = head.value_panel(block, panel);
+            if constexpr (M::USES_TILES)
+                M::multiply(MR, p, values, key_panels * PANEL / 2, true, (float*)acc, PANEL);
+            else
+                M::template tile<MR>(p, values, key_panels * PANEL / 2, acc);
 #pragma GCC unroll 16
             for (int r = 0; r < MR; r++)
 #pragma GCC unroll 16
@@ -252,7 +262,7 @@ void prefill_attention(const PrefillCall& call) {
     typedef typename M::B B;
     const Cache& c = *call.cache;
     const int64_t group = call.heads / c.heads;  // query heads of a key head
-    const int64_t rows = QUERY_TILES * MR;
+    const int64_t rows = QUERY_TILES * M::MR;
     const int64_t parts = ceil_div(call.length, rows);
     const int64_t most_heads = std::min<int64_t>(c.heads, 4);  // key heads that are packed at once
     const PackedHead<B> shape(c.dim, call.context, nullptr);
@@ -300,7 +310,7 @@ struct EncoderCall {
 template <class M, class X>
 void encoder_attention(const EncoderCall& call) {
     typedef typename M::B B;
-    const int64_t rows = QUERY_TILES * MR;
+    const int64_t rows = QUERY_TILES * M::MR;
     const int64_t out_stride = call.heads * call.dim;
     pool()->run(call.frames * call.heads, call.threads, [&](int64_t task) {
         static thread_local Scratch scratch;

@@ -10,7 +10,6 @@
 namespace {
 
 // A task is a block of panels times a block of tiles.
-constexpr int64_t TILES_PER_TASK = 20;  // one step of all these tiles fits in the second-level cache
 constexpr int64_t BLOCKS_PER_PACK = 4;  // blocks of tiles that are packed before they are multiplied
 constexpr int64_t PANELS_PER_TASK = 8;
 
@@ -68,13 +67,28 @@ __attribute__((noinline)) void multiply_tile(const typename M::A* a, const B* b,
     accumulate<R>(acc, c, first, scales, M::INT8_EXCESS);
 }
 
+// The same in tile registers. Rows of c up to the next multiple of 16 are written. Sums without scales are added in the
+// registers.
+template <class M>
+__attribute__((noinline)) void multiply_in_tiles(int rows, const typename M::A* a, const typename M::B* b,
+                                                 int64_t pairs, float* c, bool first, const Scales& scales) {
+    if (!scales.scale && !scales.sums) return M::multiply(rows, a, b, pairs, first, c, PANEL);
+    constexpr int R = M::MR / 2;  // MR rows would take too many registers
+    vf acc[M::MR / R][R][NV];
+    M::multiply(rows, a, b, pairs, true, (float*)acc, PANEL);
+    for (int r = 0; r < rows; r += R) {
+        const Scales of_rows{scales.scale, scales.zero_point, scales.sums ? scales.sums + r : nullptr};
+        accumulate<R>(acc[r / R], c + r * PANEL, first, of_rows, M::INT8_EXCESS);
+    }
+}
+
 // multiply_tile for 1 <= rows <= MR.
 template <class M, class B>
 INLINE void multiply_rows(int rows, const typename M::A* a, const B* b, int64_t pairs, float* c, bool first,
                           const Scales& scales) {
 #define CASE(R) \
     case R:     \
-        return multiply_tile<(R <= MR ? R : MR), M, B>(a, b, pairs, c, first, scales);
+        return multiply_tile<(R <= M::MR ? R : M::MR), M, B>(a, b, pairs, c, first, scales);
     switch (rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) }
 #undef CASE
 }
@@ -102,6 +116,9 @@ class Linear {
   private:
     typedef typename M::A A;
     typedef typename M::B Wide;
+    static constexpr int MR = M::MR;
+    static constexpr int SPAN = M::SPAN;
+    static constexpr int64_t TILES_PER_TASK = M::TILES_PER_TASK;
 
     // Rows [first, first + rows) of x.
     struct Input {
@@ -134,7 +151,17 @@ class Linear {
                     pack_step((const X*)call.x + (input.first + tile * MR + r) * call.x_stride, s, row);
                     if (input.sums) add_to_sums(row, s, input.sums + tile * pieces * MR + r);
                 }
+            if constexpr (M::USES_TILES) clear_missing_rows(input, tile);
         });
+    }
+
+    // Zeros in the rows of the last tile that the input does not have.
+    void clear_missing_rows(const Input& input, int64_t tile) const {
+        for (int64_t r = input.rows - tile * MR; r < MR; r++) {
+            for (int64_t s = 0; s < steps; s++)
+                std::fill_n(input.a + ((tile * steps + s) * MR + r) * STEP, step_length(s), A{});
+            for (int64_t p = 0; input.sums && p < pieces; p++) input.sums[(tile * pieces + p) * MR + r] = 0;
+        }
     }
 
     // Step `s` of K of one row of x, with zeros where the weight has no columns.
@@ -161,9 +188,10 @@ class Linear {
     void multiply(const Input& input) const {
         const int64_t tiles = ceil_div(input.rows, MR);
         const int64_t blocks = ceil_div(tiles, TILES_PER_TASK);
-        // With one tile, tasks are smaller, so that all threads end at the same time.
-        const int64_t panels_for_one_tile = std::clamp<int64_t>(panels / (4 * call.threads), 1, PANELS_PER_TASK);
-        const int64_t panels_per_task = tiles > 1 ? PANELS_PER_TASK : panels_for_one_tile;
+        // With one tile, tasks are smaller, so that all threads end at the same time. In tile registers a task with many
+        // rows is short too.
+        const int64_t fair = std::clamp<int64_t>(panels * blocks / (4 * call.threads), 1, PANELS_PER_TASK);
+        const int64_t panels_per_task = tiles > 1 && !M::USES_TILES ? PANELS_PER_TASK : fair;
         pool()->run(ceil_div(panels, panels_per_task) * blocks, call.threads, [&](int64_t task) {
             const int64_t first_panel = task / blocks * panels_per_task;
             const int64_t first_tile = task % blocks * TILES_PER_TASK;
@@ -173,6 +201,7 @@ class Linear {
     }
 
     void multiply_block(const Input& input, const Block& block) const {
+        [[maybe_unused]] const typename M::Setup setup;
         static thread_local Scratch c_scratch;
         static thread_local Scratch wide_scratch;
         float* c = c_scratch.get<float>(block.panels() * block.rows() * PANEL);
@@ -186,12 +215,13 @@ class Linear {
             const int64_t start = (many ? i / block.panels() : i % spans) * SPAN;
             const B* b = (const B*)w.data + (panel * w.width + start) * PANEL;
             if constexpr (!std::is_same<B, Wide>::value)
-                if (many) {
+                if (many || M::USES_TILES) {
                     M::widen(b, std::min<int64_t>(SPAN, w.width - start) / 2, wide);
                     multiply_span(input, block, panel, start, wide, c);
                     continue;
                 }
-            multiply_span(input, block, panel, start, b, c);
+            if constexpr (std::is_same<B, Wide>::value || !M::USES_TILES)
+                multiply_span(input, block, panel, start, b, c);
         }
         store_block(input, block, c);
     }
@@ -211,7 +241,11 @@ class Linear {
                 const Scales scales{w.scale ? w.scale + column : nullptr,
                                     w.zero_point ? w.zero_point + column : nullptr,
                                     input.sums ? input.sums + (tile * pieces + at / piece) * MR : nullptr};
-                multiply_rows<M>(rows, a, b + k * PANEL, std::min(piece, length - k) / 2, to, at == 0, scales);
+                const int64_t pairs = std::min(piece, length - k) / 2;
+                if constexpr (M::USES_TILES)
+                    multiply_in_tiles<M>(rows, a, b + k * PANEL, pairs, to, at == 0, scales);
+                else
+                    multiply_rows<M>(rows, a, b + k * PANEL, pairs, to, at == 0, scales);
             }
         }
     }

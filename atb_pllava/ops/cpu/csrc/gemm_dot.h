@@ -2,13 +2,13 @@
 
 #pragma once
 
+#include "blocks.h"
 #include "int8_to_bf16.h"
-#include "panel.h"
 
 namespace {
 
 // See arithmetic.h for the members of an arithmetic.
-struct Dot {
+struct Dot : VectorBlocks {
     typedef bf16 A;
     typedef bf16 B;
     static constexpr float INT8_EXCESS = 0.5f;  // int8_to_bf16 gives q + 1/2

@@ -2,12 +2,12 @@
 
 #pragma once
 
-#include "panel.h"
+#include "blocks.h"
 
 namespace {
 
 // See arithmetic.h for the members of an arithmetic.
-struct Fma {
+struct Fma : VectorBlocks {
     typedef float A;
     typedef float B;
     static constexpr float INT8_EXCESS = 0;

@@ -14,9 +14,8 @@
 namespace {
 
 constexpr int PANEL = 32;
-constexpr int NV = PANEL / W;   // vectors of a row of a panel
-constexpr int STEP = 256;       // elements along K that lie together in a row of a tile, see gemm.h
-constexpr int SPAN = 4 * STEP;  // elements along K that are summed in registers before a sum is stored
+constexpr int NV = PANEL / W;  // vectors of a row of a panel
+constexpr int STEP = 256;      // elements along K that lie together in a row of a tile, see gemm.h
 
 // The position in a panel of element `e` of a pair.
 template <class T>

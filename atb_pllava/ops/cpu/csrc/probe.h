@@ -39,4 +39,40 @@ void multiply_add(int64_t tasks, int64_t rounds, float* out, int threads, Step s
     });
 }
 
+#if defined(HAS_TILES)
+constexpr int TILE_CHAINS = 4;  // registers of sums, as many as a product has (gemm_amx.h)
+
+// The same in tile registers. Each step adds 32 products a * b to every element of a register. out[task * W ...] is the
+// sum of the first rows of the registers. There are no loads and stores between the steps.
+inline void multiply_add_in_tiles(int64_t tasks, int64_t rounds, float a, float b, float* out, int threads) {
+    pool()->run(tasks, threads, [&](int64_t task) {
+        alignas(64) bf16 left[TILE_ROWS * 32];
+        alignas(64) bf16 right[TILE_ROWS * 32];
+        for (bf16& x : left) from_float(a, x);
+        for (bf16& x : right) from_float(b, x);
+        alignas(64) float sums[TILE_CHAINS][TILE_ROWS * 16];
+        {
+            const TileRegisters setup;
+            clear_tile<0>();
+            clear_tile<1>();
+            clear_tile<2>();
+            clear_tile<3>();
+            load_tile<4>(left, TILE_BYTES);
+            load_tile<5>(right, TILE_BYTES);
+            for (int64_t i = 0; i < rounds; i++) {
+                multiply_tiles<0, 4, 5>();
+                multiply_tiles<1, 4, 5>();
+                multiply_tiles<2, 4, 5>();
+                multiply_tiles<3, 4, 5>();
+            }
+            store_tile<0>(sums[0], TILE_BYTES);
+            store_tile<1>(sums[1], TILE_BYTES);
+            store_tile<2>(sums[2], TILE_BYTES);
+            store_tile<3>(sums[3], TILE_BYTES);
+        }
+        for (int i = 0; i < W; i++) out[task * W + i] = sums[0][i] + sums[1][i] + sums[2][i] + sums[3][i];
+    });
+}
+#endif
+
 }  // namespace

@@ -23,25 +23,30 @@
 #define HAS_DOT
 #endif
 
+// The CPU has tile registers (tiles.h), or a test emulates them.
+#if (defined(__AMX_TILE__) && defined(__AMX_BF16__)) || defined(ATB_EMULATED_TILES)
+#define HAS_TILES
+#endif
+
 // INLINE: functions, and static member functions. INLINE_METHOD: other member functions.
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_METHOD inline __attribute__((always_inline))
 
 namespace {
 
-// W: floats in a vector. MR: rows of the input that a tile product multiplies at once, limited by the registers.
+// W: floats in a vector. VECTOR_MR: rows of the input that a tile product in vector registers multiplies at once.
 #if defined(__AVX512F__)
 constexpr int W = 16;
-constexpr int MR = 12;
+constexpr int VECTOR_MR = 12;
 #elif defined(__AVX2__)
 constexpr int W = 8;
-constexpr int MR = 3;
+constexpr int VECTOR_MR = 3;
 #elif defined(__aarch64__)
 constexpr int W = 4;
-constexpr int MR = 3;  // NEON: 24 of 32 registers hold sums
+constexpr int VECTOR_MR = 3;  // NEON: 24 of 32 registers hold sums
 #else
 constexpr int W = 4;
-constexpr int MR = 2;
+constexpr int VECTOR_MR = 2;
 #endif
 
 // Vectors of W elements, named by their type. A vector named 2w has 2 W elements.
