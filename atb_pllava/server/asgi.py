@@ -4,10 +4,12 @@ from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.request_record import record_of
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The response of a refused request, in the form of OpenAI's API."""
+def error_response(scope: Scope, error: ApiError) -> JSONResponse:
+    """The response of a refused request, in the form of OpenAI's API. Notes the error's code for the access log."""
+    record_of(scope).error_code = error.code
     return JSONResponse(error.body(), error.status, dict(error.headers))
 
 

@@ -97,8 +97,7 @@ class Authentication:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # before the handshake: the client gets 403
             return
-        record_of(scope).error_code = error.code
-        await error_response(error)(scope, receive, send)
+        await error_response(scope, error)(scope, receive, send)
 
 
 def allow_origins(app: ASGIApp, origins: str) -> ASGIApp:

@@ -145,7 +145,7 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
             await _throw_away(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    await error_response(error)(scope, receive, send_and_linger)
+    await error_response(scope, error)(scope, receive, send_and_linger)
 
 
 async def _throw_away(receive: Receive) -> None:
