@@ -252,7 +252,12 @@ def _videos_of(
             offset += frames.nbytes
             videos.append(
                 ProcessedVideo(
-                    frames, part.inverse_indices, part.frame_indices, processor.preprocessor, known_hash=part.mm_hash
+                    frames,
+                    part.inverse_indices,
+                    part.frame_indices,
+                    processor.preprocessor,
+                    known_hash=part.mm_hash,
+                    source=part.source,
                 )
             )
         return videos

@@ -168,7 +168,8 @@ def _file_of(item: PathMedium | BytesMedium, memory: _Memory) -> str | bytes:
 
 def _part(video: ProcessedVideo) -> VideoPart:
     count, height, width, channels = video.frames.shape
-    return VideoPart((count, height, width, channels), video.inverse_indices, video.frame_indices, video.mm_hash)
+    shape = (count, height, width, channels)
+    return VideoPart(shape, video.inverse_indices, video.frame_indices, video.mm_hash, video.source)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
-from atb_pllava.multimodal.clip import Clip
+from atb_pllava.multimodal.clip import Clip, SourceInfo
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, FrameSelection, check_indices, sample_frame_indices
 from atb_pllava.multimodal.image_sequence import ImageSequence, read_image_sequence
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
@@ -33,7 +33,8 @@ class ProcessedVideo:
 
     Frame t of the T sampled frames is frames[inverse_indices[t]]. `mm_hash` is the SHA-256 of all input of the vision
     tower: the frames, their order and the preprocessor's numbers. Whoever makes a ProcessedVideo computes the hash,
-    about 3 ms for 16 frames, or passes one that is already computed as `known_hash`.
+    about 3 ms for 16 frames, or passes one that is already computed as `known_hash`. `source` describes the medium.
+    It is no part of the hash, and None where nobody knows the medium.
     """
 
     frames: np.ndarray  # uint8 [U, S, S, 3]
@@ -43,6 +44,7 @@ class ProcessedVideo:
     mm_hash: bytes = field(init=False, repr=False)
     # An InitVar is no attribute, so that `dataclasses.replace` computes the hash anew.
     known_hash: InitVar[bytes | None] = None
+    source: SourceInfo | None = None
 
     def __post_init__(self, known_hash: bytes | None) -> None:
         object.__setattr__(self, "mm_hash", known_hash or self._computed_hash())
@@ -50,6 +52,13 @@ class ProcessedVideo:
     def __len__(self) -> int:
         """U, the number of distinct frames."""
         return len(self.frames)
+
+    @property
+    def frame_seconds(self) -> tuple[float, ...] | None:
+        """The time of each of the T frames, by the average frame rate as for start_seconds. None without a rate."""
+        if self.source is None or not self.source.fps:
+            return None
+        return tuple(index / self.source.fps for index in self.frame_indices)
 
     def _computed_hash(self) -> bytes:
         seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}"
@@ -237,6 +246,7 @@ class VideoProcessor:
             inverse_indices=tuple(numbers.index(number) for number in indices),
             frame_indices=tuple(indices),
             preprocessor=self.preprocessor,
+            source=clips[0].info,
         )
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import VideoErrorKind
+from atb_pllava.multimodal.clip import SourceInfo
 from atb_pllava.multimodal.limits import MediaLimits
 
 _LENGTH = struct.Struct("<I")
@@ -86,6 +87,7 @@ class VideoPart(msgspec.Struct, frozen=True):
     inverse_indices: tuple[int, ...]
     frame_indices: tuple[int, ...]
     mm_hash: bytes
+    source: SourceInfo | None
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
