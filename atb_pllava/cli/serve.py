@@ -4,9 +4,18 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import closing
 from importlib.util import find_spec
+from pathlib import Path
 
-from atb_pllava.cli.engine_args import add_cli_args, add_engine_options, add_model_options, add_prompt_options
+from atb_pllava.cli.engine_args import (
+    add_cli_args,
+    add_engine_options,
+    add_model_options,
+    add_prompt_options,
+    media_limits,
+)
+from atb_pllava.cli.environment import api_key
 from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.doctor.required_packages import CLONE
@@ -21,6 +30,7 @@ EXAMPLES = """examples:
 
 # Import names of the packages of the extra [serve].
 _PACKAGES = ("fastapi", "httpx", "prometheus_client", "python_multipart", "uvicorn")
+_OPEN_TO_ALL = "warning: whoever reaches this address may use the server; set --api_key_file"
 _TINY = CLONE / "examples" / "tiny_pllava"
 
 
@@ -54,19 +64,44 @@ def serve(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rendezvous | None) -> int:
     """Open the port, load the model and serve. A port in use ends the command before the model is loaded."""
     # The packages of the extra [serve] are imported here, after `serve` has looked for them.
+    from atb_pllava.server.access_log import write_access_log
     from atb_pllava.server.app import create_app
-    from atb_pllava.server.listening import HttpServer, open_socket, url_of
+    from atb_pllava.server.auth import parse_api_keys
+    from atb_pllava.server.listening import HttpServer, is_loopback, open_socket, url_of
     from atb_pllava.server.run_server import serve_until_end
     from atb_pllava.server.served_model import ServedModel
     from atb_pllava.server.state import ServerState
 
-    listener = open_socket(options.host, options.port)
-    state = ServerState(options)
-    with listener, HttpServer(create_app(state), listener), load_model(arguments, workers) as llm:
+    text = _api_key_text(options.api_key_file)
+    state = ServerState(options, text and parse_api_keys(text), media_limits(arguments.media_limit))
+    if not arguments.quiet:
+        write_access_log(sys.stdout)
+    with (
+        closing(state),
+        open_socket(options.host, options.port) as listener,
+        HttpServer(create_app(state), listener),
+        load_model(arguments, workers) as llm,
+    ):
         name = options.served_model_name or os.path.basename(os.path.abspath(arguments.model_path))
         state.serve(ServedModel(name, llm.engine))
-        print(_welcome(url_of(listener, options.root_path), name), file=sys.stderr)
+        print(_welcome(url_of(listener, options.root_path), name, text is not None), file=sys.stderr)
+        if text is None and not is_loopback(listener):
+            print(_OPEN_TO_ALL, file=sys.stderr)
         return serve_until_end(state)
+
+
+def _api_key_text(path: str | None) -> str | None:
+    """The text that has the API keys, one a line: of a file, or of the environment. None without keys."""
+    key = api_key()
+    if path is None:
+        return key
+    if key is not None:
+        raise ConfigError("--api_key_file and ATB_PLLAVA_API_KEY are both given; leave one of them out")
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"--api_key_file {path} cannot be read: {reason}") from None
 
 
 def _tiny_model() -> str:
@@ -76,10 +111,11 @@ def _tiny_model() -> str:
     return str(_TINY)
 
 
-def _welcome(url: str, name: str) -> str:
+def _welcome(url: str, name: str, has_keys: bool) -> str:
     """Where the server is, and a line to try."""
     body = '{"messages": [{"role": "user", "content": "What can you see?"}]}'
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
     return (
         f"serving {name} at {url} (Ctrl-C ends)\n"
-        f"try: curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+        f"try: curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
     )

@@ -12,12 +12,12 @@ from atb_pllava.engine.outputs import CompletionDelta, RequestOutput
 from atb_pllava.errors import PllavaError
 from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.disconnect import unless_disconnected
-from atb_pllava.server.errors import api_error_of, bug_error
+from atb_pllava.server.errors import bug_error
 from atb_pllava.server.generation import Generation
 from atb_pllava.server.protocol.fields import check_other_fields
 from atb_pllava.server.protocol.sampling import SamplingFields
 from atb_pllava.server.request_body import read_body
-from atb_pllava.server.request_id import request_id_of
+from atb_pllava.server.request_record import RequestRecord, record_of
 from atb_pllava.server.served_model import ServedModel
 from atb_pllava.server.sse import DONE, EventStreamResponse, event
 from atb_pllava.server.state import ServerState, state_of
@@ -47,7 +47,7 @@ class AnswerFormat(Protocol):
 async def answer(
     request: Request,
     body_class: type[Body],
-    start: Callable[[ServerState, ServedModel, Body], Awaitable[Generation]],
+    start: Callable[[ServerState, ServedModel, Body, RequestRecord], Awaitable[Generation]],
     format_of: Callable[[ServedModel, Body], AnswerFormat],
 ) -> Response:
     """The response to a request whose body is a `body_class`. `start` hands the request to the engine.
@@ -56,19 +56,21 @@ async def answer(
     away ends its request at any time.
     """
     state = state_of(request)
+    record = record_of(request.scope)
     model = state.model
     with ExitStack() as held:
         held.enter_context(state.admission.admitted())
         body = await read_body(request, body_class)
         model.check_name(body.model)
         check_other_fields(body.unknown_fields())
-        generation = await unless_disconnected(request.receive, _started(start(state, model, body)))
+        generation = await unless_disconnected(request.receive, _started(start(state, model, body, record)))
         held.callback(generation.close)
         answer_format = format_of(model, body)
         if not body.stream:
             outputs = await unless_disconnected(request.receive, generation.outputs())
+            _note(record, outputs)
             return JSONResponse(answer_format.response(outputs, final_usage(outputs)))
-        events = _events(body, generation, answer_format, request_id_of(request.scope))
+        events = _events(body, generation, answer_format, state, record)
         first = await unless_disconnected(request.receive, _first(events))
         return EventStreamResponse(_continued(first, events), held.pop_all().close)
 
@@ -90,7 +92,11 @@ async def _continued(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterato
 
 
 async def _events(
-    body: SamplingFields, generation: Generation, answer_format: AnswerFormat, request_id: str
+    body: SamplingFields,
+    generation: Generation,
+    answer_format: AnswerFormat,
+    state: ServerState,
+    record: RequestRecord,
 ) -> AsyncIterator[bytes]:
     """The events of a stream. An error after the first event is an event, and the stream then ends as usual."""
     has_begun = False
@@ -103,13 +109,23 @@ async def _events(
                     has_begun = True
                 for chunk in answer_format.chunks(number, delta):
                     yield event(_with_usage(chunk, body, generation))
+        outputs = await generation.outputs()
+        _note(record, outputs)
         if body.includes_usage:
-            yield event({**answer_format.usage_chunk(), "usage": final_usage(await generation.outputs())})
+            yield event({**answer_format.usage_chunk(), "usage": final_usage(outputs)})
     except Exception as error:
         if not has_begun:
             raise
-        yield event(_error_of(error, request_id).body())
+        refusal = _error_of(error, state, record.request_id)
+        record.error_code = refusal.code
+        yield event(refusal.body())
     yield DONE
+
+
+def _note(record: RequestRecord, outputs: Sequence[RequestOutput]) -> None:
+    """Note the finished answers for the access log."""
+    for output in outputs:
+        record.add_output(output)
 
 
 def _with_usage(chunk: dict[str, Any], body: SamplingFields, generation: Generation) -> dict[str, Any]:
@@ -119,10 +135,10 @@ def _with_usage(chunk: dict[str, Any], body: SamplingFields, generation: Generat
     return {**chunk, "usage": None} if body.includes_usage else chunk
 
 
-def _error_of(error: Exception, request_id: str) -> ApiError:
+def _error_of(error: Exception, state: ServerState, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PllavaError):
-        return api_error_of(error, request_id)
+        return state.refusal_of(error, request_id)
     logger.error("request %s failed", request_id, exc_info=error)
     return bug_error(request_id)

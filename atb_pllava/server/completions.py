@@ -13,6 +13,7 @@ from atb_pllava.server.generation import Generation
 from atb_pllava.server.openapi import GENERATION_ERRORS, json_body
 from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.responses import TextCompletion
+from atb_pllava.server.request_record import RequestRecord
 from atb_pllava.server.served_model import ServedModel
 from atb_pllava.server.state import ServerState
 
@@ -34,7 +35,7 @@ async def create_completion(request: Request) -> Response:
     return await answer(request, CompletionRequest, _start, CompletionAnswer)
 
 
-async def _start(state: ServerState, model: ServedModel, body: CompletionRequest) -> Generation:
+async def _start(state: ServerState, model: ServedModel, body: CompletionRequest, record: RequestRecord) -> Generation:
     """Check the prompts and hand them to the engine."""
     body.check_stream_options()
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -45,7 +46,7 @@ async def _start(state: ServerState, model: ServedModel, body: CompletionRequest
     streams: list[RequestStream] = []
     try:
         for prompt, own_params in zip(prompts, params, strict=True):
-            streams.append(model.engine.submit({"prompt": prompt}, own_params))
+            streams.append(model.engine.submit({"prompt": prompt}, own_params, record.request_id))
     except BaseException:
         for stream in streams:
             stream.abort()

@@ -5,40 +5,30 @@ import logging
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atb_pllava.errors import BackendError, EngineDeadError, PllavaError, RequestError, VideoError
+from atb_pllava.server.access_log import CLIENT_CLOSED_REQUEST
 from atb_pllava.server.api_error import ApiError
-from atb_pllava.server.request_id import request_id_of
+from atb_pllava.server.asgi import error_response
+from atb_pllava.server.media_errors import media_error
+from atb_pllava.server.request_record import record_of
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
-_CLIENT_CLOSED_REQUEST = 499  # nginx's status of a request whose client went away. No client sees it
-
-# The status of a medium that cannot be used, by VideoError.kind. The others are 422.
-_VIDEO_STATUS = {
-    "bad_request": 400,
-    "not_found": 404,
-    "too_large": 413,
-    "out_of_resources": 503,
-    "closed": 503,
-    "internal": 500,
-}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception of a route, and every path and method that no route has, with an ApiError's body."""
+    """Answer refusals of the routes, and every path and method that no route has, with an ApiError's body.
+
+    `BugGuard` answers all other exceptions.
+    """
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(PllavaError, _answer_pllava_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
-    app.add_exception_handler(Exception, _answer_bug)
-
-
-def response_of(error: ApiError) -> JSONResponse:
-    """The response that refuses a request."""
-    return JSONResponse(error.body(), error.status, dict(error.headers))
 
 
 def api_error_of(error: PllavaError, request_id: str) -> ApiError:
@@ -47,7 +37,7 @@ def api_error_of(error: PllavaError, request_id: str) -> ApiError:
         logger.error("request %s failed", request_id, exc_info=error)
         return bug_error(request_id)
     if isinstance(error, VideoError):
-        return _video_error(error, request_id)
+        return media_error(error, "a medium", "messages")
     if isinstance(error, RequestError):
         return ApiError(400, "invalid_request", str(error))
     if isinstance(error, EngineDeadError):
@@ -76,46 +66,52 @@ def _is_bug(error: PllavaError) -> bool:
     return isinstance(error, RequestError) and cause is not None and not isinstance(cause, PllavaError)
 
 
-def _video_error(error: VideoError, request_id: str) -> ApiError:
-    kind = str(getattr(error, "kind", "unreadable"))
-    status = _VIDEO_STATUS.get(kind, 422)
-    if status == 500:
-        logger.error("request %s failed: %s", request_id, error)
-        return bug_error(request_id)
-    if status == 503:
-        return unavailable("media_unavailable", "the server cannot read media at the moment; try again")
-    return ApiError(status, f"video_{kind}", str(error))
+class BugGuard:
+    """ASGI middleware: an exception that nothing else handles becomes a 500, and its traceback is logged."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            request_id = record_of(scope).request_id
+            logger.error("request %s failed", request_id, exc_info=error)
+            if has_begun or scope["type"] != "http":
+                raise
+            await error_response(scope, bug_error(request_id))(scope, receive, send)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return response_of(error)
+    return error_response(request.scope, error)
 
 
 async def _answer_pllava_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PllavaError)
-    return response_of(api_error_of(error, request_id_of(request.scope)))
+    request_id = record_of(request.scope).request_id
+    return error_response(request.scope, request.app.state.server.refusal_of(error, request_id))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """A path or a method that no route has. Starlette raises the exception."""
     assert isinstance(error, HTTPException)
-    status = error.status_code
-    if status == 404:
-        message = "no such path; the server's paths are listed in /openapi.json"
-        return response_of(ApiError(404, "unknown_path", message))
-    if status == 405:
-        message = "the path does not take this method"
-        return response_of(ApiError(405, "method_not_allowed", message, headers=dict(error.headers or {})))
-    return response_of(ApiError(status, "invalid_request", "the request cannot be understood"))
+    refusals = {
+        404: ("unknown_path", "no such path; the server's paths are listed in /openapi.json"),
+        405: ("method_not_allowed", "the path does not take this method"),
+    }
+    code, message = refusals.get(error.status_code, ("invalid_request", "the request cannot be understood"))
+    return error_response(request.scope, ApiError(error.status_code, code, message, headers=dict(error.headers or {})))
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=_CLIENT_CLOSED_REQUEST)
-
-
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    """Starlette raises the exception again after this response, and uvicorn logs its traceback."""
-    request_id = request_id_of(request.scope)
-    logger.error("request %s failed", request_id)
-    return response_of(bug_error(request_id))
+    """The client went away. The status stands in the access log."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,17 +1,19 @@
 """Generation: the engine's requests that one HTTP request has started, and their answers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 
 from atb_pllava.engine.outputs import CompletionDelta, RequestOutput
 from atb_pllava.engine.request_stream import RequestStream
+from atb_pllava.errors import VideoError
 
 
 class Generation:
     """The streams of one HTTP request: one of a chat, one for each prompt of a completion request.
 
     `close` ends the requests and calls each function of `on_close`, which frees what the requests read from.
+    `refusal_of` makes the refusal of a medium that cannot be read.
     """
 
     def __init__(
@@ -19,10 +21,12 @@ class Generation:
         streams: Sequence[RequestStream],
         prompt_lengths: Sequence[int],
         on_close: Sequence[Callable[[], None]] = (),
+        refusal_of: Callable[[VideoError], Exception] | None = None,
     ) -> None:
         self.streams = streams
         self.prompt_lengths = prompt_lengths
         self._on_close = on_close
+        self._refusal_of = refusal_of
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -35,7 +39,8 @@ class Generation:
 
     async def outputs(self) -> list[RequestOutput]:
         """The finished answers. Raises the error of the first that fails."""
-        return [await stream.wait() for stream in self.streams]
+        with self._named_media():
+            return [await stream.wait() for stream in self.streams]
 
     async def deltas(self) -> AsyncIterator[tuple[int, CompletionDelta]]:
         """(number of the prompt, what is new), until all answers have ended. Raises the error of one that fails.
@@ -43,8 +48,9 @@ class Generation:
         A slow reader gets longer deltas: nothing but the answers' text is kept for it.
         """
         if len(self.streams) == 1:
-            async for delta in self.streams[0]:
-                yield 0, delta
+            with self._named_media():
+                async for delta in self.streams[0]:
+                    yield 0, delta
             return
         queue: asyncio.Queue[tuple[int, CompletionDelta] | BaseException | None] = asyncio.Queue(1)
         readers = [asyncio.ensure_future(_feed(queue, *numbered)) for numbered in enumerate(self.streams)]
@@ -62,6 +68,16 @@ class Generation:
             for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
+
+    @contextmanager
+    def _named_media(self) -> Iterator[None]:
+        """A VideoError of the body becomes the refusal that names the medium as the client does."""
+        try:
+            yield
+        except VideoError as error:
+            if self._refusal_of is None:
+                raise
+            raise self._refusal_of(error) from None
 
     def close(self) -> None:
         """End all requests that have not ended: the engine frees their blocks."""

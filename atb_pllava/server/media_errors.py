@@ -1,6 +1,5 @@
 """The ApiErrors of media: one status for each cause. Texts name what the client sent, never a path or a library."""
 
-from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.media_source_error import MediaSourceError
 from atb_pllava.server.api_error import ApiError
 

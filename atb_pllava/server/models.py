@@ -74,8 +74,8 @@ def _tokenized(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
     if body.messages is None:
         tokens = model.tokenizer.encode(body.prompt or "")
     else:
-        chat, media = parse_messages(body.messages)
-        num_videos = len(media)
+        chat = parse_messages(body.messages).chat
+        num_videos = len(chat.media)
         tokens = model.chat_token_ids(chat)
     count = model.prompt_length(tokens, num_videos)
     return {"count": count, "max_model_len": model.max_model_len, "tokens": tokens}

@@ -11,7 +11,6 @@ from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.protocol.base import RequestModel, invalid_request
 
 _LARGEST_AT_ONCE = 64 * 2**10  # bytes that are parsed in the event loop, about 0.2 ms
-_SECONDS_BETWEEN_CHUNKS = 60.0
 
 Model = TypeVar("Model", bound=RequestModel)
 
@@ -19,14 +18,14 @@ Model = TypeVar("Model", bound=RequestModel)
 async def read_body(request: Request, model: type[Model]) -> Model:
     """The request's JSON body as a `model`.
 
-    Raises ApiError: 415 for another content type, 408 for a body that stops coming, 400 for anything but JSON of the
-    wanted form. Raises ClientDisconnect when the client goes away.
+    Raises ApiError: 415 for another content type, 400 for anything but JSON of the wanted form. Raises ClientDisconnect
+    when the client goes away. The middleware `BodyLimit` bounds the size of the body and the time that it takes.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         message = "the body must be JSON, with the header Content-Type: application/json"
         raise ApiError(415, "unsupported_media_type", message)
-    body = await _read_all(request)
+    body = await request.body()
     if len(body) <= _LARGEST_AT_ONCE:
         return _parse(body, model)
     return await asyncio.to_thread(_parse, body, model)
@@ -43,19 +42,6 @@ def parse_json(body: bytes) -> Any:
         raise ApiError(400, "invalid_json", "the body is nested too deeply") from None
     except ValueError:  # also UnicodeDecodeError, JSONDecodeError, and a number with too many digits
         raise ApiError(400, "invalid_json", "the body is not JSON in UTF-8") from None
-
-
-async def _read_all(request: Request) -> bytes:
-    chunks: list[bytes] = []
-    stream = request.stream()
-    while True:
-        try:
-            chunks.append(await asyncio.wait_for(anext(stream), _SECONDS_BETWEEN_CHUNKS))
-        except StopAsyncIteration:
-            return b"".join(chunks)
-        except (asyncio.TimeoutError, TimeoutError):
-            message = f"no more of the body came within {_SECONDS_BETWEEN_CHUNKS:g} seconds"
-            raise ApiError(408, "body_timeout", message, headers={"Connection": "close"}) from None
 
 
 def _parse(body: bytes, model: type[Model]) -> Model:

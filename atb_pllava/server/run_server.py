@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from atb_pllava.errors import counted
-from atb_pllava.server.state import Phase, ServerState
+from atb_pllava.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def serve_until_end(state: ServerState) -> int:
     signals = _Signals()
     with signals.handled():
         while not signals.came.wait(_SECONDS_BETWEEN_LOOKS):
-            if state.phase is Phase.DEAD:
+            if state.has_failed:
                 return _end_dead(state)
         return _drain(state, signals)
 
@@ -65,7 +65,7 @@ def _drain(state: ServerState, signals: _Signals) -> int:
     logger.info("shutting down: %s under way, at most %g s; a second signal ends at once", running, timeout)
     deadline = time.monotonic() + timeout
     while state.admission.num_active and time.monotonic() < deadline and not signals.is_second:
-        if state.phase is Phase.DEAD:
+        if state.has_failed:
             return _end_dead(state)
         time.sleep(0.02)
     if state.admission.num_active:
