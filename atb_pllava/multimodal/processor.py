@@ -14,14 +14,15 @@ import numpy as np
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
 from atb_pllava.multimodal.clip import Clip, SourceInfo
-from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, check_indices, sample_frame_indices
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, FrameSelection, check_indices, sample_frame_indices
+from atb_pllava.multimodal.image_sequence import ImageSequence, read_image_sequence
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.multimodal.media_key import media_key
 from atb_pllava.multimodal.single_flight import SingleFlight
 from atb_pllava.multimodal.transforms import RESIZE_MODES, resize_frames
 
-Media = str | os.PathLike[str] | bytes | np.ndarray
+Media = str | os.PathLike[str] | bytes | np.ndarray | ImageSequence
 FrameIndices = Sequence[int] | None  # of one medium; None: frames are sampled
 TimeRange = tuple[float | None, float | None]  # start and end in seconds of one medium; None: its own start or end
 
@@ -91,7 +92,8 @@ class MediaReader(Protocol):
 
 @dataclass(frozen=True)
 class VideoProcessor:
-    """Turns media into ProcessedVideos. A medium is a path, a file's content as bytes, or uint8 frames [T, H, W, 3].
+    """Turns media into ProcessedVideos. A medium is a path, a file's content as bytes, uint8 frames [T, H, W, 3],
+    or an ImageSequence.
 
     Without a `cache` every call of `prepare` reads its media anew. Without a `pool` media are read in the calling
     thread. Frames that are given as arrays are always resized in the calling thread, unless files come beside them.
@@ -114,7 +116,8 @@ class VideoProcessor:
         if self.num_frames > self.limits.max_sampled_frames:
             raise VideoError(
                 f"num_frames is {self.num_frames}, the limit is {self.limits.max_sampled_frames} "
-                "(MediaLimits.max_sampled_frames)"
+                "(MediaLimits.max_sampled_frames)",
+                "bad_request",
             )
 
     def prepare(
@@ -150,17 +153,18 @@ class VideoProcessor:
         begin: Callable[[int], None] = lambda number: None,
     ) -> list[ProcessedVideo]:
         """`prepare` in this thread, without cache and pool. `begin(number)` is called before each medium is read."""
-        clips = []
+        videos: list[list[Clip]] = []
         for number, (item, wanted, times) in enumerate(zip(media, frame_indices, time_ranges, strict=True)):
             begin(number)
-            clips.append(self._read(item, wanted, times))
+            videos.append(self._read(item, wanted, times))
         resized = resize_frames(
-            [clip.frames for clip in clips],
+            [clip.frames for clips in videos for clip in clips],
             mode=self.resize,
             crop_size=self.preprocessor.crop_size,
             shortest_edge=self.preprocessor.shortest_edge,
         )
-        return [self._keep_distinct(clip, frames) for clip, frames in zip(clips, resized, strict=True)]
+        parts = iter(resized)
+        return [self._keep_distinct(clips, [next(parts) for _ in clips]) for clips in videos]
 
     def _cached(self, key: object) -> list[ProcessedVideo] | None:
         return None if self.cache is None else self.cache.get(key)
@@ -189,21 +193,34 @@ class VideoProcessor:
 
     def _check(self, item: Media, wanted: FrameIndices) -> None:
         """Raises VideoError for a medium of an unknown type, and for the wrong number of frame indices."""
-        if not isinstance(item, str | bytes | os.PathLike | np.ndarray):
-            raise VideoError(f"a video is given as {type(item).__name__}; it must be a path, bytes, or uint8 frames")
+        if not isinstance(item, str | bytes | os.PathLike | np.ndarray | ImageSequence):
+            given = type(item).__name__
+            raise VideoError(
+                f"a video is given as {given}; it must be a path, bytes, uint8 frames or an ImageSequence",
+                "bad_request",
+            )
+        if isinstance(item, ImageSequence):
+            item.check(self.limits)
         if wanted is not None and len(wanted) != self.num_frames:
             raise VideoError(
                 f"frame_indices names {counted(len(wanted), 'frame')}, the model takes {self.num_frames}: name "
-                "exactly that many, or load the model with another num_frames"
+                "exactly that many, or load the model with another num_frames",
+                "bad_request",
             )
 
-    def _read(self, item: Media, wanted: FrameIndices, times: TimeRange) -> Clip:
+    def _read(self, item: Media, wanted: FrameIndices, times: TimeRange) -> list[Clip]:
+        """The frames of one medium. A clip's frames have one size, so a sequence of images may be several clips."""
+        start, end = times
         if isinstance(item, np.ndarray):
             if times != (None, None):
-                raise VideoError("start_seconds and end_seconds do not apply to frames, which have no times")
-            return _clip_of_array(item, self.num_frames, wanted, self.limits)
-        start, end = times
-        return read_media(
+                raise VideoError(
+                    "start_seconds and end_seconds do not apply to frames, which have no times", "bad_request"
+                )
+            return [_clip_of_array(item, self.num_frames, wanted, self.limits)]
+        if isinstance(item, ImageSequence):
+            selection = FrameSelection(self.num_frames, self.frame_sampler, wanted, start, end)
+            return read_image_sequence(item, selection, self.limits)
+        clip = read_media(
             item,
             self.num_frames,
             frame_sampler=self.frame_sampler,
@@ -213,17 +230,23 @@ class VideoProcessor:
             limits=self.limits,
             threads=self.threads,
         )
+        return [clip]
 
-    def _keep_distinct(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:
-        """The video of resized frames uint8 [T, S, S, 3]. Frames with the same frame number are kept once."""
-        numbers = list(dict.fromkeys(clip.frame_indices))
-        first_row = [clip.frame_indices.index(number) for number in numbers]
+    def _keep_distinct(self, clips: Sequence[Clip], resized: Sequence[np.ndarray]) -> ProcessedVideo:
+        """The video of clips and their resized frames, uint8 [T, S, S, 3] together.
+
+        Frames with the same frame number are kept once.
+        """
+        frames = resized[0] if len(resized) == 1 else np.concatenate(resized)
+        indices = [index for clip in clips for index in clip.frame_indices]
+        numbers = list(dict.fromkeys(indices))
+        first_row = [indices.index(number) for number in numbers]
         return ProcessedVideo(
             frames=np.ascontiguousarray(frames[first_row]),
-            inverse_indices=tuple(numbers.index(number) for number in clip.frame_indices),
-            frame_indices=tuple(clip.frame_indices),
+            inverse_indices=tuple(numbers.index(number) for number in indices),
+            frame_indices=tuple(indices),
             preprocessor=self.preprocessor,
-            source=clip.info,
+            source=clips[0].info,
         )
 
 
@@ -231,7 +254,8 @@ def check_frames(frames: np.ndarray) -> None:
     """Raises VideoError unless the array is uint8 [T, H, W, 3] and not empty."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
-            f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
+            f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]",
+            "bad_request",
         )
 
 
@@ -245,7 +269,8 @@ def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | 
         if total > num_frames:
             raise VideoError(
                 f"frames holds {counted(total, 'frame')}, the model takes {num_frames}: choose that many, or "
-                "name them in frame_indices"
+                "name them in frame_indices",
+                "too_many_frames",
             )
         wanted = range(total) if total == num_frames else sample_frame_indices(total, num_frames)
     indices = check_indices(wanted, total, "frames")
