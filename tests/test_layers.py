@@ -66,6 +66,7 @@ LAZY = {
     "atb_llm": {"mindie"},
     "fastapi": {"server"},
     "gradio": {"ui"},
+    "httpcore": {"multimodal"},  # comes with httpx
     "httpx": {"client", "multimodal"},
     "huggingface_hub": {"convert"},
     "llama_cpp": {"bench"},
