@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import secrets
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -49,7 +48,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
-        record.request_id = _request_id(scope)
+        record.request_id = _given_id(scope) or record.request_id
         exchange = _Exchange(receive, send, record.request_id)
         arrival = self._clock()
         began = time.perf_counter()
@@ -104,11 +103,10 @@ class _Exchange:
             self._has_ended = not message.get("more_body", False)
 
 
-def _request_id(scope: Scope) -> str:
+def _given_id(scope: Scope) -> str | None:
+    """The client's id for the request, None without a well-formed one."""
     given = header_values(scope, b"x-request-id")
-    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
-        return given[0].decode()
-    return secrets.token_hex(16)
+    return given[0].decode() if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else None
 
 
 def _line(scope: Scope, exchange: _Exchange, arrival: float, seconds: float) -> dict[str, Any]:

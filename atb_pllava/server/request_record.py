@@ -4,13 +4,19 @@ The record lies in the request's scope. The access log makes it and writes it. A
 handlers set the rest.
 """
 
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
 from atb_pllava.engine.outputs import RequestOutput
 
 _KEY = "record"
+
+
+def new_request_id() -> str:
+    """32 hexadecimal digits that no other request has."""
+    return secrets.token_hex(16)
 
 
 @dataclass
@@ -21,7 +27,7 @@ class RequestRecord:
     seconds to the first token. None stands for a fact that the request does not have.
     """
 
-    request_id: str = ""
+    request_id: str = field(default_factory=new_request_id)
     owner: str | None = None
     ttft: float | None = None
     prompt_tokens: int | None = None
