@@ -5,7 +5,6 @@ exits with status 2. A traceback means a bug of this package.
 """
 
 from collections.abc import Callable
-from math import isfinite
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -100,8 +99,8 @@ def check_number(
     name: str, value: object, lowest: float, largest: float, error: Callable[[str], PllavaError] = ConfigError
 ) -> None:
     """Raises `error` unless `value` is a finite int or float from `lowest` to `largest`, bounds included."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-    if not is_number or not lowest <= value <= largest:  # type: ignore[operator]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= largest:  # type: ignore[operator]  # False for NaN
         raise error(f"{name} is {value!r}; it must be a number from {lowest:g} to {largest:g}")
 
 

@@ -52,7 +52,7 @@ def _entry_of(text: str) -> _Entry:
         port = httpx.URL(f"x://{host}").port  # without a scheme whose default port would be left out
     except (MediaSourceError, httpx.InvalidURL):
         raise _refused(text, _FORMS) from None
-    if url.target != b"/" or host.endswith("/"):
+    if url.target != b"/" or host.endswith(("/", ":")):
         raise _refused(text, _FORMS)
     try:
         ipaddress.ip_address(url.host)

@@ -28,12 +28,12 @@ def decode_data_url(url: str, kind: str, max_bytes: int, max_frames: int) -> tup
         raise _invalid("has no comma after its MIME type; write data:video/mp4;base64,...")
     mime = _mime_type(url[:comma], kind)
     if mime != _JPEG_FRAMES:
-        _check_size(len(url) - comma - 1, max_bytes)
+        _check_size(url, comma, 1, max_bytes)
         return (_decode(url[comma + 1 :], "its content"),)
-    count = url.count(",", comma)
+    count = url.count(",", comma)  # the first comma ends the head
     if count > max_frames:
         raise MediaSourceError("media_too_large", f"the data: URL holds {count} frames, the limit is {max_frames}")
-    _check_size(len(url) - comma - count, max_bytes)
+    _check_size(url, comma, count, max_bytes)
     return tuple(_decode_frame(part, f"frame {number}") for number, part in enumerate(url[comma + 1 :].split(","), 1))
 
 
@@ -59,9 +59,11 @@ def _mime_type(head: str, kind: str) -> str:
     return mime
 
 
-def _check_size(characters: int, max_bytes: int) -> None:
-    size = characters // 4 * 3  # at most 2 bytes more than the content, which padding fills
-    if size - 2 > max_bytes:
+def _check_size(url: str, comma: int, parts: int, max_bytes: int) -> None:
+    """Raises MediaSourceError if the base64 of `parts` contents stands for more than `max_bytes`."""
+    padding = min(url.count("=", comma), 2 * parts)
+    size = (len(url) - comma - parts) // 4 * 3 - padding
+    if size > max_bytes:
         raise MediaSourceError("media_too_large", f"the data: URL holds {size} bytes, the limit is {max_bytes}")
 
 

@@ -6,7 +6,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,8 @@ from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
 from atb_pllava.multimodal.clip import Clip, SourceInfo
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, FrameSelection, check_indices, sample_frame_indices
-from atb_pllava.multimodal.image_sequence import ImageSequence, read_image_sequence
+from atb_pllava.multimodal.image_frames import read_image_sequence
+from atb_pllava.multimodal.image_sequence import ImageSequence
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.multimodal.media_key import media_key
@@ -120,6 +121,15 @@ class VideoProcessor:
                 "bad_request",
             )
 
+    def with_num_frames(self, num_frames: int) -> "VideoProcessor":
+        """This processor for another number of frames. Both share the cache, the pool and the readings under way.
+
+        Raises VideoError for a number over max_sampled_frames.
+        """
+        other = replace(self, num_frames=num_frames)
+        object.__setattr__(other, "_flights", self._flights)
+        return other
+
     def prepare(
         self,
         media: Sequence[Media],
@@ -140,9 +150,10 @@ class VideoProcessor:
             self._check(item, wanted)
         if self.cache is None and self.pool is None:
             return self._prepare_all(media, indices, ranges)
-        key = media_key(media, indices, ranges)
-        if key is None:
+        identity = media_key(media, indices, ranges)
+        if identity is None:
             return self._prepare_all(media, indices, ranges)
+        key = (self.num_frames, identity)
         return self._cached(key) or self._flights.run(key, lambda: self._fill_cache(key, media, indices, ranges))
 
     def prepare_here(
@@ -203,8 +214,8 @@ class VideoProcessor:
             item.check(self.limits)
         if wanted is not None and len(wanted) != self.num_frames:
             raise VideoError(
-                f"frame_indices names {counted(len(wanted), 'frame')}, the model takes {self.num_frames}: name "
-                "exactly that many, or load the model with another num_frames",
+                f"frame_indices names {counted(len(wanted), 'frame')}, num_frames is {self.num_frames}: name "
+                "exactly that many, or another num_frames",
                 "bad_request",
             )
 
@@ -268,7 +279,7 @@ def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | 
     if wanted is None:
         if total > num_frames:
             raise VideoError(
-                f"frames holds {counted(total, 'frame')}, the model takes {num_frames}: choose that many, or "
+                f"frames holds {counted(total, 'frame')}, num_frames is {num_frames}: choose that many, or "
                 "name them in frame_indices",
                 "too_many_frames",
             )

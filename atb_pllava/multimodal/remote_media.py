@@ -6,7 +6,7 @@ encoding and reads no proxy from the environment.
 
 import ssl
 import tempfile
-from typing import IO
+from typing import BinaryIO
 
 import httpcore
 import httpx
@@ -32,7 +32,7 @@ class RemoteMedia:
         self._allowed = allowed
         self._ssl_context: ssl.SSLContext = httpx.create_ssl_context()
 
-    def fetch(self, text: str, max_bytes: int, deadline: Deadline) -> bytes | IO[bytes]:
+    def fetch(self, text: str, max_bytes: int, deadline: Deadline) -> bytes | BinaryIO:
         """The content at a URL: bytes, or an open file without a name. The caller closes the file.
 
         Raises MediaSourceError.
@@ -51,7 +51,7 @@ class RemoteMedia:
                 "media_fetch_failed", f"{url.shown} was not fetched: no connection, or the host broke the transfer off"
             ) from None
 
-    def _follow(self, pool: httpcore.ConnectionPool, url: RemoteUrl, max_bytes: int) -> bytes | IO[bytes]:
+    def _follow(self, pool: httpcore.ConnectionPool, url: RemoteUrl, max_bytes: int) -> bytes | BinaryIO:
         first = url
         for _ in range(MOST_REDIRECTS + 1):
             self._allowed.check(url)
@@ -96,7 +96,7 @@ def _check_response(response: httpcore.Response, url: RemoteUrl) -> None:
         raise MediaSourceError("media_content_encoding", f"{url.shown}: the host sends a compressed body")
 
 
-def _read_body(response: httpcore.Response, url: RemoteUrl, max_bytes: int) -> bytes | IO[bytes]:
+def _read_body(response: httpcore.Response, url: RemoteUrl, max_bytes: int) -> bytes | BinaryIO:
     length = _header(response, b"content-length")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(url, max_bytes)
@@ -125,7 +125,7 @@ class _Body:
     def __init__(self) -> None:
         self.size = 0
         self._memory = bytearray()
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
 
     def add(self, chunk: bytes) -> None:
         self.size += len(chunk)
@@ -138,7 +138,7 @@ class _Body:
             self._file.write(self._memory)
             self._memory.clear()
 
-    def finish(self) -> bytes | IO[bytes]:
+    def finish(self) -> bytes | BinaryIO:
         if self._file is None:
             return bytes(self._memory)
         self._file.flush()

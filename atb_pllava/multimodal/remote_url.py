@@ -90,6 +90,8 @@ def _parts_of(url: httpx.URL, shown: str) -> RemoteUrl:
 def _host_of(url: httpx.URL, shown: str) -> str:
     """The host in its one spelling. Raises MediaSourceError for other spellings of IP addresses, and for no host."""
     host = url.raw_host.decode("ascii").lower().removesuffix(".")
+    if "%" in host:  # an interface of this machine (RFC 6874), or a percent-encoded name
+        raise _invalid(shown, "has no valid host name")
     if ":" in host or _NUMERIC_ENDING.fullmatch(host):
         try:
             return str(ipaddress.ip_address(host))

@@ -6,7 +6,7 @@ from typing import Any
 
 from atb_pllava.errors import RequestError
 from atb_pllava.multimodal.frame_sampling import check_time_order
-from atb_pllava.multimodal.processor import TimeRange
+from atb_pllava.multimodal.processor import ProcessedVideo, TimeRange
 from atb_pllava.prompt.messages import Chat, parse_chat_messages
 from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.media_sources import MediaKind
@@ -64,11 +64,16 @@ def parse_messages(given: Sequence[Message]) -> ParsedMessages:
 
 
 def _with_media(content: Any, contents: Sequence[Any]) -> Any:
-    if isinstance(content, str):
-        return content
-    return [
-        {**part, **{kind: contents[int(part[kind])] for kind in ("video", "image") if kind in part}} for part in content
-    ]
+    return content if isinstance(content, str) else [_with_medium(part, contents) for part in content]
+
+
+def _with_medium(part: dict[str, Any], contents: Sequence[Any]) -> dict[str, Any]:
+    """A part with its medium. A registered video has no times: its frames are sampled already."""
+    kind = next(iter(part))
+    if kind == "text":
+        return part
+    content = contents[int(part[kind])]
+    return {kind: content} if isinstance(content, ProcessedVideo) else {**part, kind: content}
 
 
 def _plain_message(message: Message, path: str, media: list[MediaPart]) -> dict[str, Any]:

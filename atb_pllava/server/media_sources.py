@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import BinaryIO, Literal
 
 from atb_pllava.multimodal.allowed_hosts import AllowedHosts
 from atb_pllava.multimodal.data_url import decode_data_url, is_jpeg_frames
@@ -44,7 +44,7 @@ class OpenMedia:
     media: bytes | str | ImageSequence
     name: str
     size: int  # bytes
-    file: IO[bytes] | None = None
+    file: BinaryIO | None = None
 
     def read(self) -> bytes | ImageSequence:
         """The whole content, for whoever keeps it longer than an open file."""
@@ -169,7 +169,7 @@ def _close_result(job: Future[OpenMedia]) -> None:
         job.result().close()
 
 
-def _open_media(content: bytes | IO[bytes], kind: MediaKind, name: str) -> OpenMedia:
+def _open_media(content: bytes | BinaryIO, kind: MediaKind, name: str) -> OpenMedia:
     """A medium of the right kind. Closes an open file and raises MediaSourceError if the content is of another kind."""
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     is_open = False
@@ -187,7 +187,7 @@ def _open_media(content: bytes | IO[bytes], kind: MediaKind, name: str) -> OpenM
             file.close()
 
 
-def _check_kind(file: IO[bytes], kind: MediaKind, name: str) -> None:
+def _check_kind(file: BinaryIO, kind: MediaKind, name: str) -> None:
     is_still = is_still_image(file)
     if kind == "video" and is_still:
         raise MediaSourceError("wrong_media_kind", f"{name} is a still image, not a video; send it as image_url")
