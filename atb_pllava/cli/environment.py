@@ -1,4 +1,4 @@
-"""Reads the environment for the command line: torchrun's ranks, the port, the compiler, MindIE's switches."""
+"""Reads the environment for the command line: torchrun's ranks, the port, the compiler, a key, MindIE's switches."""
 
 import os
 
@@ -38,6 +38,11 @@ def master_port() -> int | None:
     if given and not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
         raise ConfigError(f"MASTER_PORT is {given!r}; it must be a port number from 1 to 65535")
     return int(given) if given else None
+
+
+def api_key() -> str | None:
+    """The API key of the server in ATB_PLLAVA_API_KEY. None when the variable is not set."""
+    return os.environ.get("ATB_PLLAVA_API_KEY")
 
 
 def host_benchmark() -> str | None:

@@ -87,6 +87,7 @@ class AsyncEngine:
         self._is_closing = False
         self._is_draining = False
         self._step_listeners: list[Callable[[StepStats], None]] = []
+        self._request_listeners: list[Callable[[RequestStream], None]] = []
         self._num_finished = 0
         self._num_failed = 0
         self._media_seconds = 0.0
@@ -216,6 +217,18 @@ class AsyncEngine:
         finally:
             self._step_listeners.remove(listener)
 
+    def add_step_listener(self, listener: Callable[[StepStats], None]) -> None:
+        """Call `listener` after every step, on the engine's thread. It must return at once and must not raise."""
+        self._step_listeners.append(listener)
+
+    def add_request_listener(self, listener: Callable[[RequestStream], None]) -> None:
+        """Call `listener` when a request has ended in any way, before its reader knows.
+
+        The thread that ends the request calls it, and holds locks of the engine. It must return at once and must not
+        raise.
+        """
+        self._request_listeners.append(listener)
+
     def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait until all others have ended. Returns False after `timeout` seconds."""
         with self._changed:
@@ -333,6 +346,8 @@ class AsyncEngine:
                     self._inbox.append(_Message(lambda core: self._remove(stream, core)))
             else:
                 self._num_finished += 1
+            for listener in self._request_listeners:
+                listener(stream)
             self._changed.notify_all()
 
     def _fail_all(self, failure: PllavaError) -> None:

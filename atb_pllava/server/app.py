@@ -1,0 +1,47 @@
+"""create_app: the routes and the middleware of one server."""
+
+from fastapi import FastAPI
+
+import atb_pllava
+from atb_pllava.server import chat_completions, completions, models
+from atb_pllava.server.access_log import AccessLog
+from atb_pllava.server.auth import Authentication, allow_origins
+from atb_pllava.server.body_limit import BodyLimit
+from atb_pllava.server.errors import BugGuard, add_error_handlers
+from atb_pllava.server.openapi import describe_bodies
+from atb_pllava.server.protocol.chat import ChatCompletionRequest
+from atb_pllava.server.protocol.completions import CompletionRequest
+from atb_pllava.server.protocol.tokenize import TokenizeRequest
+from atb_pllava.server.state import ServerState
+
+
+def create_app(state: ServerState) -> FastAPI:
+    """The ASGI application of the server whose state is `state`. Pages that load scripts from elsewhere are off."""
+    app = FastAPI(
+        title="atb_pllava",
+        version=atb_pllava.__version__,
+        summary="PLLaVA, the video language model, behind the API of OpenAI.",
+        root_path=state.options.root_path,
+        docs_url=None,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    app.state.server = state
+    add_error_handlers(app)
+    _add_middleware(app, state)
+    for part in (chat_completions, completions, models):
+        app.include_router(part.router)
+    describe_bodies(app, ChatCompletionRequest, CompletionRequest, TokenizeRequest)
+    return app
+
+
+def _add_middleware(app: FastAPI, state: ServerState) -> None:
+    """From the inside to the outside: the last one sees a request first."""
+    options = state.options
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20)
+    if state.api_keys is not None:
+        app.add_middleware(Authentication, keys=state.api_keys)
+    if options.cors_origins is not None:
+        app.add_middleware(allow_origins, origins=options.cors_origins)
+    app.add_middleware(BugGuard)
+    app.add_middleware(AccessLog)
