@@ -57,8 +57,3 @@ def host_benchmark() -> str | None:
 def terminal_moves_its_cursor() -> bool:
     """Whether the terminal, by its name in TERM, understands escape sequences."""
     return os.environ.get("TERM", "dumb") not in ("", "dumb")
-
-
-def api_key() -> str | None:
-    """The key of a server's API in ATB_PLLAVA_API_KEY. None when the variable is not set or empty."""
-    return os.environ.get("ATB_PLLAVA_API_KEY") or None

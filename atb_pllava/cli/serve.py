@@ -3,8 +3,9 @@
 import argparse
 import logging
 import os
+import secrets
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from atb_pllava.cli.engine_args import (
     media_limits,
 )
 from atb_pllava.cli.environment import api_key
+from atb_pllava.cli.extras import import_with_extra
 from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.doctor.required_packages import CLONE
@@ -38,7 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `serve`."""
     parser.usage = "%(prog)s [--model_path DIR] [--port N] [OPTION ...]"
     parser.epilog = EXAMPLES
-    add_cli_args(parser.add_argument_group("server"), ServerOptions)
+    group = parser.add_argument_group("server")
+    add_cli_args(group, ServerOptions)
+    group.add_argument("--ui", action="store_true", help="also a chat page for the browser, under /ui")
     add_model_options(parser, required=False)
     add_prompt_options(parser)
     add_engine_options(parser)
@@ -72,19 +76,25 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
     from atb_pllava.server.served_model import ServedModel
     from atb_pllava.server.state import ServerState
 
+    page = import_with_extra("atb_pllava.cli.serve_page", "ui") if arguments.ui else None
     text = _api_key_text(options.api_key_file)
-    state = ServerState(options, text and parse_api_keys(text), media_limits(arguments.media_limit))
+    page_key = secrets.token_urlsafe(32)  # the page is a client of the server as any other
+    keys = text and parse_api_keys(text if page is None else f"{text}\n{page_key}")
+    state = ServerState(options, keys, media_limits(arguments.media_limit))
     if not arguments.quiet:
         write_access_log(sys.stdout)
-    with (
-        closing(state),
-        open_socket(options.host, options.port) as listener,
-        HttpServer(create_app(state), listener),
-        load_model(arguments, workers) as llm,
-    ):
+    with closing(state), open_socket(options.host, options.port) as listener, ExitStack() as stack:
+        app = create_app(state, None if page is None else page.PAGE_PATH)
+        if page is not None:
+            page.add_page(app, state, url_of(listener), page_key)
+        stack.enter_context(HttpServer(app, listener))
+        llm = stack.enter_context(load_model(arguments, workers))
         name = options.served_model_name or os.path.basename(os.path.abspath(arguments.model_path))
         state.serve(ServedModel(name, llm.engine))
-        print(_welcome(url_of(listener, options.root_path), name, text is not None), file=sys.stderr)
+        url = url_of(listener, options.root_path)
+        print(_welcome(url, name, text is not None), file=sys.stderr)
+        if page is not None:
+            print(f"the page: {url}{page.PAGE_PATH}/", file=sys.stderr)
         if text is None and not is_loopback(listener):
             print(_OPEN_TO_ALL, file=sys.stderr)
         return serve_until_end(state)

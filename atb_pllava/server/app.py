@@ -14,9 +14,14 @@ from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.tokenize import TokenizeRequest
 from atb_pllava.server.state import ServerState
 
+_FORM_BYTES = 2**16  # of an upload, beside the file
 
-def create_app(state: ServerState) -> FastAPI:
-    """The ASGI application of the server whose state is `state`. Pages that load scripts from elsewhere are off."""
+
+def create_app(state: ServerState, page_path: str | None = None) -> FastAPI:
+    """The ASGI application of the server whose state is `state`. Pages that load scripts from elsewhere are off.
+
+    page_path: the path under which the caller mounts the page for the browser. The page asks for API keys itself.
+    """
     app = FastAPI(
         title="atb_pllava",
         version=atb_pllava.__version__,
@@ -28,19 +33,21 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     add_error_handlers(app)
-    _add_middleware(app, state)
+    _add_middleware(app, state, page_path)
     for part in (chat_completions, completions, models):
         app.include_router(part.router)
     describe_bodies(app, ChatCompletionRequest, CompletionRequest, TokenizeRequest)
     return app
 
 
-def _add_middleware(app: FastAPI, state: ServerState) -> None:
+def _add_middleware(app: FastAPI, state: ServerState, page_path: str | None) -> None:
     """From the inside to the outside: the last one sees a request first."""
     options = state.options
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20)
+    pages = [] if page_path is None else [f"{page_path}/"]
+    uploads = {f"{page}gradio_api/upload": state.limits.max_bytes + _FORM_BYTES for page in pages}
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20, route_limits=uploads)
     if state.api_keys is not None:
-        app.add_middleware(Authentication, keys=state.api_keys)
+        app.add_middleware(Authentication, keys=state.api_keys, open_prefixes=pages)
     if options.cors_origins is not None:
         app.add_middleware(allow_origins, origins=options.cors_origins)
     app.add_middleware(BugGuard)

@@ -66,7 +66,7 @@ class HttpServer:
             app,
             http="h11",
             ws="none",
-            lifespan="off",
+            lifespan="on",
             loop="asyncio",
             log_config=None,
             access_log=False,

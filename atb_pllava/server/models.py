@@ -90,5 +90,8 @@ def _card(model: ServedModel) -> dict[str, Any]:
         "root": model.name,
         "parent": None,
         "max_model_len": model.max_model_len,
+        "num_frames": model.config.num_frames,
+        "pooling_shape": list(model.config.pooling_shape),
+        "num_video_tokens": model.config.num_video_tokens,
         "permission": [],
     }

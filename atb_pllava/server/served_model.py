@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.async_engine import AsyncEngine
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.prompt.chat_template import render_turns
@@ -21,6 +22,10 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def config(self) -> PllavaConfig:
+        return self.engine.request_parser.config
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self.engine.request_parser.tokenizer
 
@@ -28,7 +33,7 @@ class ServedModel:
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its answer: what the model was trained on and the KV cache has room for."""
         cached = self.engine.core.block_manager.total * self.engine.config.block_size
-        return min(self.engine.request_parser.config.text.max_position_embeddings, cached)
+        return min(self.config.text.max_position_embeddings, cached)
 
     def check_name(self, name: str | None) -> None:
         """Raises ApiError 404 when a request names another model. A request need not name one."""
@@ -43,7 +48,7 @@ class ServedModel:
 
     def prompt_length(self, token_ids: Sequence[int], num_videos: int) -> int:
         """Tokens of a prompt in which each video is one token so far."""
-        return len(token_ids) + num_videos * (self.engine.request_parser.config.num_video_tokens - 1)
+        return len(token_ids) + num_videos * (self.config.num_video_tokens - 1)
 
     def answer_length(self, prompt_length: int, num_videos: int, wanted: int | None) -> int:
         """The most tokens of an answer: `wanted`, or without it the server's own limit, as far as there is room.
@@ -52,7 +57,7 @@ class ServedModel:
         """
         room = self.max_model_len - prompt_length
         if room < max(wanted or 1, 1):
-            video = num_videos * self.engine.request_parser.config.num_video_tokens
+            video = num_videos * self.config.num_video_tokens
             answer = "" if wanted is None else f" and up to {wanted} more are wanted"
             raise ApiError(
                 400,

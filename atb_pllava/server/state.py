@@ -43,9 +43,8 @@ class ServerState:
     ) -> None:
         self.options = options
         self.api_keys = api_keys
-        self.media_sources = MediaSources(
-            limits or MediaLimits(), options.allowed_media_domains, options.allowed_local_media_path
-        )
+        self.limits = limits or MediaLimits()
+        self.media_sources = MediaSources(self.limits, options.allowed_media_domains, options.allowed_local_media_path)
         self.video_store = VideoStore(options.max_videos_mib * 2**20, options.video_ttl)
         self._model: ServedModel | None = None
         self._is_draining = False

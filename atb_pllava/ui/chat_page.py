@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from atb_pllava.ui.chat_actions import ChatActions, Conversation
+from atb_pllava.ui.chat_actions import ChatActions, new_conversation
 
 PAGE_PATH = "/ui"
 _LARGEST_UPLOAD = 512 * 2**20  # bytes, as MediaLimits.max_bytes
@@ -53,8 +53,8 @@ def mount_chat_page(
 
 def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> gr.Blocks:
     with gr.Blocks(title="PLLaVA", analytics_enabled=False) as page:
-        conversation = gr.State(Conversation)
-        gr.Markdown(f"## PLLaVA\n{actions.describe_model()}")
+        conversation = gr.State(new_conversation)
+        about_model = gr.Markdown(elem_id="about_model")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 video = gr.Video(label="Video", sources=["upload"], height=260, elem_id="video")
@@ -79,6 +79,7 @@ def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> gr.
                     temperature = gr.Slider(0.0, 2.0, 0.0, step=0.05, label="Temperature (0: the likeliest answer)")
                     num_beams = gr.Slider(1, 5, 1, step=1, label="Beams (above 1: beam search, at temperature 0)")
                     max_tokens = gr.Slider(1, 1024, 200, step=1, label="Longest answer, in tokens")
+        page.load(actions.describe_model, None, [about_model])
         gr.on(
             [video.change, num_frames.release],
             actions.show_video,

@@ -83,7 +83,10 @@ class TextCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The served model. max_model_len: the most tokens of a prompt and its answer together."""
+    """The served model. max_model_len: the most tokens of a prompt and its answer together.
+
+    num_frames are sampled of a video unless a request says otherwise, and pooled to pooling_shape: num_video_tokens.
+    """
 
     id: str
     object: Literal["model"]
@@ -92,6 +95,9 @@ class ModelCard(BaseModel):
     root: str
     parent: str | None
     max_model_len: int
+    num_frames: int
+    pooling_shape: list[int]
+    num_video_tokens: int
     permission: list[Any]
 
 
