@@ -6,7 +6,6 @@ import os
 import secrets
 import sys
 from contextlib import ExitStack, closing
-from importlib.util import find_spec
 from pathlib import Path
 
 from atb_pllava.cli.engine_args import (
@@ -20,7 +19,7 @@ from atb_pllava.cli.environment import api_key
 from atb_pllava.cli.extras import import_with_extra
 from atb_pllava.cli.loading import join_torchrun, load_model
 from atb_pllava.distributed.rendezvous import Rendezvous
-from atb_pllava.doctor.required_packages import CLONE
+from atb_pllava.cli.tiny_model import tiny_model
 from atb_pllava.errors import ConfigError
 from atb_pllava.server.options import ServerOptions
 
@@ -30,10 +29,7 @@ EXAMPLES = """examples:
   python -m atb_pllava serve --model_path MODELS/pllava-7b --api_key_file keys.txt \\
       --allowed_media_domains videos.example.org"""
 
-# Import names of the packages of the extra [serve].
-_PACKAGES = ("fastapi", "httpx", "prometheus_client", "python_multipart", "uvicorn")
 _OPEN_TO_ALL = "warning: whoever reaches this address may use the server; set --api_key_file"
-_TINY = CLONE / "examples" / "tiny_pllava"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +46,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Load a model and answer HTTP requests until a signal comes. Returns 1 when the engine has failed."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'serve needs {", ".join(missing)}; install: pip install "atb_pllava[serve]"')
+    import_with_extra("atb_pllava.server.app", "serve")
     options = ServerOptions(**{name: getattr(arguments, name) for name in ServerOptions.__dataclass_fields__})
     if arguments.model_path is None:
-        arguments.model_path = _tiny_model()
+        arguments.model_path = tiny_model()
     arguments.quiet = options.log_level in ("warning", "error")
     if not arguments.verbose:
         logging.getLogger("atb_pllava").setLevel(options.log_level.upper())
@@ -73,14 +67,16 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
     from atb_pllava.server.auth import parse_api_keys
     from atb_pllava.server.listening import HttpServer, is_loopback, open_socket, url_of
     from atb_pllava.server.run_server import serve_until_end
-    from atb_pllava.server.served_model import ServedModel
     from atb_pllava.server.state import ServerState
 
     page = import_with_extra("atb_pllava.cli.serve_page", "ui") if arguments.ui else None
+    name = options.served_model_name or os.path.basename(os.path.abspath(arguments.model_path))
     text = _api_key_text(options.api_key_file)
     page_key = secrets.token_urlsafe(32)  # the page is a client of the server as any other
-    keys = text and parse_api_keys(text if page is None else f"{text}\n{page_key}")
-    state = ServerState(options, keys, media_limits(arguments.media_limit))
+    keys = None if text is None else parse_api_keys(text)
+    if keys is not None and page is not None:
+        keys = parse_api_keys(f"{text}\n{page_key}")
+    state = ServerState(name, options, keys, media_limits(arguments.media_limit))
     if not arguments.quiet:
         write_access_log(sys.stdout)
     with closing(state), open_socket(options.host, options.port) as listener, ExitStack() as stack:
@@ -89,8 +85,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
             page.add_page(app, state, url_of(listener), page_key)
         stack.enter_context(HttpServer(app, listener))
         llm = stack.enter_context(load_model(arguments, workers))
-        name = options.served_model_name or os.path.basename(os.path.abspath(arguments.model_path))
-        state.serve(ServedModel(name, llm.engine))
+        state.serve(llm.engine)
         url = url_of(listener, options.root_path)
         print(_welcome(url, name, text is not None), file=sys.stderr)
         if page is not None:
@@ -112,13 +107,6 @@ def _api_key_text(path: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"--api_key_file {path} cannot be read: {reason}") from None
-
-
-def _tiny_model() -> str:
-    """The folder of the tiny model, which comes with the repository. Raises ConfigError without a repository."""
-    if not _TINY.is_dir():
-        raise ConfigError("--model_path is missing; name a checkpoint (the tiny model comes with a clone only)")
-    return str(_TINY)
 
 
 def _welcome(url: str, name: str, has_keys: bool) -> str:

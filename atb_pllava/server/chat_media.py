@@ -12,6 +12,7 @@ from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.chat_messages import MediaPart
 from atb_pllava.server.media_errors import media_error
 from atb_pllava.server.media_sources import MediaSources, OpenMedia
+from atb_pllava.server.metrics import ServerMetrics
 from atb_pllava.server.video_store import StoredVideo, VideoStore
 
 
@@ -19,6 +20,7 @@ from atb_pllava.server.video_store import StoredVideo, VideoStore
 class OpenedMedia:
     """The media of a chat: what the engine takes, and the words and the request's field for each of them."""
 
+    metrics: ServerMetrics
     contents: list[Any] = field(default_factory=list)
     names: list[tuple[str, str]] = field(default_factory=list)
     files: ExitStack = field(default_factory=ExitStack)
@@ -30,27 +32,32 @@ class OpenedMedia:
     def refusal(self, error: VideoError) -> ApiError:
         """The refusal of a medium that cannot be read. Of several media, the error does not tell which one."""
         name, param = self.names[0] if len(self.names) == 1 else ("a medium", "messages")
-        return media_error(error, name, param)
+        refusal = media_error(error, name, param)
+        self.metrics.count_media_rejection(refusal.code)
+        return refusal
 
 
 @dataclass(frozen=True)
 class ChatMedia:
-    """Opens media for one owner. `num_frames` None is the model's own number."""
+    """Opens media for one owner, and counts them. `num_frames` None is the model's own number."""
 
     sources: MediaSources
     store: VideoStore
+    metrics: ServerMetrics
     processor: VideoProcessor
     owner: str | None
     num_frames: int | None
 
     async def open(self, parts: Sequence[MediaPart]) -> OpenedMedia:
         """Open all media. Raises ApiError for the first that cannot be had, and then nothing stays open."""
-        opened = OpenedMedia()
+        opened = OpenedMedia(self.metrics)
         try:
             for part in parts:
                 await self._add(part, opened)
-        except BaseException:
+        except BaseException as error:
             opened.files.close()
+            if isinstance(error, ApiError):
+                self.metrics.count_media_rejection(error.code)
             raise
         return opened
 
@@ -60,6 +67,7 @@ class ChatMedia:
             return
         medium = await self.sources.open(part.url, part.kind, part.param)
         opened.files.callback(medium.close)
+        self.metrics.count_media_bytes(medium.size)
         content = medium.media if part.uuid is None else await self._remembered(part, part.uuid, medium)
         opened.add(content, medium.name, part.param)
 
