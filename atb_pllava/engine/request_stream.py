@@ -93,7 +93,7 @@ class RequestStream:
 
         A finished request stays as it is.
         """
-        self.fail(RequestError("the request was aborted"))
+        self.fail(RequestError("the request was aborted", code="aborted"))
 
     def __iter__(self) -> Iterator[CompletionDelta]:
         """Yields what is new, until the request has ended. Raises the request's error. Does not abort when closed."""
