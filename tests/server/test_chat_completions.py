@@ -63,7 +63,11 @@ def test_answers_are_those_of_llm(client: TestClient, tiny: LLM, is_streamed: bo
             choice = whole["choices"][0]
             return text_of(whole), choice["finish_reason"], whole["usage"]["completion_tokens"]
         events = stream(client, message, max_tokens=40, stream_options={"include_usage": True})
-        return streamed_text(events), events[-2]["choices"][0]["finish_reason"], events[-1]["usage"]["completion_tokens"]
+        return (
+            streamed_text(events),
+            events[-2]["choices"][0]["finish_reason"],
+            events[-1]["usage"]["completion_tokens"],
+        )
 
     with ThreadPoolExecutor(at_once) as pool:
         answers = list(pool.map(answer, jobs))
