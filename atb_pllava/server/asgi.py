@@ -1,16 +1,20 @@
 """What the middlewares share: the route of a request, its headers, and the response of a refusal."""
 
-from starlette.responses import JSONResponse
+import json
+
+from starlette.responses import Response
 from starlette.types import Scope
 
 from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.request_record import record_of
 
 
-def error_response(scope: Scope, error: ApiError) -> JSONResponse:
+def error_response(scope: Scope, error: ApiError) -> Response:
     """The response of a refused request, in the form of OpenAI's API. Notes the error's code for the access log."""
     record_of(scope).error_code = error.code
-    return JSONResponse(error.body(), error.status, dict(error.headers))
+    # Only ASCII: half a surrogate pair of a client's text has no UTF-8.
+    body = json.dumps(error.body())
+    return Response(body, error.status, dict(error.headers), "application/json")
 
 
 def route_path(scope: Scope) -> str:
