@@ -18,8 +18,8 @@ from atb_pllava.cli.engine_args import (
 from atb_pllava.cli.environment import api_key
 from atb_pllava.cli.extras import import_with_extra
 from atb_pllava.cli.loading import join_torchrun, load_model
-from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.cli.tiny_model import tiny_model
+from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.errors import ConfigError
 from atb_pllava.server.options import ServerOptions
 

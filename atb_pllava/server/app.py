@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 
 import atb_pllava
-from atb_pllava.server import chat_completions, completions, models
+from atb_pllava.server import chat_completions, completions, models, videos
 from atb_pllava.server.access_log import AccessLog
 from atb_pllava.server.auth import Authentication, allow_origins
 from atb_pllava.server.body_limit import BodyLimit
@@ -13,8 +13,7 @@ from atb_pllava.server.protocol.chat import ChatCompletionRequest
 from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.tokenize import TokenizeRequest
 from atb_pllava.server.state import ServerState
-
-_FORM_BYTES = 2**16  # of an upload, beside the file
+from atb_pllava.server.video_object import VideoUrl
 
 
 def create_app(state: ServerState, page_path: str | None = None) -> FastAPI:
@@ -32,11 +31,12 @@ def create_app(state: ServerState, page_path: str | None = None) -> FastAPI:
         separate_input_output_schemas=False,
     )
     app.state.server = state
+    app.state.videos = state.videos
     add_error_handlers(app)
     _add_middleware(app, state, page_path)
-    for part in (chat_completions, completions, models):
+    for part in (chat_completions, completions, models, videos):
         app.include_router(part.router)
-    describe_bodies(app, ChatCompletionRequest, CompletionRequest, TokenizeRequest)
+    describe_bodies(app, ChatCompletionRequest, CompletionRequest, TokenizeRequest, VideoUrl)
     return app
 
 
@@ -44,7 +44,8 @@ def _add_middleware(app: FastAPI, state: ServerState, page_path: str | None) -> 
     """From the inside to the outside: the last one sees a request first."""
     options = state.options
     pages = [] if page_path is None else [f"{page_path}/"]
-    uploads = {f"{page}gradio_api/upload": state.limits.max_bytes + _FORM_BYTES for page in pages}
+    upload_paths = [videos.VIDEOS, *(f"{page}gradio_api/upload" for page in pages)]
+    uploads = dict.fromkeys(upload_paths, state.videos.max_body_bytes)
     app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20, route_limits=uploads)
     if state.api_keys is not None:
         app.add_middleware(Authentication, keys=state.api_keys, open_prefixes=pages)

@@ -1,6 +1,5 @@
 """Opens the media of a chat: URLs through MediaSources, and registered videos from the VideoStore."""
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from atb_pllava.server.chat_messages import MediaPart
 from atb_pllava.server.media_errors import media_error
 from atb_pllava.server.media_sources import MediaSources, OpenMedia
 from atb_pllava.server.metrics import ServerMetrics
-from atb_pllava.server.video_store import StoredVideo, VideoStore
+from atb_pllava.server.video_registration import VideoRegistration
+from atb_pllava.server.video_store import StoredVideo
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ChatMedia:
     """Opens media for one owner, and counts them. `num_frames` None is the model's own number."""
 
     sources: MediaSources
-    store: VideoStore
+    videos: VideoRegistration
     metrics: ServerMetrics
     processor: VideoProcessor
     owner: str | None
@@ -74,9 +74,9 @@ class ChatMedia:
     def _stored(self, part: MediaPart) -> StoredVideo:
         """A registered video. Raises ApiError for options that differ from those with which it was registered."""
         if part.video_id is not None:
-            stored = self.store.get(part.video_id, self.owner, part.param)
+            stored = self.videos.store.get(part.video_id, self.owner, part.param)
         else:
-            stored = self.store.get_by_uuid(part.uuid or "", self.owner, part.param)
+            stored = self.videos.store.get_by_uuid(part.uuid or "", self.owner, part.param)
         frames = len(stored.video.frame_indices)
         if self.num_frames not in (None, frames):
             message = f"the registered video has {frames} frames, not {self.num_frames}: register it anew, or leave out"
@@ -91,11 +91,11 @@ class ChatMedia:
         """Read a video now, and keep it under the client's uuid."""
         processor = self.processor if self.num_frames is None else self.processor.with_num_frames(self.num_frames)
         try:
-            videos = await asyncio.to_thread(processor.prepare, [medium.media], None, [part.time_range])
+            video = await self.videos.read(medium, processor, part.time_range)
         except VideoError as error:
             raise media_error(error, medium.name, part.param) from None
-        stored = self.store.add(
-            videos[0],
+        stored = self.videos.store.add(
+            video,
             self.owner,
             name=medium.name,
             media_bytes=medium.size,

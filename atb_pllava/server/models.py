@@ -21,7 +21,7 @@ from atb_pllava.server.state import Phase, state_of
 router = APIRouter()
 
 
-@router.get("/health", response_model=None, responses={200: {"description": "Ready.", "content": {}}, **errors(503)})
+@router.get("/health", response_class=Response, responses={200: {"description": "Ready."}, **errors(503)})
 async def health(request: Request) -> Response:
     """200 while the server takes requests. 503 while it loads, shuts down, or has failed."""
     state = state_of(request)

@@ -15,6 +15,7 @@ from atb_pllava.server.media_sources import MediaSources
 from atb_pllava.server.metrics import ServerMetrics
 from atb_pllava.server.options import ServerOptions
 from atb_pllava.server.served_model import ServedModel
+from atb_pllava.server.video_registration import VideoRegistration
 from atb_pllava.server.video_store import VideoStore
 
 
@@ -50,12 +51,20 @@ class ServerState:
         self.model_name = model_name
         self.options = options
         self.api_keys = api_keys
-        self.limits = limits or MediaLimits()
-        self.media_sources = MediaSources(self.limits, options.allowed_media_domains, options.allowed_local_media_path)
+        limits = limits or MediaLimits()
+        self.media_sources = MediaSources(limits, options.allowed_media_domains, options.allowed_local_media_path)
         self.video_store = VideoStore(options.max_videos_mib * 2**20, options.video_ttl)
         self._model: ServedModel | None = None
         self._is_draining = False
         self.metrics = ServerMetrics(model_name, self.video_store)
+        self.videos = VideoRegistration(
+            self.video_store,
+            lambda: self.model.engine.request_parser.processor,
+            self.media_sources,
+            self.metrics,
+            limits,
+            options.max_frames,
+        )
         self.admission = Admission(options.max_waiting, self.metrics.count_admission_rejection)
 
     @property
@@ -91,7 +100,8 @@ class ServerState:
         self._is_draining = True
 
     def close(self) -> None:
-        """End what is fetched. Call it when no request is under way."""
+        """End the reading and fetching of media. Call it when no request is under way."""
+        self.videos.close()
         self.media_sources.close()
 
     def refusal(self, phase: Phase) -> ApiError:

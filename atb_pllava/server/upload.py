@@ -18,7 +18,7 @@ from starlette.requests import Request
 from atb_pllava.server.api_error import ApiError
 
 _MOST_PARTS = 16
-_LONGEST_HEADER = 4096  # bytes of one header of a part
+_LONGEST_HEADER = 2048  # bytes of one header of a part
 _LONGEST_FIELD = 1024  # bytes of a field that is no file
 _LONGEST_NAME = 255
 _WRITTEN_AT_ONCE = 2**20
@@ -192,7 +192,7 @@ class _Form:
     def _begin_field(self, name: str) -> None:
         if name not in self._field_names:
             known = ", ".join(["file (with a file name)", *self._field_names])
-            raise _bad_form(f"{name[:64]!r} is no field of it; the fields are {known}", ascii(name[:64])[1:-1])
+            raise _bad_form(f"{name[:64]!r} is no field of it; the fields are {known}", ascii(name[:64])[1:-1] or None)
         if name in self._upload.fields:
             raise _bad_form(f"the field {name} comes twice", name)
         self._field = name

@@ -124,10 +124,10 @@ class VideoStore:
             own = [stored for stored in self._videos.values() if stored.owner == owner]
         return sorted(own, key=lambda stored: stored.created, reverse=True)
 
-    def delete(self, video_id: str, owner: str | None) -> None:
+    def delete(self, video_id: str, owner: str | None, param: str | None = None) -> None:
         """Forget a video. Raises ApiError 404 as `get` does."""
         with self._lock:
-            self._use(video_id, owner, f"video {_quoted(video_id)}", None)
+            self._use(video_id, owner, f"video {_quoted(video_id)}", param)
             self._remove(video_id)
 
     def seconds_left(self, stored: StoredVideo) -> float:

@@ -66,7 +66,7 @@ async def get_video(request: Request, video_id: str) -> VideoObject:
 @router.delete(f"{VIDEOS}/{{video_id}}", response_model=DeletedVideo, responses=errors(401, 404))
 async def delete_video(request: Request, video_id: str) -> DeletedVideo:
     """Forget a registered video."""
-    videos_of(request).store.delete(video_id, record_of(request.scope).owner)
+    videos_of(request).store.delete(video_id, record_of(request.scope).owner, "video_id")
     return DeletedVideo(id=video_id)
 
 
@@ -76,7 +76,10 @@ async def delete_video(request: Request, video_id: str) -> DeletedVideo:
     responses={200: {"content": {f"image/{name}": {} for name in FORMATS}}, **errors(400, 401, 404)},
 )
 async def get_frame(
-    request: Request, video_id: str, number: str, format: Annotated[str, Query(enum=list(FORMATS))] = "jpeg"
+    request: Request,
+    video_id: str,
+    number: str,
+    format: Annotated[str, Query(json_schema_extra={"enum": list(FORMATS)})] = "jpeg",
 ) -> Response:
     """One of the sampled frames, as the model sees it."""
     video = _find(request, video_id).video
