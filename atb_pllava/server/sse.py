@@ -3,8 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -44,6 +44,7 @@ class EventStreamResponse(Response):
         self._events = events
         self._on_close = on_close
         self._seconds_for_a_reader = seconds_for_a_reader
+        self._is_too_slow = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the response."""
@@ -51,21 +52,33 @@ class EventStreamResponse(Response):
             await unless_disconnected(receive, self._write(send))
         except ClientDisconnect:
             logger.debug("a client went away before its stream ended")
+        except asyncio.CancelledError:
+            if not self._is_too_slow:
+                raise
+            logger.warning("a client read nothing for %g s, so its request was ended", self._seconds_for_a_reader)
         finally:
             self._on_close()
 
     async def _write(self, send: Send) -> None:
+        writer = asyncio.current_task()
+        assert writer is not None
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:  # type: ignore[type-var]
             async for data in events:
-                await self._send_in_time(send, data)
+                with self._time_limit(writer):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_in_time(self, send: Send, data: bytes) -> None:
-        """Send one event. Raises TimeoutError when the client does not read it in time."""
-        message = {"type": "http.response.body", "body": data, "more_body": True}
+    @contextmanager
+    def _time_limit(self, writer: "asyncio.Task[Any]") -> Iterator[None]:
+        """Cancel the writer when the body takes too long. asyncio.wait_for may lose a cancellation before Python 3.12."""
+
+        def end() -> None:
+            self._is_too_slow = True
+            writer.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self._seconds_for_a_reader, end)
         try:
-            await asyncio.wait_for(send(message), self._seconds_for_a_reader)
-        except asyncio.TimeoutError:
-            logger.warning("a client read nothing for %g s, so its request was ended", self._seconds_for_a_reader)
-            raise ClientDisconnect from None
+            yield
+        finally:
+            timer.cancel()

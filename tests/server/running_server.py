@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from types import TracebackType
+from typing import IO
 
 from tests.support import ROOT
 
@@ -32,6 +33,8 @@ class RunningServer:
         self.stderr: list[str] = []
         self.url = ""
         self._is_ready = threading.Event()
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         self._threads = [
             threading.Thread(target=self._read, args=(self.process.stdout, self.stdout)),
             threading.Thread(target=self._read, args=(self.process.stderr, self.stderr)),
@@ -63,11 +66,13 @@ class RunningServer:
             thread.join(timeout)
         return status
 
-    def _read(self, stream: object, lines: list[str]) -> None:
-        for line in stream:  # type: ignore[attr-defined]
-            lines.append(line)
-            found = _URL.search(line)
-            if found:
-                self.url = found[1]
-                self._is_ready.set()
+    def _read(self, stream: IO[str], lines: list[str]) -> None:
+        with stream:
+            for line in stream:
+                lines.append(line)
+                found = _URL.search(line)
+                if found:
+                    self.url = found[1]
+                if line.startswith("try: "):
+                    self._is_ready.set()
         self._is_ready.set()

@@ -2,11 +2,15 @@
 
 import base64
 import json
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from starlette.testclient import TestClient
 
 from atb_pllava import LLM
@@ -14,7 +18,8 @@ from atb_pllava.server.app import create_app
 from atb_pllava.server.listening import HttpServer, open_socket, url_of
 from atb_pllava.server.options import ServerOptions
 from atb_pllava.server.state import ServerState
-from tests.support import EXAMPLES, TINY, load_llm
+from tests.server.running_server import PATIENCE
+from tests.support import EXAMPLES, TINY, free_blocks, load_llm
 
 VIDEOS = sorted((EXAMPLES / "videos").glob("*.mp4"))
 CHAT = "/v1/chat/completions"
@@ -46,8 +51,10 @@ def served(llm: LLM, options: ServerOptions | None = None) -> Iterator[ServerSta
 @contextmanager
 def http_server(state: ServerState) -> Iterator[str]:
     """The URL of a server in this process with a socket, for clients that go away or stop reading."""
-    with open_socket("127.0.0.1", 0) as listener, HttpServer(create_app(state), listener):
-        yield url_of(listener)
+    with open_socket("127.0.0.1", 0) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # connections have small buffers, too
+        with HttpServer(create_app(state), listener):
+            yield url_of(listener)
 
 
 def video_url(path: Path) -> str:
@@ -73,3 +80,38 @@ def error_of(response: Any) -> dict[str, Any]:
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return dict(error)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread or process is about to do. Fails after a minute."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Gate:
+    """Holds the engine's thread before every forward pass, until `open`."""
+
+    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        runner = llm.engine.core.executor.runner
+        forward = runner.forward
+        self._is_open = threading.Event()
+        self.has_arrived = threading.Event()
+
+        def wait(*arguments: Any, **options: Any) -> Any:
+            self.has_arrived.set()
+            assert self._is_open.wait(PATIENCE)
+            return forward(*arguments, **options)
+
+        monkeypatch.setattr(runner, "forward", wait)
+
+    def open(self) -> None:
+        """Let this pass and all later ones go on."""
+        self._is_open.set()
+
+
+def is_idle(llm: LLM) -> bool:
+    """Whether the engine has no request, and all blocks of its KV cache are free."""
+    free, total = free_blocks(llm)
+    return not llm.engine.has_work and free == total
