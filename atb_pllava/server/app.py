@@ -25,7 +25,6 @@ def create_app(state: ServerState, page_path: str | None = None) -> FastAPI:
         title="atb_pllava",
         version=atb_pllava.__version__,
         summary="PLLaVA, the video language model, behind the API of OpenAI.",
-        root_path=state.options.root_path,
         docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=False,
