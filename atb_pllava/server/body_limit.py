@@ -7,6 +7,7 @@ limits of request lines and headers are those of uvicorn.
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import NoReturn
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -122,7 +123,6 @@ class _Body:
                     headers=_CLOSE,
                 )
             )
-            raise
         finally:
             self._waited += clock() - began
 
@@ -135,7 +135,7 @@ class _Body:
             headers=_CLOSE,
         )
 
-    def _refuse(self, error: ApiError) -> None:
+    def _refuse(self, error: ApiError) -> NoReturn:
         self.error = error
         raise _BodyRefused
 
