@@ -41,6 +41,10 @@ VideoErrorKind = Literal[
     "closed",  # the media pool was closed
     "internal",  # an error in this package
 ]
+RequestErrorCode = Literal[
+    "context_length_exceeded",  # the prompt, or prompt and answer together, exceed a length or the KV cache
+    "aborted",  # ended by the caller
+]
 VIDEO_ERROR_KINDS: tuple[VideoErrorKind, ...] = get_args(VideoErrorKind)
 
 
@@ -60,7 +64,16 @@ class VideoError(PllavaError):
 
 
 class RequestError(PllavaError):
-    """A request that can never be served: too long, the wrong number of videos, a parameter out of range."""
+    """A request that can never be served: too long, the wrong number of videos, a parameter out of range.
+
+    param: the field of SamplingParams or the key of the request that is wrong. None when no single one is. code: a
+    short code of the cause, for causes that a program may want to tell apart. None for all others.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: RequestErrorCode | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class BackendError(PllavaError):

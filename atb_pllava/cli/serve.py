@@ -69,11 +69,12 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
     from atb_pllava.server.auth import parse_api_keys
     from atb_pllava.server.listening import HttpServer, is_loopback, open_socket, url_of
     from atb_pllava.server.run_server import serve_until_end
-    from atb_pllava.server.served_model import ServedModel
     from atb_pllava.server.state import ServerState
 
+    name = options.served_model_name or os.path.basename(os.path.abspath(arguments.model_path))
     text = _api_key_text(options.api_key_file)
-    state = ServerState(options, text and parse_api_keys(text), media_limits(arguments.media_limit))
+    keys = None if text is None else parse_api_keys(text)
+    state = ServerState(name, options, keys, media_limits(arguments.media_limit))
     if not arguments.quiet:
         write_access_log(sys.stdout)
     with (
@@ -82,8 +83,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
         HttpServer(create_app(state), listener),
         load_model(arguments, workers) as llm,
     ):
-        name = options.served_model_name or os.path.basename(os.path.abspath(arguments.model_path))
-        state.serve(ServedModel(name, llm.engine))
+        state.serve(llm.engine)
         print(_welcome(url_of(listener, options.root_path), name, text is not None), file=sys.stderr)
         if text is None and not is_loopback(listener):
             print(_OPEN_TO_ALL, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, nan
 from numbers import Real
 from operator import index
@@ -43,11 +44,15 @@ class RequestMedia:
         """
         if self.num_frames is not None:
             if not self.media:
-                raise RequestError("a request has num_frames and no video; name the video, or leave num_frames out")
+                raise RequestError(
+                    "a request has num_frames and no video; name the video, or leave num_frames out", param="num_frames"
+                )
             most = processor.limits.max_sampled_frames
             note = " (MediaLimits.max_sampled_frames)"
             processor = processor.with_num_frames(
-                check_whole_number("num_frames", self.num_frames, 1, most, RequestError, note)
+                check_whole_number(
+                    "num_frames", self.num_frames, 1, most, partial(RequestError, param="num_frames"), note
+                )
             )
         for number, item in enumerate(self.media):
             if isinstance(item, ProcessedVideo):
@@ -95,23 +100,26 @@ def media_of(request: Mapping[str, Any]) -> RequestMedia:
     """
     given = [key for key in MEDIA_KEYS if request.get(key) is not None]
     if len(given) > 1:
-        raise RequestError(f"a request has {' and '.join(given)}; name its media under one key")
+        raise RequestError(f"a request has {' and '.join(given)}; name its media under one key", param=given[1])
     value = request[given[0]] if given else ()
     media: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
     if given and not media:
-        raise RequestError(f"{given[0]} is an empty list; leave it out to ask without media")
+        raise RequestError(f"{given[0]} is an empty list; leave it out to ask without media", param=given[0])
     if given == ["frames"] and not all(isinstance(item, np.ndarray) for item in media):
-        raise RequestError("frames must be uint8 arrays [frames, height, width, 3]; files go under 'video' or 'image'")
+        raise RequestError(
+            "frames must be uint8 arrays [frames, height, width, 3]; files go under 'video' or 'image'", param="frames"
+        )
     named = [key for key in TIME_KEYS if request.get(key) is not None]
     if named and (given == ["frames"] or request.get("frame_indices") is not None):
         other = "frame_indices" if request.get("frame_indices") is not None else "frames"
         raise RequestError(
             f"a request has {other} and {' and '.join(named)}; times choose among the frames of a video file, "
-            "so leave one of them out"
+            "so leave one of them out",
+            param=named[0],
         )
     num_frames = request.get("num_frames")
     if num_frames is not None and request.get("frame_indices") is not None:
-        raise RequestError("a request has num_frames and frame_indices; leave one of them out")
+        raise RequestError("a request has num_frames and frame_indices; leave one of them out", param="num_frames")
     return RequestMedia(media, _frame_indices_of(request, len(media)), _time_ranges_of(request, len(media)), num_frames)
 
 
@@ -122,7 +130,8 @@ def _frame_indices_of(request: Mapping[str, Any], media: int) -> list[list[int] 
         return [None] * media
     wanted = [_whole_numbers(part) for part in (indices if _is_nested(indices) else [indices])]
     if len(wanted) != media:
-        raise RequestError(f"frame_indices is given for {counted(len(wanted), 'video')}, the request has {media}")
+        videos = counted(len(wanted), "video")
+        raise RequestError(f"frame_indices is given for {videos}, the request has {media}", param="frame_indices")
     return list(wanted)
 
 
@@ -139,9 +148,10 @@ def _seconds_of(request: Mapping[str, Any], key: str, media: int) -> list[float 
     value = request.get(key)
     values = list(value) if isinstance(value, list | tuple) else [value] * media
     if len(values) != media:
-        raise RequestError(f"{key} is given for {counted(len(values), 'video')}, the request has {media}")
+        videos = counted(len(values), "video")
+        raise RequestError(f"{key} is given for {videos}, the request has {media}", param=key)
     if value is not None and not media:
-        raise RequestError(f"a request has {key} and no video; name the video, or leave {key} out")
+        raise RequestError(f"a request has {key} and no video; name the video, or leave {key} out", param=key)
     return [None if seconds is None else _seconds(key, seconds) for seconds in values]
 
 
@@ -152,7 +162,9 @@ def _seconds(key: str, seconds: object) -> float:
     except OverflowError:  # a whole number that no float is near
         value = inf
     if not 0 <= value < inf:
-        raise RequestError(f"{key} is {seconds!r}; it must be a number of seconds from 0, or one for each video")
+        raise RequestError(
+            f"{key} is {seconds!r}; it must be a number of seconds from 0, or one for each video", param=key
+        )
     return value
 
 
@@ -163,7 +175,9 @@ def _whole_numbers(values: Sequence[object]) -> list[int]:
             raise TypeError
         return [index(value) for value in values]  # type: ignore[arg-type]
     except TypeError:
-        raise RequestError(f"frame_indices is {values!r}; it must be a list of whole numbers for each video") from None
+        raise RequestError(
+            f"frame_indices is {values!r}; it must be a list of whole numbers for each video", param="frame_indices"
+        ) from None
 
 
 def _is_nested(indices: object) -> bool:

@@ -86,14 +86,14 @@ class RequestParser:
         if arrival_time is None:
             arrival_time = time.perf_counter()
         request = check_request(request)
-        chat = parse_chat_messages(request["messages"]) if "messages" in request else None
+        chat = _chat_of(request)
         media = media_of(request) if chat is None else media_of_chat(chat, request.get("num_frames"))
         token_ids, stop_token_ids = self._prompt_of(request, chat, len(media))
         expanded, spans = expand_placeholders(
             token_ids, self.config.image_token_index, len(media), self.config.num_video_tokens
         )
         if not expanded:
-            raise RequestError("the prompt is empty; there is nothing to continue")
+            raise RequestError("the prompt is empty; there is nothing to continue", param="prompt")
         decode_began = time.perf_counter()
         videos = media.prepare(self.processor)
         decode_seconds = time.perf_counter() - decode_began
@@ -158,24 +158,39 @@ def check_request(request: object) -> Mapping[str, Any]:
         raise RequestError(f"a request is a {type(request).__name__}; it must be a dict with {', '.join(REQUEST_KEYS)}")
     unknown = sorted(map(str, set(request) - set(REQUEST_KEYS)))
     if unknown:
-        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(REQUEST_KEYS)}")
-    for key, allowed in (("messages", _WITH_MESSAGES), ("prompt", _WITH_PROMPT)):
-        excluded = [name for name in REQUEST_KEYS if name in request and name not in allowed]
+        allowed = ", ".join(REQUEST_KEYS)
+        raise RequestError(f"a request has unknown keys {unknown}; allowed are {allowed}", param=unknown[0])
+    for key, may_have in (("messages", _WITH_MESSAGES), ("prompt", _WITH_PROMPT)):
+        excluded = [name for name in REQUEST_KEYS if name in request and name not in may_have]
         if key in request and excluded:
-            raise RequestError(f"a request with {key!r} takes no {', '.join(map(repr, excluded))}")
+            names = ", ".join(map(repr, excluded))
+            raise RequestError(f"a request with {key!r} takes no {names}", param=excluded[0])
     if "messages" not in request:
         text = _text(request, "prompt" if "prompt" in request else "question")
         if "prompt" not in request and not text.strip():
-            raise RequestError(f"the question is {text!r}, an empty text; ask something")
+            raise RequestError(f"the question is {text!r}, an empty text; ask something", param="question")
     if not isinstance(request.get("id"), str | int | None) or isinstance(request.get("id"), bool):
-        raise RequestError(f"id is a {type(request['id']).__name__}; it must be a text or a whole number")
+        raise RequestError(f"id is a {type(request['id']).__name__}; it must be a text or a whole number", param="id")
     if request.get("answer_prefix") is not None:
         _text(request, "answer_prefix")
     history = request.get("history") or ()
     turns = history if isinstance(history, list | tuple) else [history]
     if not all(isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str] for turn in turns):
-        raise RequestError(f"history is {history!r}; it must be a list of (question, answer) pairs of text")
+        raise RequestError(
+            f"history is {history!r}; it must be a list of (question, answer) pairs of text", param="history"
+        )
     return request
+
+
+def _chat_of(request: Mapping[str, Any]) -> Chat | None:
+    """The messages of a request as a Chat. None when it has none."""
+    if "messages" not in request:
+        return None
+    try:
+        return parse_chat_messages(request["messages"])
+    except RequestError as error:
+        error.param = "messages"
+        raise
 
 
 def request_name(request: object, number: int) -> str:
@@ -200,5 +215,7 @@ def _text(request: Mapping[str, Any], key: str) -> str:
     text = request.get(key)
     if not isinstance(text, str):
         given = type(text).__name__
-        raise RequestError(f"a request needs a text under 'prompt' or 'question', or 'messages'; {key!r} is {given}")
+        raise RequestError(
+            f"a request needs a text under 'prompt' or 'question', or 'messages'; {key!r} is {given}", param=key
+        )
     return text

@@ -10,10 +10,6 @@ from atb_pllava.engine.outputs import CompletionDelta, RequestOutput, TokenLogpr
 from atb_pllava.errors import PllavaError, RequestError
 
 
-class RequestAbortedError(RequestError):
-    """The caller ended the request before its answer was complete."""
-
-
 @dataclass
 class _Completion:
     """One answer so far, and how much of it no delta has had."""
@@ -107,7 +103,7 @@ class RequestStream:
 
         A finished request stays as it is.
         """
-        self.fail(RequestAbortedError("the request was aborted"))
+        self.fail(RequestError("the request was aborted", code="aborted"))
 
     def __iter__(self) -> Iterator[CompletionDelta]:
         """Yields what is new, until the request has ended. Raises the request's error. Does not abort when closed."""

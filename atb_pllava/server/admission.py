@@ -1,6 +1,6 @@
 """Admission: how many requests the server holds at a time. More are refused at once, before their body is read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from atb_pllava.server.api_error import ApiError
@@ -11,19 +11,19 @@ class Admission:
     """Counts the requests that the server works on. All calls come from the event loop's thread.
 
     `max_running` requests run in the engine at a time, and `max_waiting` more may wait: for their body, for their media
-    or for the engine.
+    or for the engine. `on_refused` is called for each refusal.
     """
 
-    def __init__(self, max_waiting: int, max_running: int) -> None:
+    def __init__(self, max_waiting: int, on_refused: Callable[[], None]) -> None:
         self.max_waiting = max_waiting
-        self.max_running = max_running
+        self.max_running = 1  # the engine's max_batch_size, once it is loaded
         self.num_active = 0
-        self.num_refused = 0
+        self._on_refused = on_refused
 
     def enter(self) -> None:
         """Count one request. Raises ApiError 429 when too many are there. `leave` ends it."""
         if self.num_active >= self.max_waiting + self.max_running:
-            self.num_refused += 1
+            self._on_refused()
             raise ApiError(
                 429,
                 "queue_full",

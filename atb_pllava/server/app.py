@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 
 import atb_pllava
-from atb_pllava.server import chat_completions, completions, models
+from atb_pllava.server import chat_completions, completions, models, videos
 from atb_pllava.server.access_log import AccessLog
 from atb_pllava.server.auth import Authentication, allow_origins
 from atb_pllava.server.body_limit import BodyLimit
@@ -13,6 +13,7 @@ from atb_pllava.server.protocol.chat import ChatCompletionRequest
 from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.tokenize import TokenizeRequest
 from atb_pllava.server.state import ServerState
+from atb_pllava.server.video_object import VideoUrl
 
 
 def create_app(state: ServerState) -> FastAPI:
@@ -27,18 +28,20 @@ def create_app(state: ServerState) -> FastAPI:
         separate_input_output_schemas=False,
     )
     app.state.server = state
+    app.state.videos = state.videos
     add_error_handlers(app)
     _add_middleware(app, state)
-    for part in (chat_completions, completions, models):
+    for part in (chat_completions, completions, models, videos):
         app.include_router(part.router)
-    describe_bodies(app, ChatCompletionRequest, CompletionRequest, TokenizeRequest)
+    describe_bodies(app, ChatCompletionRequest, CompletionRequest, TokenizeRequest, VideoUrl)
     return app
 
 
 def _add_middleware(app: FastAPI, state: ServerState) -> None:
     """From the inside to the outside: the last one sees a request first."""
     options = state.options
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20)
+    uploads = {videos.VIDEOS: state.videos.max_body_bytes}
+    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20, route_limits=uploads)
     if state.api_keys is not None:
         app.add_middleware(Authentication, keys=state.api_keys)
     if options.cors_origins is not None:

@@ -50,8 +50,9 @@ async def _start(
     prompt_length = model.prompt_length(token_ids, record.videos)
     max_tokens = model.answer_length(prompt_length, record.videos, body.wanted_tokens)
     params = body.sampling_params(max_tokens, body.num_logprobs)
+    model.check_params(params)
     processor = model.engine.request_parser.processor
-    media = ChatMedia(state.media_sources, state.video_store, processor, record.owner, body.num_frames)
+    media = ChatMedia(state.media_sources, state.videos, state.metrics, processor, record.owner, body.num_frames)
     opened = await media.open(parsed.media)
     request: dict[str, Any] = {"messages": parsed.with_media(opened.contents)}
     if body.num_frames is not None:

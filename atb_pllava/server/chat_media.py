@@ -1,6 +1,5 @@
 """Opens the media of a chat: URLs through MediaSources, and registered videos from the VideoStore."""
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,13 +11,16 @@ from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.chat_messages import MediaPart
 from atb_pllava.server.media_errors import media_error
 from atb_pllava.server.media_sources import MediaSources, OpenMedia
-from atb_pllava.server.video_store import StoredVideo, VideoStore
+from atb_pllava.server.metrics import ServerMetrics
+from atb_pllava.server.video_registration import VideoRegistration
+from atb_pllava.server.video_store import StoredVideo
 
 
 @dataclass
 class OpenedMedia:
     """The media of a chat: what the engine takes, and the words and the request's field for each of them."""
 
+    metrics: ServerMetrics
     contents: list[Any] = field(default_factory=list)
     names: list[tuple[str, str]] = field(default_factory=list)
     files: ExitStack = field(default_factory=ExitStack)
@@ -30,27 +32,32 @@ class OpenedMedia:
     def refusal(self, error: VideoError) -> ApiError:
         """The refusal of a medium that cannot be read. Of several media, the error does not tell which one."""
         name, param = self.names[0] if len(self.names) == 1 else ("a medium", "messages")
-        return media_error(error, name, param)
+        refusal = media_error(error, name, param)
+        self.metrics.count_media_rejection(refusal.code)
+        return refusal
 
 
 @dataclass(frozen=True)
 class ChatMedia:
-    """Opens media for one owner. `num_frames` None is the model's own number."""
+    """Opens media for one owner, and counts them. `num_frames` None is the model's own number."""
 
     sources: MediaSources
-    store: VideoStore
+    videos: VideoRegistration
+    metrics: ServerMetrics
     processor: VideoProcessor
     owner: str | None
     num_frames: int | None
 
     async def open(self, parts: Sequence[MediaPart]) -> OpenedMedia:
         """Open all media. Raises ApiError for the first that cannot be had, and then nothing stays open."""
-        opened = OpenedMedia()
+        opened = OpenedMedia(self.metrics)
         try:
             for part in parts:
                 await self._add(part, opened)
-        except BaseException:
+        except BaseException as error:
             opened.files.close()
+            if isinstance(error, ApiError):
+                self.metrics.count_media_rejection(error.code)
             raise
         return opened
 
@@ -60,15 +67,16 @@ class ChatMedia:
             return
         medium = await self.sources.open(part.url, part.kind, part.param)
         opened.files.callback(medium.close)
+        self.metrics.count_media_bytes(medium.size)
         content = medium.media if part.uuid is None else await self._remembered(part, part.uuid, medium)
         opened.add(content, medium.name, part.param)
 
     def _stored(self, part: MediaPart) -> StoredVideo:
         """A registered video. Raises ApiError for options that differ from those with which it was registered."""
         if part.video_id is not None:
-            stored = self.store.get(part.video_id, self.owner, part.param)
+            stored = self.videos.store.get(part.video_id, self.owner, part.param)
         else:
-            stored = self.store.get_by_uuid(part.uuid or "", self.owner, part.param)
+            stored = self.videos.store.get_by_uuid(part.uuid or "", self.owner, part.param)
         frames = len(stored.video.frame_indices)
         if self.num_frames not in (None, frames):
             message = f"the registered video has {frames} frames, not {self.num_frames}: register it anew, or leave out"
@@ -83,11 +91,11 @@ class ChatMedia:
         """Read a video now, and keep it under the client's uuid."""
         processor = self.processor if self.num_frames is None else self.processor.with_num_frames(self.num_frames)
         try:
-            videos = await asyncio.to_thread(processor.prepare, [medium.media], None, [part.time_range])
+            video = await self.videos.read(medium, processor, part.time_range)
         except VideoError as error:
             raise media_error(error, medium.name, part.param) from None
-        stored = self.store.add(
-            videos[0],
+        stored = self.videos.store.add(
+            video,
             self.owner,
             name=medium.name,
             media_bytes=medium.size,

@@ -43,6 +43,7 @@ async def _start(state: ServerState, model: ServedModel, body: CompletionRequest
     params = [
         body.sampling_params(model.answer_length(length, 0, body.wanted_tokens), body.logprobs) for length in lengths
     ]
+    model.check_params(params[0])
     streams: list[RequestStream] = []
     try:
         for prompt, own_params in zip(prompts, params, strict=True):

@@ -17,8 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from atb_pllava.engine.async_engine import AsyncEngine
-from atb_pllava.engine.request_stream import RequestAbortedError, RequestStream
+from atb_pllava.engine.request_stream import RequestStream
 from atb_pllava.engine.sampler import NOT_FINITE
+from atb_pllava.errors import RequestError
 from atb_pllava.server.engine_collector import EngineCollector
 from atb_pllava.server.request_histograms import REQUEST_HISTOGRAMS
 from atb_pllava.server.video_store import VideoStore
@@ -91,7 +92,7 @@ class ServerMetrics:
         """Count a request that has ended, on the thread that ended it."""
         output = stream.output
         if output is None:
-            self._count_end("abort" if isinstance(stream.error, RequestAbortedError) else "error")
+            self._count_end("abort" if _was_aborted(stream) else "error")
             if str(stream.error) == NOT_FINITE:
                 self._corrupted.labels(**self._labels).inc()
             return
@@ -104,6 +105,10 @@ class ServerMetrics:
 
     def _count_end(self, reason: str) -> None:
         self._ended.labels(**self._labels, finished_reason=reason).inc()
+
+
+def _was_aborted(stream: RequestStream) -> bool:
+    return isinstance(stream.error, RequestError) and stream.error.code == "aborted"
 
 
 class _StoreCollector(Collector):

@@ -1,4 +1,4 @@
-"""GET /v1/models, /health and /version, and POST /tokenize."""
+"""GET /v1/models, /health, /version and /metrics, and POST /tokenize."""
 
 import asyncio
 from typing import Any
@@ -21,7 +21,7 @@ from atb_pllava.server.state import Phase, state_of
 router = APIRouter()
 
 
-@router.get("/health", response_model=None, responses={200: {"description": "Ready.", "content": {}}, **errors(503)})
+@router.get("/health", response_class=Response, responses={200: {"description": "Ready."}, **errors(503)})
 async def health(request: Request) -> Response:
     """200 while the server takes requests. 503 while it loads, shuts down, or has failed."""
     state = state_of(request)
@@ -34,6 +34,16 @@ async def health(request: Request) -> Response:
 async def version() -> Response:
     """The version of atb_pllava."""
     return JSONResponse({"version": atb_pllava.__version__})
+
+
+@router.get(
+    "/metrics",
+    response_model=None,
+    responses={200: {"description": "Prometheus's text format.", "content": {"text/plain": {}}}, **errors(401)},
+)
+async def metrics(request: Request) -> Response:
+    """The server's metrics, with the names of vLLM."""
+    return await state_of(request).metrics.respond(request)
 
 
 @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **errors(401, 503)})

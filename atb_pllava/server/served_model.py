@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 from atb_pllava.engine.async_engine import AsyncEngine
 from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.errors import RequestError
 from atb_pllava.prompt.chat_template import render_turns
 from atb_pllava.prompt.messages import Chat
 from atb_pllava.prompt.tokenizer import Tokenizer
 from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.protocol.sampling import invalid_sampling
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class ServedModel:
         if name not in (None, "", self.name):
             message = f"the model {ascii(name[:80])} does not exist; this server has {self.name!r}"
             raise ApiError(404, "model_not_found", message, "model")
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises ApiError when the batch has too few places for the answers or beams of one request."""
+        try:
+            self.engine.core.scheduler.check_params(params)
+        except RequestError as error:
+            raise invalid_sampling(error) from None
 
     def chat_token_ids(self, chat: Chat) -> list[int]:
         """Token ids of a chat's prompt, with one image token for each video."""

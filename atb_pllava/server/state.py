@@ -4,6 +4,7 @@ from enum import Enum
 
 from starlette.requests import Request
 
+from atb_pllava.engine.async_engine import AsyncEngine
 from atb_pllava.errors import BackendError, PllavaError
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.server.admission import Admission
@@ -11,8 +12,10 @@ from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.auth import ApiKeys
 from atb_pllava.server.errors import api_error_of, unavailable
 from atb_pllava.server.media_sources import MediaSources
+from atb_pllava.server.metrics import ServerMetrics
 from atb_pllava.server.options import ServerOptions
 from atb_pllava.server.served_model import ServedModel
+from atb_pllava.server.video_registration import VideoRegistration
 from atb_pllava.server.video_store import VideoStore
 
 
@@ -39,17 +42,30 @@ class ServerState:
     """
 
     def __init__(
-        self, options: ServerOptions, api_keys: ApiKeys | None = None, limits: MediaLimits | None = None
+        self,
+        model_name: str,
+        options: ServerOptions,
+        api_keys: ApiKeys | None = None,
+        limits: MediaLimits | None = None,
     ) -> None:
+        self.model_name = model_name
         self.options = options
         self.api_keys = api_keys
-        self.media_sources = MediaSources(
-            limits or MediaLimits(), options.allowed_media_domains, options.allowed_local_media_path
-        )
+        limits = limits or MediaLimits()
+        self.media_sources = MediaSources(limits, options.allowed_media_domains, options.allowed_local_media_path)
         self.video_store = VideoStore(options.max_videos_mib * 2**20, options.video_ttl)
         self._model: ServedModel | None = None
         self._is_draining = False
-        self.admission = Admission(options.max_waiting, max_running=1)
+        self.metrics = ServerMetrics(model_name, self.video_store)
+        self.videos = VideoRegistration(
+            self.video_store,
+            lambda: self.model.engine.request_parser.processor,
+            self.media_sources,
+            self.metrics,
+            limits,
+            options.max_frames,
+        )
+        self.admission = Admission(options.max_waiting, self.metrics.count_admission_rejection)
 
     @property
     def phase(self) -> Phase:
@@ -73,17 +89,19 @@ class ServerState:
             raise self.refusal(phase)
         return self._model
 
-    def serve(self, model: ServedModel) -> None:
-        """Take requests for `model` from now on."""
-        self.admission.max_running = model.engine.config.max_batch_size
-        self._model = model
+    def serve(self, engine: AsyncEngine) -> None:
+        """Take requests for the engine's model from now on."""
+        self.admission.max_running = engine.config.max_batch_size
+        self.metrics.watch(engine)
+        self._model = ServedModel(self.model_name, engine)
 
     def drain(self) -> None:
         """Refuse new requests from now on. Those under way go on."""
         self._is_draining = True
 
     def close(self) -> None:
-        """End what is fetched. Call it when no request is under way."""
+        """End the reading and fetching of media. Call it when no request is under way."""
+        self.videos.close()
         self.media_sources.close()
 
     def refusal(self, phase: Phase) -> ApiError:

@@ -78,6 +78,12 @@ class VideoRegistration:
         finally:
             self._under_way -= 1
 
+    async def read(self, medium: Upload | OpenMedia, processor: VideoProcessor, times: TimeRange) -> ProcessedVideo:
+        """The frames of a medium, which is closed then. A cancelled call closes it when the thread is done."""
+        job = self._threads.submit(_prepare, processor, medium.media, times)
+        job.add_done_callback(lambda _: medium.close())
+        return await asyncio.wrap_future(job)
+
     def close(self) -> None:
         """End the threads. A medium that is being read is read to its end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -91,7 +97,7 @@ class VideoRegistration:
         processor = replace(processor, cache=None)  # the store keeps the frames
         began = time.perf_counter()
         try:
-            video = await self._read(medium, processor, times)
+            video = await self.read(medium, processor, times)
         except VideoError as error:
             raise media_error(error, medium.name, param) from None
         self._metrics.observe_video_decode(time.perf_counter() - began)
@@ -130,12 +136,6 @@ class VideoRegistration:
             message = f"end_seconds is {end:g}, before start_seconds {start:g}"
             raise ApiError(400, "invalid_field", message, "end_seconds")
         return options
-
-    async def _read(self, medium: Upload | OpenMedia, processor: VideoProcessor, times: TimeRange) -> ProcessedVideo:
-        """The frames of a medium, which is closed then. A cancelled call closes it when the thread is done."""
-        job = self._threads.submit(_prepare, processor, medium.media, times)
-        job.add_done_callback(lambda _: medium.close())
-        return await asyncio.wrap_future(job)
 
 
 def _options_of(upload: Upload) -> VideoOptions:

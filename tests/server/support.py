@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from starlette.testclient import TestClient
 
 from atb_pllava import LLM
 from atb_pllava.server.app import create_app
+from atb_pllava.server.listening import HttpServer, open_socket, url_of
 from atb_pllava.server.options import ServerOptions
-from atb_pllava.server.served_model import ServedModel
 from atb_pllava.server.state import ServerState
 from tests.support import EXAMPLES, TINY, load_llm
 
@@ -27,12 +27,27 @@ def tiny_llm(**options: Any) -> LLM:
 
 @contextmanager
 def client_of(llm: LLM, options: ServerOptions | None = None, **chosen: Any) -> Iterator[TestClient]:
-    """A client of a server in this process. `chosen` are options of the server, or the state's other arguments."""
-    state = ServerState(options or ServerOptions(**chosen))
-    state.serve(ServedModel("tiny", llm.engine))
-    with TestClient(create_app(state), raise_server_exceptions=False) as client:
+    """A client of a server in this process. `chosen` are options of the server."""
+    with (
+        served(llm, options or ServerOptions(**chosen)) as state,
+        TestClient(create_app(state), raise_server_exceptions=False) as client,
+    ):
         yield client
-    state.close()
+
+
+@contextmanager
+def served(llm: LLM, options: ServerOptions | None = None) -> Iterator[ServerState]:
+    """The state of a server that is ready. The model is called tiny."""
+    with closing(ServerState("tiny", options or ServerOptions())) as state:
+        state.serve(llm.engine)
+        yield state
+
+
+@contextmanager
+def http_server(state: ServerState) -> Iterator[str]:
+    """The URL of a server in this process with a socket, for clients that go away or stop reading."""
+    with open_socket("127.0.0.1", 0) as listener, HttpServer(create_app(state), listener):
+        yield url_of(listener)
 
 
 def video_url(path: Path) -> str:

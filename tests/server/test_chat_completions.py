@@ -228,7 +228,7 @@ def test_media_without_text_get_the_default_question(client: TestClient, tiny: L
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_system_text_replaces_that_of_the_conversation(client: TestClient, tiny: LLM, role: str) -> None:
     answer = ask(client, {"role": role, "content": "Be brief."}, {"role": "user", "content": "Hello"}, logprobs=True)
-    prompt = "Be brief. USER: Hello ASSISTANT:"
+    prompt = "Be brief. USER:Hello ASSISTANT:"
     expected = tiny.generate({"prompt": prompt}, logprobs=1)[0]
     assert text_of(answer) == expected.text
     assert answer["usage"]["prompt_tokens"] == expected.metrics.prompt_tokens
@@ -313,3 +313,21 @@ def test_user_text_holds_no_markers(client: TestClient) -> None:
     plain = ask(client, {"role": "user", "content": "say xxxxxxx"}, max_tokens=1)["usage"]["prompt_tokens"]
     marked = ask(client, {"role": "user", "content": "say <image>"}, max_tokens=1)
     assert marked["usage"]["prompt_tokens"] <= plain + 10 < 256
+
+
+def test_registered_video(client: TestClient, tiny: LLM) -> None:
+    video = client.post("/v1/videos", json={"url": video_url(VIDEOS[3]), "start_seconds": 0.0}).json()
+    part = {"type": "video", "video_id": video["id"]}
+    expected = tiny.generate({"video": str(VIDEOS[3]), "question": QUESTION})[0]
+    assert text_of(ask(client, {"role": "user", "content": [part]})) == expected.text
+    same_times = {**part, "start_seconds": 0.0}
+    assert text_of(ask(client, {"role": "user", "content": [same_times]})) == expected.text
+    other_times = {"role": "user", "content": [{**part, "start_seconds": 0.5}]}
+    response = client.post(CHAT, json={"messages": [other_times]})
+    assert (response.status_code, error_of(response)["code"]) == (400, "registered_differently")
+    fields = {"media_io_kwargs": {"video": {"num_frames": 4}}}
+    response = client.post(CHAT, json={"messages": [{"role": "user", "content": [part]}], **fields})
+    assert (response.status_code, error_of(response)["param"]) == (400, "media_io_kwargs.video.num_frames")
+    assert client.delete(f"/v1/videos/{video['id']}").status_code == 200
+    response = client.post(CHAT, json={"messages": [{"role": "user", "content": [part]}]})
+    assert (response.status_code, error_of(response)["param"]) == (404, "messages[0].content[0].video_id")

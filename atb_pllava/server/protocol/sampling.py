@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints
+from pydantic import Discriminator, Field, StringConstraints, Tag
 
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import RequestError
@@ -15,6 +15,11 @@ MOST_STOP_STRINGS = 64
 MOST_LOGPROBS = 20
 
 _StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+_Stop = Annotated[
+    Annotated[_StopString, Tag("(text)")]
+    | Annotated[list[_StopString], Field(max_length=MOST_STOP_STRINGS), Tag("(list)")],
+    Discriminator(lambda value: "(list)" if isinstance(value, list) else "(text)"),
+]
 
 
 class StreamOptions(RequestModel):
@@ -43,9 +48,7 @@ class SamplingFields(RequestModel):
     top_k: int | None = Field(default=None, ge=-1, le=2**31, description="Sample from the K likeliest; -1 and 0: all.")
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
-    stop: str | list[_StopString] | None = Field(
-        default=None, description=f"The answer ends before any of these texts, at most {MOST_STOP_STRINGS}."
-    )
+    stop: _Stop | None = Field(default=None, description="The answer ends before any of these texts.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end-of-sequence token.")
     n: int | None = Field(default=None, ge=1, le=16, description="Answers; more than one needs a temperature above 0.")
     num_beams: int | None = Field(default=None, ge=1, le=16, description="Above 1: beam search, with temperature 0.")
@@ -77,8 +80,11 @@ class SamplingFields(RequestModel):
             given["top_k"] = max(self.top_k, 0)
         try:
             return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
-        except RequestError as error:  # each message begins with the name of the field
-            name = str(error).partition(" ")[0]
-            raise ApiError(
-                400, "invalid_field", str(error), name if name in type(self).model_fields else None
-            ) from None
+        except RequestError as error:
+            raise invalid_sampling(error) from None
+
+
+def invalid_sampling(error: RequestError) -> ApiError:
+    """The refusal of SamplingParams. Each message of theirs begins with the name of the field."""
+    name = str(error).partition(" ")[0]
+    return ApiError(400, "invalid_field", str(error), name if name in SamplingFields.model_fields else None)
