@@ -77,6 +77,7 @@ LAZY = {
     "peft": set(),
     "prometheus_client": {"server"},
     "pydantic": {"server"},
+    "python_multipart": {"server"},
     "ray": set(),
     "starlette": {"server"},
     "tabulate": {"bench"},
