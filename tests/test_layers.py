@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"batch", "bench", "client", "config", "convert", "distributed", "doctor", "engine", "errors", "executor"}
     | {"files", "llm", "loader", "mindie", "model", "multimodal", "ops", "prompt", "server", "ui"},
     "__init__": {"doctor.required_packages", "engine.outputs", "engine.sampling_params", "errors", "llm"}
-    | {"multimodal.limits"},
+    | {"multimodal.image_sequence", "multimodal.limits"},
     "__main__": {"cli", "errors"},
 }
 # Optional packages, and the folders that may import them.
@@ -77,6 +77,7 @@ LAZY = {
     "peft": set(),
     "prometheus_client": {"server"},
     "pydantic": {"server"},
+    "python_multipart": {"server"},
     "ray": set(),
     "starlette": {"server"},
     "tabulate": {"bench"},

@@ -1,11 +1,12 @@
 """create_app: the routes and the middleware of one server."""
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import atb_pllava
 from atb_pllava.server import chat_completions, completions, models, videos
 from atb_pllava.server.access_log import AccessLog
-from atb_pllava.server.auth import Authentication, allow_origins
+from atb_pllava.server.auth import Authentication, cors_options
 from atb_pllava.server.body_limit import BodyLimit
 from atb_pllava.server.errors import BugGuard, add_error_handlers
 from atb_pllava.server.openapi import describe_bodies
@@ -49,6 +50,6 @@ def _add_middleware(app: FastAPI, state: ServerState, page_path: str | None) -> 
     if state.api_keys is not None:
         app.add_middleware(Authentication, keys=state.api_keys, open_prefixes=pages)
     if options.cors_origins is not None:
-        app.add_middleware(allow_origins, origins=options.cors_origins)
+        app.add_middleware(CORSMiddleware, **cors_options(options.cors_origins))
     app.add_middleware(BugGuard)
     app.add_middleware(AccessLog)

@@ -24,6 +24,12 @@ def route_path(scope: Scope) -> str:
     return path[len(prefix) :] if prefix and path.startswith(f"{prefix}/") else path
 
 
+def media_type(scope: Scope) -> str:
+    """The Content-Type of the request, without its parameters and in lower case. Empty if there is none."""
+    given = header_values(scope, b"content-type")
+    return given[0].partition(b";")[0].strip().lower().decode("latin-1") if given else ""
+
+
 def header_values(scope: Scope, name: bytes) -> list[bytes]:
     """All values of a header of the request. `name` is in lower case."""
     return [value for key, value in scope["headers"] if key.lower() == name]

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -101,9 +102,13 @@ class Authentication:
 
 
 def allow_origins(app: ASGIApp, origins: str) -> ASGIApp:
-    """The app with CORS for these comma-joined origins, `*` for all.
+    """The app with CORS. Put it outside of Authentication: a browser's preflight request has no key."""
+    return CORSMiddleware(app, **cors_options(origins))
 
-    Put it outside of Authentication: a browser's preflight request has no key. Cookies are never allowed.
+
+def cors_options(origins: str) -> dict[str, Any]:
+    """The arguments of CORSMiddleware for comma-joined origins, `*` for all. Cookies are never allowed.
+
     Raises ConfigError for an origin that no browser sends.
     """
     allowed = [origin.strip() for origin in origins.split(",") if origin.strip()]
@@ -112,12 +117,12 @@ def allow_origins(app: ASGIApp, origins: str) -> ASGIApp:
             raise ConfigError(f"CORS origin {origin!r} must be like https://example.com or http://localhost:3000, or *")
     if not allowed:
         raise ConfigError(f"cors_origins is {origins!r}; name at least one origin, or leave it out")
-    methods = ["GET", "POST", "DELETE"]
-    headers = ["Authorization", "Content-Type", "X-Request-Id"]
-    exposed = ["X-Request-Id", "Retry-After"]
-    return CORSMiddleware(
-        app, allow_origins=allowed, allow_methods=methods, allow_headers=headers, expose_headers=exposed
-    )
+    return {
+        "allow_origins": allowed,
+        "allow_methods": ["GET", "POST", "DELETE"],
+        "allow_headers": ["Authorization", "Content-Type", "X-Request-Id"],
+        "expose_headers": ["X-Request-Id", "Retry-After"],
+    }
 
 
 def _is_origin(text: str) -> bool:

@@ -7,11 +7,12 @@ limits of request lines and headers are those of uvicorn.
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import NoReturn
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atb_pllava.server.api_error import ApiError
-from atb_pllava.server.asgi import error_response, header_values, route_path
+from atb_pllava.server.asgi import error_response, header_values, media_type, route_path
 
 SLOWEST_RATE = 1024.0  # bytes a second, on average, after the first `timeout` seconds
 # After a refusal the rest of the body is read and thrown away, within these bounds. A client that is still sending
@@ -26,8 +27,10 @@ class _BodyRefused(Exception):
 
 
 class BodyLimit:
-    """ASGI middleware. `max_bytes` bounds the body of each request, `route_limits` bound those of single paths.
+    """ASGI middleware. `max_bytes` bounds the body of each request.
 
+    `route_limits` are the limits of multipart/form-data by path. A route with such a limit streams forms to the disk.
+    Its other bodies are held in memory, and `max_bytes` bounds them.
     `timeout`: seconds that may pass without a byte. Only the time that the handler waits for the body counts.
     """
 
@@ -43,7 +46,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(receive, send, self._route_limits.get(route_path(scope), self._max_bytes), self._timeout)
+        body = _Body(receive, send, self._limit_of(scope), self._timeout)
         try:
             body.check_length(scope)
             await self._app(scope, body.receive, body.send)
@@ -52,6 +55,11 @@ class BodyLimit:
                 raise
         if body.error is not None and not body.has_response:
             await _refuse(body.error, scope, receive, send)
+
+    def _limit_of(self, scope: Scope) -> int:
+        if media_type(scope) != "multipart/form-data":
+            return self._max_bytes
+        return self._route_limits.get(route_path(scope), self._max_bytes)
 
 
 class _Body:
@@ -115,7 +123,6 @@ class _Body:
                     headers=_CLOSE,
                 )
             )
-            raise
         finally:
             self._waited += clock() - began
 
@@ -128,7 +135,7 @@ class _Body:
             headers=_CLOSE,
         )
 
-    def _refuse(self, error: ApiError) -> None:
+    def _refuse(self, error: ApiError) -> NoReturn:
         self.error = error
         raise _BodyRefused
 

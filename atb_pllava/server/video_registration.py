@@ -36,7 +36,7 @@ class VideoRegistration:
     """Registers videos of requests. Used from one event loop.
 
     `processor()` reads media as the model needs them, and raises ApiError while there is no model. `max_frames` is the
-    largest num_frames of a request.
+    largest num_frames of a request, as far as `limits` allow.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class VideoRegistration:
         self._sources = sources
         self._metrics = metrics
         self._limits = limits
-        self._max_frames = max_frames
+        self._max_frames = min(max_frames, limits.max_sampled_frames)
         self._budget = UploadBudget(_UPLOADS_ON_DISK * limits.max_bytes)
         self._threads = ThreadPoolExecutor(_READERS, "register_video")
         self._under_way = 0

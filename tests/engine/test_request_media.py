@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atb_pllava import LLM, PllavaError, RequestError, SamplingParams
+from atb_pllava import LLM, ImageSequence, PllavaError, RequestError, SamplingParams
 from atb_pllava.config import PreprocessorConfig
-from atb_pllava.multimodal.image_sequence import ImageSequence
 from atb_pllava.multimodal.processor import ProcessedVideo
 from tests.support import assert_same_outputs, load_llm, random_frames
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from atb_pllava.server.api_error import ApiError
-from atb_pllava.server.asgi import error_response, header_values, route_path
+from atb_pllava.server.asgi import error_response, header_values, media_type, route_path
 from atb_pllava.server.request_record import record_of
 
 
@@ -32,6 +32,20 @@ def test_a_refusal_with_text_that_has_no_utf_8() -> None:
     assert response.status_code == 400 and response.headers["Retry-After"] == "5"
     assert response.headers["Content-Type"] == "application/json"
     assert record_of(scope).error_code == "invalid_field"
+
+
+@pytest.mark.parametrize(
+    "header, expected",
+    [
+        (b"application/json", "application/json"),
+        (b" Text/Plain ; charset=utf-8", "text/plain"),
+        (b"\xff", "ÿ"),
+        (b"", ""),
+    ],
+)
+def test_the_media_type(header: bytes, expected: str) -> None:
+    assert media_type({"headers": [(b"content-type", header)]}) == expected
+    assert media_type({"headers": []}) == ""
 
 
 def test_all_values_of_a_header() -> None:

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import fastapi
 import httpx
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -18,6 +21,7 @@ from atb_pllava.server.body_limit import BodyLimit
 
 LIMIT = 1000
 VIDEO_LIMIT = 5000
+FORM = "multipart/form-data; boundary=x"
 
 
 async def read_whole(request: Request) -> Response:
@@ -62,25 +66,34 @@ async def pieces(sizes: list[int]) -> AsyncIterator[bytes]:
         yield b"x" * size
 
 
-def post(application: Any, path: str, content: Any, **options: Any) -> httpx.Response:
+def post(application: Any, path: str, content: Any, kind: str = "application/json", **options: Any) -> httpx.Response:
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(application, **options)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(path, content=content, headers={"Content-Type": "application/json"})
+            return await client.post(path, content=content, headers={"Content-Type": kind})
 
     return asyncio.run(run())
 
 
 @pytest.mark.parametrize(
-    "path, limit", [("/read_whole", LIMIT), ("/read_in_pieces", LIMIT), ("/v1/videos", VIDEO_LIMIT)]
+    "path, kind, limit",
+    [
+        ("/read_whole", "application/json", LIMIT),
+        ("/read_whole", FORM, LIMIT),
+        ("/read_in_pieces", "application/json", LIMIT),
+        ("/v1/videos", "application/json", LIMIT),
+        ("/v1/videos", "", LIMIT),
+        ("/v1/videos", FORM, VIDEO_LIMIT),
+        ("/v1/videos", "Multipart/Form-Data;boundary=x", VIDEO_LIMIT),
+    ],
 )
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])
-def test_the_limit_is_the_last_size_that_passes(path: str, limit: int, is_chunked: bool) -> None:
+def test_the_limit_is_the_last_size_that_passes(path: str, kind: str, limit: int, is_chunked: bool) -> None:
     def body(size: int) -> Any:
         return pieces([size - 100, 60, 40]) if is_chunked else b"x" * size
 
-    assert post(app(), path, body(limit)).text == str(limit)
-    refused = post(app(), path, body(limit + 1))
+    assert post(app(), path, body(limit), kind).text == str(limit)
+    refused = post(app(), path, body(limit + 1), kind)
     assert refused.status_code == 413
     error = refused.json()["error"]
     assert (error["type"], error["code"]) == ("RequestEntityTooLargeError", "body_too_large")
@@ -89,8 +102,8 @@ def test_the_limit_is_the_last_size_that_passes(path: str, limit: int, is_chunke
 
 def test_a_route_with_a_limit_of_its_own_behind_a_prefix() -> None:
     body = b"x" * VIDEO_LIMIT
-    assert post(app(), "/pllava/v1/videos", body, root_path="/pllava").text == str(VIDEO_LIMIT)
-    assert post(app(), "/pllava/read_whole", body, root_path="/pllava").status_code == 413
+    assert post(app(), "/pllava/v1/videos", body, FORM, root_path="/pllava").text == str(VIDEO_LIMIT)
+    assert post(app(), "/pllava/read_whole", body, FORM, root_path="/pllava").status_code == 413
 
 
 @pytest.mark.parametrize("path", ["/hide_errors", "/read_whole"])
@@ -225,6 +238,25 @@ def test_a_refused_client_may_send_on_and_reads_the_response() -> None:
     assert client.status == 413 and read == 10
     assert sent_when_read[:2] == [0, 0] and set(sent_when_read[2:]) == {2}
     assert [message.get("more_body") for message in client.sent] == [None, True, False]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_clients_of_uvicorn_read_the_refusal(is_chunked: bool) -> None:
+    """The body is many times what the sockets' buffers hold, so that a client is still sending when it is refused."""
+    server = uvicorn.Server(uvicorn.Config(app(), port=0, log_level="error", lifespan="off"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    body = b"x" * (32 * 2**20)
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/read_whole"
+        response = httpx.post(url, content=iter([body[:LIMIT], body[LIMIT:]]) if is_chunked else body, timeout=60)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+    assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+    assert response.headers["Connection"] == "close"
 
 
 def test_what_is_thrown_away_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,9 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,18 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from atb_pllava.cli import serve
+from atb_pllava.cli.verbs import main
 from atb_pllava.server.app import create_app
 from atb_pllava.server.listening import open_socket
 from atb_pllava.server.options import ServerOptions
 from atb_pllava.server.state import ServerState
 from tests.server.running_server import PATIENCE, RunningServer
 from tests.server.support import CHAT, error_of, events_of, served, tiny_llm, wait_until
-from tests.support import ROOT
+from tests.support import run_main
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
-LONG = {**HELLO, "max_tokens": 3000, "ignore_eos": True, "stream": True}
+LONG = {**HELLO, "max_tokens": 1500, "ignore_eos": True, "stream": True}
 
 
 class LongStream:
@@ -54,27 +55,14 @@ class LongStream:
             self.error = error
 
 
-def run_serve(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A server that is expected to end by itself."""
-    return subprocess.run(
-        [sys.executable, "-m", "atb_pllava", "serve", *map(str, options)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-
-
-def test_port_in_use_ends_the_command_before_the_model_is_loaded() -> None:
+def test_port_in_use_ends_the_command_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with open_socket("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        done = run_serve("--port", port, "--model_path", "/no/such/checkpoint")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"port {port} of 127.0.0.1 is in use" in done.stderr
-    assert "--port" in done.stderr
+        status, _, errors = run_main(capsys, main, "serve", "--port", port, "--model_path", "/no/such/checkpoint")
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert f"port {port} of 127.0.0.1 is in use" in errors
+    assert "--port" in errors
 
 
 def test_first_sigterm_drains_and_exits_with_0() -> None:
@@ -186,23 +174,25 @@ def test_api_keys_of_a_file(tmp_path: Path) -> None:
         (["--max_waiting", "0"], {}, "max_waiting is 0"),
         (["--root_path", "pllava"], {}, "root_path"),
         (["--cors_origins", "example.com"], {}, "CORS origin"),
-        (["--model_path", "/no/such/checkpoint"], {}, "/no/such/checkpoint"),
+        (["--port", "0", "--model_path", "/no/such/checkpoint"], {}, "/no/such/checkpoint"),
     ],
 )
-def test_wrong_options_are_one_message(options: list[str], environment: dict[str, str], message: str) -> None:
-    done = run_serve("--port", 0, *options, **environment)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_wrong_options_are_one_message(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, _, errors = run_main(capsys, main, "serve", *options)
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert message in errors
 
 
-def test_missing_extra_is_named(tmp_path: Path) -> None:
-    """A package of the extra that cannot be found."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'uvicorn' else find(name, *rest)\n"
-    )
-    done = run_serve("--port", 0, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert done.returncode == 2
-    assert done.stderr == 'error: serve needs uvicorn; install: pip install "atb_pllava[serve]"\n'
+def test_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
+    status, _, errors = run_main(capsys, main, "serve")
+    assert (status, errors) == (2, 'error: serve needs uvicorn; install: pip install "atb_pllava[serve]"\n')

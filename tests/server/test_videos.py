@@ -297,6 +297,17 @@ def test_a_file_over_the_limit(client: TestClient, tmp_path: Path) -> None:
         assert error_of(post(client, tmp_path / "large")) == (413, "media_too_large", param)
 
 
+def test_the_limits_bound_the_frames_too(app: FastAPI, videos: VideoRegistration, clip: Path) -> None:
+    limits = MediaLimits(max_sampled_frames=8)
+    processor = VideoProcessor(4, PROCESSOR.preprocessor, limits=limits)
+    app.state.videos = VideoRegistration(
+        videos.store, lambda: processor, MediaSources(limits), ServerMetrics("tiny"), limits, max_frames=16
+    )
+    client = TestClient(app)
+    assert post_file(client, clip, num_frames="8").json()["num_frames"] == 8
+    assert error_of(post_file(client, clip, num_frames="9")) == (400, "too_many_frames", "num_frames")
+
+
 def test_metrics_of_registrations(client: TestClient, metrics: ServerMetrics, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"not a video")
     post_file(client, clip)
