@@ -83,7 +83,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
         app = create_app(state, None if page is None else page.PAGE_PATH)
         if page is not None:
             page.add_page(app, state, url_of(listener), page_key)
-        stack.enter_context(HttpServer(app, listener, options.root_path))
+        stack.enter_context(HttpServer(app, listener))
         llm = stack.enter_context(load_model(arguments, workers))
         state.serve(llm.engine)
         url = url_of(listener, options.root_path)

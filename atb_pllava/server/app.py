@@ -10,6 +10,7 @@ from atb_pllava.server.auth import Authentication, cors_options
 from atb_pllava.server.body_limit import BodyLimit
 from atb_pllava.server.errors import BugGuard, add_error_handlers
 from atb_pllava.server.openapi import describe_bodies
+from atb_pllava.server.path_prefix import PathPrefix
 from atb_pllava.server.protocol.chat import ChatCompletionRequest
 from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.tokenize import TokenizeRequest
@@ -53,3 +54,5 @@ def _add_middleware(app: FastAPI, state: ServerState, page_path: str | None) -> 
         app.add_middleware(CORSMiddleware, **cors_options(options.cors_origins))
     app.add_middleware(BugGuard)
     app.add_middleware(AccessLog)
+    if options.root_path:
+        app.add_middleware(PathPrefix, prefix=options.root_path)

@@ -58,13 +58,12 @@ class HttpServer:
     """Serves an application on a thread of its own while the body of `with` runs.
 
     The main thread stays free for signals and for the loading of the model. At the end, running responses are
-    cancelled. A proxy in front has removed `root_path` from the requests' paths.
+    cancelled.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, root_path: str = "") -> None:
+    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
         config = uvicorn.Config(
             app,
-            root_path=root_path,
             http="h11",
             ws="none",
             lifespan="on",

@@ -30,6 +30,7 @@ def prefix_proxy(target: str, prefix: str) -> Iterator[str]:
         path = f"{request.path_params['path']}?{request.url.query}".rstrip("?")
         body = await request.body()
         message = client.build_request(request.method, f"/{path}", headers=headers, content=body)
+        client.cookies.clear()  # a proxy keeps no cookies for its visitors
         response = await client.send(message, stream=True)
 
         async def chunks() -> AsyncIterator[bytes]:

@@ -18,7 +18,6 @@ pytest.importorskip("gradio")
 CLIP = ROOT / "examples" / "videos" / "red_circle_moves_left.mp4"
 OTHER = ROOT / "examples" / "videos" / "yellow_square_turns_purple.mp4"
 KEY = "a-key"
-BACKSPACE = "\ue003"  # as WebDriver names the key
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +115,9 @@ def test_a_key_is_asked_for_and_a_prefix_is_kept(browser: Browser) -> None:
         with prefix_proxy(target, "/pllava") as url:
             browser.driver.get(f"{url}/ui/")
             browser.wait(lambda: browser.find("input[type=password]"))
-            name, password = browser.driver.find_elements("css selector", "input, textarea")[:2]
-            name.send_keys("me")
-            password.send_keys("wrong\n")
+            log_in(browser, "wrong")
             browser.wait(lambda: "Incorrect" in browser.find("body").text)
-            password.send_keys(f"{BACKSPACE * len('wrong')}{KEY}\n")
+            log_in(browser, KEY)
             browser.wait(lambda: "tokens" in browser.find("#about_model").text)
             upload(browser, CLIP)
             browser.wait(lambda: len(browser.texts("#frames .caption-label")) == 16)
@@ -140,6 +137,11 @@ def test_stop_ends_the_answer_and_the_request(browser: Browser, tmp_path: Path) 
         browser.find("#stop").click()
         browser.wait(lambda: running_requests(server.url) == 0)
         browser.driver.get("about:blank")
+
+
+def log_in(browser: Browser, key: str) -> None:
+    browser.find("input[type=text]").send_keys("me")
+    browser.find("input[type=password]").send_keys(f"{key}\n")
 
 
 def running_requests(url: str) -> float:
