@@ -11,12 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from atb_pllava import LLM
 from atb_pllava.cli.extras import EXTRAS, import_with_extra
+from atb_pllava.cli.server_answerer import ServerAnswerer
 from atb_pllava.cli.verbs import main
+from atb_pllava.client.api_client import ApiClient
 from atb_pllava.errors import ConfigError
+from tests.server.running_server import RunningServer
 from tests.support import ROOT, run_main
 
 TINY = ROOT / "examples" / "tiny_pllava"
@@ -68,6 +72,26 @@ def test_a_wrong_line_is_one_message_and_the_chat_goes_on(monkeypatch, capsys, l
 def test_a_missing_video_ends_the_command(monkeypatch, capsys) -> None:
     status, out, err = chat(monkeypatch, capsys, QUESTIONS, "missing.mp4", "--model_path", TINY)
     assert (status, out) == (2, "") and "error: missing.mp4: cannot be opened" in err
+
+
+def test_a_server_gives_the_same_answers(monkeypatch, capsys) -> None:
+    """The server's own model, a second question, another video. At the end the server has no video any more."""
+    lines = [*QUESTIONS, f"/video {OTHER}", "What shape is it?"]
+    here = chat(monkeypatch, capsys, lines, CLIP, "--model_path", TINY)
+    with RunningServer() as server:
+        there = chat(monkeypatch, capsys, lines, CLIP, "--server", server.url, "--max_output_length", 200)
+        assert httpx.get(f"{server.url}/v1/videos").json()["data"] == []
+    assert there[:2] == here[:2] and len(there[1].splitlines()) == 3
+    assert f"asking tiny_pllava at {server.url}" in there[2] and f"{CLIP}: 16 frames" in there[2]
+
+
+def test_a_video_that_the_server_has_forgotten_is_uploaded_again() -> None:
+    with RunningServer() as server, ApiClient(server.url) as client, ServerAnswerer(client, {}, None) as answerer:
+        answerer.open([str(CLIP)])
+        first = "".join(answerer.ask(QUESTIONS[0], []))
+        (video,) = httpx.get(f"{server.url}/v1/videos").json()["data"]
+        client.delete_video(video["id"])
+        assert "".join(answerer.ask(QUESTIONS[0], [])) == first == "The circle is red."
 
 
 @pytest.mark.parametrize("option", ["--model_path=x", "--world_size=2", "--max_batch_size=3"])
