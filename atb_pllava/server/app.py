@@ -13,6 +13,7 @@ from atb_pllava.server.openapi import describe_bodies
 from atb_pllava.server.protocol.chat import ChatCompletionRequest
 from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.tokenize import TokenizeRequest
+from atb_pllava.server.root_path import RootPath
 from atb_pllava.server.state import ServerState
 from atb_pllava.server.video_object import VideoUrl
 
@@ -23,7 +24,6 @@ def create_app(state: ServerState) -> FastAPI:
         title="atb_pllava",
         version=atb_pllava.__version__,
         summary="PLLaVA, the video language model, behind the API of OpenAI.",
-        root_path=state.options.root_path,
         docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=False,
@@ -49,3 +49,5 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
         app.add_middleware(CORSMiddleware, **cors_options(options.cors_origins))
     app.add_middleware(BugGuard)
     app.add_middleware(AccessLog)
+    if options.root_path:
+        app.add_middleware(RootPath, prefix=options.root_path)
