@@ -81,7 +81,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
         closing(state),
         open_socket(options.host, options.port) as listener,
         HttpServer(create_app(state), listener),
-        load_model(arguments, workers) as llm,
+        load_model(arguments, workers, media_worker_at_load=True) as llm,
     ):
         state.serve(llm.engine)
         print(_welcome(url_of(listener, options.root_path), name, text is not None), file=sys.stderr)
