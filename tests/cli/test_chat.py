@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -112,9 +113,17 @@ def test_a_server_that_is_not_there(monkeypatch, capsys, url: str, message: str)
 
 def test_a_missing_extra_names_the_line_that_installs_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "atb_pllava.client.api_client", raising=False)
-    with pytest.raises(ConfigError, match=f"the package httpx is missing.* install {' '.join(EXTRAS['serve'])}"):
+    with pytest.raises(ConfigError, match=f"this needs httpx; install: .* install {' '.join(EXTRAS['serve'])}"):
         import_with_extra("atb_pllava.client.api_client", "serve")
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (serve,) = re.findall(r"^serve = \[(.*)\]", text, re.MULTILINE)
+    (ui,) = re.findall(r"^ui = \[(.*)\]", text, re.MULTILINE)
+    assert re.findall(r'"([a-z_-]+)>=', serve) == list(EXTRAS["serve"])
+    assert re.findall(r'"([a-z_]+)(?:>=|\[)', ui) == ["atb_pllava", "gradio"]
+    assert EXTRAS["ui"] == (*EXTRAS["serve"], "gradio")
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat() -> None:
