@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         WeightError,
     )
     from atb_pllava.llm import LLM
+    from atb_pllava.multimodal.image_sequence import ImageSequence
     from atb_pllava.multimodal.limits import MediaLimits
 
 __version__ = "0.3.0"
@@ -27,6 +28,7 @@ __all__ = [
     "BackendError",
     "ConfigError",
     "EngineDeadError",
+    "ImageSequence",
     "MediaLimits",
     "Metrics",
     "PllavaError",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ImageSequence": "multimodal.image_sequence",
     "LLM": "llm",
     "MediaLimits": "multimodal.limits",
     "Metrics": "engine.outputs",

@@ -108,12 +108,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer a batch of requests. The answers are in the order of the requests.
 
-        A request has a "prompt" or a "question". A prompt is taken literally, and `<image>` in it stands once for each
-        of the request's media. A question is put into the conversation format as `chat` does, with "history" and
-        "answer_prefix" if they are given. Media are "video" or "image" (a path, a file's bytes, or a list of them) or
-        "frames" (uint8 [frames, height, width, 3], or a list). "frame_indices" (a list, or one for each video) names
-        the frames. "start_seconds" and "end_seconds" bound them. An "id" (text or a whole number) names the request in
-        progress lines and is the answer's request_id. `sampling` are fields of SamplingParams, in place of `params`.
+        A request has a "prompt", a "question" or "messages". `<image>` in a prompt stands once for each medium. A
+        question is put into the conversation format as `chat` does, with "history" and "answer_prefix" if they are
+        given. Messages are a chat with its media in it: see `prompt/messages.py`. Other media are "video" or "image" (a
+        path, bytes, an ImageSequence, a ProcessedVideo, or a list) or "frames" (uint8 [frames, height, width, 3], or a
+        list). "frame_indices" (a list, or one for each video) names the frames, "num_frames" says how many.
+        "start_seconds" and "end_seconds" bound them. An "id" is in progress lines and is the answer's request_id.
 
         Raises the error of the first bad request, and then returns no answer. `generate_iter` goes on instead.
         """

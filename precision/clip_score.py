@@ -319,7 +319,7 @@ class MediaFolder:
         fitting = [path for path in candidates if common_end(name, path) == best]
         if len(fitting) != 1:
             what = "is in several folders" if fitting else "is not there"
-            raise VideoError(f"{name} {what} below --dataset_path {self.path}")
+            raise VideoError(f"{name} {what} below --dataset_path {self.path}", "not_found")
         return str(fitting[0])
 
 

@@ -428,7 +428,7 @@ def find_recorded_media(recorded: str | None, places: Sequence[str], only: bool)
         return recorded
     best = max(places, key=lambda place: common_end(place, recorded))
     if not only and not common_end(best, recorded):
-        raise VideoError(f"{recorded}: --media has no file of this name")
+        raise VideoError(f"{recorded}: --media has no file of this name", "not_found")
     return best
 
 

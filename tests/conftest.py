@@ -1,11 +1,13 @@
 """Fixtures that many tests share, and where the CUDA kernels run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.media_network import Network
 from tests.support import raw_config, write_checkpoint, write_video
 
 if not torch.cuda.is_available():  # read when triton is first imported, by whomever: its kernels run on a CPU then
@@ -29,3 +31,11 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".hidden.mp4").write_bytes(b"")
     (folder / "notes.txt").write_text("not media")
     return folder
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
+    """Host names and servers of the test's own, in place of the real network."""
+    network = Network(monkeypatch)
+    yield network
+    network.close()

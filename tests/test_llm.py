@@ -90,7 +90,7 @@ def test_the_order_of_videos_and_frames_counts(llm: LLM, media: Path) -> None:
 def test_short_arrays_repeat_frames_and_long_ones_are_refused(llm: LLM) -> None:
     frames = random_frames(2, 60, 60, 3, seed=0)
     assert torch.allclose(llm.encode_video(frames), llm.encode_video(frames[[0, 0, 0, 1]]), atol=1e-5)
-    with pytest.raises(VideoError, match="frames holds 5 frames, the model takes 4"):
+    with pytest.raises(VideoError, match="frames holds 5 frames, num_frames is 4"):
         llm.encode_video(np.zeros((5, 60, 60, 3), np.uint8))
     for bad in (np.zeros((4, 3, 60, 60), np.uint8), np.zeros((4, 60, 60, 3)), np.zeros((4, 0, 60, 3), np.uint8)):
         with pytest.raises(VideoError, match="RGB frames are uint8"):
@@ -118,7 +118,7 @@ def test_a_placeholder_in_a_question_is_text(llm: LLM, media: Path) -> None:
         ({"prompt": PROMPT, "vidoe": "clip2.mp4"}, RequestError, "unknown keys .'vidoe'."),
         ({"prompt": 5}, RequestError, "'prompt' is int"),
         ({}, RequestError, "needs a text"),
-        ({"prompt": "a", "history": []}, RequestError, "takes no 'question'"),
+        ({"prompt": "a", "history": []}, RequestError, "'prompt' takes no 'history'"),
         (None, RequestError, "a request is a NoneType"),
         ({"question": "a", "video": []}, RequestError, "video is an empty list"),
         ({"question": "a", "history": [("b",)]}, RequestError, "history is"),

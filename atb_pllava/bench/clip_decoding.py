@@ -33,7 +33,7 @@ def compare_decoding(path: str, num_frames: int, rounds: int, threads: int | Non
     limits = MediaLimits(max_decode_seconds=3600)
     clip = read_media(path, num_frames, limits=limits, threads=threads)
     if clip.fps == 0:
-        raise VideoError(f"{path} is an image; there is nothing to seek in")
+        raise VideoError(f"{path} is an image; there is nothing to seek in", "wrong_medium")
     wanted = set(clip.frame_indices)
     seek = _WithCpuTime(lambda: read_media(path, num_frames, limits=limits, threads=threads))
     decode = _WithCpuTime(lambda: _decode_all(path, wanted, threads))

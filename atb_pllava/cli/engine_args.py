@@ -69,7 +69,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("frames and prompts")
     add_cli_args(group, MultimodalOptions)
     add_cli_args(group, PromptOptions)
-    limits = ", ".join(f"{name}={value}" for name, value in vars(MediaLimits()).items())
+    limits = ", ".join(f"{name}={value:.10g}" for name, value in vars(MediaLimits()).items())
     group.add_argument(
         "--media_limit", action="append", default=[], metavar="NAME=N", help=f"change a limit, repeatable: {limits}"
     )

@@ -1,4 +1,4 @@
-"""Reads the environment for the command line: torchrun's ranks, the port, the compiler, MindIE's switches."""
+"""Reads the environment for the command line: torchrun's ranks, the port, the compiler, a key, MindIE's switches."""
 
 import os
 
@@ -40,6 +40,11 @@ def master_port() -> int | None:
     return int(given) if given else None
 
 
+def api_key() -> str | None:
+    """The API key of the server in ATB_PLLAVA_API_KEY. None when the variable is not set."""
+    return os.environ.get("ATB_PLLAVA_API_KEY")
+
+
 def host_benchmark() -> str | None:
     """The path of benchmark.csv by MindIE's variables. None when off. Raises ConfigError for an unknown value."""
     enabled = os.environ.get("ATB_LLM_BENCHMARK_ENABLE", "0").lower()
@@ -52,8 +57,3 @@ def host_benchmark() -> str | None:
 def terminal_moves_its_cursor() -> bool:
     """Whether the terminal, by its name in TERM, understands escape sequences."""
     return os.environ.get("TERM", "dumb") not in ("", "dumb")
-
-
-def api_key() -> str | None:
-    """The key of a server's API in ATB_PLLAVA_API_KEY. None when the variable is not set or empty."""
-    return os.environ.get("ATB_PLLAVA_API_KEY") or None

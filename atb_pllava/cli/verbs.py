@@ -12,6 +12,7 @@ from atb_pllava.cli.parser import Parser
 VERBS = {
     "run": "answer questions about videos and images",
     "chat": "ask many questions about a video, in a terminal",
+    "serve": "answer HTTP requests in the form of OpenAI's API",
     "predict": "write an answer about every medium to predict_result.json, for the precision tests",
     "convert": "merge LoRA, quantise to W8A16",
     "bench": "measure speed: a sweep over batch sizes, the machine's limits, parts",

@@ -87,6 +87,7 @@ class AsyncEngine:
         self._is_closing = False
         self._is_draining = False
         self._step_listeners: list[Callable[[StepStats], None]] = []
+        self._request_listeners: list[Callable[[RequestStream], None]] = []
         self._num_finished = 0
         self._num_failed = 0
         self._media_seconds = 0.0
@@ -96,10 +97,17 @@ class AsyncEngine:
     # Requests
 
     def submit(
-        self, request: Mapping[str, Any], params: SamplingParams | None = None, name: str = "the request"
+        self,
+        request: Mapping[str, Any],
+        params: SamplingParams | None = None,
+        name: str = "the request",
+        *,
+        fit_max_tokens: bool = False,
     ) -> RequestStream:
         """Read the media of a request of `LLM.generate` on another thread, then compute its answer.
 
+        fit_max_tokens: the answer may be as long as fits, whatever max_tokens of `params` is. The limits are
+        max_output_length, the KV cache, and the positions that the model was trained on.
         The errors of a bad request come from the stream. Raises the error of a dead or closed engine, and BackendError
         while draining.
         """
@@ -112,7 +120,7 @@ class AsyncEngine:
         try:
             with self._changed:
                 self._start_thread()
-            self._reader.submit(self._read, stream, request, params, arrival_time)
+            self._reader.submit(self._read, stream, request, params, arrival_time, fit_max_tokens)
         except RuntimeError as error:  # the system grants no thread, Python is about to exit, or the engine was closed
             self._end_reading(stream)
             stream.fail(BackendError(f"the request cannot be read: {error}"))
@@ -205,16 +213,28 @@ class AsyncEngine:
             core=replace(core.counters),
         )
 
+    def add_step_listener(self, listener: Callable[[StepStats], None]) -> None:
+        """Call `listener(stats)` on the engine's thread after every step, before the step's answers are there."""
+        self._step_listeners.append(listener)
+
     @contextmanager
     def recorded_steps(self) -> Iterator[list[StepStats]]:
         """A list that gets the stats of every step while the body runs, before the step's answers are there."""
         steps: list[StepStats] = []
         listener = steps.append
-        self._step_listeners.append(listener)
+        self.add_step_listener(listener)
         try:
             yield steps
         finally:
             self._step_listeners.remove(listener)
+
+    def add_request_listener(self, listener: Callable[[RequestStream], None]) -> None:
+        """Call `listener` when a request has ended in any way, before its reader knows.
+
+        The thread that ends the request calls it, and holds locks of the engine. It must return at once and must not
+        raise.
+        """
+        self._request_listeners.append(listener)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests and wait until all others have ended. Returns False after `timeout` seconds."""
@@ -295,7 +315,12 @@ class AsyncEngine:
         return RequestStream(request_id, name, n, self._forget)
 
     def _read(
-        self, stream: RequestStream, request: Mapping[str, Any], params: SamplingParams, arrival_time: float
+        self,
+        stream: RequestStream,
+        request: Mapping[str, Any],
+        params: SamplingParams,
+        arrival_time: float,
+        fit_max_tokens: bool,
     ) -> None:
         """On a reader's thread: read the media of a request, and hand the request to the engine's thread."""
         try:
@@ -303,6 +328,8 @@ class AsyncEngine:
                 return
             self.core.scheduler.check_params(params)  # before the media are read
             parsed = self.request_parser.parse(request, params, stream.name, arrival_time, stream.request_id)
+            if fit_max_tokens:
+                parsed = self._with_room(parsed)
             self.core.check(parsed)
             with self._changed:
                 self.raise_if_dead()
@@ -317,6 +344,19 @@ class AsyncEngine:
             stream.fail(failure)
         finally:
             self._end_reading(stream)
+
+    def _with_room(self, request: EngineRequest) -> EngineRequest:
+        """The request with the largest max_tokens. Raises RequestError when the prompt leaves no position."""
+        positions = self.request_parser.config.text.max_position_embeddings
+        if request.prompt_length >= positions:
+            raise RequestError(
+                f"the prompt is {request.prompt_length} tokens ({request.num_video_tokens} of them from video), and "
+                f"the model has {positions} positions: shorten the text, or pool to a smaller shape",
+                code="context_length_exceeded",
+            )
+        most = min(self.core.room_for(request), positions - request.prompt_length)
+        # With room for no token, `check` says why.
+        return replace(request, params=replace(request.params, max_tokens=max(most, 1)))
 
     def _end_reading(self, stream: RequestStream) -> None:
         with self._changed:
@@ -333,6 +373,8 @@ class AsyncEngine:
                     self._inbox.append(_Message(lambda core: self._remove(stream, core)))
             else:
                 self._num_finished += 1
+            for listener in self._request_listeners:
+                listener(stream)
             self._changed.notify_all()
 
     def _fail_all(self, failure: PllavaError) -> None:

@@ -70,17 +70,28 @@ class EngineCore:
         longest_prompt = self.config.max_input_length
         longest_answer = self.config.max_output_length
         if longest_prompt is not None and request.prompt_length > longest_prompt:
-            video = sum(span.length for span in request.spans)
             raise RequestError(
-                f"the prompt is {counted(request.prompt_length, 'token')} ({video} of them from video), the limit is "
-                f"{longest_prompt}: raise --max_input_length, pool to a smaller shape, or shorten the text"
+                f"the prompt is {counted(request.prompt_length, 'token')} ({request.num_video_tokens} of them from "
+                f"video), the limit is {longest_prompt}: raise --max_input_length, pool to a smaller shape, or shorten "
+                "the text",
+                code="context_length_exceeded",
             )
         if longest_answer is not None and request.params.max_tokens > longest_answer:
             raise RequestError(
                 f"max_tokens is {request.params.max_tokens}, the limit is {longest_answer}: raise --max_output_length "
-                "or ask for less"
+                "or ask for less",
+                param="max_tokens",
             )
         self.scheduler.check(request)
+
+    def room_for(self, request: EngineRequest) -> int:
+        """The largest max_tokens with which `check` accepts the request. Below 1 when there is none.
+
+        Any thread may call `room_for`.
+        """
+        longest_answer = self.config.max_output_length
+        room = self.scheduler.room_for(request.prompt_length, request.params.num_beams)
+        return room if longest_answer is None else min(room, longest_answer)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End the sequences of a request, or only the one of answer `index`, and free their blocks.
@@ -191,6 +202,7 @@ class EngineCore:
             outputs += [self._append_token(sequence, token) for sequence, token in zip(sequences, sampled, strict=True)]
         for first, beam_rows in searches:
             outputs += self._continue_search(first, logits[beam_rows])
+        self.counters.corrupted_requests += len({output.request_id for output in outputs if output.error is not None})
         return outputs
 
     def _fork(self, request: Request) -> list[Request]:

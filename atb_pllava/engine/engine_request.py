@@ -41,6 +41,11 @@ class EngineRequest:
     request_id: str = field(default_factory=new_request_id)
 
     @property
+    def num_video_tokens(self) -> int:
+        """Tokens of the prompt that stand for videos."""
+        return sum(span.length for span in self.spans)
+
+    @property
     def prompt_length(self) -> int:
         """Tokens of the prompt, with all placeholders."""
         return len(self.token_ids)

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 
 TokenLogprobs = dict[int, float] | np.ndarray
-"""Log-probabilities of one generated token: token id to value, largest first, or float32 [vocabulary]."""
+"""Log-probabilities at one generated token: token id to value, or float32 [vocabulary].
+
+A dict has the k largest values, largest first. The generated token comes last when it is not among them.
+"""
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,26 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from math import inf, nan
-from numbers import Real
-from operator import index
 from typing import Any
-
-import numpy as np
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.engine_request import EngineRequest, new_request_id
+from atb_pllava.engine.request_media import MEDIA_KEYS, TIME_KEYS, media_of, media_of_chat
 from atb_pllava.engine.sampling_params import SamplingParams
-from atb_pllava.errors import ConfigError, RequestError, counted
-from atb_pllava.multimodal.frame_sampling import check_time_order
-from atb_pllava.multimodal.processor import Media, TimeRange, VideoProcessor
-from atb_pllava.prompt.chat_template import Conversation, render
+from atb_pllava.errors import ConfigError, RequestError
+from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
+from atb_pllava.prompt.chat_template import Conversation, render, render_turns
+from atb_pllava.prompt.messages import Chat, parse_chat_messages
 from atb_pllava.prompt.placeholders import expand_placeholders
 from atb_pllava.prompt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MEDIA_KEYS = ("video", "image", "frames")
-TIME_KEYS = ("start_seconds", "end_seconds")
-REQUEST_KEYS = ("prompt", "question", *MEDIA_KEYS, "frame_indices", *TIME_KEYS, "history", "answer_prefix", "id")
+_FRAME_KEYS = ("frame_indices", *TIME_KEYS, "num_frames")
+REQUEST_KEYS = ("prompt", "question", "messages", *MEDIA_KEYS, *_FRAME_KEYS, "history", "answer_prefix", "id")
+# The keys beside which a request may have other keys.
+_WITH_PROMPT = {"prompt", *MEDIA_KEYS, *_FRAME_KEYS, "id"}
+_WITH_MESSAGES = {"messages", "num_frames", "answer_prefix", "id"}
 _SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams))
 
 
@@ -88,15 +86,16 @@ class RequestParser:
         if arrival_time is None:
             arrival_time = time.perf_counter()
         request = check_request(request)
-        media, frame_indices, time_ranges = media_of(request)
-        token_ids, stop_token_ids = self._prompt_of(request, len(media))
+        chat = _chat_of(request)
+        media = media_of(request) if chat is None else media_of_chat(chat, request.get("num_frames"))
+        token_ids, stop_token_ids = self._prompt_of(request, chat, len(media))
         expanded, spans = expand_placeholders(
             token_ids, self.config.image_token_index, len(media), self.config.num_video_tokens
         )
         if not expanded:
-            raise RequestError("the prompt is empty; there is nothing to continue")
+            raise RequestError("the prompt is empty; there is nothing to continue", param="prompt")
         decode_began = time.perf_counter()
-        videos = self.processor.prepare(media, frame_indices, time_ranges) if media else []
+        videos = media.prepare(self.processor)
         decode_seconds = time.perf_counter() - decode_began
         self._warn_of_length(len(expanded), params.max_tokens)
         return EngineRequest(
@@ -113,18 +112,18 @@ class RequestParser:
             request_id=request_id or new_request_id(),
         )
 
-    def _prompt_of(self, request: Mapping[str, Any], videos: int) -> tuple[list[int], list[int]]:
+    def _prompt_of(self, request: Mapping[str, Any], chat: Chat | None, videos: int) -> tuple[list[int], list[int]]:
         """Token ids with one image token for each video, and the tokens that end the answer."""
         end_token_ids = list(self.config.eos_token_ids)
         if "prompt" in request:
             return self.tokenizer.encode(_text(request, "prompt")), end_token_ids
-        pieces = render(
-            self.conversation,
-            _text(request, "question"),
-            videos=videos,
-            history=request.get("history") or (),
-            answer_prefix=request.get("answer_prefix"),
-        )
+        prefix = request.get("answer_prefix")
+        if chat is not None:
+            pieces = render_turns(self.conversation, chat.turns, system=chat.system, answer_prefix=prefix)
+        else:
+            question = _text(request, "question")
+            history = request.get("history") or ()
+            pieces = render(self.conversation, question, videos=videos, history=history, answer_prefix=prefix)
         return self.tokenizer.encode_pieces(pieces), [*end_token_ids, self._turn_end]
 
     def _warn_of_length(self, prompt_tokens: int, max_tokens: int) -> None:
@@ -140,7 +139,10 @@ class RequestParser:
 
 
 def chat_request(
-    media: Media | Sequence[Media] | None, question: str, history: Sequence[tuple[str, str]], answer_prefix: str | None
+    media: Media | ProcessedVideo | Sequence[Media | ProcessedVideo] | None,
+    question: str,
+    history: Sequence[tuple[str, str]],
+    answer_prefix: str | None,
 ) -> dict[str, Any]:
     """The request that asks one question, after the (question, answer) turns of `history`."""
     request: dict[str, Any] = {"question": question, "history": history, "answer_prefix": answer_prefix}
@@ -156,45 +158,39 @@ def check_request(request: object) -> Mapping[str, Any]:
         raise RequestError(f"a request is a {type(request).__name__}; it must be a dict with {', '.join(REQUEST_KEYS)}")
     unknown = sorted(map(str, set(request) - set(REQUEST_KEYS)))
     if unknown:
-        raise RequestError(f"a request has unknown keys {unknown}; allowed are {', '.join(REQUEST_KEYS)}")
-    if "prompt" in request and not request.keys().isdisjoint({"question", "history", "answer_prefix"}):
-        raise RequestError("a request with a literal 'prompt' takes no 'question', 'history' or 'answer_prefix'")
-    text = _text(request, "prompt" if "prompt" in request else "question")
-    if "prompt" not in request and not text.strip():
-        raise RequestError(f"the question is {text!r}, an empty text; ask something")
+        allowed = ", ".join(REQUEST_KEYS)
+        raise RequestError(f"a request has unknown keys {unknown}; allowed are {allowed}", param=unknown[0])
+    for key, may_have in (("messages", _WITH_MESSAGES), ("prompt", _WITH_PROMPT)):
+        excluded = [name for name in REQUEST_KEYS if name in request and name not in may_have]
+        if key in request and excluded:
+            names = ", ".join(map(repr, excluded))
+            raise RequestError(f"a request with {key!r} takes no {names}", param=excluded[0])
+    if "messages" not in request:
+        text = _text(request, "prompt" if "prompt" in request else "question")
+        if "prompt" not in request and not text.strip():
+            raise RequestError(f"the question is {text!r}, an empty text; ask something", param="question")
     if not isinstance(request.get("id"), str | int | None) or isinstance(request.get("id"), bool):
-        raise RequestError(f"id is a {type(request['id']).__name__}; it must be a text or a whole number")
+        raise RequestError(f"id is a {type(request['id']).__name__}; it must be a text or a whole number", param="id")
     if request.get("answer_prefix") is not None:
         _text(request, "answer_prefix")
     history = request.get("history") or ()
     turns = history if isinstance(history, list | tuple) else [history]
     if not all(isinstance(turn, list | tuple) and [type(text) for text in turn] == [str, str] for turn in turns):
-        raise RequestError(f"history is {history!r}; it must be a list of (question, answer) pairs of text")
+        raise RequestError(
+            f"history is {history!r}; it must be a list of (question, answer) pairs of text", param="history"
+        )
     return request
 
 
-def media_of(request: Mapping[str, Any]) -> tuple[list[Media], list[list[int] | None], list[TimeRange]]:
-    """The media of a checked request. For each medium, the frame numbers (None: sampled) and the times it names.
-
-    Raises RequestError for media under two keys, and for frame_indices or times that do not fit the media.
-    """
-    given = [key for key in MEDIA_KEYS if request.get(key) is not None]
-    if len(given) > 1:
-        raise RequestError(f"a request has {' and '.join(given)}; name its media under one key")
-    value = request[given[0]] if given else ()
-    media: list[Media] = list(value) if isinstance(value, list | tuple) else [value]
-    if given and not media:
-        raise RequestError(f"{given[0]} is an empty list; leave it out to ask without media")
-    if given == ["frames"] and not all(isinstance(item, np.ndarray) for item in media):
-        raise RequestError("frames must be uint8 arrays [frames, height, width, 3]; files go under 'video' or 'image'")
-    named = [key for key in TIME_KEYS if request.get(key) is not None]
-    if named and (given == ["frames"] or request.get("frame_indices") is not None):
-        other = "frame_indices" if request.get("frame_indices") is not None else "frames"
-        raise RequestError(
-            f"a request has {other} and {' and '.join(named)}; times choose among the frames of a video file, "
-            "so leave one of them out"
-        )
-    return media, _frame_indices_of(request, len(media)), _time_ranges_of(request, len(media))
+def _chat_of(request: Mapping[str, Any]) -> Chat | None:
+    """The messages of a request as a Chat. None when it has none."""
+    if "messages" not in request:
+        return None
+    try:
+        return parse_chat_messages(request["messages"])
+    except RequestError as error:
+        error.param = "messages"
+        raise
 
 
 def request_name(request: object, number: int) -> str:
@@ -218,60 +214,8 @@ def _turn_end_token(conversation: Conversation, tokenizer: Tokenizer) -> int:
 def _text(request: Mapping[str, Any], key: str) -> str:
     text = request.get(key)
     if not isinstance(text, str):
-        raise RequestError(f"a request needs a text under 'prompt' or 'question'; {key!r} is {type(text).__name__}")
+        given = type(text).__name__
+        raise RequestError(
+            f"a request needs a text under 'prompt' or 'question', or 'messages'; {key!r} is {given}", param=key
+        )
     return text
-
-
-def _frame_indices_of(request: Mapping[str, Any], media: int) -> list[list[int] | None]:
-    """The frame numbers that a request names, a list for each of its `media` media."""
-    indices = request.get("frame_indices")
-    if indices is None:
-        return [None] * media
-    wanted = [_whole_numbers(part) for part in (indices if _is_nested(indices) else [indices])]
-    if len(wanted) != media:
-        raise RequestError(f"frame_indices is given for {counted(len(wanted), 'video')}, the request has {media}")
-    return list(wanted)
-
-
-def _time_ranges_of(request: Mapping[str, Any], media: int) -> list[TimeRange]:
-    """Start and end in seconds of each of the `media` media. None where the request names no time."""
-    starts, ends = (_seconds_of(request, key, media) for key in TIME_KEYS)
-    for start, end in zip(starts, ends, strict=True):
-        check_time_order(start, end, RequestError)
-    return list(zip(starts, ends, strict=True))
-
-
-def _seconds_of(request: Mapping[str, Any], key: str, media: int) -> list[float | None]:
-    """The times under `key`, one for each medium. One number is for all media."""
-    value = request.get(key)
-    values = list(value) if isinstance(value, list | tuple) else [value] * media
-    if len(values) != media:
-        raise RequestError(f"{key} is given for {counted(len(values), 'video')}, the request has {media}")
-    if value is not None and not media:
-        raise RequestError(f"a request has {key} and no video; name the video, or leave {key} out")
-    return [None if seconds is None else _seconds(key, seconds) for seconds in values]
-
-
-def _seconds(key: str, seconds: object) -> float:
-    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    try:
-        value = float(seconds) if is_number else nan  # type: ignore[arg-type]
-    except OverflowError:  # a whole number that no float is near
-        value = inf
-    if not 0 <= value < inf:
-        raise RequestError(f"{key} is {seconds!r}; it must be a number of seconds from 0, or one for each video")
-    return value
-
-
-def _whole_numbers(values: Sequence[object]) -> list[int]:
-    """Frame numbers as plain integers. Raises RequestError for a sequence of anything but whole numbers."""
-    try:
-        if any(isinstance(value, bool) for value in values):
-            raise TypeError
-        return [index(value) for value in values]  # type: ignore[arg-type]
-    except TypeError:
-        raise RequestError(f"frame_indices is {values!r}; it must be a list of whole numbers for each video") from None
-
-
-def _is_nested(indices: object) -> bool:
-    return isinstance(indices, list | tuple) and len(indices) > 0 and isinstance(indices[0], list | tuple | np.ndarray)

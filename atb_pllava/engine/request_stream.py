@@ -78,6 +78,16 @@ class RequestStream:
         """Whether the request has ended with an error."""
         return self._error is not None
 
+    @property
+    def output(self) -> RequestOutput | None:
+        """The answer of a request that has ended, None for an error. `result` waits for the end."""
+        return self._output
+
+    @property
+    def error(self) -> PllavaError | None:
+        """The error of a request that has ended with one."""
+        return self._error
+
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Wait for the end of the request and return the answer.
 
@@ -93,7 +103,7 @@ class RequestStream:
 
         A finished request stays as it is.
         """
-        self.fail(RequestError("the request was aborted"))
+        self.fail(RequestError("the request was aborted", code="aborted"))
 
     def __iter__(self) -> Iterator[CompletionDelta]:
         """Yields what is new, until the request has ended. Raises the request's error. Does not abort when closed."""

@@ -103,14 +103,14 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[SampledToken
     tokens, order = _choose(scores, states)
     counts = _rows_by(state.params.logprobs for state in states)
     wanted = {count: rows for count, rows in counts.items() if count is not None}
-    logprobs = [_logprobs(_select(logits, rows), count) for count, rows in wanted.items()]
+    logprobs = [_logprobs(_select(logits, rows), _reorder(tokens, order, rows), n) for n, rows in wanted.items()]
     # 0 * inf and 0 * NaN are NaN. On a CPU, this takes a seventh of the time of isfinite and all.
     is_finite = logits.mul(0).sum(1) == 0
 
     finite_rows, token_ids, *logprob_bits = _to_host([is_finite, tokens, *logprobs])
     token_of = dict(zip(order, token_ids.tolist(), strict=True))
     logprobs_of = {
-        row: _unpacked(bits, count)
+        row: _unpacked(bits, count, token_of[row])
         for (count, rows), table in zip(wanted.items(), logprob_bits, strict=True)
         for row, bits in zip(rows, table, strict=True)
     }
@@ -198,21 +198,31 @@ def _draw(scores: Tensor, controls: Tensor, method: _Method, largest_top_k: int)
     return draw(weights, controls[:, 3:])
 
 
-def _logprobs(logits: Tensor, count: int) -> Tensor:
-    """Log-probabilities of logits [R, V] as int32: the bits [R, V], or [R, 2 * count] with ids before bits."""
+def _logprobs(logits: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """Log-probabilities of logits [R, V] as int32: the bits [R, V], or [R, 2 * count + 1].
+
+    The latter are `count` token ids, the bits of as many values, and the bits of the `chosen` tokens' [R] values.
+    """
     rows = logits.log_softmax(1)
     if count < 0:
         return rows.view(torch.int32)
     best = rows.topk(min(count, logits.shape[1]), dim=1)
-    return torch.cat([best.indices.int(), best.values.view(torch.int32)], dim=1)
+    # In a row that is not finite, `draw` may choose a number beyond the vocabulary.
+    of_chosen = rows.gather(1, chosen.clamp(max=logits.shape[1] - 1).unsqueeze(1))
+    return torch.cat([best.indices.int(), best.values.view(torch.int32), of_chosen.view(torch.int32)], dim=1)
 
 
-def _unpacked(bits: np.ndarray, count: int) -> TokenLogprobs:
-    """One row of `_logprobs` on the host. An array is a copy, which does not keep the other rows in memory."""
+def _unpacked(bits: np.ndarray, count: int, chosen: int) -> TokenLogprobs:
+    """One row of `_logprobs` on the host. An array is a copy, which does not keep the other rows in memory.
+
+    The chosen token is the last entry of the dict when it is not among the largest.
+    """
     if count < 0:
         return np.array(bits.view(np.float32))
-    ids, values = np.split(bits, 2)
-    return dict(zip(ids.tolist(), values.view(np.float32).tolist(), strict=True))
+    ids, values = np.split(bits[:-1], 2)
+    logprobs = dict(zip(ids.tolist(), values.view(np.float32).tolist(), strict=True))
+    logprobs.setdefault(chosen, float(bits[-1:].view(np.float32)[0]))
+    return logprobs
 
 
 def _rows_by(keys: Iterable[_Key]) -> dict[_Key, list[int]]:
@@ -226,6 +236,14 @@ def _rows_by(keys: Iterable[_Key]) -> dict[_Key, list[int]]:
 def _select(matrix: Tensor, rows: Sequence[int]) -> Tensor:
     """Ascending rows of a matrix. No index travels to the device."""
     return matrix if len(rows) == len(matrix) else torch.stack([matrix[row] for row in rows])
+
+
+def _reorder(tokens: Tensor, order: Sequence[int], rows: Sequence[int]) -> Tensor:
+    """The tokens of `rows`, from tokens that belong to the rows in `order`. No index travels to the device."""
+    if list(rows) == list(order):
+        return tokens
+    place_of = {row: place for place, row in enumerate(order)}
+    return torch.stack([tokens[place_of[row]] for row in rows])
 
 
 def _to_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """How the tokens of an answer are chosen: the options of one request."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from atb_pllava.config import option
@@ -16,6 +17,9 @@ _WHOLE_NUMBERS = {
     "num_beams": (1, 16),
 }
 
+# Lowest and largest value of each other number.
+_NUMBERS = {"temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0)}
+
 _MOST_STOP_STRINGS = 64
 
 
@@ -27,10 +31,10 @@ class SamplingParams:
     top_k (0: off) and top_p restrict sampling to the most probable tokens. repetition_penalty divides the positive and
     multiplies the negative logits of tokens that the prompt or the answer already has. seed makes a sampled answer
     repeatable, whatever other requests are in the batch. stop: the answer ends before any of these strings.
-    ignore_eos: the answer does not end at an end-of-sequence token. logprobs: k returns the k largest
-    log-probabilities of each token, -1 all of them. n: the number of answers, sampled independently. n above 1 needs a
-    temperature above 0, since all greedy answers would be equal. num_beams above 1 searches with so many beams for the
-    likeliest answer. Beam search needs temperature 0, and has neither n above 1 nor stop strings nor logprobs.
+    ignore_eos: the answer does not end at an end-of-sequence token. logprobs: k returns the k largest log-probabilities
+    at each token and the token's own, -1 all of them. n: the number of answers, sampled independently. n above 1 needs
+    a temperature above 0, since all greedy answers would be equal. num_beams above 1 searches with so many beams for
+    the likeliest answer. Beam search needs temperature 0, and has neither n above 1 nor stop strings nor logprobs.
 
     Raises RequestError naming the field, its value and the allowed values.
     """
@@ -53,14 +57,14 @@ class SamplingParams:
         for name, (lowest, largest) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is not None or name not in ("seed", "logprobs"):
-                object.__setattr__(self, name, check_whole_number(name, value, lowest, largest, RequestError))
-        check_number("temperature", self.temperature, 0.0, 100.0, RequestError)
-        check_number("top_p", self.top_p, 0.0, 1.0, RequestError)
+                error = partial(RequestError, param=name)
+                object.__setattr__(self, name, check_whole_number(name, value, lowest, largest, error))
+        for name, (least, most) in _NUMBERS.items():
+            check_number(name, getattr(self, name), least, most, partial(RequestError, param=name))
         if self.top_p == 0:
-            raise RequestError("top_p is 0; it must be above 0 and at most 1")
-        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0, RequestError)
+            raise RequestError("top_p is 0; it must be above 0 and at most 1", param="top_p")
         if not all(isinstance(s, str) and s for s in self.stop) or len(self.stop) > _MOST_STOP_STRINGS:
-            raise RequestError(f"stop must be at most {_MOST_STOP_STRINGS} strings, none of them empty")
+            raise RequestError(f"stop must be at most {_MOST_STOP_STRINGS} strings, none of them empty", param="stop")
         self._check_answers()
 
     @property
@@ -79,13 +83,16 @@ class SamplingParams:
         """Raises RequestError for options with which no single answer grows."""
         if self.num_sequences > 1:
             name = "num_beams" if self.num_beams > 1 else "n"
-            raise RequestError(f"{name} is {self.num_sequences}, and a stream has one answer that grows: use generate")
+            raise RequestError(
+                f"{name} is {self.num_sequences}, and a stream has one answer that grows: use generate", param=name
+            )
 
     def _check_answers(self) -> None:
         """Raises RequestError for options that n above 1 or beam search excludes."""
         if self.n > 1 and self.temperature == 0:
             raise RequestError(
-                f"n is {self.n} with temperature 0; greedy answers are equal: raise temperature, or n is 1"
+                f"n is {self.n} with temperature 0; greedy answers are equal: raise temperature, or n is 1",
+                param="n",
             )
         if self.num_beams == 1:
             return
@@ -99,5 +106,6 @@ class SamplingParams:
             if value != allowed:
                 raise RequestError(
                     f"num_beams is {self.num_beams} and {name} is {value!r}; "
-                    f"with beam search, leave {name} at {allowed!r}"
+                    f"with beam search, leave {name} at {allowed!r}",
+                    param=name,
                 )

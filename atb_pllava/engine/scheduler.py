@@ -109,11 +109,19 @@ class Scheduler:
         if needed > self.block_manager.total:
             beams = f" in {params.num_beams} beams" if params.num_beams > 1 else ""
             raise RequestError(
-                f"the prompt is {counted(request.prompt_length, 'token')} and up to "
-                f"{params.max_tokens} more are wanted{beams}, but the KV cache holds "
+                f"the prompt is {counted(request.prompt_length, 'token')} ({request.num_video_tokens} of them from "
+                f"video) and up to {params.max_tokens} more are wanted{beams}, but the KV cache holds "
                 f"{self.block_manager.total * block_size} tokens in all: ask for fewer tokens, use a smaller "
-                "pooling shape, or give the KV cache more memory (kv_cache_bytes)"
+                "pooling shape, or give the KV cache more memory (kv_cache_bytes)",
+                code="context_length_exceeded",
             )
+
+    def room_for(self, prompt_length: int, num_beams: int) -> int:
+        """The largest max_tokens with which `check` finds the KV cache large enough. Below 1 when there is none."""
+        block_size = self.config.block_size
+        shared = (num_beams - 1) * (prompt_length // block_size)  # blocks that the beams share, once for each beam
+        blocks = (self.block_manager.total + shared) // num_beams
+        return blocks * block_size - prompt_length + 1
 
     def check_params(self, params: SamplingParams) -> None:
         """Raises RequestError when the batch has too few places for the answers or beams of one request."""
@@ -121,7 +129,8 @@ class Scheduler:
             name = "num_beams" if params.num_beams > 1 else "n"
             raise RequestError(
                 f"{name} is {params.num_sequences}, and the engine runs {self.config.max_batch_size} sequences at a "
-                f"time: ask for fewer, or load the model with --max_batch_size {params.num_sequences} or more"
+                f"time: ask for fewer, or load the model with --max_batch_size {params.num_sequences} or more",
+                param=name,
             )
 
     def schedule(self) -> SchedulerOutput:

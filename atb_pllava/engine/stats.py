@@ -28,7 +28,8 @@ class CoreCounters:
 
     prompt_tokens counts the prompts of ended requests, cached_tokens those whose keys and values were in the KV cache.
     encoder_queries counts the videos of requests, encoder_hits those whose embeddings were in the encoder cache.
-    The seconds are those of StepStats.
+    corrupted_requests counts requests that failed because their logits were not finite. The seconds are those of
+    StepStats.
     """
 
     steps: int = 0
@@ -40,6 +41,7 @@ class CoreCounters:
     encoder_queries: int = 0
     encoder_hits: int = 0
     preemptions: int = 0
+    corrupted_requests: int = 0
     encode_seconds: float = 0.0
     forward_seconds: float = 0.0
     step_seconds: float = 0.0

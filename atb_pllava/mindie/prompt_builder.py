@@ -14,6 +14,7 @@ from atb_pllava.loader.checkpoint_config import read_preprocessor_config
 from atb_pllava.mindie.media_ids import check_block_length, insert_blocks
 from atb_pllava.mindie.segments import Segment, remove_segments, write_segment
 from atb_pllava.mindie.truncation import Truncation, shorten
+from atb_pllava.multimodal.image_sequence import ImageSequence
 from atb_pllava.multimodal.processor import VideoProcessor
 from atb_pllava.prompt.chat_template import Conversation, choose_conversation, render_turns
 from atb_pllava.prompt.messages import Chat
@@ -100,8 +101,9 @@ class PromptBuilder:
         if not chat.media:
             return ids
         if names_file is None:
-            names_file = os.path.join(os.path.dirname(os.path.dirname(chat.media[0])), NAMES_FILE)
-        videos = self.processor.prepare(chat.media)
+            names_file = os.path.join(os.path.dirname(os.path.dirname(_first_path(chat))), NAMES_FILE)
+        media = [item.medium for item in chat.media]
+        videos = self.processor.prepare(media, None, [item.time_range for item in chat.media])
         segments: list[Segment] = []
         try:
             for video in videos:
@@ -122,3 +124,9 @@ class PromptBuilder:
     def _is_too_long(self, chat: Chat, max_tokens: int) -> bool:
         media_tokens = len(chat.media) * (self.config.num_video_tokens - 1)
         return len(self.token_ids(chat)) + media_tokens > max_tokens
+
+
+def _first_path(chat: Chat) -> str:
+    """The path of the first medium. The host has stored all media as files."""
+    medium = chat.media[0].medium
+    return os.fsdecode(medium.images[0] if isinstance(medium, ImageSequence) else medium)

@@ -1,5 +1,6 @@
 """Clip: the frames taken from one video or image. ClipBuffer: collects the decoded frames of a Clip.
 
+SourceInfo: the length and the picture size of the medium.
 `T` frames of `H` x `W` pixels.
 """
 
@@ -21,6 +22,26 @@ class Clip:
     total_frames: int  # frames in the file
     fps: float  # average; 0.0 for a still image
     source: str  # for messages
+
+    @property
+    def info(self) -> "SourceInfo":
+        _, height, width, _ = self.frames.shape
+        return SourceInfo(self.total_frames, self.fps, width, height)
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """The length and the picture size of the medium that frames were taken from."""
+
+    total_frames: int
+    fps: float  # average; 0.0 for a still image and for frames given as an array
+    width: int  # pixels of an upright frame, before the resize
+    height: int
+
+    @property
+    def seconds(self) -> float | None:
+        """The duration by the average frame rate. None without a frame rate."""
+        return self.total_frames / self.fps if self.fps else None
 
 
 class ClipBuffer:

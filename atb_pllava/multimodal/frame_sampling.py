@@ -3,14 +3,17 @@
 The functions are plain arithmetic on frame numbers. The readers of videos, images and animations call the functions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 
 from atb_pllava.errors import PllavaError, VideoError, check_whole_number
 from atb_pllava.multimodal.limits import MediaLimits
 
 FRAME_SAMPLERS = ("demo", "eval", "npu")
+
+_bad_request = partial(VideoError, kind="bad_request")
 
 
 def sample_frame_indices(
@@ -33,9 +36,9 @@ def sample_frame_indices(
     Raises VideoError for options out of range and for times that leave no frame.
     """
     check_frame_sampler(frame_sampler, start_seconds, end_seconds)
-    check_whole_number("num_frames", wanted, 1, error=VideoError)
+    check_whole_number("num_frames", wanted, 1, error=_bad_request)
     if total < 1:
-        raise VideoError(f"the video has {total} frames; at least one is needed")
+        raise VideoError(f"the video has {total} frames; at least one is needed", "empty")
     if frame_sampler == "npu":
         return [i * total // wanted for i in range(wanted)]
     first, last = _frame_bounds(total, fps, start_seconds, end_seconds)
@@ -63,7 +66,7 @@ class FrameSelection:
             name = "num_frames"
             count = self.num_frames
         note = " (MediaLimits.max_sampled_frames)"
-        check_whole_number(name, count, 1, limits.max_sampled_frames, VideoError, note)
+        check_whole_number(name, count, 1, limits.max_sampled_frames, _bad_request, note)
 
     def resolve(self, total: int, fps: float, name: str, *, is_gif: bool = False) -> list[int]:
         """The frame numbers in a clip of `total` frames. Raises VideoError when the clip has no such frames."""
@@ -79,7 +82,7 @@ class FrameSelection:
                 end_seconds=self.end_seconds,
             )
         except VideoError as error:
-            raise VideoError(f"{name}: {error}") from None
+            raise VideoError(f"{name}: {error}", error.kind) from None
         if self.frame_sampler == "eval" and is_gif:
             # For a GIF, the original removes repeated indices, then repeats the whole sequence.
             return _repeat(sorted(set(indices)), len(indices))
@@ -90,19 +93,21 @@ def check_indices(frame_indices: Sequence[int], total: int, name: str) -> list[i
     """The indices as a list. Raises VideoError unless all of them are integers from 0 to total - 1."""
     for k in frame_indices:
         if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k < total:
-            raise VideoError(f"{name}: frame index {k!r} is not a frame number; they go from 0 to {total - 1}")
+            raise _bad_request(f"{name}: frame index {k!r} is not a frame number; they go from 0 to {total - 1}")
     return [int(k) for k in frame_indices]
 
 
 def check_frame_sampler(frame_sampler: str, start_seconds: float | None, end_seconds: float | None) -> None:
     """Raises VideoError for an unknown frame_sampler, and for times with the frame_sampler "npu"."""
     if frame_sampler not in FRAME_SAMPLERS:
-        raise VideoError(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
+        raise _bad_request(f"frame_sampler is {frame_sampler!r}; allowed are {', '.join(FRAME_SAMPLERS)}")
     if frame_sampler == "npu" and (start_seconds is not None or end_seconds is not None):
-        raise VideoError("start_seconds and end_seconds need frame_sampler 'demo' or 'eval', not 'npu'")
+        raise _bad_request("start_seconds and end_seconds need frame_sampler 'demo' or 'eval', not 'npu'")
 
 
-def check_time_order(start: float | None, end: float | None, error: type[PllavaError], prefix: str = "") -> None:
+def check_time_order(
+    start: float | None, end: float | None, error: Callable[[str], PllavaError], prefix: str = ""
+) -> None:
     """Raises `error` when `start` is after `end`. `prefix` stands before the names of both in the message."""
     if start is not None and end is not None and start > end:
         raise error(f"{prefix}start_seconds is {start:g} and {prefix}end_seconds {end:g}; the start must come first")
@@ -113,7 +118,7 @@ def _frame_bounds(
 ) -> tuple[int, int]:
     """First and last frame number between two times. None stands for the clip's own start or end."""
     if (start_seconds is not None or end_seconds is not None) and not fps:
-        raise VideoError(
+        raise _bad_request(
             "start_seconds and end_seconds need a frame rate, and this clip has none; leave both out, or give "
             "frame_indices"
         )
@@ -123,7 +128,7 @@ def _frame_bounds(
         start = "the start" if start_seconds is None else f"start_seconds {start_seconds:g}"
         end = "the end" if end_seconds is None else f"end_seconds {end_seconds:g}"
         length = f", and the clip is {total / fps:.2f} seconds long" if fps else ""
-        raise VideoError(f"no frame lies between {start} and {end}{length}")
+        raise _bad_request(f"no frame lies between {start} and {end}{length}")
     return first, last
 
 
@@ -131,7 +136,7 @@ def _frame_at(seconds: float, fps: float, option: str) -> int:
     try:
         return round(seconds * fps)
     except (TypeError, ValueError, OverflowError):
-        raise VideoError(f"{option} is {seconds!r}; it must be a finite number of seconds") from None
+        raise _bad_request(f"{option} is {seconds!r}; it must be a finite number of seconds") from None
 
 
 def _repeat(sequence: list[int], length: int) -> list[int]:

@@ -42,7 +42,7 @@ def repeat_image(image: Image.Image, name: str, selection: FrameSelection, limit
     Raises VideoError for time bounds, for a frame index other than 0, and for a clip larger than `limits`.
     """
     if selection.start_seconds is not None or selection.end_seconds is not None:
-        raise VideoError(f"{name}: start_seconds and end_seconds do not apply to an image")
+        raise VideoError(f"{name}: start_seconds and end_seconds do not apply to an image", "bad_request")
     if selection.frame_indices is None:
         indices = [0] * int(selection.num_frames or 0)
     else:
@@ -63,11 +63,13 @@ def open_image(file: BinaryIO, name: str, limits: MediaLimits) -> Iterator[Image
             check_size(image.width, image.height, name, limits)
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise VideoError(f"{name}: more than {limits.max_pixels} pixels (MediaLimits.max_pixels)") from None
+        limit = f"{limits.max_pixels} pixels (MediaLimits.max_pixels)"
+        raise VideoError(f"{name}: more than {limit}", "too_large") from None
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, struct.error):
         raise VideoError(
             f"{name}: cannot be read as an image; it is another kind of file, truncated or damaged. "
-            "Accepted are JPEG, PNG, APNG, WebP, BMP and TIFF"
+            "Accepted are JPEG, PNG, APNG, WebP, BMP and TIFF",
+            "not_a_medium",
         ) from None
 
 
@@ -90,5 +92,5 @@ def _still_pixels(image: Image.Image, name: str) -> np.ndarray:
     # A JPEG of several pictures is a phone's photo with its thumbnails.
     if image.format != "JPEG" and getattr(image, "n_frames", 1) > 1:
         remedy = "read it as a video" if is_animation(image) else "save the one you mean as a file of its own"
-        raise VideoError(f"{name}: holds more than one picture; {remedy}")
+        raise VideoError(f"{name}: holds more than one picture; {remedy}", "wrong_medium")
     return to_pixels(image)

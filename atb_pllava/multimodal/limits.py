@@ -26,6 +26,7 @@ class MediaLimits:
     max_seconds: float = 4 * 3600.0  # duration of the video
     max_frames: int = 1_000_000  # frames in the file
     max_sampled_frames: int = 64  # frames taken from one video or image
+    max_images: int = 256  # images of one sequence
     max_clip_bytes: int = 2 * 2**30  # decoded frames held at once, T * H * W * 3
     max_decode_seconds: float = 120.0  # wall-clock time for reading one file
 
@@ -43,11 +44,13 @@ def check_size(width: int, height: int, name: str, limits: MediaLimits) -> None:
     """Raises VideoError when a frame's longer side, number of pixels or aspect ratio exceeds its limit."""
     size = f"{name}: {width}x{height} pixels"
     if max(width, height) > limits.max_side:
-        raise VideoError(f"{size}, the longest side allowed is {limits.max_side} (MediaLimits.max_side)")
+        raise VideoError(f"{size}, the longest side allowed is {limits.max_side} (MediaLimits.max_side)", "too_large")
     if width * height > limits.max_pixels:
-        raise VideoError(f"{size} = {width * height}, the limit is {limits.max_pixels} (MediaLimits.max_pixels)")
+        limit = f"{limits.max_pixels} (MediaLimits.max_pixels)"
+        raise VideoError(f"{size} = {width * height}, the limit is {limit}", "too_large")
     if max(width, height) > limits.max_aspect * min(width, height):
-        raise VideoError(f"{size}, sides may differ by a factor of {limits.max_aspect:g} (MediaLimits.max_aspect)")
+        limit = f"{limits.max_aspect:g} (MediaLimits.max_aspect)"
+        raise VideoError(f"{size}, sides may differ by a factor of {limit}", "too_large")
 
 
 def check_clip_bytes(frames: int, width: int, height: int, name: str, limits: MediaLimits) -> None:
@@ -56,7 +59,8 @@ def check_clip_bytes(frames: int, width: int, height: int, name: str, limits: Me
     if needed > limits.max_clip_bytes:
         raise VideoError(
             f"{name}: {frames} frames of {width}x{height} need {needed} bytes, the limit is {limits.max_clip_bytes} "
-            "(MediaLimits.max_clip_bytes): use fewer frames"
+            "(MediaLimits.max_clip_bytes): use fewer frames",
+            "too_large",
         )
 
 
@@ -64,13 +68,14 @@ def check_length(seconds: float, frames: int, name: str, limits: MediaLimits) ->
     """Raises VideoError when a video has more seconds or more frames than allowed."""
     if seconds > limits.max_seconds:
         limit = f"{limits.max_seconds:g} (MediaLimits.max_seconds)"
-        raise VideoError(f"{name}: {seconds:.0f} seconds, the limit is {limit}")
+        raise VideoError(f"{name}: {seconds:.0f} seconds, the limit is {limit}", "too_long")
     if frames > limits.max_frames:
-        raise VideoError(f"{name}: {frames} frames or more, the limit is {limits.max_frames} (MediaLimits.max_frames)")
+        limit = f"{limits.max_frames} (MediaLimits.max_frames)"
+        raise VideoError(f"{name}: {frames} frames or more, the limit is {limit}", "too_many_frames")
 
 
 def check_deadline(deadline: float, name: str, limits: MediaLimits) -> None:
     """Raises VideoError when time.monotonic() is past `deadline`."""
     if time.monotonic() > deadline:
         limit = limits.max_decode_seconds
-        raise VideoError(f"{name}: not read within {limit:g} seconds (MediaLimits.max_decode_seconds)")
+        raise VideoError(f"{name}: not read within {limit:g} seconds (MediaLimits.max_decode_seconds)", "timeout")

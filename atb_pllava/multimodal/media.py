@@ -74,7 +74,8 @@ def _media_at(path: str) -> list[str]:
         raise explain_failure(path, error) from None
     if not walk.found:
         accepted = " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))
-        raise VideoError(f"{path}: holds no image or video, {_summary(walk.others)}; accepted are {accepted}")
+        found = _summary(walk.others)
+        raise VideoError(f"{path}: holds no image or video, {found}; accepted are {accepted}", "unreadable")
     return sorted(walk.found, key=lambda file: [_natural_order(part) for part in file.split(os.sep)])
 
 

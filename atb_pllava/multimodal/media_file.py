@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from atb_pllava.errors import VideoError
+from atb_pllava.errors import VideoError, VideoErrorKind
 from atb_pllava.files import LFS_POINTER
 from atb_pllava.multimodal.limits import MediaLimits
 
@@ -37,10 +37,12 @@ def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> I
         file, size = _open_regular_file(name)
     with file:
         if size == 0:
-            raise VideoError(f"{name}: is empty")
+            raise VideoError(f"{name}: is empty", "empty")
         check_file_size(size, name, limits)
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise VideoError(f"{name}: is a Git LFS pointer, not the media; run `git lfs pull` where it was cloned")
+            raise VideoError(
+                f"{name}: is a Git LFS pointer, not the media; run `git lfs pull` where it was cloned", "not_a_medium"
+            )
         file.seek(0)
         yield file, name
 
@@ -48,7 +50,7 @@ def open_media(source: str | os.PathLike[str] | bytes, limits: MediaLimits) -> I
 def check_file_size(size: int, name: str, limits: MediaLimits) -> None:
     """Raises VideoError for a file of more than max_bytes."""
     if size > limits.max_bytes:
-        raise VideoError(f"{name}: {size} bytes, the limit is {limits.max_bytes} (MediaLimits.max_bytes)")
+        raise VideoError(f"{name}: {size} bytes, the limit is {limits.max_bytes} (MediaLimits.max_bytes)", "too_large")
 
 
 def is_image(file: BinaryIO) -> bool:
@@ -62,10 +64,11 @@ def is_image(file: BinaryIO) -> bool:
 def explain_failure(name: str, error: OSError | ValueError) -> VideoError:
     """The VideoError for a file or folder that cannot be opened. The message has a remedy for some known causes."""
     if isinstance(error, ValueError):
-        return VideoError(f"{name!r} is not a file name")
+        return VideoError(f"{name!r} is not a file name", "not_found")
     if isinstance(error, FileNotFoundError) and URL.match(name):
-        return VideoError(f"{name}: URLs are not fetched; download the file first, and name it")
-    return VideoError(f"{name}: cannot be opened: {error.strerror}{_remedy(name)}")
+        return VideoError(f"{name}: URLs are not fetched; download the file first, and name it", "bad_request")
+    kind: VideoErrorKind = "not_found" if isinstance(error, FileNotFoundError | NotADirectoryError) else "unreadable"
+    return VideoError(f"{name}: cannot be opened: {error.strerror}{_remedy(name)}", kind)
 
 
 def _remedy(name: str) -> str:
@@ -88,5 +91,5 @@ def _open_regular_file(name: str) -> tuple[BinaryIO, int]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise VideoError(f"{name}: is not a regular file")
+        raise VideoError(f"{name}: is not a regular file", "unreadable")
     return os.fdopen(descriptor, "rb"), status.st_size

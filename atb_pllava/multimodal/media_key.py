@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atb_pllava.multimodal.image_sequence import ImageSequence
+
 # The kernel's clock for file times ticks every 1 to 10 ms.
 _SECONDS_TO_SETTLE = 0.1
 
@@ -37,6 +39,9 @@ def _identity(item: object) -> object:
         return hashlib.sha256(item).digest()
     if isinstance(item, np.ndarray) and item.dtype == np.uint8:  # other arrays are refused when they are read
         return item.shape, hashlib.sha256(np.ascontiguousarray(item).data).digest()
+    if isinstance(item, ImageSequence):
+        images = tuple(_identity(image) for image in item.images)
+        return None if None in images else ("images", *images)
     if isinstance(item, str | os.PathLike):
         return _file_identity(item)
     return None

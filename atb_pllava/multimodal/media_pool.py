@@ -16,6 +16,8 @@ import numpy as np
 
 from atb_pllava.errors import PllavaError, VideoError, check_whole_number
 from atb_pllava.multimodal.frame_sampling import check_indices
+from atb_pllava.multimodal.image_sequence import ImageSequence
+from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media_file import GIVEN_BYTES, check_file_size
 from atb_pllava.multimodal.options import MOST_WORKERS
 from atb_pllava.multimodal.processor import (
@@ -32,7 +34,9 @@ from atb_pllava.multimodal.worker_messages import (
     BytesMedium,
     Done,
     Failed,
+    ImagesMedium,
     Job,
+    Medium,
     PathMedium,
 )
 from atb_pllava.multimodal.worker_process import WorkerDiedIdleError, WorkerProcess
@@ -189,19 +193,17 @@ def _job_of(
     time_ranges: Sequence[TimeRange],
 ) -> tuple[Job, list[bytes | np.ndarray]]:
     """The job of reading these media, and the contents that travel in shared memory beside it."""
-    parts: list[PathMedium | BytesMedium | ArrayMedium] = []
+    parts: list[Medium] = []
     contents: list[bytes | np.ndarray] = []
     for item in media:
-        if isinstance(item, bytes):
-            check_file_size(len(item), _name_of(item), processor.limits)
-            parts.append(BytesMedium(len(item)))
-            contents.append(item)
+        if isinstance(item, ImageSequence):
+            parts.append(ImagesMedium([_file_part(image, contents, processor.limits) for image in item.images]))
         elif isinstance(item, np.ndarray):
             check_frames(item)
             parts.append(ArrayMedium(item.shape))
             contents.append(item)
         else:
-            parts.append(PathMedium(os.fsencode(item)))
+            parts.append(_file_part(item, contents, processor.limits))
     job = Job(
         media=parts,
         frame_indices=[
@@ -222,6 +224,17 @@ def _job_of(
     return job, contents
 
 
+def _file_part(
+    item: str | os.PathLike[str] | bytes, contents: list[bytes | np.ndarray], limits: MediaLimits
+) -> PathMedium | BytesMedium:
+    """The part of a message for one file. Appends a file's content given as bytes to `contents`."""
+    if not isinstance(item, bytes):
+        return PathMedium(os.fsencode(item))
+    check_file_size(len(item), GIVEN_BYTES, limits)
+    contents.append(item)
+    return BytesMedium(len(item))
+
+
 def _videos_of(
     answer: Done | Failed, descriptor: int | None, processor: VideoProcessor, names: Sequence[str]
 ) -> list[ProcessedVideo]:
@@ -239,7 +252,12 @@ def _videos_of(
             offset += frames.nbytes
             videos.append(
                 ProcessedVideo(
-                    frames, part.inverse_indices, part.frame_indices, processor.preprocessor, known_hash=part.mm_hash
+                    frames,
+                    part.inverse_indices,
+                    part.frame_indices,
+                    processor.preprocessor,
+                    known_hash=part.mm_hash,
+                    source=part.source,
                 )
             )
         return videos
@@ -251,22 +269,26 @@ def _videos_of(
 def _error_of(answer: Failed, names: Sequence[str]) -> Exception:
     text = os.fsdecode(answer.text)
     if answer.kind == "media":
-        return VideoError(text)
+        assert answer.cause is not None
+        return VideoError(text, answer.cause)
     if answer.kind == "memory":
         return MemoryError(text)
     if answer.kind == "system":
-        return VideoError(f"{', '.join(names)}: could not be read: {text}")
-    return VideoError(f"{', '.join(names)}: not read because of an error in atb_pllava: {text}; please report it")
+        return VideoError(f"{', '.join(names)}: could not be read: {text}", "out_of_resources")
+    remedy = "please report it"
+    return VideoError(f"{', '.join(names)}: not read because of an error in atb_pllava: {text}; {remedy}", "internal")
 
 
 def _closed(name: str) -> VideoError:
-    return VideoError(f"{name}: not read, because the media pool was closed")
+    return VideoError(f"{name}: not read, because the media pool was closed", "closed")
 
 
 def _name_of(item: Media) -> str:
     """The name of a medium in messages, as `media_file.open_media` and `processor` have it."""
     if isinstance(item, bytes):
         return GIVEN_BYTES
+    if isinstance(item, ImageSequence):
+        return item.name
     return "frames" if isinstance(item, np.ndarray) else os.fsdecode(item)
 
 

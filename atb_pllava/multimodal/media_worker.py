@@ -18,7 +18,10 @@ import socket
 import sys
 import threading
 
+import numpy as np
+
 from atb_pllava.errors import VideoError
+from atb_pllava.multimodal.image_sequence import ImageSequence
 from atb_pllava.multimodal.processor import Media, ProcessedVideo, VideoProcessor
 from atb_pllava.multimodal.shared_bytes import read_array, share
 from atb_pllava.multimodal.video_stream import USUAL_THREADS
@@ -28,8 +31,10 @@ from atb_pllava.multimodal.worker_messages import (
     Channel,
     Done,
     Failed,
+    ImagesMedium,
     Job,
     LogLine,
+    Medium,
     PathMedium,
     PeerLostError,
     Ready,
@@ -122,32 +127,49 @@ def _failure(error: Exception, log: _LogLines) -> Failed:
         kind = "bug"
         logger.error("a media worker failed: %s", error, exc_info=error)
     text = f"{type(error).__name__}: {error}" if kind == "bug" else str(error)
-    return Failed(kind, os.fsencode(text), log.take())
+    cause = error.kind if isinstance(error, VideoError) else None
+    return Failed(kind, cause, os.fsencode(text), log.take())
 
 
 def _media_of(job: Job, descriptor: int | None) -> list[Media]:
     """The media of a job, with contents out of the shared memory. Closes the descriptor."""
-    media: list[Media] = []
-    offset = 0
+    memory = _Memory(descriptor)
     try:
-        for item in job.media:
-            if isinstance(item, PathMedium):
-                media.append(os.fsdecode(item.path))
-                continue
-            shape = (item.size,) if isinstance(item, BytesMedium) else item.shape
-            assert descriptor is not None
-            content = read_array(descriptor, offset, shape)
-            media.append(content if isinstance(item, ArrayMedium) else content.tobytes())
-            offset += content.nbytes
+        return [_medium_of(item, memory) for item in job.media]
     finally:
         if descriptor is not None:
             os.close(descriptor)
-    return media
+
+
+class _Memory:
+    """Reads the parts of a job's shared memory one after the other."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        self._offset = 0
+
+    def next(self, *shape: int) -> np.ndarray:
+        """The next uint8 array of this shape."""
+        assert self._descriptor is not None
+        content = read_array(self._descriptor, self._offset, shape)
+        self._offset += content.nbytes
+        return content
+
+
+def _medium_of(item: Medium, memory: _Memory) -> Media:
+    if isinstance(item, ImagesMedium):
+        return ImageSequence(tuple(_file_of(image, memory) for image in item.images))
+    return memory.next(*item.shape) if isinstance(item, ArrayMedium) else _file_of(item, memory)
+
+
+def _file_of(item: PathMedium | BytesMedium, memory: _Memory) -> str | bytes:
+    return os.fsdecode(item.path) if isinstance(item, PathMedium) else memory.next(item.size).tobytes()
 
 
 def _part(video: ProcessedVideo) -> VideoPart:
     count, height, width, channels = video.frames.shape
-    return VideoPart((count, height, width, channels), video.inverse_indices, video.frame_indices, video.mm_hash)
+    shape = (count, height, width, channels)
+    return VideoPart(shape, video.inverse_indices, video.frame_indices, video.mm_hash, video.source)
 
 
 if __name__ == "__main__":

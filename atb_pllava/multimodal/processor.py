@@ -6,22 +6,24 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from atb_pllava.config import PreprocessorConfig, check_choice
 from atb_pllava.errors import VideoError, counted
-from atb_pllava.multimodal.clip import Clip
-from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, check_indices, sample_frame_indices
+from atb_pllava.multimodal.clip import Clip, SourceInfo
+from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS, FrameSelection, check_indices, sample_frame_indices
+from atb_pllava.multimodal.image_frames import read_image_sequence
+from atb_pllava.multimodal.image_sequence import ImageSequence
 from atb_pllava.multimodal.limits import MediaLimits, check_clip_bytes, check_size
 from atb_pllava.multimodal.media import read_media
 from atb_pllava.multimodal.media_key import media_key
 from atb_pllava.multimodal.single_flight import SingleFlight
 from atb_pllava.multimodal.transforms import RESIZE_MODES, resize_frames
 
-Media = str | os.PathLike[str] | bytes | np.ndarray
+Media = str | os.PathLike[str] | bytes | np.ndarray | ImageSequence
 FrameIndices = Sequence[int] | None  # of one medium; None: frames are sampled
 TimeRange = tuple[float | None, float | None]  # start and end in seconds of one medium; None: its own start or end
 
@@ -32,7 +34,8 @@ class ProcessedVideo:
 
     Frame t of the T sampled frames is frames[inverse_indices[t]]. `mm_hash` is the SHA-256 of all input of the vision
     tower: the frames, their order and the preprocessor's numbers. Whoever makes a ProcessedVideo computes the hash,
-    about 3 ms for 16 frames, or passes one that is already computed as `known_hash`.
+    about 3 ms for 16 frames, or passes one that is already computed as `known_hash`. `source` describes the medium.
+    It is no part of the hash, and None where nobody knows the medium.
     """
 
     frames: np.ndarray  # uint8 [U, S, S, 3]
@@ -42,6 +45,7 @@ class ProcessedVideo:
     mm_hash: bytes = field(init=False, repr=False)
     # An InitVar is no attribute, so that `dataclasses.replace` computes the hash anew.
     known_hash: InitVar[bytes | None] = None
+    source: SourceInfo | None = None
 
     def __post_init__(self, known_hash: bytes | None) -> None:
         object.__setattr__(self, "mm_hash", known_hash or self._computed_hash())
@@ -49,6 +53,13 @@ class ProcessedVideo:
     def __len__(self) -> int:
         """U, the number of distinct frames."""
         return len(self.frames)
+
+    @property
+    def frame_seconds(self) -> tuple[float, ...] | None:
+        """The time of each of the T frames, by the average frame rate as for start_seconds. None without a rate."""
+        if self.source is None or not self.source.fps:
+            return None
+        return tuple(index / self.source.fps for index in self.frame_indices)
 
     def _computed_hash(self) -> bytes:
         seen = f"{self.frames.shape} {self.inverse_indices} {self.preprocessor}"
@@ -82,7 +93,8 @@ class MediaReader(Protocol):
 
 @dataclass(frozen=True)
 class VideoProcessor:
-    """Turns media into ProcessedVideos. A medium is a path, a file's content as bytes, or uint8 frames [T, H, W, 3].
+    """Turns media into ProcessedVideos. A medium is a path, a file's content as bytes, uint8 frames [T, H, W, 3],
+    or an ImageSequence.
 
     Without a `cache` every call of `prepare` reads its media anew. Without a `pool` media are read in the calling
     thread. Frames that are given as arrays are always resized in the calling thread, unless files come beside them.
@@ -105,8 +117,18 @@ class VideoProcessor:
         if self.num_frames > self.limits.max_sampled_frames:
             raise VideoError(
                 f"num_frames is {self.num_frames}, the limit is {self.limits.max_sampled_frames} "
-                "(MediaLimits.max_sampled_frames)"
+                "(MediaLimits.max_sampled_frames)",
+                "bad_request",
             )
+
+    def with_num_frames(self, num_frames: int) -> "VideoProcessor":
+        """This processor for another number of frames. Both share the cache, the pool and the readings under way.
+
+        Raises VideoError for a number over max_sampled_frames.
+        """
+        other = replace(self, num_frames=num_frames)
+        object.__setattr__(other, "_flights", self._flights)
+        return other
 
     def prepare(
         self,
@@ -128,9 +150,10 @@ class VideoProcessor:
             self._check(item, wanted)
         if self.cache is None and self.pool is None:
             return self._prepare_all(media, indices, ranges)
-        key = media_key(media, indices, ranges)
-        if key is None:
+        identity = media_key(media, indices, ranges)
+        if identity is None:
             return self._prepare_all(media, indices, ranges)
+        key = (self.num_frames, identity)
         return self._cached(key) or self._flights.run(key, lambda: self._fill_cache(key, media, indices, ranges))
 
     def prepare_here(
@@ -141,17 +164,18 @@ class VideoProcessor:
         begin: Callable[[int], None] = lambda number: None,
     ) -> list[ProcessedVideo]:
         """`prepare` in this thread, without cache and pool. `begin(number)` is called before each medium is read."""
-        clips = []
+        videos: list[list[Clip]] = []
         for number, (item, wanted, times) in enumerate(zip(media, frame_indices, time_ranges, strict=True)):
             begin(number)
-            clips.append(self._read(item, wanted, times))
+            videos.append(self._read(item, wanted, times))
         resized = resize_frames(
-            [clip.frames for clip in clips],
+            [clip.frames for clips in videos for clip in clips],
             mode=self.resize,
             crop_size=self.preprocessor.crop_size,
             shortest_edge=self.preprocessor.shortest_edge,
         )
-        return [self._keep_distinct(clip, frames) for clip, frames in zip(clips, resized, strict=True)]
+        parts = iter(resized)
+        return [self._keep_distinct(clips, [next(parts) for _ in clips]) for clips in videos]
 
     def _cached(self, key: object) -> list[ProcessedVideo] | None:
         return None if self.cache is None else self.cache.get(key)
@@ -180,21 +204,34 @@ class VideoProcessor:
 
     def _check(self, item: Media, wanted: FrameIndices) -> None:
         """Raises VideoError for a medium of an unknown type, and for the wrong number of frame indices."""
-        if not isinstance(item, str | bytes | os.PathLike | np.ndarray):
-            raise VideoError(f"a video is given as {type(item).__name__}; it must be a path, bytes, or uint8 frames")
+        if not isinstance(item, str | bytes | os.PathLike | np.ndarray | ImageSequence):
+            given = type(item).__name__
+            raise VideoError(
+                f"a video is given as {given}; it must be a path, bytes, uint8 frames or an ImageSequence",
+                "bad_request",
+            )
+        if isinstance(item, ImageSequence):
+            item.check(self.limits)
         if wanted is not None and len(wanted) != self.num_frames:
             raise VideoError(
-                f"frame_indices names {counted(len(wanted), 'frame')}, the model takes {self.num_frames}: name "
-                "exactly that many, or load the model with another num_frames"
+                f"frame_indices names {counted(len(wanted), 'frame')}, num_frames is {self.num_frames}: name "
+                "exactly that many, or another num_frames",
+                "bad_request",
             )
 
-    def _read(self, item: Media, wanted: FrameIndices, times: TimeRange) -> Clip:
+    def _read(self, item: Media, wanted: FrameIndices, times: TimeRange) -> list[Clip]:
+        """The frames of one medium. A clip's frames have one size, so a sequence of images may be several clips."""
+        start, end = times
         if isinstance(item, np.ndarray):
             if times != (None, None):
-                raise VideoError("start_seconds and end_seconds do not apply to frames, which have no times")
-            return _clip_of_array(item, self.num_frames, wanted, self.limits)
-        start, end = times
-        return read_media(
+                raise VideoError(
+                    "start_seconds and end_seconds do not apply to frames, which have no times", "bad_request"
+                )
+            return [_clip_of_array(item, self.num_frames, wanted, self.limits)]
+        if isinstance(item, ImageSequence):
+            selection = FrameSelection(self.num_frames, self.frame_sampler, wanted, start, end)
+            return read_image_sequence(item, selection, self.limits)
+        clip = read_media(
             item,
             self.num_frames,
             frame_sampler=self.frame_sampler,
@@ -204,16 +241,23 @@ class VideoProcessor:
             limits=self.limits,
             threads=self.threads,
         )
+        return [clip]
 
-    def _keep_distinct(self, clip: Clip, frames: np.ndarray) -> ProcessedVideo:
-        """The video of resized frames uint8 [T, S, S, 3]. Frames with the same frame number are kept once."""
-        numbers = list(dict.fromkeys(clip.frame_indices))
-        first_row = [clip.frame_indices.index(number) for number in numbers]
+    def _keep_distinct(self, clips: Sequence[Clip], resized: Sequence[np.ndarray]) -> ProcessedVideo:
+        """The video of clips and their resized frames, uint8 [T, S, S, 3] together.
+
+        Frames with the same frame number are kept once.
+        """
+        frames = resized[0] if len(resized) == 1 else np.concatenate(resized)
+        indices = [index for clip in clips for index in clip.frame_indices]
+        numbers = list(dict.fromkeys(indices))
+        first_row = [indices.index(number) for number in numbers]
         return ProcessedVideo(
             frames=np.ascontiguousarray(frames[first_row]),
-            inverse_indices=tuple(numbers.index(number) for number in clip.frame_indices),
-            frame_indices=tuple(clip.frame_indices),
+            inverse_indices=tuple(numbers.index(number) for number in indices),
+            frame_indices=tuple(indices),
             preprocessor=self.preprocessor,
+            source=clips[0].info,
         )
 
 
@@ -221,7 +265,8 @@ def check_frames(frames: np.ndarray) -> None:
     """Raises VideoError unless the array is uint8 [T, H, W, 3] and not empty."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise VideoError(
-            f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]"
+            f"frames have shape {frames.shape}, dtype {frames.dtype}; RGB frames are uint8 [frames, height, width, 3]",
+            "bad_request",
         )
 
 
@@ -234,8 +279,9 @@ def _clip_of_array(frames: np.ndarray, num_frames: int, wanted: Sequence[int] | 
     if wanted is None:
         if total > num_frames:
             raise VideoError(
-                f"frames holds {counted(total, 'frame')}, the model takes {num_frames}: choose that many, or "
-                "name them in frame_indices"
+                f"frames holds {counted(total, 'frame')}, num_frames is {num_frames}: choose that many, or "
+                "name them in frame_indices",
+                "too_many_frames",
             )
         wanted = range(total) if total == num_frames else sample_frame_indices(total, num_frames)
     indices = check_indices(wanted, total, "frames")

@@ -27,7 +27,7 @@ def resize_frames(
     Raises VideoError for an unknown mode.
     """
     if mode not in RESIZE_MODES:
-        raise VideoError(f"resize mode is {mode!r}; allowed are {', '.join(RESIZE_MODES)}")
+        raise VideoError(f"resize mode is {mode!r}; allowed are {', '.join(RESIZE_MODES)}", "bad_request")
     if mode == "squash":
         return [_each_frame(v, lambda f: f.resize((crop_size, crop_size), Image.Resampling.BILINEAR)) for v in videos]
     if mode == "res672":

@@ -79,7 +79,7 @@ def _read_by_seeking(video: VideoFile, index: PacketIndex, seek: SeekIndex, sele
     readable = len(seek.pts)
     if index.is_truncated and max(buffer.indices) >= readable:
         first_lost = min(k for k in buffer.indices if k >= readable)
-        raise _unreadable(video, first_lost, index.total, readable)
+        raise _unreadable(video, first_lost, index, readable)
     wanted = frozenset(seek.pts[k] for k in buffer.missing if k < readable)
     _store_missing(decode_in_parallel(video, seek, plan_ranges(seek, buffer.missing), wanted), seek, buffer)
     if buffer.missing:
@@ -90,7 +90,7 @@ def _read_by_seeking(video: VideoFile, index: PacketIndex, seek: SeekIndex, sele
     # Either frames are lost, or the packets do not hold one frame each and their number is no measure.
     total, faults = _count_decodable_frames(video)
     if faults or not 0 < total < readable:
-        raise _unreadable(video, min(buffer.missing), index.total, total)
+        raise _unreadable(video, min(buffer.missing), index, total)
     return _read_by_counting(video, replace(index, total=total), selection)
 
 
@@ -114,7 +114,7 @@ def _read_by_counting(video: VideoFile, index: PacketIndex, selection: FrameSele
         return _make_clip(video, index, buffer)
     is_damaged = faults > 0 and total < index.total - TAIL
     if total == 0 or index.is_truncated or is_damaged:
-        raise _unreadable(video, min(buffer.missing), index.total, total)
+        raise _unreadable(video, min(buffer.missing), index, total)
     return _read_by_counting(video, replace(index, total=total), selection)
 
 
@@ -160,8 +160,9 @@ def _make_clip(video: VideoFile, index: PacketIndex, buffer: ClipBuffer) -> Clip
     return Clip(buffer.pixels(), buffer.indices, index.total, index.fps, video.name)
 
 
-def _unreadable(video: VideoFile, index: int, total: int, readable: int) -> VideoError:
+def _unreadable(video: VideoFile, frame: int, index: PacketIndex, readable: int) -> VideoError:
     return VideoError(
-        f"{video.name}: frame {index} of {total} cannot be decoded, {readable} frames are readable; "
-        "the file seems truncated or damaged"
+        f"{video.name}: frame {frame} of {index.total} cannot be decoded, {readable} frames are readable; "
+        "the file seems truncated or damaged",
+        "truncated" if index.is_truncated else "corrupt",
     )

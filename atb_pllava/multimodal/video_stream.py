@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import av
@@ -154,7 +155,7 @@ def check_threads(threads: int | None) -> int:
     """
     if threads is None:
         return min(USUAL_THREADS, os.cpu_count() or 1)
-    return check_whole_number("threads", threads, 1, MAX_THREADS, VideoError)
+    return check_whole_number("threads", threads, 1, MAX_THREADS, partial(VideoError, kind="bad_request"))
 
 
 def best_stream(container: Any) -> Any | None:
@@ -177,14 +178,18 @@ def _choose_stream(container: Any, video: VideoFile) -> Any:
         raise _not_a_video(video)
     stream = best_stream(container)
     if stream is None:
-        raise VideoError(f"{video.name}: has no video stream; name a file with a video stream, or an image")
+        text = f"{video.name}: has no video stream; name a file with a video stream, or an image"
+        raise VideoError(text, "no_video_stream")
     if container.metadata.get("major_brand") in PICTURE_BRANDS and len(container.streams.video) > 1:
         raise VideoError(
-            f"{video.name}: holds a picture in tiles, or several pictures; convert it, to JPEG for example"
+            f"{video.name}: holds a picture in tiles, or several pictures; convert it, to JPEG for example",
+            "wrong_medium",
         )
     codec = _codec_name(stream)
     if codec not in DECODERS:
-        raise VideoError(f"{video.name}: video codec {codec} is not accepted; convert it, to H.264 for example")
+        raise VideoError(
+            f"{video.name}: video codec {codec} is not accepted; convert it, to H.264 for example", "unsupported_codec"
+        )
     return stream
 
 
@@ -193,7 +198,9 @@ def _check_limits(stream: Any, video: VideoFile) -> None:
     width = stream.codec_context.width
     height = stream.codec_context.height
     if not width or not height:
-        raise VideoError(f"{video.name}: the picture size cannot be read; the file is damaged, or the size is absurd")
+        raise VideoError(
+            f"{video.name}: the picture size cannot be read; the file is damaged, or the size is absurd", "corrupt"
+        )
     check_size(width, height, video.name, video.limits)
     # A header with a frame count also states the duration. For other files FFmpeg guesses the duration from the clock.
     stated_seconds = float(stream.duration * stream.time_base) if stream.frames and stream.duration else 0.0
@@ -202,11 +209,14 @@ def _check_limits(stream: Any, video: VideoFile) -> None:
 
 def _not_a_video(video: VideoFile) -> VideoError:
     if is_image(video.file):
-        return VideoError(f"{video.name}: holds an image, not a video; give it where images are accepted")
+        return VideoError(
+            f"{video.name}: holds an image, not a video; give it where images are accepted", "wrong_medium"
+        )
     return VideoError(
         f"{video.name}: cannot be read as a video; it is another kind of file, truncated or damaged. "
         "Accepted are mp4, mov, mkv, webm, avi, wmv, gif, ts, mpg, flv and ogv, and as images JPEG, PNG, APNG, WebP, "
-        "BMP and TIFF"
+        "BMP and TIFF",
+        "not_a_medium",
     )
 
 

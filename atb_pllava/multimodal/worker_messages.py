@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import msgspec
 
 from atb_pllava.config import PreprocessorConfig
+from atb_pllava.errors import VideoErrorKind
+from atb_pllava.multimodal.clip import SourceInfo
 from atb_pllava.multimodal.limits import MediaLimits
 
 _LENGTH = struct.Struct("<I")
@@ -37,10 +39,19 @@ class ArrayMedium(msgspec.Struct, frozen=True, tag="array"):
     shape: tuple[int, ...]
 
 
+class ImagesMedium(msgspec.Struct, frozen=True, tag="images"):
+    """An ImageSequence. The contents of its images lie in the job's shared memory, one after the other."""
+
+    images: list[PathMedium | BytesMedium]
+
+
+Medium = PathMedium | BytesMedium | ArrayMedium | ImagesMedium
+
+
 class Job(msgspec.Struct, frozen=True, tag="job"):
     """The media of one request, and the fields of the VideoProcessor that prepares them."""
 
-    media: list[PathMedium | BytesMedium | ArrayMedium]
+    media: list[Medium]
     frame_indices: list[list[int] | None]
     time_ranges: list[tuple[float | None, float | None]]
     num_frames: int
@@ -76,6 +87,7 @@ class VideoPart(msgspec.Struct, frozen=True):
     inverse_indices: tuple[int, ...]
     frame_indices: tuple[int, ...]
     mm_hash: bytes
+    source: SourceInfo | None
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
@@ -84,9 +96,10 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The error of a job. `media_pool` makes an exception of each `kind`."""
+    """The error of a job. `media_pool` makes an exception of each `kind`. `cause` is the kind of a VideoError."""
 
     kind: str
+    cause: VideoErrorKind | None
     text: bytes
     log: list[LogLine]
 

@@ -95,11 +95,12 @@ class WorkerProcess:
                 name = names[message.number]
                 lost = VideoError
         except TimeoutError:
-            raise VideoError(_too_slow(name, job.limits)) from None
+            raise VideoError(_too_slow(name, job.limits), "timeout") from None
         except PeerLostError:
-            raise lost(f"{name}: the process that read it {self._end()}; {_REMEDY}") from None
+            raise lost(f"{name}: the process that read it {self._end()}; {_REMEDY}", "worker_died") from None
         except BadMessageError as error:
-            raise VideoError(f"{name}: the process that read it sent nonsense ({error}); {_REMEDY}") from None
+            text = f"{name}: the process that read it sent nonsense ({error}); {_REMEDY}"
+            raise VideoError(text, "worker_died") from None
 
     def kill(self) -> None:
         """End the process and wait for its end. A thread in `run` raises then. Any thread may call this."""

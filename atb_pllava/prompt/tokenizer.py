@@ -132,6 +132,13 @@ class Tokenizer:
         """Whether the id has text. Special tokens have none, and padding ids of the vocabulary have none."""
         return token_id not in self._special_ids and self._tokenizer.id_to_token(token_id) is not None
 
+    def token_text(self, token_id: int) -> str:
+        """A token as text, for lists of tokens: with its blanks, and a special token by its name.
+
+        A byte token has its hexadecimal name, such as `<0x0A>`. A padding id of the vocabulary has no text.
+        """
+        return (self._tokenizer.id_to_token(token_id) or "").replace(_BLANK, " ")
+
     def byte_of(self, token_id: int) -> int | None:
         """The byte of a byte token such as `<0x0A>`, or None for any other id.
 

@@ -31,6 +31,11 @@ class Conversation:
                 client.delete_video(video_id)
 
 
+def new_conversation() -> Conversation:
+    """A visitor's empty chat."""
+    return Conversation()
+
+
 class ChatActions:
     """The actions of all visitors. gradio calls each one on a thread of its own, with the visitor's Conversation.
 
@@ -41,8 +46,17 @@ class ChatActions:
         self._client = client
 
     def describe_model(self) -> str:
-        """One line about what is asked. Before the server runs, there is only the general one."""
-        return "Upload a video, or pick an example, and ask about it. A later video joins the same conversation."
+        """The page's head: which model answers, how it pools a video, and what to do."""
+        try:
+            model = self._client.model()
+        except PllavaError as error:
+            return f"## PLLaVA\n{error}. Reload this page when the server is ready."
+        shape = "x".join(map(str, model["pooling_shape"]))
+        pooled = f"{model['num_frames']} frames are pooled to {shape} = {model['num_video_tokens']} tokens"
+        return (
+            f"## {model['id']}\nUpload a video, or pick an example, and ask about it: {pooled}. "
+            f"A later video joins the same conversation, which may have {model['max_model_len']} tokens."
+        )
 
     def show_video(
         self, path: str | None, num_frames: int, conversation: Conversation
@@ -94,11 +108,11 @@ class ChatActions:
     def begin_anew(self, conversation: Conversation) -> tuple[Conversation, Lines, None, Frames, str]:
         """Forget the conversation and its videos."""
         conversation.delete_videos(self._client)
-        return Conversation(), [], None, [], ""
+        return new_conversation(), [], None, [], ""
 
     def _frame(self, video: dict[str, Any], number: int) -> tuple[Image.Image, str]:
         image = Image.open(io.BytesIO(self._client.frame(video["id"], number)))
-        times = video.get("frame_seconds")
+        times = video["frame_seconds"]
         return image, f"frame {video['frame_indices'][number]}" if times is None else f"{times[number]:.2f} s"
 
 
@@ -124,7 +138,5 @@ def _line(content: Any) -> str:
 
 def _about(video: dict[str, Any]) -> str:
     """One line about a registered video."""
-    frames = f"{video['num_frames']} frames"
-    tokens = video.get("num_video_tokens")
-    pooled = "" if tokens is None else f", pooled to {tokens} tokens"
-    return f"{frames} of {video['width']}x{video['height']} pixels{pooled}"
+    length = "" if video["duration"] is None else f", {video['duration']:.1f} s"
+    return f"{video['num_frames']} of {video['total_frames']} frames, {video['width']}x{video['height']} pixels{length}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from atb_pllava.ui.chat_actions import ChatActions, Conversation
+from atb_pllava.ui.chat_actions import ChatActions, new_conversation
 
 PAGE_PATH = "/ui"
 _LARGEST_UPLOAD = 512 * 2**20  # bytes, as MediaLimits.max_bytes
@@ -44,6 +44,7 @@ def mount_chat_page(
         root_path=f"{root_path}{PAGE_PATH}" if root_path else None,
         allowed_paths=sorted({os.path.dirname(os.path.abspath(path)) for path in examples}),
         max_file_size=_LARGEST_UPLOAD,
+        show_error=False,  # only errors that are meant for visitors, which are gr.Error
         ssr_mode=False,
         enable_monitoring=False,
         theme=_THEME,
@@ -51,10 +52,10 @@ def mount_chat_page(
     )
 
 
-def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> gr.Blocks:
+def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> Any:
     with gr.Blocks(title="PLLaVA", analytics_enabled=False) as page:
-        conversation = gr.State(Conversation)
-        gr.Markdown(f"## PLLaVA\n{actions.describe_model()}")
+        conversation = gr.State(new_conversation)
+        about_model = gr.Markdown(elem_id="about_model")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 video = gr.Video(label="Video", sources=["upload"], height=260, elem_id="video")
@@ -68,17 +69,18 @@ def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> gr.
             with gr.Column(scale=3, min_width=320):
                 chat = gr.Chatbot(label="Chat", height=480, elem_id="chat", buttons=["copy"])
                 question = gr.Textbox(
-                    label="Question", placeholder="What happens in the video?", lines=1, elem_id="question"
+                    "", label="Question", placeholder="What happens in the video?", lines=1, elem_id="question"
                 )
                 with gr.Row():
-                    send = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", elem_id="stop")
-                    anew = gr.Button("New chat", elem_id="new_chat")
+                    send = gr.Button("Ask", variant="primary", min_width=80, elem_id="ask")
+                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                    anew = gr.Button("New chat", min_width=80, elem_id="new_chat")
                 with gr.Accordion("Settings", open=False, elem_id="settings"):
-                    system = gr.Textbox(label="System text", placeholder="the model's own", lines=2)
+                    system = gr.Textbox("", label="System text", placeholder="the model's own", lines=2)
                     temperature = gr.Slider(0.0, 2.0, 0.0, step=0.05, label="Temperature (0: the likeliest answer)")
                     num_beams = gr.Slider(1, 5, 1, step=1, label="Beams (above 1: beam search, at temperature 0)")
                     max_tokens = gr.Slider(1, 1024, 200, step=1, label="Longest answer, in tokens")
+        page.load(actions.describe_model, None, [about_model])
         gr.on(
             [video.change, num_frames.release],
             actions.show_video,

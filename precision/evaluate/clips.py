@@ -80,12 +80,12 @@ def read_frame_folder(
     """
     names = [match for match in map(_FRAME_NAME.fullmatch, _listing(folder)) if match]
     if not names:
-        raise VideoError(f"{folder}: holds no frames 00001.jpg, 00002.jpg, ...")
+        raise VideoError(f"{folder}: holds no frames 00001.jpg, 00002.jpg, ...", "empty")
     wanted = _numbers(len(names), num_frames, frame_sampler, start_seconds, end_seconds)
     distinct = list(dict.fromkeys(wanted))
     pictures = [read_image(str(Path(folder) / f"{number:05d}.jpg"), limits).frames for number in distinct]
     if len({picture.shape for picture in pictures}) > 1:
-        raise VideoError(f"{folder}: its frames differ in size")
+        raise VideoError(f"{folder}: its frames differ in size", "bad_request")
     check_clip_bytes(len(wanted), pictures[0].shape[2], pictures[0].shape[1], folder, limits)
     frames = np.concatenate(pictures)[[distinct.index(number) for number in wanted]]
     return Clip(frames, wanted, len(names), FOLDER_FPS, folder)
@@ -95,7 +95,7 @@ def _listing(folder: str) -> list[str]:
     try:
         return [path.name for path in Path(folder).iterdir()]
     except OSError as error:
-        raise VideoError(f"{folder}: cannot be read: {error.strerror}") from None
+        raise VideoError(f"{folder}: cannot be read: {error.strerror}", "unreadable") from None
 
 
 def _numbers(count: int, wanted: int, frame_sampler: str, start: float | None, end: float | None) -> list[int]:

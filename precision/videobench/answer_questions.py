@@ -117,7 +117,8 @@ def answer_set(
     def request_of(key: str) -> dict[str, Any]:
         video = arguments.Eval_Video_root / asked[key].vid_path
         if not video.is_file():
-            raise VideoError(f"there is no video {video}: --Eval_Video_root is the folder that holds Eval_video")
+            text = f"there is no video {video}: --Eval_Video_root is the folder that holds Eval_video"
+            raise VideoError(text, "not_found")
         return {"question": texts[key], "answer_prefix": prefix, "video": str(video)}
 
     files = [(question.name, arguments.Eval_Video_root / question.vid_path) for question in questions]

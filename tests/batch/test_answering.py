@@ -16,7 +16,7 @@ from atb_pllava.batch.result_key import Key, key_of, keys_of
 from atb_pllava.batch.result_log import Row
 from atb_pllava.batch.run_metadata import settings_of
 from atb_pllava.batch.settings import settings_digest
-from atb_pllava.errors import OutOfMemoryError, WeightError
+from atb_pllava.errors import OutOfMemoryError, PllavaError, WeightError
 from tests.support import begun_log, log_rows
 
 PARAMS = SamplingParams(max_tokens=3)
@@ -58,16 +58,16 @@ def test_answers_are_those_of_generate_and_a_second_run_asks_nothing(llm: LLM, t
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (VideoError, "media"),
-        (RequestError, "request"),
-        (BackendError, "backend"),
-        (OutOfMemoryError, "backend"),
-        (ConfigError, "other"),
-        (WeightError, "other"),
+        (VideoError("why", "corrupt"), "media"),
+        (RequestError("why"), "request"),
+        (BackendError("why"), "backend"),
+        (OutOfMemoryError("why"), "backend"),
+        (ConfigError("why"), "other"),
+        (WeightError("why"), "other"),
     ],
 )
-def test_the_kinds_of_errors(error: type[Exception], kind: str) -> None:
-    assert error_row(error("why")) == {"error": "why", "kind": kind}
+def test_the_kinds_of_errors(error: PllavaError, kind: str) -> None:
+    assert error_row(error) == {"error": "why", "kind": kind}
 
 
 def test_an_id_that_occurs_twice_is_refused(llm: LLM, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_an_id_that_occurs_twice_is_refused(llm: LLM, tmp_path: Path) -> None:
 def test_errors_are_rows_and_are_tried_again(llm: LLM, tmp_path: Path, capsys) -> None:
     def broken(name: str) -> dict[str, Any]:
         if name == "bad":
-            raise VideoError("bad.mp4: is empty")
+            raise VideoError("bad.mp4: is empty", "empty")
         if name == "long":
             return {"prompt": "USER: " + "x" * 100_000}
         return {"prompt": "USER:<image> ASSISTANT:", "video": "missing.mp4"} if name == "gone" else request_of(name)

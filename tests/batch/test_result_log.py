@@ -19,7 +19,7 @@ def test_the_rows_as_the_docstring_has_them(tmp_path: Path) -> None:
     settings = {"weights": "9a", "sampling": {"max_tokens": 4}}
     with begun_log(tmp_path / "log.jsonl", settings) as log:
         log.add(Key("a/x.mp4", 12, 1764252000000000001), {"text": "y"})
-        log.add(Key("17"), error_row(VideoError("x.mp4: is empty")))
+        log.add(Key("17"), error_row(VideoError("x.mp4: is empty", "empty")))
     header, answer, error = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     digest = settings_digest(settings)
     assert header == {"log": 1, "settings": digest, "values": settings}

@@ -249,7 +249,7 @@ def test_progress_in_a_terminal_is_a_line_that_goes_away(monkeypatch, caplog) ->
         screen.show(0, "A red circle")
         logging.getLogger("atb_pllava").warning("a.mp4: damaged")
         screen.show(0, "A red circle moves.")
-        screen.finish(1, VideoError("no such thing"))
+        screen.finish(1, VideoError("no such thing", "not_found"))
         screen.close()
     status = "视频.mp4: encoding frames 9 to 16 of 16"  # 39 columns, two of them for each Chinese character
     assert terminal.getvalue() == (

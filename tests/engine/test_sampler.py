@@ -176,7 +176,27 @@ def test_log_probabilities_are_the_models() -> None:
             np.testing.assert_array_equal(sampled.logprobs, row.numpy())
         else:
             best = row.topk(min(count, VOCAB))
-            assert list(sampled.logprobs.items()) == list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            largest = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            assert list(sampled.logprobs.items()) == list({**largest, sampled.token: float(row[sampled.token])}.items())
+
+
+@pytest.mark.parametrize("vocab", [64, VOCAB, 32064])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_the_chosen_token_has_its_log_probability(vocab: int, count: int) -> None:
+    """Temperature 100 chooses nearly evenly, so that most chosen tokens are not among the largest."""
+    many = [{"temperature": 100.0, "seed": seed, "logprobs": count} for seed in range(20)]
+    states = states_of(*many, {"logprobs": count}, {"repetition_penalty": 5.0, "logprobs": count}, prompt=[3])
+    logits = random_logits(len(states), vocab)
+    logits[-1, 3] = 50.0  # the likeliest token, until the penalty
+    expected = logits.log_softmax(1)
+    outside = 0
+    for row, sampled in zip(expected, sample(logits, states), strict=True):
+        largest = row.topk(count).indices.tolist()
+        others = [] if sampled.token in largest else [sampled.token]
+        assert list(sampled.logprobs) == largest + others
+        assert list(sampled.logprobs.values()) == row[largest + others].tolist()
+        outside += len(others)
+    assert outside > 10
 
 
 def test_random_numbers_depend_on_seed_index_and_position_only() -> None:

@@ -407,6 +407,36 @@ def test_chat_turns(merged: Path, clips: list[str], names: Path) -> None:
     assert IMAGE_ID not in spelled and 2 not in spelled
 
 
+def test_images_in_a_row_are_one_video(
+    served: Served, merged: Path, native: LLM, clips: list[str], names: Path
+) -> None:
+    """The frames in shared memory are those of the native engine, and so is the answer."""
+    image = clips[2]
+    other = shutil.copy(image, str(Path(image).with_name("4.png")))
+    times = {"video": clips[0], "start_seconds": 0.5, "end_seconds": 1}
+    messages = [{"role": "user", "content": [{"image": image}, {"text": "A"}, {"image": other}, times]}]
+    wanted = native.prepare({"messages": messages})
+    ids = router(merged).input_builder.make_context(0, messages, shm_name_save_path=str(names))
+    assert collapse(ids, merged) == wanted.prompt_token_ids and len(wanted.spans) == 2
+    blocks = find_blocks(ids, IMAGE_ID, read_config(merged).num_video_tokens)
+    preprocessor = read_preprocessor_config(merged, 56)
+    found = [read_segment(segment, preprocessor).mm_hash for _, segment in blocks]
+    assert found == [video.mm_hash for video in wanted.videos]
+    compare(served, [ids], [expected(native, {"messages": messages})])
+    assert router(merged).tokenize(messages[0]["content"], shm_name_save_path=str(names)).shape == (len(ids),)
+
+
+def test_segment_names_are_written_beside_the_images_of_a_sequence(merged: Path, clips: list[str]) -> None:
+    builder = router(merged).input_builder
+    file = Path(clips[2]).parents[1] / "shm_name.txt"
+    try:
+        builder.make_context(0, [{"role": "user", "content": [{"image": clips[2]}, {"image": clips[2]}]}])
+        (name,) = file.read_text().split()
+        (segments.SHARED_MEMORY / name).unlink()
+    finally:
+        file.unlink(missing_ok=True)
+
+
 def test_options_of_a_chat_have_an_effect_or_are_refused(merged: Path) -> None:
     builder = router(merged).input_builder
     message = [{"role": "user", "content": "one two three four"}]

@@ -16,7 +16,7 @@ READ = VideoProcessor._read
 
 
 def fail(item: object) -> None:
-    name = os.path.basename(item) if isinstance(item, str) else ""
+    name = os.path.basename(os.path.realpath(item)) if isinstance(item, str) else ""
     if name.startswith("abort"):
         os.abort()
     elif name.startswith("kill"):

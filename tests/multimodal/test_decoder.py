@@ -115,7 +115,7 @@ def test_threads_out_of_range(tmp_path, threads):
         read_video(write_clip(tmp_path / "a.mp4", 3), 2, threads=threads)
 
 
-@pytest.mark.parametrize("error", [VideoError("too late"), ClockError(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("error", [VideoError("too late", "timeout"), ClockError(), MemoryError()], ids=repr)
 def test_error_of_a_decoder_thread_reaches_the_caller(tmp_path, monkeypatch, error):
     """A ClockError makes the caller count frames. Other errors are raised."""
     path = write_clip(tmp_path / "a.mp4", COUNT, options=X264_SHORT)

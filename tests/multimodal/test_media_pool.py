@@ -67,6 +67,7 @@ def assert_same(videos: list[ProcessedVideo], expected: list[ProcessedVideo]) ->
         assert np.array_equal(video.frames, other.frames) and video.frames.dtype == np.uint8
         assert video.inverse_indices == other.inverse_indices and video.frame_indices == other.frame_indices
         assert video.mm_hash == other.mm_hash and video.preprocessor == other.preprocessor
+        assert video.source == other.source is not None
 
 
 def is_running(pid: int) -> bool:

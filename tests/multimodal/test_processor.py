@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import VideoError
+from atb_pllava.multimodal.clip import SourceInfo
 from atb_pllava.multimodal.frame_cache import FrameCache
 from atb_pllava.multimodal.frame_sampling import sample_frame_indices
+from atb_pllava.multimodal.media_pool import MediaPool
 from atb_pllava.multimodal.pixel_values import pixel_values
 from atb_pllava.multimodal.processor import ProcessedVideo, VideoProcessor
 from atb_pllava.multimodal.transforms import normalize
@@ -30,6 +33,7 @@ def test_the_hash_is_that_of_all_input_of_the_vision_tower() -> None:
     video = ProcessedVideo(frames, (0, 1, 1), (3, 4, 4), PREPROCESSOR)
     other = frames.copy()
     other[1, 2, 3, 0] ^= 1
+    assert replace(video, source=SourceInfo(9, 8.0, 8, 8)).mm_hash == video.mm_hash
     different = [
         replace(video, frames=other),
         replace(video, frames=frames.reshape(2, 4, 16, 3)),
@@ -65,6 +69,25 @@ def test_time_ranges(clip: Path, frame_sampler: str, times: tuple[float | None, 
     expected = sample_frame_indices(40, 4, "eval", fps=8, start_seconds=start, end_seconds=end)
     assert list(video.frame_indices) == expected
     assert list(whole.frame_indices) == sample_frame_indices(40, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_frame_times_and_the_source(clip: Path, tmp_path: Path, workers: int) -> None:
+    """The clip shows 40 frames of 96x64 pixels in 5 seconds. Frame k is shown at k / 8 seconds."""
+    image = tmp_path / "image.png"
+    Image.new("RGB", (80, 60)).save(image)
+    pool = MediaPool(workers) if workers else None
+    processor = VideoProcessor(4, PREPROCESSOR, pool=pool)
+    try:
+        video, still = (processor.prepare([medium])[0] for medium in (clip, image))
+    finally:
+        if pool is not None:
+            pool.close()
+    assert video.source == SourceInfo(total_frames=40, fps=8.0, width=96, height=64)
+    assert video.source.seconds == 5.0
+    assert video.frame_seconds == tuple(number / 8 for number in video.frame_indices)
+    assert still.source == SourceInfo(total_frames=1, fps=0.0, width=80, height=60)
+    assert still.source.seconds is None and still.frame_seconds is None
 
 
 def test_times_that_cannot_be(clip: Path) -> None:

@@ -58,15 +58,15 @@ def test_other_keys_do_not_wait() -> None:
         assert first.result() == 7
 
 
-@pytest.mark.parametrize("kind", [VideoError, MemoryError])
-def test_an_error_is_for_all_and_is_not_kept(kind: type[Exception]) -> None:
+@pytest.mark.parametrize("error", [VideoError("damaged", "corrupt"), MemoryError("damaged")], ids=repr)
+def test_an_error_is_for_all_and_is_not_kept(error: Exception) -> None:
     def fail() -> int:
-        raise kind("damaged")
+        raise error
 
     flight: SingleFlight[int] = SingleFlight()
     slow = Slow(fail)
     got = together(flight, slow)
-    assert [type(error) for error in got] == [kind] * 4 and slow.calls == 1
+    assert [type(one) for one in got] == [type(error)] * 4 and slow.calls == 1
     assert flight.run("key", lambda: 8) == 8
 
 

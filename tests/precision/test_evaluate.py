@@ -390,7 +390,7 @@ def test_a_clip_is_read_once_for_all_its_questions(monkeypatch: pytest.MonkeyPat
     def counted(video: str, *_: object, start_seconds: float | None, **__: object) -> Clip:
         reads.append((video, start_seconds))
         if video == "broken":
-            raise VideoError("broken: is no video")
+            raise VideoError("broken: is no video", "not_a_medium")
         return Clip(np.zeros((4, 8, 8, 3), np.uint8), [0, 1, 2, 3], 4, 8.0, video)
 
     monkeypatch.setattr(clips, "read_media", counted)

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     media = list_media(*arguments.media)
     for path in media:
         if read_media(path, arguments.num_frames).fps == 0:
-            raise VideoError(f"{path} is an image; name videos")
+            raise VideoError(f"{path} is an image; name videos", "wrong_medium")
     with tempfile.TemporaryDirectory(prefix="atb_pllava_") as directory:
         if not arguments.as_they_are:
             say(arguments, f"re-encoding {counted(len(media), 'video')}")
