@@ -84,7 +84,8 @@ void check_linear(const Shape& shape) {
     for (int64_t count : {(int64_t)1, (int64_t)15, (int64_t)16, (int64_t)17, (int64_t)32, (int64_t)33, most}) {
         const std::vector<bf16> x = random_bf16(count * shape.columns);
         std::vector<bf16> out(count * shape.rows);
-        check_status(atb_linear(&w, x.data(), count, shape.columns, bias.data(), out.data(), shape.rows, BFLOAT, threads));
+        check_status(
+            atb_linear(&w, x.data(), count, shape.columns, bias.data(), out.data(), shape.rows, BFLOAT, threads));
         for (int64_t i = 0; i < count; i++)
             for (int64_t row = 0; row < shape.rows; row++) {
                 double expected = to_float(bias[row]);
@@ -135,8 +136,15 @@ void check_prefill(int64_t length, int64_t context, int64_t heads, int64_t kv_he
     std::vector<char> keys(elements * 2), values(elements * 2);
     std::vector<float> key_scale(elements / dim, 1.f), value_scale(elements / dim, 1.f);
     const bool is_int8 = kind == INT8;
-    const Cache cache{keys.data(),    values.data(), is_int8 ? key_scale.data() : nullptr,
-                      is_int8 ? value_scale.data() : nullptr, blocks, kv_heads, block, dim, kind};
+    const Cache cache{keys.data(),
+                      values.data(),
+                      is_int8 ? key_scale.data() : nullptr,
+                      is_int8 ? value_scale.data() : nullptr,
+                      blocks,
+                      kv_heads,
+                      block,
+                      dim,
+                      kind};
     std::vector<int64_t> table(blocks);
     for (int64_t i = 0; i < blocks; i++) table[i] = blocks - 1 - i;
     std::vector<int64_t> slots(context);
@@ -144,11 +152,12 @@ void check_prefill(int64_t length, int64_t context, int64_t heads, int64_t kv_he
     const std::vector<bf16> k = random_bf16(context * kv_heads * dim);
     const std::vector<bf16> v = random_bf16(context * kv_heads * dim);
     const int64_t kv_stride = kv_heads * dim;
-    check_status(atb_write_kv(&cache, k.data(), kv_stride, v.data(), kv_stride, slots.data(), context, BFLOAT, threads));
+    check_status(
+        atb_write_kv(&cache, k.data(), kv_stride, v.data(), kv_stride, slots.data(), context, BFLOAT, threads));
     const std::vector<bf16> q = random_bf16(length * heads * dim);
     std::vector<bf16> out(length * heads * dim);
-    check_status(atb_prefill(&cache, q.data(), heads * dim, out.data(), heads * dim, table.data(), blocks, heads, length,
-                             context, BFLOAT, threads));
+    check_status(atb_prefill(&cache, q.data(), heads * dim, out.data(), heads * dim, table.data(), blocks, heads,
+                             length, context, BFLOAT, threads));
     double worst = 0;
     for (int64_t i = 0; i < length; i++)
         for (int64_t head = 0; head < heads; head++) {
@@ -175,8 +184,8 @@ void check_encoder(int64_t frames, int64_t tokens, int64_t heads, int64_t dim) {
     const std::vector<bf16> v = random_bf16(count);
     std::vector<bf16> out(count);
     const int64_t token_stride = heads * dim;
-    check_status(atb_encoder(q.data(), k.data(), v.data(), out.data(), frames, tokens, heads, dim, tokens * token_stride,
-                             token_stride, dim, BFLOAT, threads));
+    check_status(atb_encoder(q.data(), k.data(), v.data(), out.data(), frames, tokens, heads, dim,
+                             tokens * token_stride, token_stride, dim, BFLOAT, threads));
     double worst = 0;
     for (int64_t frame = 0; frame < frames; frame++)
         for (int64_t token = 0; token < tokens; token++)
@@ -226,11 +235,10 @@ void hash_of_tile_product() {
 #endif
 
 int check_all() {
-    for (const Shape& shape : {Shape{32, 32, 0, 0, false, false}, Shape{37, 130, 0, 0, false, false},
-                               Shape{65, 515, 0, 0, false, false}, Shape{31, 7, 0, 0, false, false},
-                               Shape{40, 517, 0, 0, true, false}, Shape{40, 300, 0, 0, true, true},
-                               Shape{45, 512, 64, 0, true, true}, Shape{45, 475, 64, 37, true, false},
-                               Shape{45, 289, 128, 96, true, true}})
+    for (const Shape& shape :
+         {Shape{32, 32, 0, 0, false, false}, Shape{37, 130, 0, 0, false, false}, Shape{65, 515, 0, 0, false, false},
+          Shape{31, 7, 0, 0, false, false}, Shape{40, 517, 0, 0, true, false}, Shape{40, 300, 0, 0, true, true},
+          Shape{45, 512, 64, 0, true, true}, Shape{45, 475, 64, 37, true, false}, Shape{45, 289, 128, 96, true, true}})
         check_linear(shape);
     for (Kind kind : {BFLOAT, INT8}) {
         check_prefill(40, 40, 4, 2, 64, kind);

@@ -23,7 +23,7 @@ inline EmulatedTiles& emulated_tiles() {
     return tiles;
 }
 
-inline char (*configured_tile(int number))[TILE_BYTES] {
+inline char (*configured_tile(int number)) [TILE_BYTES] {
     EmulatedTiles& tiles = emulated_tiles();
     if (!tiles.configured) {
         std::fputs("tile registers are used without a configuration\n", stderr);

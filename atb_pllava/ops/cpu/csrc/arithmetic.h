@@ -19,7 +19,7 @@
 //                Panels are always widened. All MR rows of a tile are read.
 //
 // Another arithmetic is one more file gemm_*.h and one more branch below. Its level is one more line of LEVELS in
-// ops/cpu/build.py.
+// ops/cpu/levels.py.
 
 #pragma once
 

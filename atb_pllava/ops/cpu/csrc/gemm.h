@@ -188,8 +188,8 @@ class Linear {
     void multiply(const Input& input) const {
         const int64_t tiles = ceil_div(input.rows, MR);
         const int64_t blocks = ceil_div(tiles, TILES_PER_TASK);
-        // With one tile, tasks are smaller, so that all threads end at the same time. In tile registers a task with many
-        // rows is short too.
+        // With one tile, tasks are smaller, so that all threads end at the same time. Tasks in tile registers are short
+        // too.
         const int64_t fair = std::clamp<int64_t>(panels * blocks / (4 * call.threads), 1, PANELS_PER_TASK);
         const int64_t panels_per_task = tiles > 1 && !M::USES_TILES ? PANELS_PER_TASK : fair;
         pool()->run(ceil_div(panels, panels_per_task) * blocks, call.threads, [&](int64_t task) {

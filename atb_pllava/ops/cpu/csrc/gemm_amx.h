@@ -21,14 +21,14 @@ struct Amx {
     static constexpr bool USES_TILES = true;
 
     // Two groups of 16 rows times two halves of a panel: four registers hold sums, two the input, two the panel. Each
-    // loaded register takes part in two products.
+    // loaded register takes part in two products. A product takes longer than the loads of two registers.
     static constexpr int MR = 2 * TILE_ROWS;
     // A span of a panel takes 16 KiB and stays in the L1 cache, while tiles come from the L2 cache.
     static constexpr int SPAN = STEP;
     // A step of the tiles takes 256 KiB and their sums for all panels of a task 512 KiB.
     static constexpr int64_t TILES_PER_TASK = 16;
-    // With fewer rows the speed of memory limits a product, and the dot instruction reads int8 weights without widening.
-    // From here on the rows fill a register.
+    // From here on the rows of a product, or the queries of a sequence, fill a register. With fewer rows the speed of
+    // memory limits a product, and the dot instruction reads int8 weights without widening.
     static constexpr int64_t LEAST_ROWS = TILE_ROWS;
 
     // to[R][PANEL] (+)= rows of the input times a panel, over `pairs` pairs of K. R is `rows` filled to a multiple of
@@ -44,8 +44,8 @@ struct Amx {
     static constexpr float INT8_EXCESS = Dot::INT8_EXCESS;
     INLINE void widen(const int8_t* b, int64_t pairs, bf16* out) { Dot::widen(b, pairs, out); }
 #else
-    // A CPU with tile registers has the dot instruction too, so only emulated tile registers need this. int8 numbers are
-    // exact in bfloat16.
+    // A CPU with tile registers has the dot instruction too, so only emulated tile registers need this. int8 numbers
+    // are exact in bfloat16.
     static constexpr float INT8_EXCESS = 0;
     INLINE void widen(const int8_t* b, int64_t pairs, bf16* out) {
         for (int64_t i = 0; i < pairs * 2 * PANEL; i += 2 * W) {
@@ -58,47 +58,58 @@ struct Amx {
 
   private:
     static constexpr int PAIRS = TILE_ROWS;          // of K, in one product of registers
+    static constexpr int COLUMNS = TILE_ROWS;        // of the result, in one register
     static constexpr int64_t PANEL_ROW = 4 * PANEL;  // bytes of a row of pairs: two registers side by side
-    static constexpr int64_t HALF = 2 * TILE_ROWS;   // elements from a row of pairs to its second half
-    static constexpr int64_t SUMS = TILE_ROWS;       // columns of the result in one register
-    static constexpr int SUM_00 = 0, SUM_01 = 1, SUM_10 = 2,
-                         SUM_11 = 3;  // tile registers: group of rows, half of panel
-    static constexpr int A_0 = 4, A_1 = 5, B_0 = 6, B_1 = 7;
+
+    // The numbers of the registers. SUM_01 has the sums of the first group of rows and the second half of the panel.
+    static constexpr int SUM_00 = 0;
+    static constexpr int SUM_01 = 1;
+    static constexpr int SUM_10 = 2;
+    static constexpr int SUM_11 = 3;
+    static constexpr int A_0 = 4;
+    static constexpr int A_1 = 5;
+    static constexpr int B_0 = 6;
+    static constexpr int B_1 = 7;
 
     template <int GROUPS>
     static void multiply_groups(const bf16* a, const bf16* b, int64_t pairs, bool first, float* to, int64_t stride) {
-        load_sums<GROUPS>(first, to, stride * sizeof(float));
+        first ? clear_sums<GROUPS>() : load_sums<GROUPS>(to, stride);
         for (; pairs > 0; pairs -= STEP / 2, a += MR * STEP, b += STEP * PANEL) {
             const int64_t count = std::min<int64_t>(pairs, STEP / 2);
             int64_t p = 0;
             for (; p + PAIRS <= count; p += PAIRS) add<GROUPS>(a + 2 * p, STEP, b + p * 2 * PANEL);
             if (p < count) add_rest<GROUPS>(a + 2 * p, b + p * 2 * PANEL, count - p);
         }
-        float* second = to + TILE_ROWS * stride;
-        stride *= sizeof(float);
-        store_tile<SUM_00>(to, stride);
-        store_tile<SUM_01>(to + SUMS, stride);
-        if (GROUPS == 1) return;
-        store_tile<SUM_10>(second, stride);
-        store_tile<SUM_11>(second + SUMS, stride);
+        store_sums<GROUPS>(to, stride);
     }
 
     template <int GROUPS>
-    INLINE void load_sums(bool first, const float* from, int64_t stride) {
-        if (first) {
-            clear_tile<SUM_00>();
-            clear_tile<SUM_01>();
-            if (GROUPS == 1) return;
-            clear_tile<SUM_10>();
-            clear_tile<SUM_11>();
-            return;
-        }
-        const float* second = from + TILE_ROWS * stride / sizeof(float);
-        load_tile<SUM_00>(from, stride);
-        load_tile<SUM_01>(from + SUMS, stride);
+    INLINE void clear_sums() {
+        clear_tile<SUM_00>();
+        clear_tile<SUM_01>();
         if (GROUPS == 1) return;
-        load_tile<SUM_10>(second, stride);
-        load_tile<SUM_11>(second + SUMS, stride);
+        clear_tile<SUM_10>();
+        clear_tile<SUM_11>();
+    }
+
+    template <int GROUPS>
+    INLINE void load_sums(const float* from, int64_t stride) {
+        const int64_t bytes = stride * sizeof(float);
+        load_tile<SUM_00>(from, bytes);
+        load_tile<SUM_01>(from + COLUMNS, bytes);
+        if (GROUPS == 1) return;
+        load_tile<SUM_10>(from + TILE_ROWS * stride, bytes);
+        load_tile<SUM_11>(from + TILE_ROWS * stride + COLUMNS, bytes);
+    }
+
+    template <int GROUPS>
+    INLINE void store_sums(float* to, int64_t stride) {
+        const int64_t bytes = stride * sizeof(float);
+        store_tile<SUM_00>(to, bytes);
+        store_tile<SUM_01>(to + COLUMNS, bytes);
+        if (GROUPS == 1) return;
+        store_tile<SUM_10>(to + TILE_ROWS * stride, bytes);
+        store_tile<SUM_11>(to + TILE_ROWS * stride + COLUMNS, bytes);
     }
 
     // Adds the products of PAIRS pairs. Rows of the input are `stride` elements apart.
@@ -107,7 +118,7 @@ struct Amx {
         load_tile<B_0>(b, PANEL_ROW);
         load_tile<A_0>(a, stride * sizeof(bf16));
         multiply_tiles<SUM_00, A_0, B_0>();
-        load_tile<B_1>(b + HALF, PANEL_ROW);
+        load_tile<B_1>(b + 2 * COLUMNS, PANEL_ROW);
         multiply_tiles<SUM_01, A_0, B_1>();
         if (GROUPS == 1) return;
         load_tile<A_1>(a + TILE_ROWS * stride, stride * sizeof(bf16));

@@ -1,4 +1,4 @@
-// Vector types and operations for each level of CPU (LEVELS in ops/cpu/build.py), and conversions of single elements.
+// Vector types and operations for each level of CPU (LEVELS in ops/cpu/levels.py), and conversions of single elements.
 //
 // Vectors are those of GCC's vector extension: the operators of scalars work on them. Intrinsics are used only where
 // GCC makes poor code of the operators.
