@@ -2,26 +2,23 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from atb_pllava.errors import ConfigError
 
 # The packages of each extra. The package itself may be a clone that pip does not know, so the packages are named.
-EXTRAS = {
-    "serve": ("fastapi", "httpx", "prometheus_client", "python-multipart", "uvicorn"),
-    "ui": ("fastapi", "gradio", "httpx", "prometheus_client", "python-multipart", "uvicorn"),
-}
+_SERVE = ("fastapi", "httpx", "prometheus_client", "python-multipart", "uvicorn")
+EXTRAS = {"serve": _SERVE, "ui": (*_SERVE, "gradio")}
 
 
 def import_with_extra(module: str, extra: str) -> ModuleType:
     """The module of this package that needs the packages of `extra`.
 
-    Raises ConfigError that names the missing package and the line that installs all packages of the extra.
+    Raises ConfigError that names the missing packages and the line that installs the extra.
     """
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("atb_pllava"):
-            raise
+    missing = [package for package in EXTRAS[extra] if find_spec(package.replace("-", "_")) is None]
+    if missing:
         line = f"{sys.executable} -m pip install {' '.join(EXTRAS[extra])}"
-        raise ConfigError(f"the package {error.name} is missing; install it with: {line}") from None
+        raise ConfigError(f"this needs {', '.join(missing)}; install: {line}")
+    return import_module(module)

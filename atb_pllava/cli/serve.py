@@ -84,7 +84,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
         if page is not None:
             page.add_page(app, state, url_of(listener), page_key)
         stack.enter_context(HttpServer(app, listener))
-        llm = stack.enter_context(load_model(arguments, workers))
+        llm = stack.enter_context(load_model(arguments, workers, media_worker_at_load=True))
         state.serve(llm.engine)
         url = url_of(listener, options.root_path)
         print(_welcome(url, name, text is not None), file=sys.stderr)

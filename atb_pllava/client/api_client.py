@@ -125,7 +125,10 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             continue
         if value == "[DONE]":
             return
-        event = json.loads(value)
+        try:
+            event = dict(json.loads(value))
+        except (ValueError, TypeError):
+            raise ServerError("the server sent an event that is no JSON object") from None
         if "error" in event:
             error = event["error"]
             raise ServerError(str(error.get("message")), code=error.get("code"))

@@ -10,10 +10,10 @@ from atb_pllava.server.auth import Authentication, cors_options
 from atb_pllava.server.body_limit import BodyLimit
 from atb_pllava.server.errors import BugGuard, add_error_handlers
 from atb_pllava.server.openapi import describe_bodies
-from atb_pllava.server.path_prefix import PathPrefix
 from atb_pllava.server.protocol.chat import ChatCompletionRequest
 from atb_pllava.server.protocol.completions import CompletionRequest
 from atb_pllava.server.protocol.tokenize import TokenizeRequest
+from atb_pllava.server.root_path import RootPath
 from atb_pllava.server.state import ServerState
 from atb_pllava.server.video_object import VideoUrl
 
@@ -55,4 +55,4 @@ def _add_middleware(app: FastAPI, state: ServerState, page_path: str | None) -> 
     app.add_middleware(BugGuard)
     app.add_middleware(AccessLog)
     if options.root_path:
-        app.add_middleware(PathPrefix, prefix=options.root_path)
+        app.add_middleware(RootPath, prefix=options.root_path)

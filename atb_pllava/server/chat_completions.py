@@ -13,7 +13,7 @@ from atb_pllava.server.chat_answer import ChatAnswer
 from atb_pllava.server.chat_media import ChatMedia
 from atb_pllava.server.chat_messages import parse_messages
 from atb_pllava.server.generation import Generation
-from atb_pllava.server.openapi import GENERATION_ERRORS, json_body
+from atb_pllava.server.openapi import answers, json_body
 from atb_pllava.server.protocol.chat import ChatCompletionRequest
 from atb_pllava.server.protocol.responses import ChatCompletion
 from atb_pllava.server.request_record import RequestRecord
@@ -26,7 +26,7 @@ router = APIRouter()
 @router.post(
     "/v1/chat/completions",
     response_model=None,
-    responses={200: {"model": ChatCompletion}, **GENERATION_ERRORS},
+    responses=answers(ChatCompletion),
     openapi_extra=json_body(ChatCompletionRequest),
     description=(
         "Answers a conversation about videos, as OpenAI's API does. The default temperature is 0: an answer is greedy "

@@ -33,6 +33,12 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 GENERATION_ERRORS = errors(400, 401, 404, 408, 413, 415, 422, 424, 429, 500, 503)
 
 
+def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that generates: a `model`, or a stream of its chunks, or a refusal."""
+    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"model": model, "description": "The answer.", "content": stream}, **GENERATION_ERRORS}
+
+
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
     """The `openapi_extra` of a route that reads a JSON body of this form with `request_body.read_body`."""
     schema = {"$ref": _REF.format(model=model.__name__)}

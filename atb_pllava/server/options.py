@@ -52,7 +52,12 @@ class ServerOptions:
         default=30.0, metadata=option("seconds that running requests get after SIGTERM (default {default})", "S")
     )
     log_level: str = field(
-        default="info", metadata=option("lines on stderr (default {default})", "LEVEL", choices=LOG_LEVELS)
+        default="info",
+        metadata=option(
+            "least level of stderr's lines; from warning on, stdout has no access log (default {default})",
+            "LEVEL",
+            choices=LOG_LEVELS,
+        ),
     )
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class EventStreamResponse(Response):
 
     @contextmanager
     def _time_limit(self, writer: "asyncio.Task[Any]") -> Iterator[None]:
-        """Cancel the writer when the body takes too long. Before Python 3.12, asyncio.wait_for may lose cancellations."""
+        """Cancel the writer if the body takes too long. asyncio.wait_for may lose cancellations before Python 3.12."""
 
         def end() -> None:
             self._is_too_slow = True

@@ -52,7 +52,7 @@ def mount_chat_page(
     )
 
 
-def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> gr.Blocks:
+def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> Any:
     with gr.Blocks(title="PLLaVA", analytics_enabled=False) as page:
         conversation = gr.State(new_conversation)
         about_model = gr.Markdown(elem_id="about_model")

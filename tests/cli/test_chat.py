@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -11,12 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from atb_pllava import LLM
 from atb_pllava.cli.extras import EXTRAS, import_with_extra
+from atb_pllava.cli.server_answerer import ServerAnswerer
 from atb_pllava.cli.verbs import main
+from atb_pllava.client.api_client import ApiClient
 from atb_pllava.errors import ConfigError
+from tests.server.running_server import RunningServer
 from tests.support import ROOT, run_main
 
 TINY = ROOT / "examples" / "tiny_pllava"
@@ -70,6 +75,26 @@ def test_a_missing_video_ends_the_command(monkeypatch, capsys) -> None:
     assert (status, out) == (2, "") and "error: missing.mp4: cannot be opened" in err
 
 
+def test_a_server_gives_the_same_answers(monkeypatch, capsys) -> None:
+    """The server's own model, a second question, another video. At the end the server has no video any more."""
+    lines = [*QUESTIONS, f"/video {OTHER}", "What shape is it?"]
+    here = chat(monkeypatch, capsys, lines, CLIP, "--model_path", TINY)
+    with RunningServer() as server:
+        there = chat(monkeypatch, capsys, lines, CLIP, "--server", server.url, "--max_output_length", 200)
+        assert httpx.get(f"{server.url}/v1/videos").json()["data"] == []
+    assert there[:2] == here[:2] and len(there[1].splitlines()) == 3
+    assert f"asking tiny_pllava at {server.url}" in there[2] and f"{CLIP}: 16 frames" in there[2]
+
+
+def test_a_video_that_the_server_has_forgotten_is_uploaded_again() -> None:
+    with RunningServer() as server, ApiClient(server.url) as client, ServerAnswerer(client, {}, None) as answerer:
+        answerer.open([str(CLIP)])
+        first = "".join(answerer.ask(QUESTIONS[0], []))
+        (video,) = httpx.get(f"{server.url}/v1/videos").json()["data"]
+        client.delete_video(video["id"])
+        assert "".join(answerer.ask(QUESTIONS[0], [])) == first == "The circle is red."
+
+
 @pytest.mark.parametrize("option", ["--model_path=x", "--world_size=2", "--max_batch_size=3"])
 def test_options_that_a_server_has_decided_are_refused(monkeypatch, capsys, option: str) -> None:
     status, _, err = chat(monkeypatch, capsys, [], "--server", "http://127.0.0.1:9", option)
@@ -88,9 +113,17 @@ def test_a_server_that_is_not_there(monkeypatch, capsys, url: str, message: str)
 
 def test_a_missing_extra_names_the_line_that_installs_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "atb_pllava.client.api_client", raising=False)
-    with pytest.raises(ConfigError, match=f"the package httpx is missing.* install {' '.join(EXTRAS['serve'])}"):
+    with pytest.raises(ConfigError, match=f"this needs httpx; install: .* install {' '.join(EXTRAS['serve'])}"):
         import_with_extra("atb_pllava.client.api_client", "serve")
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (serve,) = re.findall(r"^serve = \[(.*)\]", text, re.MULTILINE)
+    (ui,) = re.findall(r"^ui = \[(.*)\]", text, re.MULTILINE)
+    assert re.findall(r'"([a-z_-]+)>=', serve) == list(EXTRAS["serve"])
+    assert re.findall(r'"([a-z_]+)(?:>=|\[)', ui) == ["atb_pllava", "gradio"]
+    assert EXTRAS["ui"] == (*EXTRAS["serve"], "gradio")
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat() -> None:

@@ -58,6 +58,15 @@ def test_refused_requests_take_no_place(tiny: LLM) -> None:
         assert state.admission.num_active == 0
 
 
+def test_each_prompt_of_a_completion_takes_a_place(tiny: LLM) -> None:
+    with served(tiny, ServerOptions(max_waiting=4)) as state, TestClient(create_app(state)) as client:
+        most = 4 + tiny.engine.config.max_batch_size
+        for number, status in ((most, 200), (most + 1, 429), (most, 200)):
+            response = client.post("/v1/completions", json={"prompt": ["Hello"] * number, "max_tokens": 1})
+            assert response.status_code == status
+            assert state.admission.num_active == 0
+
+
 def test_request_larger_than_the_kv_cache_names_the_numbers() -> None:
     with tiny_llm(kv_cache_bytes=2**20, block_size=16) as llm, client_of(llm) as client:
         most = client.get("/v1/models").json()["data"][0]["max_model_len"]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from atb_pllava.cli import serve
+from atb_pllava.cli import extras
 from atb_pllava.cli.verbs import main
 from atb_pllava.server.app import create_app
 from atb_pllava.server.listening import open_socket
@@ -193,6 +194,7 @@ def test_wrong_options_are_one_message(
 
 
 def test_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))
     status, _, errors = run_main(capsys, main, "serve")
-    assert (status, errors) == (2, 'error: serve needs uvicorn; install: pip install "atb_pllava[serve]"\n')
+    line = f"{sys.executable} -m pip install {' '.join(extras.EXTRAS['serve'])}"
+    assert (status, errors) == (2, f"error: this needs uvicorn; install: {line}\n")

@@ -1,9 +1,9 @@
-"""PathPrefix: the server behind a proxy that shows it under a path prefix, such as https://example.com/pllava."""
+"""RootPath: the server behind a proxy that shows it under a path prefix, such as https://example.com/pllava."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-class PathPrefix:
+class RootPath:
     """ASGI middleware: the application sees each path with the prefix, and the prefix as its `root_path`.
 
     ASGI wants both: https://asgi.readthedocs.io/en/latest/specs/www.html. The prefix is added to the paths from which
