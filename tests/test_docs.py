@@ -35,7 +35,7 @@ OTHER_OPTIONS = {
     "hf": {"--local-dir"},
     "mindie_llm_server": {"--config-file"},
     "evalscope": {"--api", "--api-key", "--api-url", "--dataset", "--datasets", "--eval-type"}
-    | {"--extra-args", "--max-tokens", "--number", "--parallel", "--url"},
+    | {"--extra-args", "--max-tokens", "--min-tokens", "--number", "--parallel", "--url"},
     "guidellm": {"--data", "--processor", "--target"},
     "lmms_eval": {"--model_args", "--tasks"},
 }
@@ -286,3 +286,20 @@ def test_the_limits_of_media_are_those_of_the_package() -> None:
     assert {name: float(value) for name, value in rows.items()} == {
         name: float(value) for name, value in vars(MediaLimits()).items()
     }
+
+
+def test_each_attack_of_the_list_has_tests_that_exist() -> None:
+    """The table of docs/verification.md: 38 rows, each with tests, and the number of rows that leave something out."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|([^|]*)\|$", text_of("docs/verification.md"), re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, 39))
+    for _, _, tests, _ in rows:
+        for group in tests.split("; "):
+            path, *names = re.findall(r"`([\w/.]+)`", group)
+            source = text_of(path)
+            assert names
+            for name in names:
+                assert f"def {name}(" in source, f"{path}: {name}"
+    left_out = sum(bool(reason.strip()) for *_, reason in rows)
+    assert f"of {['no', 'one', 'two', 'three', 'four', 'five', 'six'][left_out]} rows a part is left out" in text_of(
+        "docs/verification.md"
+    )
