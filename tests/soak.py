@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ if __name__ == "__main__":
 
 from atb_pllava import LLM, PllavaError, RequestError, RequestOutput, SamplingParams, VideoError
 from atb_pllava.engine.request_stream import RequestStream
+from tests.process_usage import Usage, growth, table, usage_of, worker_processes
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL = {"dtype": "float32", "backend": "cpu", "num_frames": 4, "pooling_shape": (4, 2, 2)}  # 16 tokens a video
@@ -49,9 +50,6 @@ PATIENCE = 300.0  # seconds after which a request counts as lost
 THREADS = 4
 TASKS = 6  # of the asyncio loop
 ENDS = ("answered", "failed by name", "aborted", "lost with a killed process")
-# From the warm-up to the end: MiB of resident memory, and one descriptor and one thread for each process that reads
-# media, of which few may run at the time of a measurement.
-MOST_GROWTH = {"memory": 16.0, "descriptors": 8, "threads": 8, "shared_memory": 0}
 
 Answer = list[tuple[list[int], str, str]]
 
@@ -189,7 +187,7 @@ class Soak:
     def _kill_workers_until(self, ended: threading.Event, seconds: float) -> None:
         rng = random.Random(self.seed)
         while not ended.wait(rng.uniform(0, 2 * seconds)):
-            workers = worker_processes()
+            workers = worker_processes(os.getpid())
             if workers:
                 self.num_killed += 1
                 os.kill(rng.choice(workers), signal.SIGKILL)
@@ -351,80 +349,11 @@ def _outcome(stream: RequestStream) -> RequestOutput | PllavaError:
 # Measuring
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What this process holds while no request is under way. Memory is in MiB."""
-
-    requests: int
-    memory: float
-    descriptors: int
-    threads: int
-    shared_memory: int  # files in /dev/shm that no other process has open
-    workers: int
-
-
 def usage(requests: int) -> Usage:
     """The present usage, after memory that nobody uses was given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return Usage(
-        requests,
-        pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
-        len(os.listdir("/proc/self/fd")),
-        len(os.listdir("/proc/self/task")),
-        len(_own_shared_memory()),
-        len(worker_processes()),
-    )
-
-
-def worker_processes() -> list[int]:
-    """The processes that this process has started to read media."""
-    workers = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (path / "cmdline").read_bytes()
-        except (OSError, IndexError):
-            continue  # the process has ended
-        if parent == os.getpid() and b"worker" in command:
-            workers.append(int(path.name))
-    return workers
-
-
-def _own_shared_memory() -> set[str]:
-    """Files in /dev/shm except those that only other processes have open: they belong to other programs."""
-    names = set(os.listdir("/dev/shm"))
-    own = {os.getpid(), *worker_processes()}
-    for path in Path("/proc").glob("[0-9]*"):
-        if int(path.name) in own or not names:
-            continue
-        try:
-            maps = (path / "maps").read_text().splitlines()
-        except OSError:
-            continue  # the process has ended
-        names -= {line.rpartition("/dev/shm/")[2] for line in maps}
-    return names
-
-
-def growth(measured: list[Usage]) -> list[str]:
-    """What the last measurement has more of than the first 30 % had."""
-    warm = measured[: max(1, len(measured) * 3 // 10)]
-    last = measured[-1]
-    grown = []
-    for name, allowed in MOST_GROWTH.items():
-        before = max(getattr(entry, name) for entry in warm)
-        if getattr(last, name) > before + allowed:
-            grown.append(f"{name} grew from {before} to {getattr(last, name)}")
-    return grown
-
-
-def table(measured: list[Usage]) -> str:
-    """The measurements as a Markdown table."""
-    names = [field.name.replace("_", " ") for field in fields(Usage)]
-    values = [vars(row).values() for row in measured]
-    rows = [[f"{value:.1f}" if isinstance(value, float) else str(value) for value in row] for row in values]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [names, ["---:"] * len(names), *rows])
+    return usage_of(os.getpid(), requests)
 
 
 @dataclass(frozen=True)

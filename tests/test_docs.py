@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.published_sizes import LORA_RANK, PUBLISHED
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.ops.int8 import QuantConfig
+from tests.pages import blocks, commands, text_of
 from tests.support import ROOT, run_script
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,13 +30,17 @@ OTHER_COMMANDS |= {"mindie_llm_server"}
 # Options of programs that are not ours.
 OTHER_OPTIONS = {
     "pip": {"--dest", "--find-links", "--no-index", "--only-binary", "--platform", "--python-version"},
-    "docker": {"--device", "--net", "--shm-size"},
+    "docker": {"--device", "--net", "--rm", "--shm-size"},
     "torchrun": {"--nproc_per_node"},
     "hf": {"--local-dir"},
     "mindie_llm_server": {"--config-file"},
+    "evalscope": {"--api", "--api-key", "--api-url", "--dataset", "--datasets", "--eval-type"}
+    | {"--extra-args", "--max-tokens", "--min-tokens", "--number", "--parallel", "--url"},
+    "guidellm": {"--data", "--processor", "--target"},
+    "lmms_eval": {"--model_args", "--tasks"},
 }
-# Files that pages name and that are not ours: of CANN and MindIE, of PLLaVA's repository.
-FOREIGN_FILES = {"set_env.sh", "tasks/eval/eval_utils.py"}
+# Files that pages name and that are not ours: of CANN and MindIE, of PLLaVA's repository, of VLMEvalKit.
+FOREIGN_FILES = {"set_env.sh", "tasks/eval/eval_utils.py", "vlmeval/config.py"}
 PRECISION_COMMANDS = (
     "precision.parity",
     "precision.clip_score",
@@ -49,41 +53,6 @@ PRECISION_COMMANDS = (
     "precision.videobench.precision_test",
     "precision.videobench.shapes_dataset",
 )
-
-
-def text_of(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
-
-
-def blocks(name: str, language: str) -> list[str]:
-    """The fenced blocks of a page in a language. "" selects the blocks without a language."""
-    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(name), re.MULTILINE | re.DOTALL)
-    return [text for found, text in fences if found == language]
-
-
-def commands(name: str) -> Iterator[list[str]]:
-    """The commands of a page's bash blocks as words, without variables in front and what is piped behind."""
-    for block in blocks(name, "bash"):
-        for line in complete_lines(block.replace("\\\n", " ")):
-            words = shlex.split(line, comments=True)
-            while words and re.match(r"[A-Z_]+=", words[0]):
-                del words[0]
-            cut = [i for i, word in enumerate(words) if word in ("|", ">", "&&", "2>", "&")]
-            if words:
-                yield words[: cut[0]] if cut else words
-
-
-def complete_lines(text: str) -> Iterator[str]:
-    """The lines of a shell text. A quoted text may go over several."""
-    line = ""
-    for part in text.splitlines():
-        line += part
-        if line.count("'") % 2 == 0 and line.count('"') % 2 == 0:
-            yield line
-            line = ""
-        else:
-            line += "\n"
-    assert not line, line
 
 
 def dialogue(text: str) -> list[str]:
@@ -253,7 +222,7 @@ def every_option() -> set[str]:
             parse_precision(path, [], patch)
     for parser in parsers:
         found |= set(options_of(parser))
-    sources = [*ROOT.glob("*.sh"), *(ROOT / "precision").rglob("*.sh"), *(ROOT / "examples").glob("*.py")]
+    sources = [*ROOT.glob("*.sh"), *(ROOT / "precision").rglob("*.sh"), *(ROOT / "examples").rglob("*.py")]
     for source in sources:
         found |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", source.read_text(encoding="utf-8")))
     return found
@@ -317,3 +286,20 @@ def test_the_limits_of_media_are_those_of_the_package() -> None:
     assert {name: float(value) for name, value in rows.items()} == {
         name: float(value) for name, value in vars(MediaLimits()).items()
     }
+
+
+def test_each_attack_of_the_list_has_tests_that_exist() -> None:
+    """The table of docs/verification.md: 38 rows, each with tests, and the number of rows that leave something out."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|([^|]*)\|$", text_of("docs/verification.md"), re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, 39))
+    for _, _, tests, _ in rows:
+        for group in tests.split("; "):
+            path, *names = re.findall(r"`([\w/.]+)`", group)
+            source = text_of(path)
+            assert names
+            for name in names:
+                assert f"def {name}(" in source, f"{path}: {name}"
+    left_out = sum(bool(reason.strip()) for *_, reason in rows)
+    assert f"of {['no', 'one', 'two', 'three', 'four', 'five', 'six'][left_out]} rows a part is left out" in text_of(
+        "docs/verification.md"
+    )

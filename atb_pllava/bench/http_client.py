@@ -24,8 +24,12 @@ class HttpClient(Client):
     def __enter__(self) -> "HttpClient":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an exception, as of Ctrl-C, no thread goes on to wait for an answer."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if kind is not None:
+            self._api.abort()
+        self._threads.shutdown()
 
     def send(self, request: Request, timeline: RequestTimeline) -> None:
         self._threads.submit(self.ask, request, timeline)

@@ -3,8 +3,11 @@
 `chat --server`, `bench serve --server` and the page in the browser use the client.
 """
 
+import contextlib
 import json
 import os
+import socket
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,10 +34,20 @@ class ApiClient:
         # Environment variables for proxies would redirect requests to this machine's own server.
         limits = httpx.Limits(max_connections=None)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._is_aborted = False
 
     def close(self) -> None:
         """Close all connections."""
         self._http.close()
+
+    def abort(self) -> None:
+        """End all requests of other threads, also those that wait for an answer. Each raises ServerError."""
+        with self._lock:
+            self._is_aborted = True
+            for connection in self._sockets:
+                _shut(connection)
 
     def __enter__(self) -> "ApiClient":
         return self
@@ -74,13 +87,24 @@ class ApiClient:
         """The chunks of the answer to a chat completion request. Closing the iterator ends the request."""
         request = {"stream_options": {"include_usage": True}, **body, "stream": True}
         try:
-            with self._http.stream("POST", "/v1/chat/completions", json=request) as response:
+            with self._http.stream(
+                "POST", "/v1/chat/completions", json=request, extensions={"trace": self._note}
+            ) as response:
                 if response.is_error:
                     response.read()
                     raise _refusal(response)
                 yield from _events(response.iter_lines())
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
+
+    def _note(self, event: str, details: Mapping[str, Any]) -> None:
+        """Keep each new connection of httpcore for `abort`, which also ends those that are opened after it."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            connection = details["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets = [*(one for one in self._sockets if one.fileno() >= 0), connection]
+                if self._is_aborted:
+                    _shut(connection)
 
     def _send(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         response = self._request(method, path, **options)
@@ -91,7 +115,7 @@ class ApiClient:
 
     def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
-            response = self._http.request(method, path, **options)
+            response = self._http.request(method, path, extensions={"trace": self._note}, **options)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         if response.is_error:
@@ -107,6 +131,12 @@ def text_of(chunk: Mapping[str, Any]) -> str:
     """The text that a chunk of a stream adds to the first answer."""
     choices = chunk.get("choices") or []
     return "" if not choices else choices[0].get("delta", {}).get("content") or ""
+
+
+def _shut(connection: socket.socket) -> None:
+    """End the reads and writes of all threads on a connection. A closed one is left alone."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _base_url(url: str) -> str:

@@ -107,6 +107,15 @@ def test_nothing_is_wider_than_the_window(browser: Browser, page_server: Running
         browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_the_page_loads_nothing_from_other_hosts(browser: Browser, page_server: RunningServer) -> None:
+    open_page(browser, page_server.url)
+    upload(browser, CLIP)
+    browser.wait(lambda: len(browser.texts("#frames .caption-label")) == 16)
+    script = "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    loaded = browser.driver.execute_script(script)
+    assert loaded and all(url.startswith((f"{page_server.url}/", "data:", "blob:")) for url in loaded)
+
+
 def test_a_key_is_asked_for_and_a_prefix_is_kept(browser: Browser) -> None:
     """Behind a proxy under /pllava, with an API key: the page asks for it, and then answers."""
     environment = {**os.environ, "ATB_PLLAVA_API_KEY": KEY}

@@ -47,7 +47,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "logits_processors": ([],),
     "min_p": (0,),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),

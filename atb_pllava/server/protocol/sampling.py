@@ -50,6 +50,9 @@ class SamplingFields(RequestModel):
     seed: int | None = Field(default=None, ge=0, le=LARGEST_SEED)
     stop: _Stop | None = Field(default=None, description="The answer ends before any of these texts.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end-of-sequence token.")
+    min_tokens: int | None = Field(
+        default=None, ge=0, description="At most max_tokens. Above 0 it needs ignore_eos: true and no stop."
+    )
     n: int | None = Field(default=None, ge=1, le=16, description="Answers; more than one needs a temperature above 0.")
     num_beams: int | None = Field(default=None, ge=1, le=16, description="Above 1: beam search, with temperature 0.")
     user: str | None = Field(default=None, description="Accepted, without effect.")
@@ -76,12 +79,19 @@ class SamplingFields(RequestModel):
         """The engine's SamplingParams. Raises ApiError for fields that exclude each other."""
         names = ("temperature", "top_p", "repetition_penalty", "seed", "stop", "ignore_eos", "n", "num_beams")
         given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        self._check_min_tokens(max_tokens)
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)
         try:
             return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
         except RequestError as error:
             raise invalid_sampling(error) from None
+
+    def _check_min_tokens(self, max_tokens: int) -> None:
+        """Raises ApiError unless every answer is so long anyway, because nothing ends it before `max_tokens`."""
+        if self.min_tokens and (not self.ignore_eos or self.stop or self.min_tokens > max_tokens):
+            message = f"min_tokens is {self.min_tokens}; above 0 it needs ignore_eos: true, no stop and max_tokens"
+            raise ApiError(400, "invalid_field", f"{message} (here {max_tokens}) not below it", "min_tokens")
 
 
 def invalid_sampling(error: RequestError) -> ApiError:
