@@ -7,6 +7,7 @@ alignments and constants that Triton would find at that launch.
 import re
 import subprocess
 import tempfile
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,11 +16,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from atb_pllava.ops.cuda import elementwise_kernels, kv_cache_kernels
 from atb_pllava.ops.cuda import kernels as cuda_kernels
 from atb_pllava.ops.int8 import Int8Weight
+from atb_pllava.ops.interface import LayerCache
 
 TARGET = GPUTarget("cuda", 90, 32)
 PROGRAMS = 4 * 132
+# The kernels that are launched. They call the other functions of a module.
+ENTRIES = {
+    cuda_kernels: ("_attend", "_merge", "_int8_linear", "_dequantise"),
+    elementwise_kernels: ("_rms_norm", "_add_layer_norm", "_swiglu", "_quick_gelu"),
+    kv_cache_kernels: ("_write_kv", "_rotary_and_write_kv", "_gather_kv"),
+}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -67,28 +76,54 @@ def resources(cubin: bytes) -> tuple[str, str]:
     return f"registers {registers}", f"stack {stack}"
 
 
-def main() -> None:
-    for name in ("_rms_norm", "_rotary", "_swiglu", "_write_kv", "_attend", "_merge", "_int8_linear", "_dequantise"):
-        setattr(cuda_kernels, name, Compiled(getattr(cuda_kernels, name)))
+def compile_launches_of(module: ModuleType) -> None:
+    """Make every launch of a kernel of `module` compile the kernel."""
+    for name in ENTRIES[module]:
+        setattr(module, name, Compiled(getattr(module, name)))
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
 
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def compile_attention(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     whole = torch.int64
+    for heads, kv_heads, dim, block in ((32, 32, 128, 128), (56, 8, 128, 128), (8, 2, 80, 16)):
+        cache: LayerCache = (empty(64, kv_heads, block, dim, dtype=cache_dtype),) * 2
+        if cache_dtype == torch.int8:
+            cache += (empty(64, kv_heads, block, dtype=torch.float32),) * 2
+        rows = empty(8, heads + 2 * kv_heads, dim, dtype=dtype)
+        query, keys, values = rows.split((heads, kv_heads, kv_heads), dim=1)
+        angles = empty(8, dim // 2, dtype=torch.float32)
+        slot_mapping = empty(8, dtype=whole)
+        kv_cache_kernels.write_kv(keys, values, cache, slot_mapping)
+        kv_cache_kernels.rotary_and_write_kv(query, keys, values, cache, angles, angles, slot_mapping)
+        kv_cache_kernels.gather_kv(cache, empty(32, dtype=whole), 1000, dtype)
+        for batch in (1, 8):
+            tables = empty(batch, 32, dtype=whole)
+            lens = empty(batch, dtype=whole)
+            cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
+
+
+def compile_elementwise(dtype: torch.dtype) -> None:
+    for width in (4096, 7168):
+        x = empty(8, width, dtype=dtype)
+        weight = empty(width, dtype=dtype)
+        elementwise_kernels.rms_norm(x, weight, 1e-5)
+        elementwise_kernels.fused_add_rms_norm(x, x, weight, 1e-5)
+        elementwise_kernels.swiglu(empty(8, 5 * width, dtype=dtype))
+    x = empty(577, 1024, dtype=dtype)  # of the vision tower
+    elementwise_kernels.fused_add_layer_norm(x, x, x[0], x[0], 1e-5)
+    elementwise_kernels.quick_gelu(empty(577, 4096, dtype=dtype))
+
+
+def main() -> None:
+    for module in ENTRIES:
+        compile_launches_of(module)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for heads, kv_heads, dim, block in ((32, 32, 128, 128), (56, 8, 128, 128), (8, 2, 80, 16)):
-            cache = (empty(64, kv_heads, block, dim, dtype=dtype),) * 2
-            keys = empty(8, kv_heads, dim, dtype=dtype)
-            cuda_kernels.write_kv(keys, keys, cache, empty(8, dtype=whole))
-            for batch in (1, 8):
-                tables = empty(batch, 32, dtype=whole)
-                lens = empty(batch, dtype=whole)
-                cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
-        for width in (4096, 7168):
-            cuda_kernels.rms_norm(empty(8, width, dtype=dtype), empty(width, dtype=dtype), 1e-5)
-            cuda_kernels.swiglu(empty(8, 5 * width, dtype=dtype))
-        angles = empty(8, 64, dtype=torch.float32)
-        cuda_kernels.rotary(empty(8, 32, 128, dtype=dtype), angles, angles)
+        for cache_dtype in (dtype, torch.int8):
+            compile_attention(dtype, cache_dtype)
+        compile_elementwise(dtype)
         for rows in (1, 8, 64) if dtype != torch.float32 else (1, 8):
             for height, group_size in ((4096, 0), (22016, 0), (4096, 64), (22016, 128)):
                 with torch.device("meta"):

@@ -1,9 +1,11 @@
-"""The CUDA backend: Triton kernels for paged decode attention, int8 products with few rows, and element-wise operators.
+"""The CUDA backend: Triton kernels for paged decode attention, the KV cache, int8 products with few rows, and norms and
+activations.
 
 All other operators are torch's. The KV cache has the layout of plain torch (`ops.reference`), which is the reference
 for tests.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -43,15 +45,19 @@ class CudaBackend(TorchBackend):
 
     name = "cuda"
     kernels = "native"
-    features = frozenset({Feature.GRAPH_CAPTURE})
+    features = frozenset({Feature.GRAPH_CAPTURE, Feature.INT8_KV_CACHE})
     preferred_chunk = ACCELERATOR_CHUNK
     preferred_vision_batch = ACCELERATOR_VISION_BATCH
 
     def __init__(self, device: str = "cuda", multiprocessors: int | None = None) -> None:
         super().__init__(device)
         self.name = "cuda"
-        self.features = CudaBackend.features if self.device.type == "cuda" else frozenset()
-        self._kernels = import_kernels()
+        self.features = CudaBackend.features
+        if self.device.type != "cuda":
+            self.features -= {Feature.GRAPH_CAPTURE}
+        self._kernels = import_kernels("kernels")
+        self._elementwise = import_kernels("elementwise_kernels")
+        self._kv_cache = import_kernels("kv_cache_kernels")
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         if multiprocessors is None:
@@ -73,20 +79,43 @@ class CudaBackend(TorchBackend):
         return dequantised
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed: Tensor = self._kernels.rms_norm(x, weight, eps)
+        normed: Tensor = self._elementwise.rms_norm(x, weight, eps)
         return normed
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rotated: Tensor = self._kernels.rotary(x, cos, sin)
-        return rotated
+    def fused_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, total = self._elementwise.fused_add_rms_norm(x, residual, weight, eps)
+        return normed, total
+
+    def fused_add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normed, total = self._elementwise.fused_add_layer_norm(x, residual, weight, bias, eps)
+        return normed, total
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        out: Tensor = self._kernels.swiglu(gate_up)
+        out: Tensor = self._elementwise.swiglu(gate_up)
+        return out
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        out: Tensor = self._elementwise.quick_gelu(x)
         return out
 
     def write_kv(self, keys: Tensor, values: Tensor, cache: LayerCache, slot_mapping: Tensor) -> None:
         """See `Backend.write_kv`. The kernel skips slots below 0."""
-        self._kernels.write_kv(keys, values, cache, slot_mapping)
+        self._kv_cache.write_kv(keys, values, cache, slot_mapping)
+
+    def rotary_and_write_kv(
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """See `Backend.rotary_and_write_kv`. The kernel skips slots below 0."""
+        query, keys = self._kv_cache.rotary_and_write_kv(
+            query, keys, values, cache, metadata.cos, metadata.sin, metadata.slot_mapping
+        )
+        return query, keys
+
+    def _gather(self, cache: LayerCache, table: Tensor, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = self._kv_cache.gather_kv(cache, table, context, dtype)
+        return keys, values
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
         """See `TorchBackend._attend`. Uses torch's flash attention for float16 and bfloat16.
@@ -130,23 +159,20 @@ class CudaBackend(TorchBackend):
         return CudaGraph(graph, out)
 
     def _try_kernels(self) -> None:
-        """Run some kernels once, and compare an int8 product with plain torch.
+        """Run the kernels once, and compare an int8 product with plain torch.
 
         Triton needs a C compiler and a supported device, and the kernels need a recent Triton. The tested product
         starts inside a group and has an odd number of columns, because some Triton versions miscompile that case.
         Raises BackendError if a kernel cannot run or its result is wrong.
         """
-        (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, torch.float32)
-        one = torch.ones(1, 1, 16, device=self.device)
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         wave = torch.arange(16 * 512, device=self.device).reshape(16, 512).sin()
         weight = quantise(wave, group_size=128, symmetric=False).columns(slice(96, 385))
         x = wave[:1, :289].contiguous()
         bias = wave[0, :16]
         try:
-            self.write_kv(one, one, cache, zero[0])
-            batch = SequenceBatch.of([1], [1], zero)
-            self.decode_attention(one, cache, AttentionMetadata(zero[0], batch, batch, zero, zero))
+            self._run_elementwise(wave)
+            for dtype in (torch.float32, torch.int8):
+                self._run_attention(dtype)
             product = self.linear(x, weight, bias)
         except Exception as error:  # errors of the compiler, the linker and Triton have no common class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -161,6 +187,28 @@ class CudaBackend(TorchBackend):
                 f"has a relative error of {worst:.1g}; install another triton"
             )
 
+    def _run_elementwise(self, x: Tensor) -> None:
+        """Run each kernel of norms and activations on x [rows, width]."""
+        weight = x[0]
+        self.rms_norm(x, weight, 1e-5)
+        self.fused_add_rms_norm(x, x, weight, 1e-5)
+        self.fused_add_layer_norm(x, x, weight, weight, 1e-5)
+        self.swiglu(x)
+        self.quick_gelu(x)
+
+    def _run_attention(self, cache_dtype: torch.dtype) -> None:
+        """Write a token to a KV cache of `cache_dtype`, read it back, and attend to it."""
+        (cache,) = self.new_kv_cache(1, 1, 1, 1, 16, cache_dtype)
+        one = torch.ones(1, 1, 16, device=self.device)
+        angles = one[0, :, :8]
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        batch = SequenceBatch.of([1], [1], zero)
+        metadata = AttentionMetadata(zero[0], batch, batch, angles, angles)
+        self.write_kv(one, one, cache, zero[0])
+        self.rotary_and_write_kv(one, one, one, cache, metadata)
+        self._gather(cache, zero[0], 1, torch.float32)
+        self.decode_attention(one, cache, metadata)
+
 
 class CudaGraph(CapturedGraph):
     """A captured decode step. The kernels read the context lengths on the device, in the tensors of the batch."""
@@ -174,15 +222,14 @@ class CudaGraph(CapturedGraph):
         return self._out
 
 
-def import_kernels() -> ModuleType:
-    """The module `ops.cuda.kernels`. Raises BackendError if triton cannot be imported."""
+def import_kernels(name: str) -> ModuleType:
+    """The module `name` of this folder. Raises BackendError if triton cannot be imported."""
     try:
-        from atb_pllava.ops.cuda import kernels as cuda_kernels
+        return importlib.import_module(f"atb_pllava.ops.cuda.{name}")
     except ImportError as error:
         raise BackendError(
             f"triton cannot be imported: {error}; install the triton that torch {torch.__version__} names"
         ) from None
-    return cuda_kernels
 
 
 def _lower_right(rows: int, context: int, device: torch.device) -> Tensor | None:
