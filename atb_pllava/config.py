@@ -245,7 +245,7 @@ class EngineConfig:
     kv_cache_dtype: str = field(
         default="auto",
         metadata=option(
-            "int8: keys and values in half the memory, slightly other numbers, not on Ascend; auto (default): as --dtype",
+            "int8: keys and values in half the memory, slightly other numbers, CPU or CUDA; auto (default): as --dtype",
             "NAME",
             KV_CACHE_DTYPES,
         ),

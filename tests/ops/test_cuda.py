@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,17 +39,18 @@ from atb_pllava.ops.registry import get_backend
 from tests.ops.kernel_support import INT8_SHARDS
 from tests.ops.test_ascend import Replay, decode
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, random_tensor, raw_config
+from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, random_tensor, raw_config
 
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = TorchBackend(DEVICE)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MODULES = ["kernels", "elementwise_kernels", "kv_cache_kernels"]  # of ops/cuda
 
 
 @pytest.fixture(autouse=True, scope="module")
 def products_of_bfloat16() -> Iterator[None]:
-    """Triton's interpreter holds bfloat16 as uint16 and multiplies those: it gets the numbers here."""
+    """Triton's interpreter holds bfloat16 as uint16. It multiplies those and makes those of integers."""
     if DEVICE == "cuda":
         yield
         return
@@ -64,8 +66,12 @@ def products_of_bfloat16() -> Iterator[None]:
     def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object) -> object:
         return plain(self, wide(a), wide(b), *rest) if a.dtype == tl.bfloat16 else plain(self, a, b, *rest)
 
+    def create_si_to_fp(self: Any, x: interpreter.TensorHandle, kind: tl.dtype) -> interpreter.TensorHandle:
+        return self.cast_impl(self.cast_impl(x, tl.float32), kind)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", create_si_to_fp)
         yield
 
 
@@ -142,22 +148,6 @@ def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
     with np.errstate(invalid="ignore"):
         out = fast.decode_attention(query, cache, metadata)[0]
     assert out.isnan().all(dim=1).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128)])
-def test_only_real_slots_are_written(fast: CudaBackend, heads: int, dim: int, block: int, dtype: torch.dtype) -> None:
-    slot_mapping = torch.tensor([5, -1, 2 * block, -1, block - 1], device=DEVICE)
-    keys, values = random(2, 5, heads + 1, dim).to(dtype)[:, :, 1:]
-    plain, own = (PLAIN.new_kv_cache(1, 3, block, heads, dim, dtype)[0] for _ in range(2))
-    for part in (*plain, *own):
-        part.fill_(7)
-    real = slot_mapping >= 0
-    PLAIN.write_kv(keys[real], values[real], plain, slot_mapping[real])
-    fast.write_kv(keys, values, own, slot_mapping)
-    fast.write_kv(keys[:0], values[:0], own, slot_mapping[:0])
-    for expected, part in zip(plain, own, strict=True):
-        assert torch.equal(expected, part)
 
 
 # Prompts
@@ -246,43 +236,18 @@ def test_inputs_of_any_shape_and_stride(fast: CudaBackend) -> None:
         assert_close(fast.linear(part, float_weight), F.linear(part, float_weight))
 
 
-# The functions between
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 100), (5, 2500), (0, 64)])
-def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int, width: int) -> None:
-    x = (random(rows, 2 * width) * 5).to(dtype)
-    weight = random(2 * width, seed=1).to(dtype)
-    for result, expected in (
-        (fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5)),
-        (fast.rms_norm(x.T.contiguous().T, weight, 1e-2), PLAIN.rms_norm(x, weight, 1e-2)),
-        (fast.swiglu(x), PLAIN.swiglu(x)),
-    ):
-        assert_close(result, expected, atol=1e-5, rtol=2 * TOLERANCE[dtype])  # bfloat16 is cut off twice, see above
-        if dtype == torch.float16 and rows:  # rounded where the reference rounds: else a fifth of them differs
-            assert float((result == expected).float().mean()) > 0.95
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 128), (5, 3, 80), (0, 2, 64), (7, 2, 6)])
-def test_rotation(fast: CudaBackend, dtype: torch.dtype, rows: int, heads: int, dim: int) -> None:
-    angles = random(rows, dim // 2, seed=2)
-    x = random(rows, heads + 2, dim).to(dtype)[:, 1 : heads + 1]
-    expected = PLAIN.rotary(x, angles.cos(), angles.sin())
-    assert_close(fast.rotary(x, angles.cos(), angles.sin()), expected, atol=1e-5, rtol=TOLERANCE[dtype])
-
-
 # The whole model
 
 
-@pytest.mark.parametrize("load_format", ["safetensors", "dummy_w8a16"])
+@pytest.mark.parametrize(
+    ("load_format", "kv_cache_dtype"), [("safetensors", "auto"), ("dummy_w8a16", "auto"), ("safetensors", "int8")]
+)
 def test_answers_do_not_depend_on_the_kernels(
-    checkpoint: Path, media: Path, load_format: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, media: Path, load_format: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [{"question": "What is this?", "video": str(media / "clip2.mp4")}, {"prompt": "USER: hello " * 6}]
     params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=-1)
-    options = {"dtype": "float32", "block_size": 16, "load_format": load_format}
+    options = {"dtype": "float32", "block_size": 16, "load_format": load_format, "kv_cache_dtype": kv_cache_dtype}
     plain = LLM(checkpoint, kernels="torch", backend=DEVICE, **options)
     monkeypatch.setattr(loading, "get_backend", lambda *_: CudaBackend(DEVICE, multiprocessors=4))
     fast = LLM(checkpoint, prefill_chunk=7, **options)
@@ -290,7 +255,8 @@ def test_answers_do_not_depend_on_the_kernels(
     for one, other in zip(plain.generate(requests, params), fast.generate(requests, params), strict=True):
         assert one.token_ids == other.token_ids
         expected, result = (torch.from_numpy(np.stack(answer.logprobs)) for answer in (one, other))
-        assert_near(result, expected, 2e-5)
+        # Rounding to 8 bits makes small differences larger.
+        assert_near(result, expected, 2e-5 if kv_cache_dtype == "auto" else 2e-3)
 
 
 class Repeater(CudaBackend):
@@ -341,6 +307,13 @@ class Noted:
         return (value.device, value.dtype, value.storage_offset()) if isinstance(value, Tensor) else value
 
 
+def note_launches(launches: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel runs any more. Every launch is appended to `launches`."""
+    for module in map(cuda.import_kernels, MODULES):
+        for name in [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]:
+            monkeypatch.setattr(module, name, Noted(name, launches))
+
+
 class OnlyMeta(TorchDispatchMode):
     """Fails where torch touches a tensor of another device."""
 
@@ -353,18 +326,19 @@ class OnlyMeta(TorchDispatchMode):
 
 @pytest.mark.parametrize("batch", [1, 3, 65])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_recording_needs_nothing_from_the_host(
+    batch: int, int8: bool, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
-    kernels = cuda.import_kernels()
-    for name in [name for name, value in vars(kernels).items() if isinstance(value, KernelInterface)]:
-        monkeypatch.setattr(kernels, name, Noted(name, launches))
+    note_launches(launches, monkeypatch)
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
     config = config_from_json(raw_config())
     with torch.device("meta"):
         model = Pllava(config, ops, torch.bfloat16, None, dummy_quant_config(config) if int8 else None)
-    runner = ModelRunner(model, 4, 16)
+    runner = ModelRunner(model, 4, 16, kv_cache_dtype)
     some = [0] * batch
     step = ModelInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
     launches.clear()
@@ -374,7 +348,7 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
     monkeypatch.setattr(torch, "tensor", None)  # it copies from the host, and the dispatcher sees nothing of that
     with OnlyMeta():
         ops.step()
-    assert launches == warm_up and len(launches) > 2 * 8
+    assert launches == warm_up and len(launches) > 2 * 6
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are the driver's")
@@ -436,7 +410,7 @@ def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(fast._kernels, "write_kv", fail)
+    monkeypatch.setattr(fast._kv_cache, "rotary_and_write_kv", fail)
     with pytest.raises(
         BackendError, match=r"cannot run the kernels of this package here: Failed to find C compiler\.$"
     ):
@@ -464,9 +438,12 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     kernels = [line.split()[0] for line in done.stdout.splitlines()]
     assert set(kernels) == {
         "_rms_norm",
-        "_rotary",
+        "_add_layer_norm",
         "_swiglu",
+        "_quick_gelu",
         "_write_kv",
+        "_rotary_and_write_kv",
+        "_gather_kv",
         "_attend",
         "_merge",
         "_int8_linear",

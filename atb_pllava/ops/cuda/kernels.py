@@ -1,10 +1,10 @@
 """The Triton kernels of paged decode attention and of int8 products, each with its launch.
 
 Only the files `*kernels.py` of this folder import triton. `ops.cuda.backend` imports them if triton is installed.
-No launch waits for the device. No launch of a decode step depends on a sequence length, so a captured CUDA graph can be
-replayed with other lengths. Triton needs tiles whose sides are powers of two. Masks cut the tiles to the real sizes. Sums are float32.
-Letters are those of `ops.interface`, with M columns of a block table and R rows of x. WIDTH, HEIGHT and ROWS are sides
-of tiles.
+No launch waits for the device. No launch of a decode step depends on a sequence length, so a captured CUDA graph can
+be replayed with other lengths. Triton needs tiles whose sides are powers of two. Masks cut the tiles to the real sizes.
+Sums are float32. Letters are those of `ops.interface`, with M columns of a block table and R rows of x. WIDTH, HEIGHT
+and ROWS are sides of tiles.
 """
 
 import torch
