@@ -99,7 +99,8 @@ class VisionTower(nn.Module):
         for layer in self.layers:
             x, residual = layer(x, residual)
         assert residual is not None, "a tower has layers"
-        return residual[:, 1:] + x[:, 1:]
+        features: Tensor = residual[:, 1:] + x[:, 1:]
+        return features
 
     def weight_views(self) -> dict[str, Tensor]:
         """The view of a parameter for each tensor, by the tensor's name in a checkpoint."""

@@ -177,7 +177,8 @@ def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:
 
 def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, K, D] as int8, and float32 scales [N, K]. The element of largest magnitude in a head becomes ±127."""
-    scale = x.float().abs().amax(-1) / HIGHEST
+    largest = x.float().abs().amax(-1)
+    scale = largest / torch.full_like(largest, HIGHEST)  # by a number, torch multiplies with 1 / 127 on a GPU
     scale = torch.where(scale == 0, 1.0, scale)
     return (x.float() / scale[..., None]).round().to(torch.int8), scale
 

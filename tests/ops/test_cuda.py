@@ -264,7 +264,7 @@ class Repeater(CudaBackend):
 
     def __init__(self, device: str = DEVICE) -> None:
         super().__init__(device, multiprocessors=4)
-        self.features = frozenset({Feature.GRAPH_CAPTURE})
+        self.features = CudaBackend.features
         self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> Replay:

@@ -75,7 +75,7 @@ def assert_same_bytes(part: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 5, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block"), HEADS)
 def test_rotation_and_cache_write(
     fast: CudaBackend,  # noqa: F811
@@ -104,7 +104,7 @@ def test_rotation_and_cache_write(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 5, 300])
+@pytest.mark.parametrize("tokens", [5, 300])
 @pytest.mark.parametrize(("kv_heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128), (2, 33, 1)])
 def test_only_real_slots_are_written(
     fast: CudaBackend,  # noqa: F811
