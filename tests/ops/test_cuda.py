@@ -406,11 +406,27 @@ def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.
     assert caplog.text.count("no CUDA kernels: triton cannot be imported") == 2
 
 
-def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "launch"),
+    [
+        ("_kernels", "decode_attention"),
+        ("_elementwise", "rms_norm"),
+        ("_elementwise", "fused_add_rms_norm"),
+        ("_elementwise", "fused_add_layer_norm"),
+        ("_elementwise", "swiglu"),
+        ("_elementwise", "quick_gelu"),
+        ("_kv_cache", "write_kv"),
+        ("_kv_cache", "rotary_and_write_kv"),
+        ("_kv_cache", "gather_kv"),
+    ],
+)
+def test_a_triton_that_cannot_build(
+    fast: CudaBackend, module: str, launch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(fast._kv_cache, "rotary_and_write_kv", fail)
+    monkeypatch.setattr(getattr(fast, module), launch, fail)
     with pytest.raises(
         BackendError, match=r"cannot run the kernels of this package here: Failed to find C compiler\.$"
     ):
