@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import Feature
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
-from tests.ops.cuda_support import DEVICE, DTYPES, Noted, kernel_modules, random, right_bfloat16_products
+from tests.ops.cuda_support import DEVICE, note_launches, random, right_bfloat16_products
 from tests.ops.test_ascend import Replay, decode
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, raw_config
+from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, raw_config
 
 KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
 PLAIN = TorchBackend(DEVICE)
@@ -115,22 +116,6 @@ def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
     assert out.isnan().all(dim=1).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128)])
-def test_only_real_slots_are_written(fast: CudaBackend, heads: int, dim: int, block: int, dtype: torch.dtype) -> None:
-    slot_mapping = torch.tensor([5, -1, 2 * block, -1, block - 1], device=DEVICE)
-    keys, values = random(2, 5, heads + 1, dim).to(dtype)[:, :, 1:]
-    plain, own = (PLAIN.new_kv_cache(1, 3, block, heads, dim, dtype)[0] for _ in range(2))
-    for part in (*plain, *own):
-        part.fill_(7)
-    real = slot_mapping >= 0
-    PLAIN.write_kv(keys[real], values[real], plain, slot_mapping[real])
-    fast.write_kv(keys, values, own, slot_mapping)
-    fast.write_kv(keys[:0], values[:0], own, slot_mapping[:0])
-    for expected, part in zip(plain, own, strict=True):
-        assert torch.equal(expected, part)
-
-
 # Prompts
 
 
@@ -166,43 +151,18 @@ def test_no_mask_is_made() -> None:
     assert cuda._lower_right(5, 5, torch.device(DEVICE)) is None and cuda._supports_gqa()
 
 
-# The functions between
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 100), (5, 2500), (0, 64)])
-def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int, width: int) -> None:
-    x = (random(rows, 2 * width) * 5).to(dtype)
-    weight = random(2 * width, seed=1).to(dtype)
-    for result, expected in (
-        (fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5)),
-        (fast.rms_norm(x.T.contiguous().T, weight, 1e-2), PLAIN.rms_norm(x, weight, 1e-2)),
-        (fast.swiglu(x), PLAIN.swiglu(x)),
-    ):
-        assert_close(result, expected, atol=1e-5, rtol=2 * TOLERANCE[dtype])  # bfloat16 is cut off twice, see above
-        if dtype == torch.float16 and rows:  # rounded where the reference rounds: else a fifth of them differs
-            assert float((result == expected).float().mean()) > 0.95
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 128), (5, 3, 80), (0, 2, 64), (7, 2, 6)])
-def test_rotation(fast: CudaBackend, dtype: torch.dtype, rows: int, heads: int, dim: int) -> None:
-    angles = random(rows, dim // 2, seed=2)
-    x = random(rows, heads + 2, dim).to(dtype)[:, 1 : heads + 1]
-    expected = PLAIN.rotary(x, angles.cos(), angles.sin())
-    assert_close(fast.rotary(x, angles.cos(), angles.sin()), expected, atol=1e-5, rtol=TOLERANCE[dtype])
-
-
 # The whole model
 
 
-@pytest.mark.parametrize("load_format", ["safetensors", "dummy_w8a16"])
+@pytest.mark.parametrize(
+    ("load_format", "kv_cache_dtype"), [("safetensors", "auto"), ("dummy_w8a16", "auto"), ("safetensors", "int8")]
+)
 def test_answers_do_not_depend_on_the_kernels(
-    checkpoint: Path, media: Path, load_format: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, media: Path, load_format: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [{"question": "What is this?", "video": str(media / "clip2.mp4")}, {"prompt": "USER: hello " * 6}]
     params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=-1)
-    options = {"dtype": "float32", "block_size": 16, "load_format": load_format}
+    options = {"dtype": "float32", "block_size": 16, "load_format": load_format, "kv_cache_dtype": kv_cache_dtype}
     plain = LLM(checkpoint, kernels="torch", backend=DEVICE, **options)
     monkeypatch.setattr(loading, "get_backend", lambda *_: CudaBackend(DEVICE, multiprocessors=4))
     fast = LLM(checkpoint, prefill_chunk=7, **options)
@@ -210,7 +170,8 @@ def test_answers_do_not_depend_on_the_kernels(
     for one, other in zip(plain.generate(requests, params), fast.generate(requests, params), strict=True):
         assert one.token_ids == other.token_ids
         expected, result = (torch.from_numpy(np.stack(answer.logprobs)) for answer in (one, other))
-        assert_near(result, expected, 2e-5)
+        # Rounding to 8 bits makes small differences larger.
+        assert_near(result, expected, 2e-5 if kv_cache_dtype == "auto" else 2e-3)
 
 
 class Repeater(CudaBackend):
@@ -218,7 +179,7 @@ class Repeater(CudaBackend):
 
     def __init__(self, device: str = DEVICE) -> None:
         super().__init__(device, multiprocessors=4)
-        self.features = frozenset({Feature.GRAPH_CAPTURE})
+        self.features = CudaBackend.features
         self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> Replay:
@@ -257,18 +218,19 @@ class OnlyMeta(TorchDispatchMode):
 
 @pytest.mark.parametrize("batch", [1, 3, 65])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_recording_needs_nothing_from_the_host(
+    batch: int, int8: bool, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
-    for module in kernel_modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]:
-            monkeypatch.setattr(module, name, Noted(name, launches))
+    note_launches(launches, monkeypatch)
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
     config = config_from_json(raw_config())
     with torch.device("meta"):
         model = Pllava(config, ops, torch.bfloat16, None, dummy_quant_config(config) if int8 else None)
-    runner = ModelRunner(model, 4, 16)
+    runner = ModelRunner(model, 4, 16, kv_cache_dtype)
     some = [0] * batch
     step = ModelInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
     launches.clear()
@@ -278,7 +240,7 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
     monkeypatch.setattr(torch, "tensor", None)  # it copies from the host, and the dispatcher sees nothing of that
     with OnlyMeta():
         ops.step()
-    assert launches == warm_up and len(launches) > 2 * 8
+    assert launches == warm_up and len(launches) > 2 * 6
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are the driver's")
@@ -336,11 +298,29 @@ def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.
     assert caplog.text.count("no CUDA kernels: triton cannot be imported") == 2
 
 
-def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "launch"),
+    [
+        ("_kernels", "decode_attention"),
+        ("_elementwise", "rms_norm"),
+        ("_elementwise", "fused_add_rms_norm"),
+        ("_elementwise", "fused_add_layer_norm"),
+        ("_elementwise", "swiglu"),
+        ("_elementwise", "quick_gelu"),
+        ("_kv_cache", "write_kv"),
+        ("_kv_cache", "rotary_and_write_kv"),
+        ("_kv_cache", "gather_kv"),
+        ("_int8_linear", "int8_linear"),
+        ("_int8_dequantise", "dequantise"),
+    ],
+)
+def test_a_triton_that_cannot_build(
+    fast: CudaBackend, module: str, launch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(fast._kernels, "write_kv", fail)
+    monkeypatch.setattr(getattr(fast, module), launch, fail)
     with pytest.raises(
         BackendError, match=r"cannot run the kernels of this package here: Failed to find C compiler\.$"
     ):
@@ -361,9 +341,12 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     kernels = [line.split()[0] for line in done.stdout.splitlines()]
     assert set(kernels) == {
         "_rms_norm",
-        "_rotary",
+        "_add_layer_norm",
         "_swiglu",
+        "_quick_gelu",
         "_write_kv",
+        "_rotary_and_write_kv",
+        "_gather_kv",
         "_attend",
         "_merge",
         "_few_rows",
