@@ -125,6 +125,38 @@ def test_two_ranks_give_the_answers_of_one(checkpoint: Path, weights: str, monke
     assert ops.freed == 2, "NCCL waits for the graphs that hold its collectives"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_a_graph_holds_collectives_of_nccl() -> None:
+    """With one rank, because NCCL takes a GPU for each rank."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    ops = get_backend("cuda")
+    x = torch.ones(3, 4, device=ops.device)
+
+    def step() -> torch.Tensor:
+        return ops.all_gather(ops.all_reduce(2 * x), 1)
+
+    step()
+    graph = ops.capture(step)
+    for value in (3.0, 5.0):
+        x.fill_(value)
+        assert bool((graph.replay([]) == 2 * value).all())
+    graph.free()
+    leave_process_group()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("weights", ["safetensors", "dummy_w8a16"])
+def test_two_gpus_give_the_answers_of_one(checkpoint: Path, weights: str) -> None:
+    options = {"load_format": weights, "dtype": "float32", "backend": "cuda", "kernels": "native"}
+    with LLM(checkpoint, max_batch_size=2, block_size=16, **options) as llm:
+        alone = llm.generate(REQUESTS, GREEDY)
+    with LLM(checkpoint, max_batch_size=2, block_size=16, world_size=2, **options) as llm:
+        together = llm.generate(REQUESTS, GREEDY)
+    assert_same_outputs(together, alone)
+    assert not dist.is_initialized()
+
+
 def test_the_kv_cache_is_planned_for_the_fullest_rank(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(TorchBackend, "free_memory", lambda _: 10**9)

@@ -1,7 +1,7 @@
 """Which CUDA build of torch this machine's NVIDIA driver can run, and the pip command that installs the build.
 
-Set-up runs this file as a program, before any package is installed: `python torch_builds.py PYTHON`. The program prints
-one sentence when an NVIDIA GPU is here and PYTHON's torch has no CUDA. This file imports only the standard library.
+Set-up runs this file as a program, without the package: `python - PYTHON <torch_builds.py`. The program prints one
+sentence when an NVIDIA GPU is here and PYTHON's torch has no CUDA. This file imports only the standard library.
 """
 
 import os
