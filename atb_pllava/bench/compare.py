@@ -1,5 +1,6 @@
 """This package against transformers, stage by stage, in one process and in turns."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -16,10 +17,13 @@ from atb_pllava.bench.sweep import costs_of
 from atb_pllava.bench.tables import markdown
 from atb_pllava.bench.timing import Work, interleaved, ratio
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
+from atb_pllava.errors import BackendError
 from atb_pllava.llm import LLM
 from atb_pllava.model.costs import Cost
 from atb_pllava.multimodal.transforms import normalize
 from atb_pllava.ops.interface import Backend
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Variants = dict[str, Callable[[], Tensor]]  # ways of transformers to do the same work, by name
@@ -63,7 +67,8 @@ def compare(
 
     On a CPU, transformers runs with a static cache and with the faster of SDPA and eager attention. On an accelerator,
     transformers runs with SDPA. A decode step then has two rows: launched operator by operator with a growing cache,
-    and captured in a graph with a static cache. transformers' pixels are on the device before, in float32. Ours are
+    and captured in a graph with a static cache. A step that cannot be captured is left out with a warning.
+    transformers' pixels are on the device before, in float32. Ours are
     uint8 frames in the host's memory.
     llama.cpp has its own weights, and takes part in prefill and in decoding at batch size 1. The peaks of the machine
     are measured in every round, because other load on a shared machine moves them.
@@ -107,8 +112,14 @@ def compare(
         say(f"decode step, batch size {batch}, {tokens} tokens of context")
         stage = _Stage(f"decode, batch {batch}", costs.decode([tokens + 1] * batch), peaks, 5 * rounds, ops)
         ours = _bind(stages.decode, batch, tokens)
-        for decode_steps in _decode_ways(peer, batch, tokens, ops):
-            yield stage.row(ours, decode_steps(), llama_cpp.decode if llama_cpp is not None and batch == 1 else None)
+        for make_steps in _decode_ways(peer, batch, tokens, ops):
+            try:
+                steps = make_steps()
+            except BackendError as error:
+                logger.warning("batch size %d: a row is left out: %s", batch, error)
+                continue
+            yield stage.row(ours, steps, llama_cpp.decode if llama_cpp is not None and batch == 1 else None)
+            del steps  # before the next way makes its cache
 
 
 def _bind(call: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:

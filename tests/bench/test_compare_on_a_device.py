@@ -13,7 +13,7 @@ from atb_pllava.bench.compare_defaults import bytes_of_both, default_batches, de
 from atb_pllava.bench.shapes import shape_config
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
 from atb_pllava.config import PllavaConfig
-from atb_pllava.errors import BackendError
+from atb_pllava.errors import BackendError, OutOfMemoryError
 from atb_pllava.loader import model_loader
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.ops.device_event import HostEvent
@@ -110,6 +110,42 @@ def test_a_graph_with_other_logits_is_refused(config: PllavaConfig, monkeypatch:
     monkeypatch.setattr(Replay, "replay", lambda self, _: self.step() * 1.1)
     with pytest.raises(BackendError, match=r"captured decode step differs from its eager step by 0\.1"):
         peer.captured_decode_step(2, 20)
+
+
+def test_a_step_that_cannot_be_captured_is_left_out_by_name(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BackendError("an operation needs the host")
+
+    monkeypatch.setattr(TransformersPeer, "captured_decode_step", refuse)
+    (tmp_path / "config.json").write_text(json.dumps({**raw_config(vocab_size=3000), "image_token_index": 2999}))
+    options = ["--shape", str(tmp_path / "config.json"), "--dtype", "float32", "--stages", "decode", "--quiet"]
+    options += ["--rounds", "1", "--batches", "2,3", "--json", str(tmp_path / "rows.json")]
+    assert main(["bench", "compare", "--backend", "cuda", *options]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["stage"], row["transformers_attention"]) for row in rows] == [
+        ("decode, batch 2", "sdpa"),
+        ("decode, batch 3", "sdpa"),
+    ]
+    assert caplog.text.count("a row is left out: an operation needs the host") == 2
+
+
+def test_what_was_measured_before_an_error_is_not_lost(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OutOfMemoryError("80 GB are too few")
+
+    monkeypatch.setattr(TransformersPeer, "prefill", fail)
+    (tmp_path / "config.json").write_text(json.dumps({**raw_config(vocab_size=3000), "image_token_index": 2999}))
+    options = ["--shape", str(tmp_path / "config.json"), "--dtype", "float32", "--rounds", "1", "--quiet"]
+    options += ["--batches", "1", "--json", str(tmp_path / "rows.json")]
+    assert main(["bench", "compare", "--backend", "cuda", *options]) == 2
+    said = capsys.readouterr()
+    assert "| vision, 4 frames" in said.out and "80 GB are too few" in said.err
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["stage"] == "vision, 4 frames"
 
 
 def test_a_step_to_be_captured_needs_nothing_from_the_host(

@@ -71,7 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.gguf is not None:
             llama_cpp = LlamaCppPeer(arguments.gguf, config.text, length + 8, peaks.threads)
         progress = partial(say, arguments)
-        rows = list(compare(llm, stages, arguments.text_tokens, batches, arguments.rounds, llama_cpp, progress))
-        print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
-        save_json(arguments, rows)
+        rows = []
+        try:
+            for row in compare(llm, stages, arguments.text_tokens, batches, arguments.rounds, llama_cpp, progress):
+                rows.append(row)
+        finally:  # what was measured before an error, such as too little memory, is not lost
+            if rows:
+                print(f"{peaks.device}, {peaks.measured_on}\n\n{markdown(peaks.rows())}\n\n{compare_tables(rows)}")
+                save_json(arguments, rows)
     return 0
