@@ -11,9 +11,10 @@ from atb_pllava.__main__ import main
 from atb_pllava.bench import machine, transformers_peer
 from atb_pllava.bench.compare_defaults import bytes_of_both, default_batches, default_shape
 from atb_pllava.bench.shapes import shape_config
+from atb_pllava.bench.stage_runner import StageRunner
 from atb_pllava.bench.transformers_peer import FILL, TransformersPeer
 from atb_pllava.config import PllavaConfig
-from atb_pllava.errors import BackendError, OutOfMemoryError
+from atb_pllava.errors import BackendError, ConfigError, OutOfMemoryError
 from atb_pllava.loader import model_loader
 from atb_pllava.loader.checkpoint_config import config_from_json
 from atb_pllava.ops.device_event import HostEvent
@@ -21,7 +22,7 @@ from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
 from tests.ops.test_ascend import Recorder, Replay
 from tests.ops.test_cuda import OnlyMeta
-from tests.support import raw_config
+from tests.support import load_llm, raw_config
 
 pytest.importorskip("transformers")
 
@@ -146,6 +147,15 @@ def test_what_was_measured_before_an_error_is_not_lost(
     assert "| vision, 4 frames" in said.out and "80 GB are too few" in said.err
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["stage"] == "vision, 4 frames"
+
+
+def test_a_batch_beyond_the_kv_cache_is_refused(checkpoint: Path) -> None:
+    with load_llm(checkpoint, block_size=16, kv_cache_bytes=2**16) as llm:
+        stages = StageRunner(llm)
+        most = llm.engine.core.executor.runner.blocks // 2
+        assert stages.decode(most, 20).shape[0] == most
+        with pytest.raises(ConfigError, match=f"batch of {most + 1} needs .* larger batch sizes than {most} out"):
+            stages.decode(most + 1, 20)
 
 
 def test_a_step_to_be_captured_needs_nothing_from_the_host(
