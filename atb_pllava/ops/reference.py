@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava.ops.cpu.build import cpu_features
+from atb_pllava.ops.cuda.devices import check_gpus
 from atb_pllava.ops.forward_batch import AttentionMetadata
 from atb_pllava.ops.int8 import HIGHEST, Int8Weight
 from atb_pllava.ops.interface import (
@@ -44,8 +45,15 @@ class TorchBackend(Backend):
         self.name = self.device.type
         if not self.on_host:
             self.features = frozenset({Feature.INT8_KV_CACHE})
+            if self.device.type == "cuda":
+                self.features |= {Feature.TENSOR_PARALLEL}
             self.preferred_chunk = ACCELERATOR_CHUNK
             self.preferred_vision_batch = ACCELERATOR_VISION_BATCH
+
+    def check_world_size(self, world_size: int) -> None:
+        super().check_world_size(world_size)
+        if self.device.type == "cuda":
+            check_gpus(world_size)
 
     def preferred_dtype(self, stored: str) -> str:
         """On a CPU: bfloat16 if the CPU has bfloat16 instructions, else float32. On other devices: `stored`."""

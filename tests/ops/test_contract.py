@@ -115,7 +115,9 @@ def test_features_are_asked_for_before_loading(checkpoint: Any, monkeypatch: pyt
     monkeypatch.setattr("atb_pllava.executor.launcher.fill_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(BackendError, match="kv_cache_dtype 'int8' works on the cpu and cuda backends .*, not on bare"):
         LLM(checkpoint, dtype="float32", kv_cache_dtype="int8")
-    with pytest.raises(BackendError, match="world_size above 1 works on the cpu and ascend backends only, not on bare"):
+    with pytest.raises(
+        BackendError, match="world_size above 1 works on the cpu, cuda and ascend backends only, not on bare"
+    ):
         LLM(checkpoint, dtype="float32", world_size=2)
 
 

@@ -3,6 +3,11 @@ activations.
 
 All other operators are torch's. The KV cache has the layout of plain torch (`ops.reference`), which is the reference
 for tests.
+
+No test has run on several GPUs yet. Open until one does:
+- All speeds of several ranks.
+- Does the decode step of several ranks, with its all-reduces and its gather, capture and replay?
+- How soon do the other ranks end if a rank dies within a collective of NCCL? Rank 0 aborts its communicators.
 """
 
 import importlib
@@ -47,27 +52,29 @@ _TRIED_PRODUCTS = (
 class CudaBackend(TorchBackend):
     """See `ops.interface.Backend`. `device` may be a CPU for tests, if Triton interprets the kernels.
 
+    A "cuda" device without a number is the current one. A numbered device must be the current device of the thread:
+    Triton launches on the current device.
     Raises BackendError if Triton is not installed or cannot run the kernels.
     """
 
     name = "cuda"
     kernels = "native"
-    features = frozenset({Feature.GRAPH_CAPTURE, Feature.INT8_KV_CACHE})
+    features = frozenset({Feature.GRAPH_CAPTURE, Feature.INT8_KV_CACHE, Feature.TENSOR_PARALLEL})
     preferred_chunk = ACCELERATOR_CHUNK
     preferred_vision_batch = ACCELERATOR_VISION_BATCH
 
-    def __init__(self, device: str = "cuda", multiprocessors: int | None = None) -> None:
+    def __init__(self, device: str | torch.device = "cuda", multiprocessors: int | None = None) -> None:
         super().__init__(device)
         self.name = "cuda"
         self.features = CudaBackend.features
         if self.device.type != "cuda":
-            self.features -= {Feature.GRAPH_CAPTURE}
+            self.features = frozenset({Feature.INT8_KV_CACHE})
         self._kernels = import_kernels("kernels")
         self._elementwise = import_kernels("elementwise_kernels")
         self._kv_cache = import_kernels("kv_cache_kernels")
         self._int8_linear = import_kernels("int8_linear")
         self._int8_dequantise = import_kernels("int8_dequantise")
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if multiprocessors is None:
             multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -174,7 +181,8 @@ class CudaBackend(TorchBackend):
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Unsafe calls of this thread alone end the capture. The watchdog thread of NCCL asks for events meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = step()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves the capture's stream current when ending the capture fails
@@ -251,6 +259,9 @@ class CudaGraph(CapturedGraph):
     def replay(self, context_lens: Sequence[int]) -> Tensor:
         self._graph.replay()
         return self._out
+
+    def free(self) -> None:
+        self._graph.reset()
 
 
 def import_kernels(name: str) -> ModuleType:
