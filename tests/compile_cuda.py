@@ -16,10 +16,14 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-from atb_pllava.ops.cuda import elementwise_kernels, int8_dequantise, int8_linear, kv_cache_kernels
-from atb_pllava.ops.cuda import kernels as cuda_kernels
+from atb_pllava.ops.cuda import (
+    attention_kernels,
+    elementwise_kernels,
+    int8_dequantise,
+    int8_linear,
+    kv_cache_kernels,
+)
 from atb_pllava.ops.int8 import Int8Weight
 from atb_pllava.ops.interface import LayerCache
 
@@ -31,7 +35,7 @@ ROWS = (1, 4, 8, 32, 64)
 INT8_WEIGHTS = ((4096, 4096, 0), (22016, 4096, 0), (4096, 4096, 64), (22016, 4096, 128))
 # The kernels that are launched. They call the other functions of a module.
 ENTRIES = {
-    cuda_kernels: ("_attend", "_merge"),
+    attention_kernels: ("_attend", "_merge"),
     elementwise_kernels: ("_rms_norm", "_add_layer_norm", "_swiglu", "_quick_gelu"),
     int8_dequantise: ("_dequantise",),
     int8_linear: ("_few_rows", "_dot_rows", "_sum_splits"),
@@ -121,7 +125,7 @@ def compile_attention(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
         for batch in (1, 8):
             tables = empty(batch, 32, dtype=whole)
             lens = empty(batch, dtype=whole)
-            cuda_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
+            attention_kernels.decode_attention(empty(batch, heads, dim, dtype=dtype), cache, tables, lens, PROGRAMS)
 
 
 def compile_elementwise(dtype: torch.dtype) -> None:

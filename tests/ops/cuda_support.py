@@ -17,7 +17,13 @@ from atb_pllava.ops.cuda.backend import import_kernels
 from tests.support import random_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = ["kernels", "elementwise_kernels", "kv_cache_kernels", "int8_linear", "int8_dequantise"]  # of ops/cuda
+MODULES = [  # of ops/cuda, with kernels
+    "attention_kernels",
+    "elementwise_kernels",
+    "kv_cache_kernels",
+    "int8_linear",
+    "int8_dequantise",
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

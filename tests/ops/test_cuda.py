@@ -3,9 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,24 +29,13 @@ from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import Feature
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
-from tests.ops.cuda_support import DEVICE, note_launches, random, right_bfloat16_products
+from tests.ops.cuda_support import DEVICE, DTYPES, note_launches, random
 from tests.ops.test_ascend import Replay, decode
 from tests.ops.test_ops import dense_attention, paged
 from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, raw_config
 
-KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
-PLAIN = TorchBackend(DEVICE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def products_of_bfloat16() -> Iterator[None]:
-    with right_bfloat16_products():
-        yield
-
-
-@pytest.fixture(scope="module")
-def fast() -> CudaBackend:
-    return CudaBackend(DEVICE, multiprocessors=4)
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("right_bfloat16")
 
 
 def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
@@ -91,28 +79,28 @@ def test_attention_over_pages(
     assert not bool(out[1::2].any())
 
 
-def test_lengths_of_a_step_that_is_not_recorded(fast: CudaBackend) -> None:
+def test_lengths_of_a_step_that_is_not_recorded(cuda_ops: CudaBackend) -> None:
     lengths = [3, 40]
     cache, keys, values, tables = paged(lengths, 16, 1, 16, torch.float32)
     cache = tuple(part.to(DEVICE) for part in cache)
     query = random(2, 2, 16)
     for lens in (lengths, [2, 39]):  # another batch has other ones
-        metadata = decode_metadata(fast, lens, tables.to(DEVICE))
+        metadata = decode_metadata(cuda_ops, lens, tables.to(DEVICE))
         expected = [dense_attention(query[i : i + 1].cpu(), keys[i][:n], values[i][:n]) for i, n in enumerate(lens)]
-        assert_near(fast.decode_attention(query, cache, metadata).cpu(), torch.cat(expected))
+        assert_near(cuda_ops.decode_attention(query, cache, metadata).cpu(), torch.cat(expected))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter
-def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
+def test_scores_that_are_large_or_not_finite(cuda_ops: CudaBackend) -> None:
     cache, keys, values, tables = paged([100], 16, 1, 16, torch.float32)
-    metadata = decode_metadata(fast, [100], tables.to(DEVICE))
+    metadata = decode_metadata(cuda_ops, [100], tables.to(DEVICE))
     cache = tuple(part.to(DEVICE) for part in cache)
     query = random(1, 2, 16) * 1000
     expected = dense_attention(query.cpu(), keys[0], values[0])
-    assert_near(fast.decode_attention(query, cache, metadata).cpu(), expected)
+    assert_near(cuda_ops.decode_attention(query, cache, metadata).cpu(), expected)
     query[0, 1, 3] = float("nan")
     with np.errstate(invalid="ignore"):
-        out = fast.decode_attention(query, cache, metadata)[0]
+        out = cuda_ops.decode_attention(query, cache, metadata)[0]
     assert out.isnan().all(dim=1).tolist() == [False, True]
 
 
@@ -124,7 +112,7 @@ def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 @pytest.mark.parametrize("cached", [0, 1, 100])
 def test_prompts_behind_a_cached_prefix(
-    fast: CudaBackend,
+    cuda_ops: CudaBackend,
     heads: int,
     kv_heads: int,
     cached: int,
@@ -139,8 +127,10 @@ def test_prompts_behind_a_cached_prefix(
     cache, keys, values, tables = paged(lengths, 16, kv_heads, 16, dtype)
     query = random(34, heads, 16).to(dtype)
     own_keys, own_values = (torch.cat([x[cached:] for x in xs]).to(DEVICE) for xs in (keys, values))
-    metadata = prefill_metadata(fast, [1, 33], lengths, tables.to(DEVICE))
-    out = fast.prefill_attention(query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), metadata).cpu()
+    metadata = prefill_metadata(cuda_ops, [1, 33], lengths, tables.to(DEVICE))
+    out = cuda_ops.prefill_attention(
+        query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), metadata
+    ).cpu()
     parts = (query[:1].cpu(), query[1:].cpu())
     assert_near(out, torch.cat([dense_attention(q, k, v) for q, k, v in zip(parts, keys, values, strict=True)]))
 
@@ -282,13 +272,13 @@ def test_a_cpu_records_nothing() -> None:
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA machine whose Python has no triton."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.kernels")
-    monkeypatch.delattr("atb_pllava.ops.cuda.kernels")
+    monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.attention_kernels")
+    monkeypatch.delattr("atb_pllava.ops.cuda.attention_kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
-def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_triton(cuda_ops: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BackendError, match="'native': triton cannot be imported.*triton that torch .* --kernels torch"):
         get_backend("cuda", kernels="native")
     assert type(get_backend("cuda", kernels="torch")) is TorchBackend and "no CUDA kernels" not in caplog.text
@@ -301,7 +291,7 @@ def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.
 @pytest.mark.parametrize(
     ("module", "launch"),
     [
-        ("_kernels", "decode_attention"),
+        ("_attention", "decode_attention"),
         ("_elementwise", "rms_norm"),
         ("_elementwise", "fused_add_rms_norm"),
         ("_elementwise", "fused_add_layer_norm"),
@@ -315,12 +305,12 @@ def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.
     ],
 )
 def test_a_triton_that_cannot_build(
-    fast: CudaBackend, module: str, launch: str, monkeypatch: pytest.MonkeyPatch
+    cuda_ops: CudaBackend, module: str, launch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(getattr(fast, module), launch, fail)
+    monkeypatch.setattr(getattr(cuda_ops, module), launch, fail)
     with pytest.raises(
         BackendError, match=r"cannot run the kernels of this package here: Failed to find C compiler\.$"
     ):

@@ -16,12 +16,15 @@ from torch.testing import assert_close
 from atb_pllava.ops.cuda.backend import CudaBackend
 from atb_pllava.ops.forward_batch import AttentionMetadata, SequenceBatch
 from atb_pllava.ops.interface import LayerCache
+from atb_pllava.ops.reference import TorchBackend
+from tests.ops.cuda_support import DEVICE, DTYPES, random
 from tests.ops.kernel_support import CacheShape, compile_kernels, garbage_cache, read_cache, shuffled_block_tables
 from tests.ops.kernel_support import slot_mapping as slots_of
-from tests.ops.test_cuda import DEVICE, DTYPES, PLAIN, fast, products_of_bfloat16, random  # noqa: F401
 from tests.ops.test_ops import dense_attention
 from tests.support import TOLERANCE, assert_near, prefill_metadata
 
+pytestmark = pytest.mark.usefixtures("right_bfloat16")
+PLAIN = TorchBackend(DEVICE)
 # Query heads, and key heads, head dimension and block size of the cache.
 HEADS = [(2, 2, 16, 16), (8, 1, 128, 128), (6, 2, 80, 24), (3, 3, 64, 1)]
 
@@ -78,7 +81,7 @@ def assert_same_bytes(part: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 300])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block"), HEADS)
 def test_rotation_and_cache_write(
-    fast: CudaBackend,  # noqa: F811
+    cuda_ops: CudaBackend,
     heads: int,
     kv_heads: int,
     dim: int,
@@ -91,7 +94,7 @@ def test_rotation_and_cache_write(
     slots, blocks = some_slots(tokens, block)
     rows = Rows.random(tokens, heads, shape, slots)
     written, expected = garbage_caches(shape, blocks)
-    query, keys = fast.rotary_and_write_kv(rows.query, rows.keys, rows.values, written, rows.metadata)
+    query, keys = cuda_ops.rotary_and_write_kv(rows.query, rows.keys, rows.values, written, rows.metadata)
     for rotated, x in ((query, rows.query), (keys, rows.keys)):
         plain = PLAIN.rotary(x, rows.metadata.cos, rows.metadata.sin)
         assert_close(rotated, plain, atol=1e-5, rtol=TOLERANCE[dtype])
@@ -107,7 +110,7 @@ def test_rotation_and_cache_write(
 @pytest.mark.parametrize("tokens", [5, 300])
 @pytest.mark.parametrize(("kv_heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128), (2, 33, 1)])
 def test_only_real_slots_are_written(
-    fast: CudaBackend,  # noqa: F811
+    cuda_ops: CudaBackend,
     kv_heads: int,
     dim: int,
     block: int,
@@ -119,7 +122,7 @@ def test_only_real_slots_are_written(
     slots, blocks = some_slots(tokens, block)
     rows = Rows.random(tokens, 1, shape, slots)
     written, expected = garbage_caches(shape, blocks)
-    fast.write_kv(rows.keys, rows.values, written, rows.metadata.slot_mapping)
+    cuda_ops.write_kv(rows.keys, rows.values, written, rows.metadata.slot_mapping)
     real = rows.real()
     if len(real.keys):
         PLAIN.write_kv(real.keys, real.values, expected, real.metadata.slot_mapping)
@@ -128,7 +131,7 @@ def test_only_real_slots_are_written(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_bytes_are_those_of_the_cpu_kernels(fast: CudaBackend, dtype: torch.dtype) -> None:  # noqa: F811
+def test_int8_bytes_are_those_of_the_cpu_kernels(cuda_ops: CudaBackend, dtype: torch.dtype) -> None:
     """With ties between two bytes, zeros, numbers below the normal ones, infinities and NaN."""
     from atb_pllava.ops.cpu.backend import NativeBackend
 
@@ -147,7 +150,7 @@ def test_int8_bytes_are_those_of_the_cpu_kernels(fast: CudaBackend, dtype: torch
     keys[7, 0, 3] = float("nan")
     keys = keys.to(dtype)
     caches = []
-    for ops, device in ((fast, DEVICE), (native, "cpu")):
+    for ops, device in ((cuda_ops, DEVICE), (native, "cpu")):
         (cache,) = PLAIN.new_kv_cache(1, 1, 12, 1, 16, torch.int8)
         cache = tuple(part.to(device) for part in cache)
         with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -204,7 +207,7 @@ def test_decode_attention_over_an_int8_cache(
     assert not bool(out[-1].any())
 
 
-def test_small_values_of_an_int8_cache_are_not_lost_in_float16(fast: CudaBackend) -> None:  # noqa: F811
+def test_small_values_of_an_int8_cache_are_not_lost_in_float16(cuda_ops: CudaBackend) -> None:
     """The scale of a value times its weight can be far below the smallest number of float16."""
     shape = CacheShape(16, 1, 32, torch.int8, torch.float16)
     held = stored([200], shape)
@@ -213,10 +216,10 @@ def test_small_values_of_an_int8_cache_are_not_lost_in_float16(fast: CudaBackend
     batch = SequenceBatch((0, 1), (200,), held.block_tables, lens)
     query = random(1, 2, 32).half()
     metadata = AttentionMetadata(lens, batch, batch, lens, lens)
-    parts = fast._kernels.decode_attention(query.float(), cache, batch.block_tables, lens, 16)
+    parts = cuda_ops._attention.decode_attention(query.float(), cache, batch.block_tables, lens, 16)
     expected = dense_attention(query.float().cpu(), held.keys[0], held.values[0] * 1e-6)
     assert_near(parts.cpu(), expected)
-    out = fast.decode_attention(query, (*held.cache[:3], held.cache[3] * 1e-3), metadata).cpu()
+    out = cuda_ops.decode_attention(query, (*held.cache[:3], held.cache[3] * 1e-3), metadata).cpu()
     assert_near(out, expected * 1e3)
 
 
@@ -224,7 +227,7 @@ def test_small_values_of_an_int8_cache_are_not_lost_in_float16(fast: CudaBackend
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 def test_prompts_behind_a_cached_prefix(
-    fast: CudaBackend,  # noqa: F811
+    cuda_ops: CudaBackend,
     heads: int,
     kv_heads: int,
     is_int8: bool,
@@ -238,8 +241,8 @@ def test_prompts_behind_a_cached_prefix(
     keys, values = (x.to(dtype).to(DEVICE) for x in own)
     if is_int8:  # the chunk's own keys are read from the cache
         keys = keys.fill_(float("nan"))
-    metadata = prefill_metadata(fast, new, lengths, held.block_tables)
-    out = fast.prefill_attention(query, keys, values, held.cache, metadata).cpu()
+    metadata = prefill_metadata(cuda_ops, new, lengths, held.block_tables)
+    out = cuda_ops.prefill_attention(query, keys, values, held.cache, metadata).cpu()
     chunks = zip(query.cpu().float().split(new), held.keys, held.values, strict=True)
     assert_near(out, torch.cat([dense_attention(q, k, v) for q, k, v in chunks]))
 
@@ -247,7 +250,7 @@ def test_prompts_behind_a_cached_prefix(
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize(("kv_heads", "dim", "block"), [(2, 64, 16), (1, 80, 128), (3, 33, 1)])
 def test_a_gathered_prefix_is_what_was_stored(
-    fast: CudaBackend,  # noqa: F811
+    cuda_ops: CudaBackend,
     kv_heads: int,
     dim: int,
     block: int,
@@ -256,21 +259,21 @@ def test_a_gathered_prefix_is_what_was_stored(
     dtype = torch.float16 if cache_dtype == torch.float16 else torch.float32
     held = stored([1, 300], CacheShape(block, kv_heads, dim, cache_dtype, dtype))
     for i, context in ((0, 1), (1, 300), (1, 299), (1, 0)):
-        gathered = fast._gather(held.cache, held.block_tables[i], context, dtype)
+        gathered = cuda_ops._gather(held.cache, held.block_tables[i], context, dtype)
         for part, expected in zip(gathered, (held.keys, held.values), strict=True):
             assert torch.equal(part.cpu(), expected[i][:context].to(dtype))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
-def test_copied_blocks_hold_scales_too(fast: CudaBackend, cache_dtype: torch.dtype) -> None:  # noqa: F811
+def test_copied_blocks_hold_scales_too(cuda_ops: CudaBackend, cache_dtype: torch.dtype) -> None:
     if DEVICE == "cuda":
         pytest.skip("an upload needs pinned memory")
     held = stored([40], CacheShape(16, 2, 16, cache_dtype, torch.bfloat16))
     first, second = held.block_tables[0, :2].tolist()
     spare = next(i for i in range(len(held.cache[0])) if i not in held.block_tables)
-    fast.copy_blocks([held.cache], [first, second], [spare, first])
+    cuda_ops.copy_blocks([held.cache], [first, second], [spare, first])
     table = torch.tensor([spare, first], device=DEVICE)
     for part, expected in zip(
-        fast._gather(held.cache, table, 32, torch.float32), (held.keys, held.values), strict=True
+        cuda_ops._gather(held.cache, table, 32, torch.float32), (held.keys, held.values), strict=True
     ):
         assert torch.equal(part.cpu(), expected[0][:32])

@@ -69,7 +69,7 @@ class CudaBackend(TorchBackend):
         self.features = CudaBackend.features
         if self.device.type != "cuda":
             self.features = frozenset({Feature.INT8_KV_CACHE})
-        self._kernels = import_kernels("kernels")
+        self._attention = import_kernels("attention_kernels")
         self._elementwise = import_kernels("elementwise_kernels")
         self._kv_cache = import_kernels("kv_cache_kernels")
         self._int8_linear = import_kernels("int8_linear")
@@ -168,7 +168,7 @@ class CudaBackend(TorchBackend):
 
     def decode_attention(self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> Tensor:
         batch = metadata.decode
-        out: Tensor = self._kernels.decode_attention(
+        out: Tensor = self._attention.decode_attention(
             query, cache, batch.block_tables, batch.device_context_lens, self._programs
         )
         return out
@@ -203,13 +203,13 @@ class CudaBackend(TorchBackend):
         except Exception as error:  # errors of the compiler, the linker and Triton have no common class
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackendError(
-                f"triton {self._kernels.VERSION} cannot run the kernels of this package here: {reason}"
+                f"triton {self._attention.VERSION} cannot run the kernels of this package here: {reason}"
             ) from error
         for (rows, dtype), wrong in errors.items():
             if not wrong <= _LARGEST_ERROR[dtype]:
                 raise BackendError(
-                    f"triton {self._kernels.VERSION} miscompiles the kernels of this package: a product of {rows} rows "
-                    f"of {dtype} with int8 weights has a relative error of {wrong:.1g}; install another triton"
+                    f"triton {self._attention.VERSION} miscompiles the kernels of this package: a product of {rows} "
+                    f"rows of {dtype} with int8 weights has a relative error of {wrong:.1g}; install another triton"
                 )
 
     def _product_error(self, rows: int, dtype: torch.dtype) -> float:

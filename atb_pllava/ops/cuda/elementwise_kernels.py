@@ -1,7 +1,7 @@
 """The Triton kernels between the matrix products: norms with the residual addition, and activations.
 
 A kernel takes about 2 us in a captured step, whatever its size, so each of these does the work of several operators of
-torch. `kernels.py` says what holds for all kernels.
+torch. `attention_kernels.py` says what holds for all kernels.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """The Triton kernels that write the KV cache and read a prefix back. The rotation of queries and keys is among them.
 
 Rows of a tile are heads of tokens: row i is head i % heads of token i // heads. So one launch has the right number of
-programs for one token and for a prompt of thousands. `kernels.py` says what holds for all kernels. The cache has the
-layout of `ops.reference`. An int8 cache gets the bytes that the CPU backend writes (ops/cpu/csrc/kv_cache.h).
+programs for one token and for a prompt of thousands. `attention_kernels.py` says what holds for all kernels. The cache
+has the layout of `ops.reference`. An int8 cache gets the bytes that the CPU backend writes (ops/cpu/csrc/kv_cache.h).
 """
 
 import torch
