@@ -49,7 +49,7 @@ def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
 
 @pytest.mark.parametrize(
     ("dtype", "multiprocessors"),  # 1: one split of a context, 30: as many splits as tiles
-    [(torch.float32, 1), (torch.float32, 30), (torch.float16, 30), (torch.bfloat16, 30)],
+    [(torch.float32, 1), (torch.float16, 30), (torch.bfloat16, 30)],
 )
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block"),
@@ -107,30 +107,27 @@ def test_scores_that_are_large_or_not_finite(cuda_ops: CudaBackend) -> None:
 # Prompts
 
 
-@pytest.mark.parametrize("old_torch", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 @pytest.mark.parametrize("cached", [0, 1, 100])
-def test_prompts_behind_a_cached_prefix(
+def test_prompts_with_a_torch_before_2_3(
     cuda_ops: CudaBackend,
     heads: int,
     kv_heads: int,
     cached: int,
     dtype: torch.dtype,
-    old_torch: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if old_torch:
-        monkeypatch.setattr(cuda, "_supports_gqa", lambda: False)
-        monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
+    """See also `test_cuda_kv_cache`."""
+    monkeypatch.setattr(cuda, "_supports_gqa", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
     lengths = [cached + 1, cached + 33]
     cache, keys, values, tables = paged(lengths, 16, kv_heads, 16, dtype)
     query = random(34, heads, 16).to(dtype)
     own_keys, own_values = (torch.cat([x[cached:] for x in xs]).to(DEVICE) for xs in (keys, values))
     metadata = prefill_metadata(cuda_ops, [1, 33], lengths, tables.to(DEVICE))
-    out = cuda_ops.prefill_attention(
-        query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), metadata
-    ).cpu()
+    cache = tuple(part.to(DEVICE) for part in cache)
+    out = cuda_ops.prefill_attention(query, own_keys, own_values, cache, metadata).cpu()
     parts = (query[:1].cpu(), query[1:].cpu())
     assert_near(out, torch.cat([dense_attention(q, k, v) for q, k, v in zip(parts, keys, values, strict=True)]))
 
@@ -186,12 +183,11 @@ def test_a_warm_up_compiles_and_captures_without_a_trace() -> None:
     assert ops.replays == 3
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_recorded_step_reads_its_lengths_on_the_device(batch: int) -> None:
+def test_a_recorded_step_reads_its_lengths_on_the_device() -> None:
     if DEVICE == "cuda":
         pytest.skip("the models of this test are on the CPU")
     ops = Repeater()
-    for got, expected in zip(decode(ops, batch), decode(TorchBackend(), batch), strict=True):
+    for got, expected in zip(decode(ops, 3), decode(TorchBackend(), 3), strict=True):
         assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert ops.replays == 2
 
@@ -275,7 +271,8 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.attention_kernels")
     monkeypatch.delattr("atb_pllava.ops.cuda.attention_kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
 
 
 def test_without_triton(cuda_ops: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -307,7 +304,7 @@ def test_without_triton(cuda_ops: CudaBackend, without_triton: None, caplog: pyt
 def test_a_triton_that_cannot_build(
     cuda_ops: CudaBackend, module: str, launch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
     monkeypatch.setattr(getattr(cuda_ops, module), launch, fail)

@@ -78,7 +78,7 @@ def assert_same_bytes(part: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 130])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "block"), HEADS)
 def test_rotation_and_cache_write(
     cuda_ops: CudaBackend,
@@ -107,7 +107,7 @@ def test_rotation_and_cache_write(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_int8", [False, True])
-@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("tokens", [5, 130])
 @pytest.mark.parametrize(("kv_heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128), (2, 33, 1)])
 def test_only_real_slots_are_written(
     cuda_ops: CudaBackend,
@@ -184,7 +184,7 @@ def stored(lengths: list[int], shape: CacheShape) -> Stored:
     return Stored(cache, tables.to(DEVICE), *read)
 
 
-@pytest.mark.parametrize(("dtype", "multiprocessors"), [(torch.float32, 1), *((dtype, 30) for dtype in DTYPES)])
+@pytest.mark.parametrize(("dtype", "multiprocessors"), [(torch.float32, 1), (torch.bfloat16, 30)])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block"),
     [(2, 2, 64, 16), (7, 1, 128, 128), (4, 2, 80, 16), (3, 3, 96, 24), (20, 1, 16, 128), (5, 1, 33, 1)],
