@@ -68,10 +68,9 @@ def compare(
     On a CPU, transformers runs with a static cache and with the faster of SDPA and eager attention. On an accelerator,
     transformers runs with SDPA. A decode step then has two rows: launched operator by operator with a growing cache,
     and captured in a graph with a static cache. A step that cannot be captured is left out with a warning.
-    transformers' pixels are on the device before, in float32. Ours are
-    uint8 frames in the host's memory.
-    llama.cpp has its own weights, and takes part in prefill and in decoding at batch size 1. The peaks of the machine
-    are measured in every round, because other load on a shared machine moves them.
+    transformers' pixels are on the device before, in float32. Ours are uint8 frames in the host's memory. llama.cpp has
+    its own weights, and takes part in prefill and in decoding at batch size 1. The peaks of the machine are measured in
+    every round, because other load on a shared machine moves them.
     """
     say("building the transformers model with the same weights")
     ops = llm.model.ops

@@ -110,7 +110,7 @@ PY
 # Prints a line about a GPU that the torch of PYTHON cannot use.
 name_cuda_torch() {
     local line
-    line=$("$PYTHON" - "$PYTHON" <"$root/atb_pllava/ops/cuda/torch_builds.py") || return 0
+    line=$("$PYTHON" - <"$root/atb_pllava/ops/cuda/torch_builds.py") || return 0
     [ -z "$line" ] || echo "note: $line" >&2
 }
 

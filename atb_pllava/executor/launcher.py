@@ -32,8 +32,7 @@ class ParallelOptions:
     """The number of processes that hold the model, and the port of their rendezvous.
 
     `world_size` None means 1, or the number of processes that torchrun started. Rank r takes the r-th visible GPU or
-    NPU. Ranks on a CPU share the CPU. `master_port` is a port of the loopback
-    interface. None means a free port.
+    NPU. Ranks on a CPU share the CPU. `master_port` is a port of the loopback interface. None means a free port.
     """
 
     world_size: int | None = field(default=None, metadata=option("devices to split the model over (default 1)"))

@@ -44,9 +44,8 @@ class TorchBackend(Backend):
         super().__init__(torch.device(device))
         self.name = self.device.type
         if not self.on_host:
-            self.features = frozenset({Feature.INT8_KV_CACHE})
-            if self.device.type == "cuda":
-                self.features |= {Feature.TENSOR_PARALLEL}
+            if self.device.type != "cuda":
+                self.features -= {Feature.TENSOR_PARALLEL}
             self.preferred_chunk = ACCELERATOR_CHUNK
             self.preferred_vision_batch = ACCELERATOR_VISION_BATCH
 

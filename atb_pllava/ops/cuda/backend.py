@@ -1,13 +1,7 @@
-"""The CUDA backend: Triton kernels for paged decode attention, the KV cache, int8 products with few rows, and norms and
-activations.
+"""The CUDA backend: Triton kernels for decode attention, the KV cache, int8 products, norms and activations.
 
 All other operators are torch's. The KV cache has the layout of plain torch (`ops.reference`), which is the reference
-for tests.
-
-No test has run on several GPUs yet. Open until one does:
-- All speeds of several ranks.
-- Does the decode step of several ranks, with its all-reduces and its gather, capture and replay?
-- How soon do the other ranks end if a rank dies within a collective of NCCL? Rank 0 aborts its communicators.
+for tests. docs/verification.md says what only a GPU can settle.
 """
 
 import importlib
@@ -66,9 +60,7 @@ class CudaBackend(TorchBackend):
     def __init__(self, device: str | torch.device = "cuda", multiprocessors: int | None = None) -> None:
         super().__init__(device)
         self.name = "cuda"
-        self.features = CudaBackend.features
-        if self.device.type != "cuda":
-            self.features = frozenset({Feature.INT8_KV_CACHE})
+        self.features = CudaBackend.features if self.device.type == "cuda" else frozenset({Feature.INT8_KV_CACHE})
         self._attention = import_kernels("attention_kernels")
         self._elementwise = import_kernels("elementwise_kernels")
         self._kv_cache = import_kernels("kv_cache_kernels")

@@ -1,9 +1,10 @@
 """Which CUDA build of torch this machine's NVIDIA driver can run, and the pip command that installs the build.
 
-Set-up runs this file as a program, without the package: `python - PYTHON <torch_builds.py`. The program prints one
-sentence when an NVIDIA GPU is here and PYTHON's torch has no CUDA. This file imports only the standard library.
+Set-up runs this file as a program, without the package: `python - <torch_builds.py`. The program prints one sentence
+when an NVIDIA GPU is here and this Python's torch has no CUDA. This file imports only the standard library.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -22,17 +23,6 @@ _BLACKWELL = (10, 0)
 _SECONDS = 60  # nvidia-smi loads the driver, which takes seconds where no program uses the GPU
 _DEVICE = "/dev/nvidia0"
 _DRIVER = "/proc/driver/nvidia/version"
-
-# Prints the CUDA version that torch was built for, or "None". Prints nothing where torch is missing. The file is read,
-# because the import of torch takes seconds.
-_LOOK = r"""
-import importlib.util, pathlib, re
-spec = importlib.util.find_spec("torch")
-if spec is not None and spec.origin is not None:
-    text = pathlib.Path(spec.origin).with_name("version.py").read_text()
-    found = re.search(r"^cuda\b.*= *'?([\d.]+|None)", text, re.MULTILINE)
-    print(found.group(1) if found else "")
-"""
 
 
 @dataclass(frozen=True)
@@ -91,16 +81,24 @@ def install_command(driver: Driver, python: str) -> str:
     return f"{python} -m pip install torch=={TORCH}+{build} --index-url {INDEX}/{build}"
 
 
-def advice(python: str) -> str:
-    """One sentence for a machine whose NVIDIA GPU `python` cannot use, because its torch has no CUDA. Else ""."""
-    found = subprocess.run([python, "-c", _LOOK], capture_output=True, text=True, check=False).stdout.strip()
-    if found != "None" or not sees_nvidia_gpu():
+def advice() -> str:
+    """One sentence for a machine whose NVIDIA GPU this Python cannot use, because its torch has no CUDA. Else ""."""
+    if not sees_nvidia_gpu() or not _torch_lacks_cuda():
         return ""
     driver = read_driver()
     return (
-        f"an NVIDIA GPU is here ({driver}), but the torch of {python} has no CUDA, so the CPU is used. "
-        f"For the GPU: {install_command(driver, python)}"
+        f"an NVIDIA GPU is here ({driver}), but the torch of {sys.executable} has no CUDA, so the CPU is used. "
+        f"For the GPU: {install_command(driver, sys.executable)}"
     )
+
+
+def _torch_lacks_cuda() -> bool:
+    """Whether torch is installed as a build without CUDA. torch is not imported, because that takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    version = _read(os.path.join(os.path.dirname(spec.origin), "version.py"))
+    return re.search(r"^cuda\b.*= *None", version, re.MULTILINE) is not None
 
 
 def _nvidia_smi(*options: str) -> str:
@@ -123,4 +121,4 @@ def _read(path: str) -> str:
 
 
 if __name__ == "__main__":
-    print(advice(sys.argv[1]), end="")
+    print(advice(), end="")
