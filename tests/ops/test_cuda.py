@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -250,6 +252,30 @@ def test_a_recorded_graph_follows_its_inputs() -> None:
     with pytest.raises(BackendError, match="cannot capture a step"):
         ops.capture(lambda: lens + lens.max().item())
     assert torch.equal(captured.replay(lengths), step())
+    captured.free()
+    assert torch.equal(ops.capture(step).replay(lengths), step())  # with another memory pool
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's graphs are replaced")
+def test_graphs_share_the_memory_pool_of_a_graph_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a pool whose graphs are all freed."""
+    pools: list[str] = []
+    handles = iter(["first", "second"])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, **_: pools.append(pool) or nullcontext())
+    ops = Repeater("cpu")
+    ops.device = torch.device("cuda", 0)
+    graphs = [CudaBackend.capture(ops, lambda: torch.zeros(1)) for _ in range(3)]
+    graphs[0].free()
+    graphs[1] = CudaBackend.capture(ops, lambda: torch.zeros(1))
+    assert pools == ["first"] * 4
+    graphs[1].free()
+    graphs[2].free()
+    del graphs
+    CudaBackend.capture(ops, lambda: torch.zeros(1))
+    assert pools[4:] == ["second"]
 
 
 def test_a_cpu_records_nothing() -> None:

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class CudaBackend(TorchBackend):
         self._multiprocessors = multiprocessors
         self._programs = PROGRAMS_PER_SM * multiprocessors
         self._has_dependent_launch = import_kernels("dependent_launch").is_supported(self.device)
-        self._pool: Any = None
+        self._graphs: WeakSet[CudaGraph] = WeakSet()
         self._try_kernels()
 
     def pack(self, weight: Weight) -> Weight:
@@ -166,20 +167,26 @@ class CudaBackend(TorchBackend):
         return out
 
     def capture(self, step: Callable[[], Tensor]) -> "CudaGraph":
-        """See `Backend.capture`."""
+        """See `Backend.capture`. Graphs share one memory pool, because only one of them runs at a time.
+
+        torch refuses a pool whose graphs are all freed. The next graph then gets a new pool.
+        """
         if self.device.type != "cuda":
             raise BackendError(f"graphs are captured on a CUDA device, not on {self.device}")
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        shared = next((one.pool for one in self._graphs if one.pool is not None), None)
+        pool = shared or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         try:
             # Unsafe calls of this thread alone end the capture. The watchdog thread of NCCL asks for events meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 out = step()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves the capture's stream current when ending the capture fails
             raise BackendError(f"the CUDA device cannot capture a step: {str(error).splitlines()[0]}") from None
-        return CudaGraph(graph, out)
+        captured = CudaGraph(graph, out, pool)
+        self._graphs.add(captured)
+        return captured
 
     def _try_kernels(self) -> None:
         """Run the kernels once, and compare int8 products with plain torch.
@@ -242,9 +249,13 @@ class CudaBackend(TorchBackend):
 
 
 class CudaGraph(CapturedGraph):
-    """A captured decode step. The kernels read the context lengths on the device, in the tensors of the batch."""
+    """A captured decode step. The kernels read the context lengths on the device, in the tensors of the batch.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, out: Tensor) -> None:
+    pool: the memory pool of the graph. None once the graph is freed.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, out: Tensor, pool: Any) -> None:
+        self.pool: Any = pool
         self._graph = graph
         self._out = out
 
@@ -254,6 +265,7 @@ class CudaGraph(CapturedGraph):
 
     def free(self) -> None:
         self._graph.reset()
+        self.pool = None
 
 
 def import_kernels(name: str) -> ModuleType:
