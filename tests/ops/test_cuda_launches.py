@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atb_pllava.loader.checkpoint_config import config_from_json
+from atb_pllava.loader.dummy_weights import dummy_quant_config
 from atb_pllava.model.llama import rotary_tables
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.cuda.backend import CudaBackend
@@ -44,13 +45,14 @@ class Operators(TorchDispatchMode):
 class Model:
     """A bfloat16 model without weights, of which parts can be called and counted."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str, w8a16: bool = False) -> None:
         self.launches: list[Any] = []
         note_launches(self.launches, monkeypatch)
         monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
         self.ops = CudaBackend("cpu", multiprocessors=4)
         config = config_from_json(raw_config(num_key_value_heads=4))
-        self.model = Pllava(config, self.ops, torch.bfloat16)
+        quant = dummy_quant_config(config) if w8a16 else None
+        self.model = Pllava(config, self.ops, torch.bfloat16, None, quant)
         self.text = config.text
         dtype = torch.int8 if kv_cache_dtype == "int8" else torch.bfloat16
         layers = config.text.num_hidden_layers
@@ -94,6 +96,23 @@ FIRST_CHUNK = {ATTENTION: 1}
 def test_a_decode_step(kv_cache_dtype: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, rest = Model(monkeypatch, kv_cache_dtype).count_step(batch_of(size, 0))
     assert layer == {**PRODUCTS, **BETWEEN, **DECODE} and layer.total() == 10
+    assert rest == 22
+
+
+@pytest.mark.parametrize(
+    ("size", "products"),
+    [
+        (1, {"_few_rows": 4}),
+        (4, {"_few_rows": 4}),
+        (5, {"_dot_rows": 4}),
+        (64, {"_dot_rows": 4}),
+        (65, {"_dequantise": 4, "mm": 4}),
+    ],
+)
+def test_a_decode_step_with_int8_weights(size: int, products: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's weights have too few columns to be split. A launch that sums splits is in `test_cuda_int8`."""
+    layer, rest = Model(monkeypatch, "auto", w8a16=True).count_step(batch_of(size, 0))
+    assert layer == {**products, **BETWEEN, **DECODE}
     assert rest == 22
 
 
