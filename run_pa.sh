@@ -38,6 +38,7 @@ Environment:
   ATB_PLLAVA_PYTHON          the Python to use; otherwise the active one if it has the packages, otherwise .venv,
                              which is made from requirements_pllava.txt
   ASCEND_RT_VISIBLE_DEVICES  visible NPUs, used as given
+  CUDA_VISIBLE_DEVICES       visible GPUs, used as given: --world_size N takes the first N of them
   MASTER_PORT                port for communication between devices, used as given
   ATB_LLM_BENCHMARK_ENABLE   1 with --performance: also write MindIE's benchmark.csv, to ATB_LLM_BENCHMARK_FILEPATH
 EOF

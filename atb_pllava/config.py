@@ -209,7 +209,7 @@ class EngineConfig:
     backend's number: 512 tokens and 8 frames on a CPU, 4096 tokens and 16 frames on an accelerator.
     `video_cache_bytes` bounds the encoder cache, and separately the frame cache. The encoder cache holds embeddings of
     earlier videos (18 MiB each for 7B in bfloat16). The frame cache holds their frames.
-    `kv_cache_dtype` "int8" keeps keys and values in 8 bits, on the cpu backend only. "auto" is the model's dtype.
+    `kv_cache_dtype` "int8" keeps keys and values in 8 bits, on the cpu and cuda backends. "auto" is the model's dtype.
     `prefix_cache` lets prompts with the same beginning, videos included, share KV blocks.
     `decode_graphs` lets a backend with graph capture launch a decode step as one graph. Other backends ignore the
     field.
@@ -245,7 +245,7 @@ class EngineConfig:
     kv_cache_dtype: str = field(
         default="auto",
         metadata=option(
-            "int8: keys and values in half the memory, slightly other numbers, CPU only; auto (default): as --dtype",
+            "int8: keys and values in half the memory, slightly other numbers, CPU or CUDA; auto (default): as --dtype",
             "NAME",
             KV_CACHE_DTYPES,
         ),

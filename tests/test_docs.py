@@ -29,7 +29,7 @@ OTHER_COMMANDS = {"hf", "pip", "source", "ffmpeg", "curl", "docker", "cd", "git"
 OTHER_COMMANDS |= {"mindie_llm_server"}
 # Options of programs that are not ours.
 OTHER_OPTIONS = {
-    "pip": {"--dest", "--find-links", "--no-index", "--only-binary", "--platform", "--python-version"},
+    "pip": {"--dest", "--find-links", "--index-url", "--no-index", "--only-binary", "--platform", "--python-version"},
     "docker": {"--device", "--net", "--rm", "--shm-size"},
     "torchrun": {"--nproc_per_node"},
     "hf": {"--local-dir"},

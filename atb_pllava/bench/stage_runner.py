@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from atb_pllava.engine.block_manager import blocks_for
+from atb_pllava.errors import ConfigError
 from atb_pllava.executor.model_input import EmbedSlice, ModelInput
 from atb_pllava.executor.model_runner import ModelRunner
 from atb_pllava.llm import LLM
@@ -54,8 +55,17 @@ class StageRunner:
                 tensor.fill_(value if tensor.is_floating_point() else 1)
 
     def decode(self, batch: int, tokens: int) -> Tensor:
-        """Logits [B, vocabulary] of one decode step with `tokens` cached tokens a sequence."""
+        """Logits [B, vocabulary] of one decode step with `tokens` cached tokens a sequence.
+
+        Raises ConfigError if the KV cache has too few blocks: a device would read outside of it.
+        """
         blocks = self._blocks(tokens + 1)
+        room = self.executor.runner.blocks
+        if batch * blocks > room:
+            raise ConfigError(
+                f"a batch of {batch} needs {batch * blocks} KV blocks, and memory was planned for {room}: leave larger "
+                f"batch sizes than {room // blocks} out, or raise --kv_cache_bytes"
+            )
         size = self.config.block_size
         tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(batch)]
         step = ModelInput(

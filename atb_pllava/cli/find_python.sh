@@ -2,7 +2,8 @@
 #
 # `find_python FILE...` sets PYTHON to an interpreter that has every package of the requirements files. The candidates are
 # $ATB_PLLAVA_PYTHON alone if it is set; else the active python3, then .venv in the clone. If both lack packages, .venv is
-# set up. An installed package is used in the version that it has. It is never replaced.
+# set up. An installed package is used in the version that it has. It is never replaced. If an NVIDIA GPU is here and the
+# torch of PYTHON has no CUDA, a line on stderr names the command that installs a CUDA build.
 
 CPU_BUILDS=https://download.pytorch.org/whl/cpu # PyTorch's own index of builds without CUDA
 
@@ -106,6 +107,31 @@ except OSError:
 PY
 }
 
+# Prints a line about a GPU that the torch of PYTHON cannot use.
+name_cuda_torch() {
+    local line
+    line=$("$PYTHON" - <"$root/atb_pllava/ops/cuda/torch_builds.py") || return 0
+    [ -z "$line" ] || echo "note: $line" >&2
+}
+
+# Makes the torch of $base visible in .venv, if it is not. A venv sees the packages of the Python that it was made from.
+# If $base is itself in a virtual environment, that is the Python behind $base, without the packages of $base.
+share_torch() {
+    local folder
+    folder=$("$base" -c 'import importlib.util as u, pathlib
+spec = u.find_spec("torch")
+print(pathlib.Path(spec.origin).parents[1] if spec and spec.origin else "")')
+    [ -z "$folder" ] && return 0
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' && return 0
+    "$PYTHON" - "$folder" <<'PY'
+import pathlib
+import sys
+import sysconfig
+
+pathlib.Path(sysconfig.get_path("purelib"), "shared_torch.pth").write_text(sys.argv[1] + "\n", encoding="utf-8")
+PY
+}
+
 has_pip() {
     "$PYTHON" -m pip --version >/dev/null 2>&1
 }
@@ -127,7 +153,7 @@ make_venv() {
     "$base" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' &&
         options=(--system-site-packages)
     echo "setting up $venv with $base${options:+, using the torch that is installed}" >&2
-    "$base" -m venv --clear ${options[@]+"${options[@]}"} "$venv" >&2 && return 0
+    "$base" -m venv --clear ${options[@]+"${options[@]}"} "$venv" >&2 && share_torch && return 0
     explain_failure "$base -m venv failed, see above"
     return 2
 }
@@ -189,9 +215,15 @@ set_up() {
 }
 
 find_python() {
-    local root requirements=("$@") missing base venv status=0 interrupted=""
+    local root
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-    venv=$root/.venv
+    choose_python "$@" || return
+    name_cuda_torch
+}
+
+# Sets PYTHON, see the top of this file.
+choose_python() {
+    local requirements=("$@") missing base venv=$root/.venv status=0 interrupted=""
     if [ -n "${ATB_PLLAVA_PYTHON:-}" ]; then
         PYTHON=$ATB_PLLAVA_PYTHON
         missing=$(missing_packages "$PYTHON" 2>/dev/null) ||

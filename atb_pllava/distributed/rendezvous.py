@@ -134,13 +134,13 @@ class Rendezvous:
             assert process.stdin is not None
             process.stdin.close()
         self.processes.clear()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_process_group()
 
     def kill(self) -> None:
         """Kill the workers at once, because workers may wait in a collective that rank 0 will never join."""
         for process in self.processes:
             process.kill()
+        leave_process_group(abort=True)
         self.stop()
 
     def failure_reason(self) -> str | None:
@@ -196,6 +196,21 @@ class Rendezvous:
         return True
 
 
+def leave_process_group(*, abort: bool = False) -> None:
+    """Destroy the process group of this rank, if there is one. The rank's captured graphs are gone by then.
+
+    abort: other ranks may have ended. NCCL otherwise waits for them: its communicators are aborted (torch 2.6 and
+    later), which also ends collectives that run.
+    """
+    if not dist.is_initialized():
+        return
+    abort_group = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if abort and abort_group is not None and "nccl" in str(dist.get_backend_config()):
+        abort_group()
+    else:
+        dist.destroy_process_group()
+
+
 def _listen(size: int, port: int | None) -> tuple[Store, int]:
     """A key-value store on the loopback interface, and its port. `port` None takes a free port."""
     listener = socket.socket()
@@ -222,7 +237,10 @@ def _listen(size: int, port: int | None) -> tuple[Store, int]:
 
 def _init_process_group(store: Store, parallel: TensorParallel, backends: str) -> None:
     # By default gloo listens on the interface of the host's name, which other machines can reach.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    # NCCL chooses an interface of its own. All ranks are on this machine.
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
     dist.init_process_group(
         backends,
         store=dist.PrefixStore("group", store),

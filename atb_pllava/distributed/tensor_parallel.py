@@ -57,13 +57,17 @@ class TensorParallel:
             dist.broadcast(x, src=0)
         return x
 
-    def all_true(self, value: bool) -> bool:
-        """Whether `value` is true on every rank. No rank returns before every rank has called."""
+    def lowest(self, value: int) -> int:
+        """The lowest `value` of all ranks, on every rank. No rank returns before every rank has called."""
         if self.size == 1:
             return value
-        lowest = torch.tensor([int(value)])  # on the CPU: the host waits for the result, on every device
+        lowest = torch.tensor([value])  # on the CPU: the host waits for the result, on every device
         dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-        return bool(lowest)
+        return int(lowest)
+
+    def all_true(self, value: bool) -> bool:
+        """Whether `value` is true on every rank. No rank returns before every rank has called."""
+        return bool(self.lowest(int(value)))
 
     def barrier(self) -> None:
         """Wait on the host until every rank has called `barrier`."""

@@ -163,7 +163,7 @@ def _ways_to_fit(room: Room, model: Model, element: int, world_size: int, need: 
         halved = _need(room, model.config, model.int8, 2, world_size)
         if halved.least <= room.total:
             yield f"--dtype bfloat16 needs {gigabytes(halved.least)} GB; this CPU computes it slowly"
-    if room.backend == "ascend":
+    if not room.is_cpu:
         sizes = range(world_size + 1, min(8, model.config.text.num_key_value_heads) + 1)
         fitting = (n for n in sizes if _need(room, model.config, model.int8, element, n).least <= room.free)
         if (enough := next(fitting, None)) is not None:

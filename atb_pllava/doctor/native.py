@@ -5,7 +5,6 @@ torch and all required packages are there.
 """
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING
 from atb_pllava.doctor.ascend import cann_checks, driver_check, npu_checks, visible_cards
 from atb_pllava.doctor.check import Check
 from atb_pllava.doctor.npu_smi import Card, list_cards
-from atb_pllava.doctor.packages import Torch, gpu_checks
+from atb_pllava.doctor.packages import Torch, gpu_checks, gpu_count_check
 from atb_pllava.doctor.setting import Setting
 from atb_pllava.errors import PllavaError
 from atb_pllava.loader.checkpoint_config import read_config
+from atb_pllava.ops.cuda.torch_builds import Driver, read_driver, sees_nvidia_gpu
 from atb_pllava.ops.host_memory import host_memory
 
 if TYPE_CHECKING:  # imports torch
@@ -42,7 +42,7 @@ def native_checks(setting: NativeSetting, torch: Torch, *, has_all_packages: boo
         yield driver_check(setting)
         yield from cann_checks(setting)
     else:
-        yield from gpu_checks(torch, has_nvidia_driver())
+        yield from gpu_checks(torch, _nvidia_driver(torch))
     if torch.problem or not has_all_packages:
         yield _memory_without_model()
         if setting.model_path is not None:
@@ -60,8 +60,7 @@ def _machine_checks(setting: NativeSetting, cards: Sequence[Card], torch: Torch)
         yield machine.compiler_check(setting.compiler, setting.kernel_dir)
         yield machine.cache_check(setting.kernel_dir)
     if room.backend == "cuda" and setting.world_size > 1:
-        found = f"--world_size {setting.world_size} on CUDA, which takes one device"
-        yield Check("world size", False, found, "leave --world_size out, or split the model over NPUs or CPU processes")
+        yield gpu_count_check(torch, setting.world_size)
     if setting.model_path is None:
         yield from machine.memory_checks(room, None, setting.world_size)
         return
@@ -79,9 +78,9 @@ def _machine_checks(setting: NativeSetting, cards: Sequence[Card], torch: Torch)
     yield from machine.memory_checks(room, model, setting.world_size)
 
 
-def has_nvidia_driver() -> bool:
-    """Whether NVIDIA's driver is installed, even where torch cannot use it."""
-    return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+def _nvidia_driver(torch: Torch) -> Driver | None:
+    """NVIDIA's driver, asked only where torch uses no GPU. None where no NVIDIA GPU is seen."""
+    return read_driver() if not torch.gpus and sees_nvidia_gpu() else None
 
 
 def _memory_without_model() -> Check:
@@ -101,8 +100,7 @@ def _config_check(model_path: str) -> Check:
 def _room(setting: Setting, cards: Sequence[Card], torch: Torch) -> "Room":
     """The memory that the native engine puts the model into.
 
-    On NPUs, the memory of the fullest of the first `world_size` visible cards. Otherwise the first GPU's, and without a
-    GPU the machine's.
+    On NPUs and GPUs, the memory of the fullest of the first `world_size` visible ones. Without either, the machine's.
     """
     from atb_pllava.doctor.machine import Room
 
@@ -112,5 +110,6 @@ def _room(setting: Setting, cards: Sequence[Card], torch: Torch) -> "Room":
         card = min(known, key=lambda one: one.free_mib or 0)
         return Room(f"card {card.number}", (card.free_mib or 0) * 2**20, (card.memory_mib or 0) * 2**20, "ascend")
     if torch.gpus:
-        return Room("GPU 0", torch.gpus[0].free, torch.gpus[0].total, "cuda")
+        number, gpu = min(enumerate(torch.gpus[: setting.world_size]), key=lambda pair: pair[1].free)
+        return Room(f"GPU {number}", gpu.free, gpu.total, "cuda")
     return Room.of_host(host_memory())

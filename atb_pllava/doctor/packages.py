@@ -15,19 +15,22 @@ from pathlib import Path
 
 from atb_pllava.doctor.check import Check
 from atb_pllava.doctor.required_packages import CLONE, REQUIRED, VENV_PYTHON, activate_script, from_here, venv_has
+from atb_pllava.ops.cuda.torch_builds import Driver, install_command
 
 IMPORT_SECONDS = 120
 
-# Prints a JSON object on the last line: torch's version, the CUDA version it was built for (null: none), and the CUDA
-# devices that torch can use.
+# Prints a JSON object on the last line: torch's version, the CUDA version it was built for (null: none), whether it has
+# NCCL, and the CUDA devices that torch can use.
 _LOOK = """
 import json, torch
+import torch.distributed as dist
 devices = []
 for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     free, total = torch.cuda.mem_get_info(i)
     devices.append({"name": torch.cuda.get_device_name(i), "free": free, "total": total})
 print()
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices}))
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "devices": devices,
+    "nccl": dist.is_available() and dist.is_nccl_available()}))
 """
 
 
@@ -44,8 +47,9 @@ class Gpu:
 class Torch:
     """The result of importing torch in another process.
 
-    cuda: the CUDA version torch was built for, None for a build without CUDA. problem: why the import failed, empty
-    when it worked. is_missing: torch is not installed, and no process tried to import it.
+    cuda: the CUDA version torch was built for, None for a build without CUDA. has_nccl: several GPUs can share a model.
+    problem: why the import failed, empty when it worked. is_missing: torch is not installed, and no process tried to
+    import it.
     """
 
     version: str = ""
@@ -54,6 +58,7 @@ class Torch:
     problem: str = ""
     remedy: str = ""
     is_missing: bool = False
+    has_nccl: bool = True
 
     @classmethod
     def missing(cls) -> "Torch":
@@ -115,7 +120,8 @@ def look_at_torch(on_npu: bool) -> Torch:
         return Torch(problem=f"{sys.executable}: {error.strerror}", remedy="install Python again")
     if done.returncode == 0:
         answer = json.loads(done.stdout.splitlines()[-1])
-        return Torch(answer["version"], answer["cuda"], tuple(Gpu(**gpu) for gpu in answer["devices"]))
+        gpus = tuple(Gpu(**gpu) for gpu in answer["devices"])
+        return Torch(answer["version"], answer["cuda"], gpus, has_nccl=answer["nccl"])
     lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
     remedy = "install torch again"
     if "torch_npu" in done.stderr:
@@ -131,10 +137,10 @@ def torch_check(torch: Torch) -> Check:
     return Check("import torch", not torch.problem, torch.problem or torch.version, torch.remedy)
 
 
-def gpu_checks(torch: Torch, has_driver: bool) -> Iterator[Check]:
+def gpu_checks(torch: Torch, driver: Driver | None) -> Iterator[Check]:
     """The CUDA devices that torch can use, or why torch can use none.
 
-    has_driver: whether NVIDIA's driver is installed. No check where the import of torch failed.
+    driver: NVIDIA's driver. None where there is no NVIDIA GPU. No check where the import of torch failed.
     """
     for number, gpu in enumerate(torch.gpus):
         free = gpu.free / 1e9
@@ -142,11 +148,27 @@ def gpu_checks(torch: Torch, has_driver: bool) -> Iterator[Check]:
         yield Check("GPU", True, f"{number}: {gpu.name}, {free:.1f} of {total:.1f} GB free")
     if torch.gpus or torch.problem:
         return
-    if not has_driver:
+    if driver is None:
         yield Check("GPU", None, "no CUDA GPU found")
-    elif torch.cuda is None:
-        remedy = "install the CUDA build of the same torch (pytorch.org, Get Started), or go on with the CPU"
-        yield Check("GPU", None, f"an NVIDIA driver is here, but torch {torch.version} was built without CUDA", remedy)
+        return
+    install = install_command(driver, sys.executable)
+    if torch.cuda is None:
+        found = f"NVIDIA's {driver} is here, but torch {torch.version} was built without CUDA"
+        yield Check("GPU", None, found, f"{install} (or go on with the CPU)")
+    elif driver.cuda is not None and int(torch.cuda.partition(".")[0]) > driver.cuda[0]:
+        found = f"torch {torch.version} for CUDA {torch.cuda} is too new for NVIDIA's {driver}"
+        yield Check("GPU", None, found, install)
     else:
-        remedy = "compare nvidia-smi's CUDA version with torch's; in a container: docker run --gpus all"
-        yield Check("GPU", None, f"torch for CUDA {torch.cuda} finds no GPU that it can use", remedy)
+        remedy = "look at nvidia-smi and CUDA_VISIBLE_DEVICES; in a container: docker run --gpus all"
+        yield Check("GPU", None, f"torch for CUDA {torch.cuda} finds no GPU that it can use; {driver}", remedy)
+
+
+def gpu_count_check(torch: Torch, world_size: int) -> Check:
+    """Whether each of `world_size` ranks can have a GPU of its own, and torch can connect the GPUs."""
+    if len(torch.gpus) < world_size:
+        remedy = "name more GPUs in CUDA_VISIBLE_DEVICES, or a smaller --world_size"
+        return Check("world size", False, f"{len(torch.gpus)} visible to torch, {world_size} wanted", remedy)
+    if not torch.has_nccl:
+        remedy = "install PyTorch's own build for Linux, or leave --world_size out"
+        return Check("world size", False, f"torch {torch.version} was built without NCCL", remedy)
+    return Check("world size", True, f"{world_size} of {len(torch.gpus)} GPUs")

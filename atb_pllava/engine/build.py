@@ -35,7 +35,9 @@ def build_engine(args: EngineArgs, rendezvous: Rendezvous | None = None) -> tupl
     launcher = Launcher(args.model, args.parallel, rendezvous)
     if args.engine.kv_cache_dtype == "int8":
         launcher.model.ops.require(Feature.INT8_KV_CACHE)
-    executor = launcher.launch(args.engine, processor.preprocessor, lambda model: kv_cache_blocks(model, args.engine))
+    executor = launcher.launch(
+        args.engine, processor.preprocessor, lambda model, free: kv_cache_blocks(model, args.engine, free)
+    )
     core = EngineCore(executor, args.engine)
     readers = 1 if pool is None else pool.size
     on_close = [launcher.close] if pool is None else [pool.close, launcher.close]

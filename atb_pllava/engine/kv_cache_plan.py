@@ -12,9 +12,10 @@ from atb_pllava.model.pllava import Pllava
 logger = logging.getLogger(__name__)
 
 
-def kv_cache_blocks(model: Pllava, config: EngineConfig) -> int:
+def kv_cache_blocks(model: Pllava, config: EngineConfig, free_memory: int) -> int:
     """Blocks for a full batch of the longest requests, or as many as the memory allows.
 
+    free_memory: the bytes that are free on the fullest rank's device. All ranks get the same number of blocks.
     The backend gives the bytes of a token, and the number of ranks that share the free memory.
     """
     text = model.config.text
@@ -26,7 +27,7 @@ def kv_cache_blocks(model: Pllava, config: EngineConfig) -> int:
         int8=config.kv_cache_dtype == "int8",
     )
     wanted = kv_cache_tokens(model.config, config)
-    free = model.ops.free_memory() // model.ops.ranks_sharing_memory(model.parallel.size)
+    free = free_memory // model.ops.ranks_sharing_memory(model.parallel.size)
     blocks = plan_blocks(wanted, config.block_size, per_token, config.kv_cache_bytes, free)
     logger.debug(
         "KV cache: %d blocks of %d tokens, %.2f GB",

@@ -103,6 +103,7 @@ class Executor:
             return own_method(*arguments)
         except BaseException as error:
             self._failure = BackendError(f"the ranks are out of step after {error!r}; load the model anew")
+            self.runner.free_graphs()
             self._failure = self._on_failure() or self._failure
             if isinstance(error, RuntimeError):
                 raise self._failure from None
@@ -136,6 +137,7 @@ class Executor:
         """End the workers. Every later call raises BackendError."""
         if self.parallel.size > 1 and self._failure is None:
             self._failure = BackendError("this model was closed; load it anew")
+            self.runner.free_graphs()
             _send_call(self.parallel, None, _STOP)
 
 
@@ -148,6 +150,7 @@ def worker_loop(runner: ModelRunner, parallel: TensorParallel, shared: np.ndarra
     while True:
         call = msgspec.msgpack.decode(parallel.broadcast_bytes(), type=RankCall)
         if call.method == _STOP:
+            runner.free_graphs()
             return
         arguments = decoders[call.method].decode(call.arguments)
         for argument in arguments:

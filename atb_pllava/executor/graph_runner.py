@@ -48,6 +48,12 @@ class GraphRunner:
         lens = inputs.fill(step)
         return graph.replay(lens)[: step.decoding].clone()
 
+    def free(self) -> None:
+        """Free all captured graphs."""
+        for _, graph in self._captured.values():
+            graph.free()
+        self._captured.clear()
+
     def _capture(self, size: int, step: ModelInput) -> Tensor:
         """Run the step without a graph, as a warm-up, then capture the step. Returns the logits [size, vocabulary]."""
         inputs = _DecodeInputs(size, self._max_blocks_per_seq, self._model.ops.device)

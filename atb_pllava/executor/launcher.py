@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class ParallelOptions:
     """The number of processes that hold the model, and the port of their rendezvous.
 
-    `world_size` None means 1, or the number of processes that torchrun started. `master_port` is a port of the loopback
-    interface. None means a free port.
+    `world_size` None means 1, or the number of processes that torchrun started. Rank r takes the r-th visible GPU or
+    NPU. Ranks on a CPU share the CPU. `master_port` is a port of the loopback interface. None means a free port.
     """
 
     world_size: int | None = field(default=None, metadata=option("devices to split the model over (default 1)"))
@@ -67,17 +67,17 @@ class Launcher:
         return f"{options.model_path!r}{on_top}, dtype={dtype}, backend={backend}, device={backend.device}{ranks}"
 
     def launch(
-        self, config: EngineConfig, preprocessor: PreprocessorConfig, plan_blocks: Callable[[Pllava], int]
+        self, config: EngineConfig, preprocessor: PreprocessorConfig, plan_blocks: Callable[[Pllava, int], int]
     ) -> Executor:
-        """Load the model on every rank. Returns the executor, whose KV cache has `plan_blocks(model)` blocks.
+        """Load the model on every rank. Returns the executor, whose KV cache has `plan_blocks(model, free)` blocks.
 
-        `plan_blocks` is called after loading, so that the weights count as used memory.
+        free: the bytes that are free after loading, on the rank that has the fewest.
         """
         if self.parallel.size > 1 and self.rendezvous is None:
             self.rendezvous = start_workers(self.parallel.size, self.options, self._port)
         with self._stopped_on_error():
             self._load()
-            blocks = plan_blocks(self.model)
+            blocks = plan_blocks(self.model, self.parallel.lowest(self.model.ops.free_memory()))
             options = RunnerOptions(
                 blocks, config.block_size, config.kv_cache_dtype, config.decode_graphs, preprocessor
             )

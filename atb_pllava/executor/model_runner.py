@@ -157,6 +157,16 @@ class ModelRunner:
         rows = list(range(batch_size))
         self.forward(ModelInput(batch_size, zeros, zeros, [-1] * batch_size, ones, ones, [[0]] * batch_size, rows, []))
 
+    def free_graphs(self) -> None:
+        """Drop all captured graphs. Every later step runs without graphs.
+
+        NCCL destroys a communicator only after the graphs that hold its collectives, and waits for them without end
+        (ncclCommDestroy, since NCCL 2.26).
+        """
+        if self._graphs is not None:
+            self._graphs.free()
+        self._graphs = None
+
     def _sequences(self, step: ModelInput, which: slice) -> SequenceBatch:
         """The sequences `which` of the step as a SequenceBatch. Block tables are padded with 0 to the longest."""
         tables = step.block_tables[which]

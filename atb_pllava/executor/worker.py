@@ -19,10 +19,9 @@ from collections.abc import Callable
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from atb_pllava.config import PreprocessorConfig
-from atb_pllava.distributed.rendezvous import EXIT_PEER_LOST, Rendezvous
+from atb_pllava.distributed.rendezvous import EXIT_PEER_LOST, Rendezvous, leave_process_group
 from atb_pllava.distributed.tensor_parallel import TensorParallel
 from atb_pllava.errors import OutOfMemoryError, PllavaError
 from atb_pllava.executor.executor import worker_loop
@@ -84,6 +83,16 @@ def run_worker(rendezvous: Rendezvous, options: ModelOptions) -> int:
     EXIT_PEER_LOST: another rank ended. Workers log errors only, because rank 0 logs for all ranks.
     """
     logging.getLogger("atb_pllava").setLevel(logging.ERROR)
+    status = EXIT_PEER_LOST
+    try:
+        status = _load_and_run(rendezvous, options)
+        return status
+    finally:
+        leave_process_group(abort=status != 0)  # its threads outlive the interpreter otherwise, and abort
+
+
+def _load_and_run(rendezvous: Rendezvous, options: ModelOptions) -> int:
+    """See `run_worker`. After the call nothing holds a captured graph."""
     try:
         try:
             rendezvous.heartbeat()
@@ -94,6 +103,7 @@ def run_worker(rendezvous: Rendezvous, options: ModelOptions) -> int:
         except (PllavaError, MemoryError, RuntimeError) as error:
             rendezvous.fail(str(error) or type(error).__name__)
             return 2
+        rendezvous.parallel.lowest(model.ops.free_memory())  # rank 0 plans the KV cache for the fullest device
         runner = receive_runner_options(rendezvous.parallel).make_runner(model)
         worker_loop(runner, rendezvous.parallel, share_memory(rendezvous.parallel))
         return 0
@@ -102,9 +112,6 @@ def run_worker(rendezvous: Rendezvous, options: ModelOptions) -> int:
         return 2
     except RuntimeError:
         return EXIT_PEER_LOST  # a collective or the store failed, because another rank ended
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()  # its threads outlive the interpreter otherwise, and abort
 
 
 def load_fingerprint(model: Pllava, plan: LoadPlan | DummyWeights, options: ModelOptions) -> str:

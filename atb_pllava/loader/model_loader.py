@@ -17,7 +17,7 @@ from atb_pllava.loader.weight_loader import LoadPlan, open_checkpoint, unused_vi
 from atb_pllava.model.linear import pack_weights
 from atb_pllava.model.pllava import Pllava
 from atb_pllava.ops.int8 import QuantConfig
-from atb_pllava.ops.interface import Backend, Feature
+from atb_pllava.ops.interface import Backend
 from atb_pllava.ops.registry import choose_dtype, get_backend
 
 
@@ -31,7 +31,7 @@ def plan_model(options: ModelOptions, parallel: TensorParallel) -> tuple[Pllava,
     check_world_size(parallel.size, config.text)
     ops = get_backend(options.backend, parallel.rank, options.kernels, options.compiler, options.kernel_dir)
     if parallel.size > 1:
-        ops.require(Feature.TENSOR_PARALLEL)
+        ops.check_world_size(parallel.size)
     dtype = choose_dtype(options.dtype, config.dtype, ops)
     if options.load_format != "safetensors":
         return _plan_random(options.load_format, config, ops, dtype, parallel)

@@ -31,19 +31,27 @@ class VisionLayer(nn.Module):
         self.fc1 = Linear(ops, inner, width, dtype, bias=True)
         self.fc2 = Linear(ops, width, inner, dtype, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [T, tokens, hidden] to the same shape."""
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and residual [T, tokens, hidden] to those of the next layer. The hidden state is x + residual.
+
+        The next norm adds the two, because a backend can fuse the addition with the norm. The first layer has no
+        residual.
+        """
         config = self.config
-        normed = F.layer_norm(x, x.shape[-1:], self.norm1_weight, self.norm1_bias, config.layer_norm_eps)
-        qkv = self.qkv_proj(normed)
-        q, k, v = qkv.unflatten(-1, (3, config.num_attention_heads, config.head_dim)).unbind(2)  # [T, tokens, H, D]
-        x = x + self.out_proj(self.ops.encoder_attention(q, k, v).flatten(2))
-        normed = F.layer_norm(x, x.shape[-1:], self.norm2_weight, self.norm2_bias, config.layer_norm_eps)
-        inner = self.fc1(normed)
+        eps = config.layer_norm_eps
+        if residual is None:
+            residual = x
+            x = self.ops.layer_norm(x, self.norm1_weight, self.norm1_bias, eps)
+        else:
+            x, residual = self.ops.fused_add_layer_norm(x, residual, self.norm1_weight, self.norm1_bias, eps)
+        qkv = self.qkv_proj(x).unflatten(-1, (3, config.num_attention_heads, config.head_dim))
+        q, k, v = qkv.unbind(2)  # [T, tokens, H, D]
+        x = self.out_proj(self.ops.encoder_attention(q, k, v).flatten(2))
+        x, residual = self.ops.fused_add_layer_norm(x, residual, self.norm2_weight, self.norm2_bias, eps)
+        inner = self.fc1(x)
         # CLIP's quick_gelu is x * sigmoid(1.702 x). Exact GELU would change all numbers and few answers.
         inner = self.ops.quick_gelu(inner) if config.hidden_act == "quick_gelu" else F.gelu(inner)
-        out: Tensor = x + self.fc2(inner)
-        return out
+        return self.fc2(inner), residual
 
     def weight_views(self, prefix: str) -> dict[str, Tensor]:
         """The view of a parameter for each tensor. A name is `prefix` and that of transformers' CLIPEncoderLayer."""
@@ -72,6 +80,7 @@ class VisionTower(nn.Module):
         width = config.hidden_size
         patches = config.grid**2
         self.config = config
+        self.ops = ops
         self.class_embedding = _empty(width, dtype=dtype)
         self.patch_embedding = _empty(width, 3, config.patch_size, config.patch_size, dtype=dtype)
         self.position_embedding = _empty(patches + 1, width, dtype=dtype)
@@ -85,10 +94,13 @@ class VisionTower(nn.Module):
         patches = F.conv2d(pixels, self.patch_embedding, stride=self.config.patch_size).flatten(2).transpose(1, 2)
         classes = self.class_embedding.expand(len(pixels), 1, -1)
         x = torch.cat((classes, patches), dim=1) + self.position_embedding
-        x = F.layer_norm(x, x.shape[-1:], self.pre_norm_weight, self.pre_norm_bias, self.config.layer_norm_eps)
+        x = self.ops.layer_norm(x, self.pre_norm_weight, self.pre_norm_bias, self.config.layer_norm_eps)
+        residual = None
         for layer in self.layers:
-            x = layer(x)
-        return x[:, 1:]
+            x, residual = layer(x, residual)
+        assert residual is not None, "a tower has layers"
+        features: Tensor = residual[:, 1:] + x[:, 1:]
+        return features
 
     def weight_views(self) -> dict[str, Tensor]:
         """The view of a parameter for each tensor, by the tensor's name in a checkpoint."""

@@ -49,8 +49,8 @@ Weight = Tensor | Int8Weight | PackedWeight
 class Feature(Enum):
     """An ability that some backends lack. The value is the error message's text: which backends have the ability."""
 
-    INT8_KV_CACHE = "kv_cache_dtype 'int8' works on the cpu backend only"
-    TENSOR_PARALLEL = "world_size above 1 works on the cpu and ascend backends only"
+    INT8_KV_CACHE = "kv_cache_dtype 'int8' works on the cpu and cuda backends only"
+    TENSOR_PARALLEL = "world_size above 1 works on the cpu, cuda and ascend backends only"
     GRAPH_CAPTURE = "steps are captured on the cuda and ascend backends only, with their own kernels"
 
 
@@ -63,6 +63,10 @@ class CapturedGraph(ABC):
 
         The next replay overwrites the result.
         """
+
+    @abstractmethod
+    def free(self) -> None:
+        """Free the recorded graph. It can no longer be replayed."""
 
 
 class Backend(ABC):
@@ -128,6 +132,13 @@ class Backend(ABC):
     def ranks_sharing_memory(self, world_size: int) -> int:
         """The number of ranks that share the memory of `free_memory`: all ranks on a CPU, 1 on an accelerator."""
         return world_size if self.on_host else 1
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises BackendError unless `world_size` ranks, each with a device of its own, can share a model here.
+
+        The default is `require`: ranks on a CPU share the CPU.
+        """
+        self.require(Feature.TENSOR_PARALLEL)
 
     def free_memory(self) -> int:
         """Bytes that can still be allocated on the device."""
@@ -242,6 +253,17 @@ class Backend(ABC):
         """The RMSNorm of residual + x, and residual + x, both [N, hidden]. The sum is rounded before the norm."""
         residual = residual + x
         return self.rms_norm(residual, weight, eps), residual
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """x [..., hidden] minus its mean over the last axis, divided by its deviation, times weight, plus bias."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def fused_add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The layer norm of residual + x, and residual + x, both [..., hidden]. The sum is rounded before the norm."""
+        residual = residual + x
+        return self.layer_norm(residual, weight, bias, eps), residual
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate x [N, heads, D] by cos, sin [N, D / 2] float32. Element i is paired with element i + D / 2."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atb_pllava.ops.cpu.levels import cpu_features
+from atb_pllava.ops.cuda.devices import check_gpus
 from atb_pllava.ops.forward_batch import AttentionMetadata
 from atb_pllava.ops.int8 import HIGHEST, Int8Weight
 from atb_pllava.ops.interface import (
@@ -43,9 +44,15 @@ class TorchBackend(Backend):
         super().__init__(torch.device(device))
         self.name = self.device.type
         if not self.on_host:
-            self.features = frozenset()
+            if self.device.type != "cuda":
+                self.features -= {Feature.TENSOR_PARALLEL}
             self.preferred_chunk = ACCELERATOR_CHUNK
             self.preferred_vision_batch = ACCELERATOR_VISION_BATCH
+
+    def check_world_size(self, world_size: int) -> None:
+        super().check_world_size(world_size)
+        if self.device.type == "cuda":
+            check_gpus(world_size)
 
     def preferred_dtype(self, stored: str) -> str:
         """On a CPU: bfloat16 if the CPU has bfloat16 instructions, else float32. On other devices: `stored`."""
@@ -127,17 +134,23 @@ class TorchBackend(Backend):
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, metadata: AttentionMetadata
     ) -> Tensor:
         batch = metadata.prefill
-        out = torch.empty_like(query)
+        parts = []
         for i, context in enumerate(batch.context_lens):
             rows = slice(batch.cu_seqlens[i], batch.cu_seqlens[i + 1])
             length = rows.stop - rows.start
             if context == length and len(cache) == 2:
-                out[rows] = self._attend(query[rows], keys[rows], values[rows], cached=0)
+                all_keys = keys[rows]
+                all_values = values[rows]
             else:
                 # With an int8 cache, the chunk's own keys are read back too: answers must not depend on chunk sizes.
-                stored = [_gather(cache, part, batch.block_tables[i], context).to(query.dtype) for part in (0, 1)]
-                out[rows] = self._attend(query[rows], stored[0], stored[1], cached=context - length)
-        return out
+                all_keys, all_values = self._gather(cache, batch.block_tables[i], context, query.dtype)
+            parts.append(self._attend(query[rows], all_keys, all_values, cached=context - length))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gather(self, cache: LayerCache, table: Tensor, context: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first `context` keys and values of a sequence with block table [M], both [context, K, D] in `dtype`."""
+        keys, values = (_gather_part(cache, part, table, context).to(dtype) for part in (0, 1))
+        return keys, values
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
         """Causal attention of query [L, H, D] after `cached` earlier tokens. keys and values: [cached + L, K, D]."""
@@ -189,7 +202,8 @@ def _fits_int8pack_mm(x: Tensor, weight: Int8Weight) -> bool:
 
 def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, K, D] as int8, and float32 scales [N, K]. The element of largest magnitude in a head becomes ±127."""
-    scale = x.float().abs().amax(-1) / HIGHEST
+    largest = x.float().abs().amax(-1)
+    scale = largest / torch.full_like(largest, HIGHEST)  # by a number, torch multiplies with 1 / 127 on a GPU
     scale = torch.where(scale == 0, 1.0, scale)
     return (x.float() / scale[..., None]).round().to(torch.int8), scale
 
@@ -200,7 +214,7 @@ def _stored(cache: LayerCache, part: int, blocks: Tensor) -> Tensor:
     return stored if len(cache) == 2 else stored.float() * cache[part + 2][blocks][..., None]
 
 
-def _gather(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
+def _gather_part(cache: LayerCache, part: int, table: Tensor, context: int) -> Tensor:
     """The first `context` keys (part 0) or values (1) of a sequence, [context, K, D], from its blocks."""
     blocks = _stored(cache, part, table[: -(-context // cache[0].shape[2])])
     return blocks.transpose(1, 2).flatten(0, 1)[:context]

@@ -11,6 +11,7 @@ from atb_pllava.ops.ascend.runtime import import_torch_npu
 from atb_pllava.ops.cpu.backend import NativeBackend
 from atb_pllava.ops.cpu.build import BuildError, load_library
 from atb_pllava.ops.cuda.backend import CudaBackend
+from atb_pllava.ops.cuda.devices import gpu_of
 from atb_pllava.ops.interface import Backend
 from atb_pllava.ops.reference import TorchBackend
 
@@ -26,8 +27,8 @@ def get_backend(
 ) -> Backend:
     """The backend called `name`, on the device of this rank. "auto" takes Ascend, else CUDA, else the CPU.
 
-    A CPU backend of any rank uses the same CPU. CUDA has one rank, on the current device. On Ascend, rank r takes the
-    r-th visible NPU.
+    A CPU backend of any rank uses the same CPU. On CUDA and Ascend, rank r takes the r-th visible GPU or NPU, which
+    becomes the current device of the calling thread.
     kernels "native": this package's C++ kernels on a CPU, this package's Triton kernels on CUDA. `compiler` and
     `kernel_dir` are those of `ops.cpu.build.load_library`. "torch": the plain torch backend.
     "auto": native kernels. If native kernels are not available, "auto" takes plain torch and logs a warning.
@@ -42,10 +43,8 @@ def get_backend(
     if chosen == "cpu":
         return TorchBackend() if kernels == "torch" else _native(kernels, compiler, kernel_dir)
     if chosen == "cuda":
-        if not torch.cuda.is_available():
-            version = torch.__version__
-            raise BackendError(f"backend 'cuda': torch {version} finds no CUDA device here; use --backend cpu")
-        return _plain_cuda() if kernels == "torch" else _cuda(kernels)
+        device = gpu_of(rank)
+        return TorchBackend(device) if kernels == "torch" else _cuda(kernels, device)
     backend = AscendBackend(rank)
     if kernels == "native":
         raise BackendError("kernels 'native' are for cpu and cuda, not for ascend; leave the option out")
@@ -75,19 +74,14 @@ def _native(kernels: str, compiler: str | None, kernel_dir: str | None) -> Backe
         return TorchBackend()
 
 
-def _cuda(kernels: str) -> Backend:
+def _cuda(kernels: str, device: torch.device) -> Backend:
     try:
-        return CudaBackend()
+        return CudaBackend(device)
     except BackendError as error:
         if kernels == "native":
             raise BackendError(f"kernels 'native': {error}, or use --kernels torch") from None
         logger.warning("no CUDA kernels: %s; plain torch is used, without captured steps", error)
-        return _plain_cuda()
-
-
-def _plain_cuda() -> Backend:
-    """Plain torch on the current CUDA device, by number, because the current device belongs to a thread."""
-    return TorchBackend(torch.device("cuda", torch.cuda.current_device()))
+        return TorchBackend(device)
 
 
 def _best_backend() -> str:

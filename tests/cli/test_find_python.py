@@ -67,8 +67,9 @@ def begun(clone: Path, bare_venv: Path) -> Path:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """The part of a clone that find_python.sh needs. Its requirements exist only as wheels in `wheels`."""
-    (tmp_path / "clone" / "atb_pllava" / "cli").mkdir(parents=True)
-    shutil.copy(ROOT / "atb_pllava" / "cli" / "find_python.sh", tmp_path / "clone" / "atb_pllava" / "cli")
+    for name in ("atb_pllava/cli/find_python.sh", "atb_pllava/ops/cuda/torch_builds.py"):
+        (tmp_path / "clone" / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, tmp_path / "clone" / name)
     (tmp_path / "clone" / "requirements.txt").write_text("small_one==1.0  # a comment\nlarge_one==1.0\n")
     return tmp_path / "clone"
 
@@ -237,3 +238,65 @@ def test_a_python_that_is_of_no_use(clone: Path, tmp_path: Path, change: dict[st
         (tools / tool).symlink_to(str(shutil.which(tool)))
     done = set_up(clone, None, **{name: value.format(bin=tools) for name, value in change.items()})
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+# torch and NVIDIA GPUs
+
+
+def add_torch(site_packages: Path, cuda: str | None) -> None:
+    """A package torch without content, for `cuda`, as if pip had installed it."""
+    local = "cpu" if cuda is None else f"cu{cuda.replace('.', '')}"
+    (site_packages / "torch").mkdir()
+    (site_packages / "torch" / "__init__.py").write_text("")
+    (site_packages / "torch" / "version.py").write_text(
+        f"from typing import Optional\n__version__ = '2.13.0+{local}'\ncuda: Optional[str] = {cuda!r}\n"
+    )
+    record = site_packages / f"torch-2.13.0+{local}.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+{local}\n")
+    (record / "INSTALLER").write_text("pip\n")
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> str:
+    """A PATH whose nvidia-smi reports an H100 with a driver for CUDA 12.4."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    header = "| NVIDIA-SMI 550.54.15   Driver Version: 550.54.15   CUDA Version: 12.4 |"
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\nif [ $# = 0 ]; then echo '{header}'; else echo 9.0; fi\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    return f"{tools}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("cuda", [None, "12.6"])
+def test_a_gpu_without_a_cuda_torch_is_said_with_the_line_that_installs_one(begun: Path, gpu: str, cuda) -> None:
+    (begun / "requirements.txt").write_text("torch==2.13.0\n")
+    add_torch(site(begun), cuda)
+    python = str(begun / ".venv/bin/python")
+    done = set_up(begun, None, PATH=gpu, ATB_PLLAVA_PYTHON=python)
+    assert done.returncode == 0 and done.stdout.strip() == python
+    if cuda is not None:
+        assert done.stderr == ""
+        return
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"note: an NVIDIA GPU is here (driver version 550 for CUDA 12.4), but the torch of {python}")
+    index = "https://download.pytorch.org/whl/cu126"
+    assert line.endswith(f"{python} -m pip install torch==2.13.0+cu126 --index-url {index}")
+
+
+def test_set_up_keeps_the_cuda_torch_of_an_active_environment(
+    clone: Path, bare_venv: Path, wheels: Path, gpu: str, tmp_path: Path
+) -> None:
+    """The user's Python is in a virtual environment, whose packages a venv made from it does not see by itself."""
+    shutil.copytree(bare_venv, tmp_path / "active", symlinks=True)
+    (packages,) = (tmp_path / "active" / "lib").glob("python3*/site-packages")
+    add_torch(packages, "12.6")
+    (clone / "requirements.txt").write_text("torch==2.13.0\nsmall_one==1.0\n")
+    done = set_up(clone, wheels, PATH=f"{tmp_path}/active/bin:{gpu}")
+    assert done.returncode == 0, done.stderr
+    assert "using the torch that is installed" in done.stderr and "installing into" in done.stderr
+    assert "torch==" not in done.stderr and "note: " not in done.stderr
+    code = "import torch, torch.version, small_one.part0; print(torch.version.cuda, torch.__file__)"
+    found = subprocess.run([clone / ".venv/bin/python", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == f"12.6 {packages}/torch/__init__.py"
+    assert not (packages / "small_one").exists(), "the user's environment is left as it is"

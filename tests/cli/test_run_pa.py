@@ -77,8 +77,9 @@ def test_a_mode_is_asked_for_before_a_python_is(arguments: list[str]) -> None:
 def test_the_script_says_how_to_use_its_venv(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     (clone / ".venv" / "bin").mkdir(parents=True)
-    (clone / "atb_pllava" / "cli").mkdir(parents=True)
-    for name in ("run_pa.sh", "requirements_pllava.txt", "atb_pllava/cli/find_python.sh"):
+    builds = "atb_pllava/ops/cuda/torch_builds.py"
+    for name in ("run_pa.sh", "requirements_pllava.txt", "atb_pllava/cli/find_python.sh", builds):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_bytes((ROOT / name).read_bytes())
     (clone / ".venv" / "pyvenv.cfg").touch()
     (clone / ".venv" / "bin" / "activate").touch()

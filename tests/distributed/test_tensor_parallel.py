@@ -182,6 +182,7 @@ def test_a_rank_says_what_memory_it_could_not_have(checkpoint: Path, monkeypatch
 
     monkeypatch.setattr(logging.getLogger("atb_pllava"), "setLevel", lambda _: None)
     monkeypatch.setattr(Rendezvous, "barrier", lambda *_: None)
+    monkeypatch.setattr(TensorParallel, "lowest", lambda _, value: value)
     options = RunnerOptions(1, 16, "auto", False, PreprocessorConfig())
     monkeypatch.setattr(worker, "receive_runner_options", lambda _: options)
     monkeypatch.setattr(worker, "share_memory", lambda _: None)

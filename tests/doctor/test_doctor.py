@@ -32,6 +32,7 @@ from atb_pllava.mindie.host_files import host_config
 from atb_pllava.model.published_sizes import PUBLISHED
 from atb_pllava.ops.cpu.build import BuildError, load_library
 from atb_pllava.ops.cpu.levels import best_level
+from atb_pllava.ops.cuda.torch_builds import Driver
 from atb_pllava.ops.host_memory import HostMemory
 from atb_pllava.ops.int8 import QuantConfig
 from atb_pllava.ops.reference import TorchBackend
@@ -305,7 +306,7 @@ def test_the_remedy_names_the_script_that_is_there(complete: MindieSetting, tmp_
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> NativeSetting:
     """A machine without NPU and GPU."""
     monkeypatch.setattr(command, "look_at_torch", lambda on_npu: Torch("2.13.0+cpu"))
-    monkeypatch.setattr(native, "has_nvidia_driver", lambda: False)
+    monkeypatch.setattr(native, "sees_nvidia_gpu", lambda: False)
     return NativeSetting({}, devices=[])
 
 
@@ -515,23 +516,51 @@ def test_a_gpu_is_what_the_model_goes_to(on_cpu: NativeSetting, monkeypatch) -> 
     assert checks["GPU"].found == "0: NVIDIA H100, 70.0 of 80.0 GB free"
     assert "70.0 of 80.0 GB of GPU 0" in checks["memory"].found
     assert "CPU kernels" not in checks and "kernel cache" not in checks
-    (check,) = named(replace(on_cpu, world_size=2), "world size")
-    assert check.status == "problem" and "takes one device" in check.found
     small = memory(12, shape("7b"), where="GPU 0", backend="cuda")
-    assert not small.good and "--world_size" not in small.remedy
+    assert not small.good and "--world_size 2" in small.remedy
 
 
 @pytest.mark.parametrize(
-    ("torch", "driver", "status", "words"),
+    ("free", "has_nccl", "status", "found"),
     [
-        (Torch("2.13.0+cpu"), False, "info", "no CUDA GPU found"),
-        (Torch("2.13.0+cpu"), True, "warning", "was built without CUDA"),
-        (Torch("2.13.0", "12.8"), True, "warning", "finds no GPU that it can use"),
+        ([70], True, "problem", "1 visible to torch, 2 wanted"),
+        ([70, 60], False, "problem", "torch 2.13.0 was built without NCCL"),
+        ([70, 60, 50], True, "ok", "2 of 3 GPUs"),
     ],
 )
-def test_a_driver_and_a_torch_that_do_not_match(torch, driver, status, words) -> None:
+def test_each_rank_needs_a_gpu(on_cpu: NativeSetting, monkeypatch, free, has_nccl, status, found) -> None:
+    gpus = tuple(Gpu("NVIDIA H100", size * 10**9, 80 * 10**9) for size in free)
+    monkeypatch.setattr(command, "look_at_torch", lambda on_npu: Torch("2.13.0", "12.8", gpus, has_nccl=has_nccl))
+    checks = {check.name: check for check in native_doctor(replace(on_cpu, model_path=str(TINY), world_size=2))}
+    assert checks["world size"].status == status and checks["world size"].found == found
+    fullest = len(free[:2]) - 1
+    assert f"{free[fullest]}.0 of 80.0 GB of GPU {fullest} free" in checks["memory"].found
+
+
+@pytest.mark.parametrize(
+    ("torch", "driver", "status", "words", "remedy"),
+    [
+        (Torch("2.13.0+cpu"), None, "info", "no CUDA GPU found", ""),
+        (
+            Torch("2.13.0+cpu"),
+            Driver(580, (13, 0)),
+            "warning",
+            "580 for CUDA 13.0 is here, but torch",
+            "torch==2.13.0+cu130",
+        ),
+        (
+            Torch("2.13.0", "13.0"),
+            Driver(550, (12, 4)),
+            "warning",
+            "is too new for NVIDIA's driver",
+            "torch==2.13.0+cu126",
+        ),
+        (Torch("2.13.0", "12.8"), Driver(550, (12, 4)), "warning", "finds no GPU that it can use", "--gpus all"),
+    ],
+)
+def test_a_driver_and_a_torch_that_do_not_match(torch, driver, status, words, remedy) -> None:
     (check,) = packages.gpu_checks(torch, driver)
-    assert check.status == status and words in check.found
+    assert check.status == status and words in check.found and remedy in check.remedy
 
 
 def test_an_npu_is_what_the_model_goes_to(complete: MindieSetting) -> None:

@@ -7,28 +7,28 @@ between threads nor any speed. It truncates to bfloat16 where devices round.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from atb_pllava.ops.cuda.backend import import_kernels
 from tests.support import random_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODULES = [  # of ops/cuda, with kernels
+    "attention_kernels",
+    "elementwise_kernels",
+    "kv_cache_kernels",
+    "int8_linear",
+    "int8_dequantise",
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return random_tensor(*shape, seed=seed).to(DEVICE)
-
-
-def kernel_modules() -> tuple[ModuleType, ...]:
-    """The modules with Triton kernels."""
-    from atb_pllava.ops.cuda import int8_dequantise, int8_linear, kernels
-
-    return kernels, int8_dequantise, int8_linear
 
 
 @contextmanager
@@ -74,3 +74,12 @@ class Noted:
 
     def seen(self, value: object) -> object:
         return (value.device, value.dtype, value.storage_offset()) if isinstance(value, Tensor) else value
+
+
+def note_launches(launches: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel runs any more. Every launch is appended to `launches`."""
+    from triton.runtime.jit import KernelInterface
+
+    for module in map(import_kernels, MODULES):
+        for name in [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]:
+            monkeypatch.setattr(module, name, Noted(name, launches))

@@ -223,6 +223,9 @@ class Replay(CapturedGraph):
         self.backend.replays += 1
         return self.step()
 
+    def free(self) -> None:
+        del self.step
+
 
 class Recorder(TorchBackend):
     """A CPU that records steps."""

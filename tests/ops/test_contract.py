@@ -76,7 +76,7 @@ def test_every_backend_answers_for_itself(backend: Backend) -> None:
 def test_what_needs_a_device_without_kernels() -> None:
     """The same answers from plain torch on an accelerator."""
     backend = TorchBackend("meta")
-    assert not backend.features and not backend.on_host and backend.ranks_sharing_memory(4) == 1
+    assert backend.features == {Feature.INT8_KV_CACHE} and not backend.on_host and backend.ranks_sharing_memory(4) == 1
     assert (backend.preferred_chunk, backend.preferred_vision_batch) == (4096, 16)
     assert backend.preferred_dtype("float16") == "float16"
     assert TorchBackend().ranks_sharing_memory(4) == 4
@@ -85,9 +85,10 @@ def test_what_needs_a_device_without_kernels() -> None:
 @pytest.mark.parametrize("backend", list(backends()), ids=lambda b: f"{type(b).__name__}")
 def test_an_8_bit_cache_is_refused_by_name(backend: Backend) -> None:
     if backend.supports(Feature.INT8_KV_CACHE):
-        assert backend.name == "cpu"
+        assert backend.name in ("cpu", "cuda")
         return
-    with pytest.raises(BackendError, match=f"kv_cache_dtype 'int8' works on the cpu backend only, not on {backend}"):
+    message = f"kv_cache_dtype 'int8' works on the cpu and cuda backends only, not on {backend}"
+    with pytest.raises(BackendError, match=message):
         backend.new_kv_cache(1, 1, 128, 1, 16, torch.int8)
 
 
@@ -112,9 +113,11 @@ def test_features_are_asked_for_before_loading(checkpoint: Any, monkeypatch: pyt
 
     monkeypatch.setattr(model_loader, "get_backend", lambda *_: Bare())
     monkeypatch.setattr("atb_pllava.executor.launcher.fill_model", lambda *_, **__: pytest.fail("weights were read"))
-    with pytest.raises(BackendError, match="kv_cache_dtype 'int8' works on the cpu backend only, not on bare"):
+    with pytest.raises(BackendError, match="kv_cache_dtype 'int8' works on the cpu and cuda backends .*, not on bare"):
         LLM(checkpoint, dtype="float32", kv_cache_dtype="int8")
-    with pytest.raises(BackendError, match="world_size above 1 works on the cpu and ascend backends only, not on bare"):
+    with pytest.raises(
+        BackendError, match="world_size above 1 works on the cpu, cuda and ascend backends only, not on bare"
+    ):
         LLM(checkpoint, dtype="float32", world_size=2)
 
 
@@ -136,6 +139,11 @@ def test_fused_operators_equal_their_parts(kernels: str, dtype: torch.dtype) -> 
     weight = torch.randn(64).to(dtype)
     normed, total = ops.fused_add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, residual + x) and torch.equal(normed, ops.rms_norm(residual + x, weight, 1e-5))
+
+    bias = torch.randn(64).to(dtype)
+    normed, total = ops.fused_add_layer_norm(x, residual, weight, bias, 1e-5)
+    assert torch.equal(total, residual + x)
+    assert torch.equal(normed, ops.layer_norm(residual + x, weight, bias, 1e-5))
 
     query, keys, values = torch.randn(3, 5, 2, 16).to(dtype)
     cos, sin = torch.randn(2, 5, 8)

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,24 +31,13 @@ from atb_pllava.ops.int8 import quantise
 from atb_pllava.ops.interface import Feature
 from atb_pllava.ops.reference import TorchBackend
 from atb_pllava.ops.registry import get_backend
-from tests.ops.cuda_support import DEVICE, DTYPES, Noted, kernel_modules, random, right_bfloat16_products
+from tests.ops.cuda_support import DEVICE, DTYPES, note_launches, random
 from tests.ops.test_ascend import Replay, decode
 from tests.ops.test_ops import dense_attention, paged
-from tests.support import ROOT, TOLERANCE, assert_near, decode_metadata, prefill_metadata, raw_config
+from tests.support import ROOT, assert_near, decode_metadata, prefill_metadata, raw_config
 
-KernelInterface = pytest.importorskip("triton.runtime.jit").KernelInterface
-PLAIN = TorchBackend(DEVICE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def products_of_bfloat16() -> Iterator[None]:
-    with right_bfloat16_products():
-        yield
-
-
-@pytest.fixture(scope="module")
-def fast() -> CudaBackend:
-    return CudaBackend(DEVICE, multiprocessors=4)
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("right_bfloat16")
 
 
 def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
@@ -60,7 +51,7 @@ def metadata_of(decode: SequenceBatch) -> AttentionMetadata:
 
 @pytest.mark.parametrize(
     ("dtype", "multiprocessors"),  # 1: one split of a context, 30: as many splits as tiles
-    [(torch.float32, 1), (torch.float32, 30), (torch.float16, 30), (torch.bfloat16, 30)],
+    [(torch.float32, 1), (torch.float16, 30), (torch.bfloat16, 30)],
 )
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block"),
@@ -90,72 +81,55 @@ def test_attention_over_pages(
     assert not bool(out[1::2].any())
 
 
-def test_lengths_of_a_step_that_is_not_recorded(fast: CudaBackend) -> None:
+def test_lengths_of_a_step_that_is_not_recorded(cuda_ops: CudaBackend) -> None:
     lengths = [3, 40]
     cache, keys, values, tables = paged(lengths, 16, 1, 16, torch.float32)
     cache = tuple(part.to(DEVICE) for part in cache)
     query = random(2, 2, 16)
     for lens in (lengths, [2, 39]):  # another batch has other ones
-        metadata = decode_metadata(fast, lens, tables.to(DEVICE))
+        metadata = decode_metadata(cuda_ops, lens, tables.to(DEVICE))
         expected = [dense_attention(query[i : i + 1].cpu(), keys[i][:n], values[i][:n]) for i, n in enumerate(lens)]
-        assert_near(fast.decode_attention(query, cache, metadata).cpu(), torch.cat(expected))
+        assert_near(cuda_ops.decode_attention(query, cache, metadata).cpu(), torch.cat(expected))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy's, in the interpreter
-def test_scores_that_are_large_or_not_finite(fast: CudaBackend) -> None:
+def test_scores_that_are_large_or_not_finite(cuda_ops: CudaBackend) -> None:
     cache, keys, values, tables = paged([100], 16, 1, 16, torch.float32)
-    metadata = decode_metadata(fast, [100], tables.to(DEVICE))
+    metadata = decode_metadata(cuda_ops, [100], tables.to(DEVICE))
     cache = tuple(part.to(DEVICE) for part in cache)
     query = random(1, 2, 16) * 1000
     expected = dense_attention(query.cpu(), keys[0], values[0])
-    assert_near(fast.decode_attention(query, cache, metadata).cpu(), expected)
+    assert_near(cuda_ops.decode_attention(query, cache, metadata).cpu(), expected)
     query[0, 1, 3] = float("nan")
     with np.errstate(invalid="ignore"):
-        out = fast.decode_attention(query, cache, metadata)[0]
+        out = cuda_ops.decode_attention(query, cache, metadata)[0]
     assert out.isnan().all(dim=1).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "dim", "block"), [(1, 64, 16), (3, 80, 24), (2, 128, 128)])
-def test_only_real_slots_are_written(fast: CudaBackend, heads: int, dim: int, block: int, dtype: torch.dtype) -> None:
-    slot_mapping = torch.tensor([5, -1, 2 * block, -1, block - 1], device=DEVICE)
-    keys, values = random(2, 5, heads + 1, dim).to(dtype)[:, :, 1:]
-    plain, own = (PLAIN.new_kv_cache(1, 3, block, heads, dim, dtype)[0] for _ in range(2))
-    for part in (*plain, *own):
-        part.fill_(7)
-    real = slot_mapping >= 0
-    PLAIN.write_kv(keys[real], values[real], plain, slot_mapping[real])
-    fast.write_kv(keys, values, own, slot_mapping)
-    fast.write_kv(keys[:0], values[:0], own, slot_mapping[:0])
-    for expected, part in zip(plain, own, strict=True):
-        assert torch.equal(expected, part)
 
 
 # Prompts
 
 
-@pytest.mark.parametrize("old_torch", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 @pytest.mark.parametrize("cached", [0, 1, 100])
-def test_prompts_behind_a_cached_prefix(
-    fast: CudaBackend,
+def test_prompts_with_a_torch_before_2_3(
+    cuda_ops: CudaBackend,
     heads: int,
     kv_heads: int,
     cached: int,
     dtype: torch.dtype,
-    old_torch: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if old_torch:
-        monkeypatch.setattr(cuda, "_supports_gqa", lambda: False)
-        monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
+    """See also `test_cuda_kv_cache`."""
+    monkeypatch.setattr(cuda, "_supports_gqa", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.bias", None)
     lengths = [cached + 1, cached + 33]
     cache, keys, values, tables = paged(lengths, 16, kv_heads, 16, dtype)
     query = random(34, heads, 16).to(dtype)
     own_keys, own_values = (torch.cat([x[cached:] for x in xs]).to(DEVICE) for xs in (keys, values))
-    metadata = prefill_metadata(fast, [1, 33], lengths, tables.to(DEVICE))
-    out = fast.prefill_attention(query, own_keys, own_values, tuple(part.to(DEVICE) for part in cache), metadata).cpu()
+    metadata = prefill_metadata(cuda_ops, [1, 33], lengths, tables.to(DEVICE))
+    cache = tuple(part.to(DEVICE) for part in cache)
+    out = cuda_ops.prefill_attention(query, own_keys, own_values, cache, metadata).cpu()
     parts = (query[:1].cpu(), query[1:].cpu())
     assert_near(out, torch.cat([dense_attention(q, k, v) for q, k, v in zip(parts, keys, values, strict=True)]))
 
@@ -166,43 +140,18 @@ def test_no_mask_is_made() -> None:
     assert cuda._lower_right(5, 5, torch.device(DEVICE)) is None and cuda._supports_gqa()
 
 
-# The functions between
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (33, 100), (5, 2500), (0, 64)])
-def test_norms_and_activations(fast: CudaBackend, dtype: torch.dtype, rows: int, width: int) -> None:
-    x = (random(rows, 2 * width) * 5).to(dtype)
-    weight = random(2 * width, seed=1).to(dtype)
-    for result, expected in (
-        (fast.rms_norm(x, weight, 1e-5), PLAIN.rms_norm(x, weight, 1e-5)),
-        (fast.rms_norm(x.T.contiguous().T, weight, 1e-2), PLAIN.rms_norm(x, weight, 1e-2)),
-        (fast.swiglu(x), PLAIN.swiglu(x)),
-    ):
-        assert_close(result, expected, atol=1e-5, rtol=2 * TOLERANCE[dtype])  # bfloat16 is cut off twice, see above
-        if dtype == torch.float16 and rows:  # rounded where the reference rounds: else a fifth of them differs
-            assert float((result == expected).float().mean()) > 0.95
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "heads", "dim"), [(1, 1, 128), (5, 3, 80), (0, 2, 64), (7, 2, 6)])
-def test_rotation(fast: CudaBackend, dtype: torch.dtype, rows: int, heads: int, dim: int) -> None:
-    angles = random(rows, dim // 2, seed=2)
-    x = random(rows, heads + 2, dim).to(dtype)[:, 1 : heads + 1]
-    expected = PLAIN.rotary(x, angles.cos(), angles.sin())
-    assert_close(fast.rotary(x, angles.cos(), angles.sin()), expected, atol=1e-5, rtol=TOLERANCE[dtype])
-
-
 # The whole model
 
 
-@pytest.mark.parametrize("load_format", ["safetensors", "dummy_w8a16"])
+@pytest.mark.parametrize(
+    ("load_format", "kv_cache_dtype"), [("safetensors", "auto"), ("dummy_w8a16", "auto"), ("safetensors", "int8")]
+)
 def test_answers_do_not_depend_on_the_kernels(
-    checkpoint: Path, media: Path, load_format: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, media: Path, load_format: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [{"question": "What is this?", "video": str(media / "clip2.mp4")}, {"prompt": "USER: hello " * 6}]
     params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=-1)
-    options = {"dtype": "float32", "block_size": 16, "load_format": load_format}
+    options = {"dtype": "float32", "block_size": 16, "load_format": load_format, "kv_cache_dtype": kv_cache_dtype}
     plain = LLM(checkpoint, kernels="torch", backend=DEVICE, **options)
     monkeypatch.setattr(loading, "get_backend", lambda *_: CudaBackend(DEVICE, multiprocessors=4))
     fast = LLM(checkpoint, prefill_chunk=7, **options)
@@ -210,7 +159,8 @@ def test_answers_do_not_depend_on_the_kernels(
     for one, other in zip(plain.generate(requests, params), fast.generate(requests, params), strict=True):
         assert one.token_ids == other.token_ids
         expected, result = (torch.from_numpy(np.stack(answer.logprobs)) for answer in (one, other))
-        assert_near(result, expected, 2e-5)
+        # Rounding to 8 bits makes small differences larger.
+        assert_near(result, expected, 2e-5 if kv_cache_dtype == "auto" else 2e-3)
 
 
 class Repeater(CudaBackend):
@@ -218,7 +168,7 @@ class Repeater(CudaBackend):
 
     def __init__(self, device: str = DEVICE) -> None:
         super().__init__(device, multiprocessors=4)
-        self.features = frozenset({Feature.GRAPH_CAPTURE})
+        self.features = CudaBackend.features
         self.replays = 0
 
     def capture(self, step: Callable[[], Tensor]) -> Replay:
@@ -235,12 +185,11 @@ def test_a_warm_up_compiles_and_captures_without_a_trace() -> None:
     assert ops.replays == 3
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_recorded_step_reads_its_lengths_on_the_device(batch: int) -> None:
+def test_a_recorded_step_reads_its_lengths_on_the_device() -> None:
     if DEVICE == "cuda":
         pytest.skip("the models of this test are on the CPU")
     ops = Repeater()
-    for got, expected in zip(decode(ops, batch), decode(TorchBackend(), batch), strict=True):
+    for got, expected in zip(decode(ops, 3), decode(TorchBackend(), 3), strict=True):
         assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert ops.replays == 2
 
@@ -257,18 +206,19 @@ class OnlyMeta(TorchDispatchMode):
 
 @pytest.mark.parametrize("batch", [1, 3, 65])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_recording_needs_nothing_from_the_host(
+    batch: int, int8: bool, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tensors have no values, so that reading a value fails. Each launch was compiled in the warm-up."""
     launches: list[object] = []
-    for module in kernel_modules():
-        for name in [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]:
-            monkeypatch.setattr(module, name, Noted(name, launches))
+    note_launches(launches, monkeypatch)
     monkeypatch.setattr(CudaBackend, "_try_kernels", lambda self: None)  # there are no results to look at
     ops = Repeater("meta")
     config = config_from_json(raw_config())
     with torch.device("meta"):
         model = Pllava(config, ops, torch.bfloat16, None, dummy_quant_config(config) if int8 else None)
-    runner = ModelRunner(model, 4, 16)
+    runner = ModelRunner(model, 4, 16, kv_cache_dtype)
     some = [0] * batch
     step = ModelInput(batch, some, some, some, [1] * batch, [1] * batch, [[0]] * batch, list(range(batch)), [])
     launches.clear()
@@ -278,7 +228,7 @@ def test_a_recording_needs_nothing_from_the_host(batch: int, int8: bool, monkeyp
     monkeypatch.setattr(torch, "tensor", None)  # it copies from the host, and the dispatcher sees nothing of that
     with OnlyMeta():
         ops.step()
-    assert launches == warm_up and len(launches) > 2 * 8
+    assert launches == warm_up and len(launches) > 2 * 6
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs are the driver's")
@@ -302,6 +252,30 @@ def test_a_recorded_graph_follows_its_inputs() -> None:
     with pytest.raises(BackendError, match="cannot capture a step"):
         ops.capture(lambda: lens + lens.max().item())
     assert torch.equal(captured.replay(lengths), step())
+    captured.free()
+    assert torch.equal(ops.capture(step).replay(lengths), step())  # with another memory pool
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="torch's graphs are replaced")
+def test_graphs_share_the_memory_pool_of_a_graph_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a pool whose graphs are all freed."""
+    pools: list[str] = []
+    handles = iter(["first", "second"])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, **_: pools.append(pool) or nullcontext())
+    ops = Repeater("cpu")
+    ops.device = torch.device("cuda", 0)
+    graphs = [CudaBackend.capture(ops, lambda: torch.zeros(1)) for _ in range(3)]
+    graphs[0].free()
+    graphs[1] = CudaBackend.capture(ops, lambda: torch.zeros(1))
+    assert pools == ["first"] * 4
+    graphs[1].free()
+    graphs[2].free()
+    del graphs
+    CudaBackend.capture(ops, lambda: torch.zeros(1))
+    assert pools[4:] == ["second"]
 
 
 def test_a_cpu_records_nothing() -> None:
@@ -320,13 +294,14 @@ def test_a_cpu_records_nothing() -> None:
 def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA machine whose Python has no triton."""
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.kernels")
-    monkeypatch.delattr("atb_pllava.ops.cuda.kernels")
+    monkeypatch.delitem(sys.modules, "atb_pllava.ops.cuda.attention_kernels")
+    monkeypatch.delattr("atb_pllava.ops.cuda.attention_kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
 
 
-def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_triton(cuda_ops: CudaBackend, without_triton: None, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(BackendError, match="'native': triton cannot be imported.*triton that torch .* --kernels torch"):
         get_backend("cuda", kernels="native")
     assert type(get_backend("cuda", kernels="torch")) is TorchBackend and "no CUDA kernels" not in caplog.text
@@ -336,11 +311,29 @@ def test_without_triton(fast: CudaBackend, without_triton: None, caplog: pytest.
     assert caplog.text.count("no CUDA kernels: triton cannot be imported") == 2
 
 
-def test_a_triton_that_cannot_build(fast: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+@pytest.mark.parametrize(
+    ("module", "launch"),
+    [
+        ("_attention", "decode_attention"),
+        ("_elementwise", "rms_norm"),
+        ("_elementwise", "fused_add_rms_norm"),
+        ("_elementwise", "fused_add_layer_norm"),
+        ("_elementwise", "swiglu"),
+        ("_elementwise", "quick_gelu"),
+        ("_kv_cache", "write_kv"),
+        ("_kv_cache", "rotary_and_write_kv"),
+        ("_kv_cache", "gather_kv"),
+        ("_int8_linear", "int8_linear"),
+        ("_int8_dequantise", "dequantise"),
+    ],
+)
+def test_a_triton_that_cannot_build(
+    cuda_ops: CudaBackend, module: str, launch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to find C compiler.\nMore.")
 
-    monkeypatch.setattr(fast._kernels, "write_kv", fail)
+    monkeypatch.setattr(getattr(cuda_ops, module), launch, fail)
     with pytest.raises(
         BackendError, match=r"cannot run the kernels of this package here: Failed to find C compiler\.$"
     ):
@@ -361,9 +354,12 @@ def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     kernels = [line.split()[0] for line in done.stdout.splitlines()]
     assert set(kernels) == {
         "_rms_norm",
-        "_rotary",
+        "_add_layer_norm",
         "_swiglu",
+        "_quick_gelu",
         "_write_kv",
+        "_rotary_and_write_kv",
+        "_gather_kv",
         "_attend",
         "_merge",
         "_few_rows",

@@ -13,7 +13,7 @@ KINDS = {
     "sweep": ("throughput and latency over batch size (what `bench` alone does)", sweep),
     "serve": ("latencies and throughput of requests that arrive over time", serve),
     "peaks": ("peak read bandwidth and FLOP/s of this machine", peaks),
-    "compare": ("stage by stage against Hugging Face transformers", compare),
+    "compare": ("stage by stage against transformers, on the CPU or with --backend cuda", compare),
     "cache": ("time to first token of a second question about a video", cache),
     "overhead": ("the engine's part of a decode step, without the model", overhead),
     "products": ("products with int8 weights against float weights, by number of rows", products),

@@ -25,6 +25,9 @@ class NpuGraph(CapturedGraph):
         self._graph.replay()
         return self._out
 
+    def free(self) -> None:
+        self._graph = None
+
 
 def capture(torch_npu: Any, pool: Any, step: Callable[[], Tensor], has_host_lengths: bool) -> NpuGraph:
     """Capture `step` with memory from `pool`. See `ops.interface.Backend.capture`.
