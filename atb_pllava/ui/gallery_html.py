@@ -14,7 +14,7 @@ MEDIA_PATH = "media"  # of the URLs, relative to the page
 CSS = """
 .gradio-container {max-width: 1280px !important; margin: auto}
 .files {overflow-x: auto}
-.files table {border-collapse: collapse; width: auto}
+.files table, .files tr {border: none; border-collapse: collapse; width: auto}
 .files td, .files th {border: none; border-bottom: 1px solid var(--border-color-primary); padding: 3px 16px 3px 0;
   text-align: left}
 .files td:first-child {min-width: 150px; overflow-wrap: anywhere}

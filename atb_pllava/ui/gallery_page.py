@@ -116,10 +116,11 @@ def _page(actions: GalleryActions, files: str) -> Any:
             chosen = gr.Dropdown(actions.choices(), value="all", label="Rows", elem_id="filter", min_width=160)
             words = gr.Textbox(
                 label="Search",
-                placeholder="in ids, questions, answers and errors: Enter begins",
+                placeholder="in ids, texts and errors: Enter begins",
                 lines=1,
                 max_lines=1,
                 scale=3,
+                min_width=280,
                 elem_id="search",
             )
         with gr.Row(equal_height=True):

@@ -112,8 +112,8 @@ def test_answers_are_side_by_side_with_the_video(browser: Browser, gallery: Runn
         "captions.jsonl\t25\t1\t0\t0\t1",
         "predict_result.json\t24\t0\t0\t0\t0",
     ]
-    answers = [text.split() for text in browser.texts("#rows .result:nth-child(6) article")]
-    assert answers == ["captions.jsonl Describe the video. text 5".split(), "predict_result.json another text".split()]
+    answers = [" ".join(text.split()) for text in browser.texts("#rows .result:nth-child(6) article")]
+    assert answers == ["captions.jsonl Describe the video. text 5", "predict_result.json another text"]
     lengths = browser.wait(
         lambda: browser.driver.execute_script(
             "const v = [...document.querySelectorAll('#rows video')].map(v => v.duration);"
