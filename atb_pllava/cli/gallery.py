@@ -51,10 +51,11 @@ def gallery(arguments: argparse.Namespace) -> int:
         listener = stack.enter_context(open_socket(arguments.host, arguments.port))
         results = stack.enter_context(closing(ResultSet(_files(arguments.results))))
         with HttpServer(page.create_gallery(results), listener):
-            print(f"{counted(len(results), 'row')} at {url_of(listener)} (Ctrl-C ends)", file=sys.stderr, flush=True)
             if not is_loopback(listener):
                 print(_OPEN_TO_ALL, file=sys.stderr)
             try:
+                where = f"at {url_of(listener)} (Ctrl-C ends)"
+                print(f"{counted(len(results), 'row')} {where}", file=sys.stderr, flush=True)
                 threading.Event().wait()
             except KeyboardInterrupt:  # SIGTERM too
                 # uvicorn logs a traceback for the stream of every page that is still open.
