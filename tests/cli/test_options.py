@@ -138,10 +138,10 @@ def test_scripts_share_the_habits(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND is missing; it must be run, serve"),
-        (["serv"], "COMMAND is 'serv'; it must be run, serve"),
+        ([], "COMMAND is missing; it must be run, chat, serve"),
+        (["serv"], "COMMAND is 'serv'; it must be run, chat, serve"),
         (["rn"], "did you mean run?"),
-        (["--model_path", "W"], "unknown option --model_path; first comes run, serve"),
+        (["--model_path", "W"], "unknown option --model_path; first comes run, chat, serve"),
         (["bench", "swep"], "KIND is 'swep'; it must be sweep, serve, peaks"),
         (["bench", "--shpe", "1b"], "unknown option --shpe; did you mean --shape?"),
         (["bench"], "a benchmark needs one model"),
