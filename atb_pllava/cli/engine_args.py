@@ -5,21 +5,20 @@ field's.
 """
 
 import argparse
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, get_args
 
 from atb_pllava.cli.environment import compiler, kernel_dir, master_port
 from atb_pllava.cli.help import CONVERSATION_WORDS, HelpFormatter
+from atb_pllava.cli.media_limit_option import add_media_limit, media_limits
 from atb_pllava.cli.parser import StoreSwitch
 from atb_pllava.config import EngineConfig, Option
 from atb_pllava.engine.arguments import OPTION_NAMES, EngineArgs
 from atb_pllava.engine.sampling_params import SamplingParams
-from atb_pllava.errors import ConfigError
 from atb_pllava.executor.launcher import ParallelOptions
 from atb_pllava.loader.model_options import ModelOptions
-from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.options import MultimodalOptions
 from atb_pllava.prompt.options import PromptOptions
 
@@ -69,10 +68,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("frames and prompts")
     add_cli_args(group, MultimodalOptions)
     add_cli_args(group, PromptOptions)
-    limits = ", ".join(f"{name}={value:.10g}" for name, value in vars(MediaLimits()).items())
-    group.add_argument(
-        "--media_limit", action="append", default=[], metavar="NAME=N", help=f"change a limit, repeatable: {limits}"
-    )
+    add_media_limit(group)
     words = "\n".join(f"  {name:26}{words}" for name, words in CONVERSATION_WORDS.items())
     own = f"\n\n{parser.epilog}" if parser.epilog else ""
     parser.epilog = f"conversations:\n{words}{own}"
@@ -86,25 +82,6 @@ def add_engine_options(parser: argparse.ArgumentParser, names: Collection[str] |
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of SamplingParams."""
     add_cli_args(parser.add_argument_group("generation"), SamplingParams)
-
-
-def media_limits(changes: Sequence[str]) -> MediaLimits:
-    """MediaLimits with the `NAME=NUMBER` changes of --media_limit. Raises ConfigError for anything else."""
-    kinds = {field.name: _kind_of(field) for field in fields(MediaLimits)}
-    values: dict[str, Any] = {}
-    for change in changes:
-        name, _, number = change.partition("=")
-        if name in values:
-            raise ConfigError(f"--media_limit {name} is given twice, {values[name]:g} and {number}; give it once")
-        try:
-            values[name] = kinds[name](number)
-            if not values[name] > 0:
-                raise ValueError
-        except (KeyError, ValueError):
-            raise ConfigError(
-                f"--media_limit {change!r}; it must be NAME=NUMBER above 0 with one of {', '.join(kinds)}"
-            ) from None
-    return MediaLimits(**values)
 
 
 def _add_option(group: Any, field: "Field[Any]", is_optional: bool) -> None:

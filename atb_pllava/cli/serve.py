@@ -13,11 +13,11 @@ from atb_pllava.cli.engine_args import (
     add_engine_options,
     add_model_options,
     add_prompt_options,
-    media_limits,
 )
 from atb_pllava.cli.environment import api_key
 from atb_pllava.cli.extras import import_with_extra
 from atb_pllava.cli.loading import join_torchrun, load_model
+from atb_pllava.cli.media_limit_option import media_limits
 from atb_pllava.cli.tiny_model import tiny_model
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.errors import ConfigError

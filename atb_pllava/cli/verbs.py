@@ -14,6 +14,8 @@ VERBS = {
     "chat": "ask many questions about a video, in a terminal",
     "serve": "answer HTTP requests in the form of OpenAI's API",
     "predict": "write an answer about every medium to predict_result.json, for the precision tests",
+    "inspect": "what a video is, and which frames of it a model sees",
+    "gallery": "a page in the browser over captions, predictions and evaluations",
     "convert": "merge LoRA, quantise to W8A16",
     "bench": "measure speed: a sweep over batch sizes, the machine's limits, parts",
     "mindie": "install, configure and examine the plugin for MindIE",

@@ -15,7 +15,7 @@ PAGE_PATH = "/ui"
 _LARGEST_UPLOAD = 512 * 2**20  # bytes, as MediaLimits.max_bytes
 _CSS = ".gradio-container {max-width: 1280px !important; margin: auto}"
 # System fonts: the default theme would load fonts from another host.
-_THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
 def mount_chat_page(
@@ -47,7 +47,7 @@ def mount_chat_page(
         show_error=False,  # only errors that are meant for visitors, which are gr.Error
         ssr_mode=False,
         enable_monitoring=False,
-        theme=_THEME,
+        theme=THEME,
         css=_CSS,
     )
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atb_pllava.batch.multiple_choice import is_right
 from atb_pllava.bench.tables import markdown
 from atb_pllava.errors import ConfigError
 from atb_pllava.files import read_json
 from precision.confidence import percent, wilson_interval
-from precision.evaluate.mvbench import chosen, is_right
+from precision.evaluate.mvbench import chosen
 
 Results = list[dict[str, Any]]
 

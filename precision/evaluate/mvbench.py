@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atb_pllava.batch.multiple_choice import is_right
 from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.files import write_json
@@ -17,7 +18,6 @@ from precision.evaluate.benchmark import Benchmark, Result, Summary
 from precision.evaluate.questions import Question, read_questions, seconds, select, text
 
 _AFTER_QUESTION = " \nOnly give the best option."
-_LETTERS_OF_AN_ANSWER = frozenset("abcdefg")
 
 
 class SubTask(NamedTuple):
@@ -138,19 +138,6 @@ def sub_task(stem: str) -> SubTask:
     A file that is not MVBench's gives the task its name, and its videos are named relative to DIR/video.
     """
     return SUB_TASKS.get(stem) or SubTask(stem.replace("_", " ").title(), "", None)
-
-
-def is_right(pred: str, truth: str) -> bool:
-    """Whether a prediction counts as right: the original's `check_ans`.
-
-    Only the first word of each side counts, in lower case. The prediction's word must have a letter from a to g.
-    Without its dots it must be part of the right option "(x)", or the right option must be part of it.
-    """
-    said = pred.lower().split(" ")[0]
-    option = truth.lower().split(" ")[0]
-    if _LETTERS_OF_AN_ANSWER.isdisjoint(said):
-        return False
-    return said.replace(".", "") in option or option in said
 
 
 def chosen(pred: str, question: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atb_pllava.batch.multiple_choice import is_right
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.config import PreprocessorConfig
 from atb_pllava.errors import ConfigError, VideoError
@@ -282,7 +283,7 @@ def test_other_settings_of_a_directory_and_starting_over(capsys, options, tmp_pa
     ],
 )
 def test_letter_matching_by_hand(pred: str, truth: str, right: bool) -> None:
-    assert mvbench.is_right(pred, truth) == right
+    assert is_right(pred, truth) == right
 
 
 def test_answers_that_name_no_option_are_counted(tmp_path: Path) -> None:
