@@ -1,4 +1,4 @@
-"""The key of a row in a result log: an id and, for a file, its size, modification time and place."""
+"""The key of a row in a result log: an id, what is asked, and for a file its size, modification time and place."""
 
 import os
 from collections.abc import Iterable
@@ -12,12 +12,14 @@ class Key:
     """An id, and the size in bytes and modification time in ns of its file. Both are None without a file.
 
     `place` is the file's real path. Keys are compared without the place. `ResultLog` says how a lookup uses it.
+    `request` is a digest of what is asked about the file. None where the id and the settings say it all.
     """
 
     id: str
     size: int | None = None
     mtime_ns: int | None = None
     place: str | None = field(default=None, compare=False)
+    request: str | None = None
 
     def may_have_been_at(self, place: str | None) -> bool:
         """Whether this key's file may be the file that was at `place`.
