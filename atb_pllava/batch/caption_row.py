@@ -52,9 +52,7 @@ def model_input(video: OpenVideo, prompt: Prompt) -> str:
     return _digest(video.frames_hash, prompt.text)
 
 
-def caption_row(
-    question: Question, video: OpenVideo, caption: Caption, seconds: float, copied_from: str | None
-) -> Row:
+def caption_row(question: Question, video: OpenVideo, caption: Caption, seconds: float, copied_from: str | None) -> Row:
     """The row of an answer."""
     row = {
         **_head(question),

@@ -40,7 +40,7 @@ class Caption:
 
 
 class NoCaptionerError(PllavaError):
-    """Nothing is left that could answer: the model or the last server is gone. The run ends, and no row has the error."""
+    """Nothing is left that could answer: the model or the last server is gone. The run ends without a row about it."""
 
 
 class Captioner(Protocol):

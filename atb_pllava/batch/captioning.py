@@ -211,7 +211,7 @@ class CaptionRun:
             with self._log_lock:
                 known = self._log.answer_to(asked)
                 if known is not None:
-                    return caption_of(known), known["id"]
+                    return caption_of(known), known.get("copied_from", known["id"])
                 pending = self._answers.get(asked)
                 if pending is None:
                     own: Future[Caption | None] = Future()

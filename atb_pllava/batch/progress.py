@@ -28,8 +28,8 @@ _BAR = "{desc} {n_fmt}/{total_fmt}{failures} |{bar}| [{elapsed}<{remaining}, {ra
 class Progress:
     """Progress of `total` items, for example `mvbench 120/4000, 2 failed: 2 media [00:38<20:51, 3.10it/s, at 7.mp4]`.
 
-    The line shows the elapsed and the remaining time, the rate, the `note`, and the item that has been under way for the
-    longest. `note` may be set at any time.
+    The line shows the elapsed and the remaining time, the rate, and the item that has been under way for the longest.
+    A `note` of the caller stands behind the rate.
     As a context manager, Progress also refreshes the line while no item finishes. Otherwise only `add` does.
     """
 
@@ -141,6 +141,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         self.is_terminal = sys.stderr.isatty()
         self.failures = ""
         self.note = ""
+        self.initial = before  # a disabled tqdm does not set it
         self.under_way = ""
         self._shown_at = time.monotonic()
         super().__init__(

@@ -29,8 +29,9 @@ A row is an answer, or the reason why there is none:
     error       instead of an answer: the message
     kind        of the error, a stable word: media, request, backend, judge, other; in captions also a VideoErrorKind
 
-The key of a row is (id, size, mtime_ns, settings, request). The last row of a key counts. An error is no answer, so the next run
-tries again. A file with another size or time has another key, so it is asked about again. The bytes are not compared.
+The key of a row is (id, size, mtime_ns, settings, request). The last row of a key counts. An error is no answer, so the
+next run tries again (`caption`: with --retry_errors). A file with another size or time has another key, so it is asked
+about again. The bytes are not compared.
 
 Files in two folders may have the same key. So a key has one row for each place, and a lookup takes:
 
@@ -85,7 +86,7 @@ class _Section:
     def take(self, key: Key, offset: int, is_error: bool, model_input: str | None = None) -> None:
         """Record the row at `offset` as the last one of its key and place."""
         if model_input is not None:
-            self.by_model_input[model_input] = offset
+            self.by_model_input.setdefault(model_input, offset)
         _remove(self.answers if is_error else self.errors, key, key.place)
         (self.errors if is_error else self.answers).setdefault(key, {})[key.place] = offset
 
