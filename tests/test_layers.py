@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "client": {"errors", "files"},
     "server": {"config", "distributed", "engine", "errors", "files", "multimodal", "prompt"},
     "ui": {"client", "config", "errors", "files"},
-    "batch": {"config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
+    "batch": {"client", "config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
     "doctor": {"config", "distributed", "engine", "errors", "files", "loader", "model", "ops"},
     "bench": {
         "batch",

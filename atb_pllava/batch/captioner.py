@@ -3,17 +3,19 @@
 `server_captioner.py` asks running servers.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.media_source_error import MediaSourceError, shortened
 from atb_pllava.multimodal.processor import ProcessedVideo, TimeRange
+
+if TYPE_CHECKING:
+    from atb_pllava.batch.url_media import UrlMedia
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,21 @@ def is_url(path: str) -> bool:
 class LocalCaptioner:
     """Asks an LLM of this process. See `Captioner`.
 
-    Twice as many videos are open as the engine answers at a time, so that the next ones are read meanwhile.
+    Twice as many videos are open as the engine answers at a time, so that the next ones are read meanwhile. `urls`
+    None fetches no URLs.
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, urls: "UrlMedia | None" = None) -> None:
         self._llm = llm
         self._params = params
+        self._urls = urls
         self.concurrency = 2 * llm.engine.config.max_batch_size
 
     @contextmanager
     def open(self, path: str, times: TimeRange) -> Iterator[OpenVideo]:
         """See `Captioner.open`."""
-        if is_url(path):
-            raise MediaSourceError(
-                "remote_media_disabled", f"{shortened(path)} is a URL, and this command reads files only: download it"
-            )
-        (video,) = self._llm.processor.prepare([os.fspath(path)], None, [times])
+        with self._opened(path) as medium:
+            (video,) = self._llm.processor.prepare([medium], None, [times])
         yield OpenVideo(video.mm_hash.hex(), video.frame_indices, video.frame_seconds, video)
 
     def ask(self, video: OpenVideo, prompt: str, name: str) -> Caption:
@@ -97,3 +98,14 @@ class LocalCaptioner:
                 raise NoCaptionerError(str(error)) from error
             raise
         return Caption(answer.text, answer.finish_reason, answer.metrics.prompt_tokens, answer.metrics.output_tokens)
+
+    def _opened(self, path: str) -> AbstractContextManager[str | bytes]:
+        """What the processor reads: a path, or what was fetched from a URL."""
+        if not is_url(path):
+            return nullcontext(path)
+        if self._urls is None:
+            raise MediaSourceError(
+                "remote_media_disabled",
+                f"{shortened(path)}: no URLs are fetched; name the hosts that may be asked with --allowed_media_domains",
+            )
+        return self._urls.open(path)
