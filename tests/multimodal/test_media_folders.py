@@ -1,6 +1,7 @@
 """Which files `list_media` finds: subfolders, links, files that cannot be read, and the errors."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atb_pllava.errors import VideoError
-from atb_pllava.multimodal.media import list_media, read_media
+from atb_pllava.multimodal.media import _natural_order, list_media, read_media
 
 
 @pytest.fixture
@@ -213,3 +216,13 @@ def test_what_is_no_medium_is_told_all_that_is_accepted(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VideoError, match="JPEG, PNG, APNG, WebP, BMP and TIFF$"):
             read_media(tmp_path / name)
+
+
+@given(st.lists(st.text("0012ab.é\x01\x02红", min_size=1, max_size=7), min_size=2, max_size=12, unique=True))
+@settings(max_examples=200, deadline=None)
+def test_the_sort_key_is_that_of_numbers_and_texts(names: list[str]) -> None:
+    def parts(name: str) -> list[tuple[int, int | str, int]]:
+        found = re.findall(r"[0-9]+|[^0-9]+", name)
+        return [(0, int(part), -len(part)) if part[0] in "0123456789" else (1, part, 0) for part in found]
+
+    assert sorted(names, key=_natural_order) == sorted(names, key=parts)
