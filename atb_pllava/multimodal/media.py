@@ -89,7 +89,12 @@ def iter_media(path: str | os.PathLike[str]) -> Iterator[str]:
         accepted = " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))
         others = _summary(walk.others)
         raise VideoError(f"{root}: holds no image or video, {others}; accepted are {accepted}", "unreadable")
-    yield from walk.in_natural_order()
+    yield from walk.innatural_order()
+
+
+def is_media_name(path: str) -> bool:
+    """Whether the media of folders include files with the ending of this one."""
+    return os.path.splitext(path)[1].lower() in _LISTED
 
 
 class _FolderWalk:
@@ -117,7 +122,7 @@ class _FolderWalk:
                     raise
                 self.found += 1
 
-    def in_natural_order(self) -> Iterator[str]:
+    def innatural_order(self) -> Iterator[str]:
         """The media, and the paths that cannot be read, in natural order of their paths.
 
         The names of a folder are sorted when the folder's turn comes, so that no list of all paths is held.
@@ -128,7 +133,7 @@ class _FolderWalk:
             if path is None:
                 waiting.pop()
             elif path in self._names:
-                names = sorted(self._names.pop(path), key=_natural_order)
+                names = sorted(self._names.pop(path), key=natural_order)
                 waiting.append(map(partial(os.path.join, path), names))
             else:
                 yield path
@@ -189,8 +194,8 @@ def _summary(others: Counter[str]) -> str:
     return f"but {files} ({', '.join(named + more)})"
 
 
-def _natural_order(name: str) -> str:
-    """A sort key that compares runs of digits as numbers, and puts them before other characters.
+def natural_order(name: str) -> str:
+    """A sort key of a file name that compares runs of digits as numbers, and puts them before other characters.
 
     The key is one short string, since a folder may hold a million names. A file name holds no character below _TEXT.
     A run of digits becomes _NUMBER, the count of its digits without leading zeros, these digits, and the zeros: names
