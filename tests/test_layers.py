@@ -76,6 +76,7 @@ LAZY = {
     "openai": set(),
     "peft": set(),
     "prometheus_client": {"server"},
+    "pyarrow": {"batch"},
     "pydantic": {"server"},
     "python_multipart": {"server"},
     "ray": set(),

@@ -20,9 +20,9 @@ from typing import Any
 
 from atb_pllava.batch.answering import error_row
 from atb_pllava.batch.caption_flags import caption_flags
-from atb_pllava.batch.caption_input import CaptionItem
+from atb_pllava.batch.caption_item import CaptionItem, is_address
 from atb_pllava.batch.caption_prompts import Prompt
-from atb_pllava.batch.captioner import Caption, OpenVideo, is_url
+from atb_pllava.batch.captioner import Caption, OpenVideo
 from atb_pllava.batch.result_key import Key, key_of
 from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import PllavaError, RequestError, ServerError, VideoError
@@ -43,7 +43,7 @@ class Question:
 def questions_of(item: CaptionItem, prompts: list[Prompt]) -> list[Question]:
     """The questions about an item: its own prompt, or all `prompts`. The file is looked at, and not read."""
     asked = prompts if item.prompt is None else [Prompt(OWN_PROMPT, item.prompt)]
-    file = Key(item.id) if is_url(item.path) else key_of(item.id, item.path)
+    file = Key(item.id) if is_address(item.path) else key_of(item.id, item.path)
     return [Question(replace(file, request=_request_digest(item, prompt)), item, prompt) for prompt in asked]
 
 

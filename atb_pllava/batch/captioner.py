@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from atb_pllava.batch.caption_item import is_address
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import PllavaError
 from atb_pllava.llm import LLM
@@ -60,11 +61,6 @@ class Captioner(Protocol):
         """The answer about an open video. `name` stands for the request in progress lines."""
 
 
-def is_url(path: str) -> bool:
-    """Whether a path of the input is an http or https URL."""
-    return path.lower().startswith(("http://", "https://"))
-
-
 class LocalCaptioner:
     """Asks an LLM of this process. See `Captioner`.
 
@@ -101,7 +97,7 @@ class LocalCaptioner:
 
     def _opened(self, path: str) -> AbstractContextManager[str | bytes]:
         """What the processor reads: a path, or what was fetched from a URL."""
-        if not is_url(path):
+        if not is_address(path):
             return nullcontext(path)
         if self._urls is None:
             raise MediaSourceError(

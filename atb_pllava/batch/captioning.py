@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from atb_pllava.batch.caption_input import CaptionItem
+from atb_pllava.batch.caption_item import CaptionItem
 from atb_pllava.batch.caption_prompts import Prompt
 from atb_pllava.batch.caption_row import Question, caption_of, caption_row, failed_row, model_input, questions_of
 from atb_pllava.batch.captioner import Caption, Captioner, NoCaptionerError, OpenVideo

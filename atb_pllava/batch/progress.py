@@ -33,10 +33,12 @@ class Progress:
     As a context manager, Progress also refreshes the line while no item finishes. Otherwise only `add` does.
     """
 
-    def __init__(self, what: str, total: int, before: int = 0, quiet: bool = False, unit: str = "it") -> None:
+    def __init__(
+        self, what: str, total: int | None, before: int = 0, quiet: bool = False, unit: str = "it"
+    ) -> None:
         """`before` of the `total` items were finished by an earlier run. With `quiet`, nothing is written.
 
-        `unit` is one item in the rate.
+        `total` is None if nobody knows the number of items before the last one comes. `unit` is one item in the rate.
         """
         self.what = what
         self.total = total
@@ -99,7 +101,7 @@ class Progress:
                 self._under_way.pop(name, None)
             self._describe()
             self._bar.update()
-            if self.done < self.total:
+            if self.total is None or self.done < self.total:
                 self._bar.refresh_if_due()
 
     def finish(self) -> None:
@@ -137,7 +139,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     monitor_interval = 0  # no thread of tqdm's own
 
-    def __init__(self, what: str, total: int, before: int, quiet: bool, unit: str) -> None:
+    def __init__(self, what: str, total: int | None, before: int, quiet: bool, unit: str) -> None:
         self.is_terminal = sys.stderr.isatty()
         self.failures = ""
         self.note = ""
@@ -193,7 +195,8 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         """The last line, with the whole time and the average rate."""
         numbers = self.format_dict
         rate = self.format_meter(**{**numbers, "bar_format": "{rate_fmt}", "ncols": None}).strip()
-        return f"{self.desc} {self.n}/{self.total}{self.failures}, in {duration(numbers['elapsed'])}, {rate}"
+        count = f"{self.n}" if self.total is None else f"{self.n}/{self.total}"
+        return f"{self.desc} {count}{self.failures}, in {duration(numbers['elapsed'])}, {rate}"
 
     def remove(self) -> None:
         """Take the bar off the terminal. Safe to call twice."""

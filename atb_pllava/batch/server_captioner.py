@@ -7,7 +7,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from atb_pllava.batch.captioner import Caption, NoCaptionerError, OpenVideo, is_url
+from atb_pllava.batch.caption_item import is_address
+from atb_pllava.batch.captioner import Caption, NoCaptionerError, OpenVideo
 from atb_pllava.batch.settings import differences
 from atb_pllava.client.api_client import ApiClient
 from atb_pllava.engine.sampling_params import SamplingParams
@@ -96,7 +97,7 @@ class ServerCaptioner:
     @contextmanager
     def open(self, path: str, times: TimeRange) -> Iterator[OpenVideo]:
         """See `Captioner.open`. A file is uploaded. The server fetches a URL, if it allows the host."""
-        if not is_url(path):
+        if not is_address(path):
             with open_media(path, MediaLimits()):  # the errors of a missing or empty file, as without a server
                 pass
         handle = self._register(path, times)
@@ -144,7 +145,7 @@ class ServerCaptioner:
         options = {"start_seconds": times[0], "end_seconds": times[1]}
 
         def register(client: ApiClient) -> dict[str, Any]:
-            return client.register_url(path, **options) if is_url(path) else client.register_video(path, **options)
+            return client.register_url(path, **options) if is_address(path) else client.register_video(path, **options)
 
         while True:
             server = self._take_server()
