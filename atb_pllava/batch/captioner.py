@@ -102,6 +102,6 @@ class LocalCaptioner:
         if self._urls is None:
             raise MediaSourceError(
                 "remote_media_disabled",
-                f"{shortened(path)}: no URLs are fetched; name the hosts that may be asked with --allowed_media_domains",
+                f"{shortened(path)}: no URLs are fetched; allow the host with --allowed_media_domains",
             )
         return self._urls.open(path)

@@ -33,9 +33,7 @@ class Progress:
     As a context manager, Progress also refreshes the line while no item finishes. Otherwise only `add` does.
     """
 
-    def __init__(
-        self, what: str, total: int | None, before: int = 0, quiet: bool = False, unit: str = "it"
-    ) -> None:
+    def __init__(self, what: str, total: int | None, before: int = 0, quiet: bool = False, unit: str = "it") -> None:
         """`before` of the `total` items were finished by an earlier run. With `quiet`, nothing is written.
 
         `total` is None if nobody knows the number of items before the last one comes. `unit` is one item in the rate.

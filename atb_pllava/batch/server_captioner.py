@@ -212,13 +212,15 @@ class ServerCaptioner:
 
 def _common_settings(clients: Sequence[ApiClient]) -> Mapping[str, Any]:
     """The settings of all servers' models."""
-    found = [(client.url, client.model().get("settings")) for client in clients]
-    for url, settings in found:
-        if not settings:
-            raise ConfigError(f"{url} does not say what its answers are made with; it must be a server of this version")
-    first_url, first = found[0]
-    for url, settings in found[1:]:
-        changed = differences(first, settings)
+    first: dict[str, Any] = {}
+    for client in clients:
+        settings = client.model().get("settings")
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"{client.url} does not say what its answers are made with; it must be a server of this version"
+            )
+        changed = differences(first or settings, settings)
         if changed:
-            raise ConfigError(f"{first_url} and {url} have different settings ({'; '.join(changed)})")
-    return dict(first)
+            raise ConfigError(f"{clients[0].url} and {client.url} have different settings ({'; '.join(changed)})")
+        first = settings
+    return first

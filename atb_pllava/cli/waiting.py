@@ -29,7 +29,7 @@ def time_table(before: EngineStats, after: EngineStats, seconds: float, media_wo
     waited = after.media_seconds - before.media_seconds + after.idle_seconds - before.idle_seconds
     times = {"the model": model, "waiting for video": waited, "other": max(seconds - model - waited, 0.0)}
     lines = [f"  {name:18}{spent:9.1f} s {_percent(spent, seconds):>4} %" for name, spent in times.items()]
-    return "\n".join(["time:", *lines, _remedy(times, seconds, media_workers)])
+    return "\n".join(["time:", *lines, _remedy(times, seconds, media_workers), ""])
 
 
 def _remedy(times: dict[str, float], seconds: float, media_workers: int) -> str:
