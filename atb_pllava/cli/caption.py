@@ -37,6 +37,7 @@ from atb_pllava.cli.media_option import check_paths
 from atb_pllava.cli.question import question
 from atb_pllava.cli.resuming import add_overwrite_option, planned_settings
 from atb_pllava.cli.waiting import time_table
+from atb_pllava.config import EngineConfig
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError, counted
@@ -184,7 +185,8 @@ def _captioner(job: _Job) -> Iterator[tuple[Captioner, Mapping[str, Any], Callab
             import_with_extra("atb_pllava.server.app", "serve")
             replicas_module = import_with_extra("atb_pllava.cli.replicas", "serve")
             replicas = stack.enter_context(replicas_module.Replicas(job.arguments.replicas, job.arguments))
-            yield *_asking(replicas.urls, replicas.api_key, job.params, stack), lambda seconds: ""
+            batch = job.arguments.max_batch_size
+            yield *_asking(replicas.urls, replicas.api_key, job.params, stack, batch), lambda seconds: ""
         else:
             urls = _url_media(job.arguments)
             llm = stack.enter_context(load_model(job.arguments, job.workers, media_worker_at_load=True))
@@ -192,14 +194,18 @@ def _captioner(job: _Job) -> Iterator[tuple[Captioner, Mapping[str, Any], Callab
 
 
 def _asking(
-    urls: Sequence[str], key: str | None, params: SamplingParams, stack: ExitStack
+    urls: Sequence[str],
+    key: str | None,
+    params: SamplingParams,
+    stack: ExitStack,
+    batch: int = EngineConfig.max_batch_size,
 ) -> tuple[Captioner, Mapping[str, Any]]:
-    """A captioner that asks servers, and the settings of their models."""
+    """A captioner that asks servers, and the settings of their models. `batch`: requests that each runs at a time."""
     api_client = import_with_extra("atb_pllava.client.api_client", "serve")
     from atb_pllava.batch.server_captioner import ServerCaptioner  # its packages are an extra
 
     clients = [stack.enter_context(api_client.ApiClient(url, key)) for url in urls]
-    captioner = stack.enter_context(ServerCaptioner(clients, params))
+    captioner = stack.enter_context(ServerCaptioner(clients, params, 2 * batch))
     return captioner, captioner.settings
 
 
