@@ -128,6 +128,9 @@ class ServerCaptioner:
             handle.video = anew.video
         raise ServerError(f"{handle.path}: the servers keep forgetting the video", code="video_not_found")
 
+    def seconds_without_work(self) -> None:
+        """See `Captioner.seconds_without_work`. The servers do not say."""
+
     def _chat(self, handle: _Registered, prompt: str) -> Caption:
         content = [{"type": "video", "video_id": handle.video["id"]}, {"type": "text", "text": prompt}]
         body = {"messages": [{"role": "user", "content": content}], **self._fields}
