@@ -14,6 +14,8 @@ VERBS = {
     "chat": "ask many questions about a video, in a terminal",
     "serve": "answer HTTP requests in the form of OpenAI's API",
     "predict": "write an answer about every medium to predict_result.json, for the precision tests",
+    "export": "captions as CSV, Parquet or JSON lines, also in the columns of the input",
+    "merge": "join the captions of several shards",
     "convert": "merge LoRA, quantise to W8A16",
     "bench": "measure speed: a sweep over batch sizes, the machine's limits, parts",
     "mindie": "install, configure and examine the plugin for MindIE",
