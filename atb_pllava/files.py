@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from atb_pllava.errors import ConfigError
 
@@ -81,17 +81,29 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, mode: int | None =
     `mode` sets the permissions of the file. None leaves the permissions to the umask.
     Raises ConfigError that names the file if the file cannot be written.
     """
+    with replace_file(path, mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[BinaryIO]:
+    """An open file that takes the place of `path` when the body ends without an error. Else the old file remains.
+
+    Raises ConfigError as `write_bytes` does, also for an OSError of the body that names no file.
+    """
     target = Path(os.path.realpath(path))  # a link stays, and the file that the link points to is replaced
     partial = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         partial.replace(target)
     except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
         raise ConfigError(f"{os.fspath(path)} could not be written: {error.strerror}") from None
     finally:
         with suppress(OSError):  # the partial file is gone after the rename, or was never created

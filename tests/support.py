@@ -203,12 +203,14 @@ def model_words(path: Path) -> list[str]:
     return ["--model_path", str(path), "--dtype", "float32", "--backend", "cpu"]
 
 
-def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), seed: int = 0) -> Path:
-    """A small H.264 file of coloured noise that drifts."""
+def write_video(
+    path: Path, frames: int = 12, size: tuple[int, int] = (96, 64), seed: int = 0, **container_options: str
+) -> Path:
+    """A small H.264 file of coloured noise that drifts. `container_options` are FFmpeg's, such as movflags."""
     import av
 
     base = np.random.default_rng(seed).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream("libx264", rate=8)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"

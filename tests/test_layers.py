@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     # A client of the server's API: of the package it knows no more than any other program.
     "client": {"errors", "files"},
     "server": {"config", "distributed", "engine", "errors", "files", "multimodal", "prompt"},
-    "batch": {"config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
+    "batch": {"client", "config", "engine", "errors", "files", "llm", "loader", "multimodal", "prompt"},
     # The chat page is a client. The gallery reads files of results, and needs no engine.
     "ui": {"batch.multiple_choice", "batch.row_file", "client", "config", "errors", "files"},
     "doctor": {"config", "distributed", "engine", "errors", "files", "loader", "model", "ops"},
@@ -77,6 +77,7 @@ LAZY = {
     "openai": set(),
     "peft": set(),
     "prometheus_client": {"server"},
+    "pyarrow": {"batch"},
     "pydantic": {"server"},
     "python_multipart": {"server"},
     "ray": set(),

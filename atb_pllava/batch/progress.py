@@ -21,19 +21,23 @@ from atb_pllava.errors import duration
 SECONDS_BETWEEN_PROGRESS = 4.0
 _SECONDS_BETWEEN_BARS = 0.2
 
-_LINE = "{desc} {n_fmt}/{total_fmt}{failures} [{elapsed}<{remaining}, {rate_fmt}{under_way}]"
-_BAR = "{desc} {n_fmt}/{total_fmt}{failures} |{bar}| [{elapsed}<{remaining}, {rate_fmt}{under_way}]"
+_LINE = "{desc} {n_fmt}/{total_fmt}{failures} [{elapsed}<{remaining}, {rate_fmt}{note}{under_way}]"
+_BAR = "{desc} {n_fmt}/{total_fmt}{failures} |{bar}| [{elapsed}<{remaining}, {rate_fmt}{note}{under_way}]"
 
 
 class Progress:
     """Progress of `total` items, for example `mvbench 120/4000, 2 failed: 2 media [00:38<20:51, 3.10it/s, at 7.mp4]`.
 
     The line shows the elapsed and the remaining time, the rate, and the item that has been under way for the longest.
+    A `note` of the caller stands behind the rate.
     As a context manager, Progress also refreshes the line while no item finishes. Otherwise only `add` does.
     """
 
-    def __init__(self, what: str, total: int, before: int = 0, quiet: bool = False) -> None:
-        """`before` of the `total` items were finished by an earlier run. With `quiet`, nothing is written."""
+    def __init__(self, what: str, total: int | None, before: int = 0, quiet: bool = False, unit: str = "it") -> None:
+        """`before` of the `total` items were finished by an earlier run. With `quiet`, nothing is written.
+
+        `total` is None if nobody knows the number of items before the last one comes. `unit` is one item in the rate.
+        """
         self.what = what
         self.total = total
         self.before = before
@@ -45,7 +49,7 @@ class Progress:
         self._lock = threading.RLock()
         self._is_over = threading.Event()
         self._redirection = ExitStack()
-        self._bar = _Bar(what, total, before, quiet)
+        self._bar = _Bar(what, total, before, quiet, unit)
         if before:
             self.say(f"{what} {before}/{total} were there already")
 
@@ -67,6 +71,23 @@ class Progress:
             self._under_way[name] = None
             self._describe()
 
+    @property
+    def note(self) -> str:
+        """More words about the run, behind the rate."""
+        return self._bar.note.removeprefix(", ")
+
+    @note.setter
+    def note(self, words: str) -> None:
+        self._bar.note = f", {words}" if words else ""
+
+    def skip(self, count: int = 1) -> None:
+        """Count items that an earlier run has finished. They do not count in the rate."""
+        with self._lock:
+            self.done += count
+            self.before += count
+            self._bar.n += count
+            self._bar.initial += count
+
     def add(self, failed: bool = False, name: str | None = None, kind: str | None = None) -> None:
         """Count one more finished item. `name`: as given to `begin`. `kind`: a word for the reason of a failure."""
         with self._lock:
@@ -78,7 +99,7 @@ class Progress:
                 self._under_way.pop(name, None)
             self._describe()
             self._bar.update()
-            if self.done < self.total:
+            if self.total is None or self.done < self.total:
                 self._bar.refresh_if_due()
 
     def finish(self) -> None:
@@ -116,15 +137,18 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     monitor_interval = 0  # no thread of tqdm's own
 
-    def __init__(self, what: str, total: int, before: int, quiet: bool) -> None:
+    def __init__(self, what: str, total: int | None, before: int, quiet: bool, unit: str) -> None:
         self.is_terminal = sys.stderr.isatty()
         self.failures = ""
+        self.note = ""
+        self.initial = before  # a disabled tqdm does not set it
         self.under_way = ""
         self._shown_at = time.monotonic()
         super().__init__(
             desc=what,
             total=total,
             initial=before,
+            unit=unit,
             disable=quiet,
             file=sys.stderr,
             bar_format=_BAR if self.is_terminal else _LINE,
@@ -141,7 +165,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
     @property
     def format_dict(self) -> Any:
-        return {**super().format_dict, "failures": self.failures, "under_way": self.under_way}
+        return {**super().format_dict, "failures": self.failures, "note": self.note, "under_way": self.under_way}
 
     def seconds_until_due(self) -> float:
         return max(self._shown_at + self._interval - time.monotonic(), 0.01)
@@ -169,7 +193,8 @@ class _Bar(tqdm):  # type: ignore[type-arg]
         """The last line, with the whole time and the average rate."""
         numbers = self.format_dict
         rate = self.format_meter(**{**numbers, "bar_format": "{rate_fmt}", "ncols": None}).strip()
-        return f"{self.desc} {self.n}/{self.total}{self.failures}, in {duration(numbers['elapsed'])}, {rate}"
+        count = f"{self.n}" if self.total is None else f"{self.n}/{self.total}"
+        return f"{self.desc} {count}{self.failures}, in {duration(numbers['elapsed'])}, {rate}"
 
     def remove(self) -> None:
         """Take the bar off the terminal. Safe to call twice."""

@@ -21,14 +21,17 @@ A row is an answer, or the reason why there is none:
     size        of the file, in bytes, when the run began; null without a file
     mtime_ns    modification time of the file, in ns since 1970; null without a file
     settings    digest of the header
+    request     digest of what is asked, where a file has several rows; absent where id and settings say it all
     place       real path of the file when the answer was made; absent without a file. The place is not in the key
     moved_from  in a row that `settle` wrote again: the place, or null, of the row that it takes over
     text, token_ids, finish_reason, frame_indices    the answer; judge, CLIP score and benchmarks have other fields
+    model_input digest of the frames and the prompt; answers with the same digest and settings are the same
     error       instead of an answer: the message
-    kind        of the error, a stable word: media, request, backend, judge, other
+    kind        of the error, a stable word: media, request, backend, judge, other; in captions also a VideoErrorKind
 
-The key of a row is (id, size, mtime_ns, settings). The last row of a key counts. An error is no answer, so the next run
-tries again. A file with another size or time has another key, so it is asked about again. The bytes are not compared.
+The key of a row is (id, size, mtime_ns, settings, request). The last row of a key counts. An error is no answer, so the
+next run tries again (`caption`: with --retry_errors). A file with another size or time has another key, so it is asked
+about again. The bytes are not compared.
 
 Files in two folders may have the same key. So a key has one row for each place, and a lookup takes:
 
@@ -64,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FORMAT = 1
-_KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "place", "moved_from")
+_KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "request", "place", "moved_from")
 _SECONDS_BETWEEN_LOG_LINES = 4.0
 
 Offsets = dict[Key, dict[str | None, int]]
@@ -78,9 +81,12 @@ class _Section:
     values: Mapping[str, Any] | None = None  # None: rows without a header
     answers: Offsets = field(default_factory=dict)
     errors: Offsets = field(default_factory=dict)
+    by_model_input: dict[str, int] = field(default_factory=dict)  # where an answer to this input begins
 
-    def take(self, key: Key, offset: int, is_error: bool) -> None:
+    def take(self, key: Key, offset: int, is_error: bool, model_input: str | None = None) -> None:
         """Record the row at `offset` as the last one of its key and place."""
+        if model_input is not None:
+            self.by_model_input.setdefault(model_input, offset)
         _remove(self.answers if is_error else self.errors, key, key.place)
         (self.errors if is_error else self.answers).setdefault(key, {})[key.place] = offset
 
@@ -212,21 +218,42 @@ class ResultLog:
         row: Row = json.loads(self._file.line_at(offset))
         return {name: value for name, value in row.items() if name not in _KEY_FIELDS}
 
-    def add(self, key: Key, row: Mapping[str, Any]) -> None:
-        """Append a row and wait until it is on the disk. Raises ConfigError when the disk does not take it."""
+    def has_error(self, key: Key) -> bool:
+        """Whether the log has an error about this file, and no answer."""
+        return key not in self and _find(self._section.errors, key) is not None
+
+    def answer_to(self, model_input: str) -> Row | None:
+        """A row with the answer to the same frames and prompt, with its "id". None without one."""
+        offset = self._section.by_model_input.get(model_input)
+        return None if offset is None else json.loads(self._file.line_at(offset))
+
+    def add(self, key: Key, row: Mapping[str, Any], wait: bool = True) -> None:
+        """Append a row. With `wait`, return when it is on the disk: only a power failure can lose it before.
+
+        Raises ConfigError when the disk does not take the row.
+        """
         offset = self._file.size
         full = {"id": key.id, "size": key.size, "mtime_ns": key.mtime_ns, "settings": self.settings}
+        if key.request is not None:
+            full["request"] = key.request
         if key.place is not None:
             full["place"] = key.place
         full.update(row)
         try:
-            self._append(full)
+            self._append(full, wait)
         finally:  # after an interrupt behind the write, the row is on the disk and must be found
             if self._file.size > offset:
-                self._section.take(key, offset, "error" in row)
+                self._section.take(key, offset, "error" in row, row.get("model_input"))
 
-    def settle(self, keys: Iterable[Key]) -> None:
-        """Append the answers of moved files once more, with their new places. Raises ConfigError as `add` does."""
+    def sync(self) -> None:
+        """Wait until all rows are on the disk. Raises ConfigError when the disk reports an error."""
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise ConfigError(f"{self.path} could not be written: {error.strerror}") from None
+
+    def settle(self, keys: Iterable[Key], wait: bool = True) -> None:
+        """Append the answers of moved files once more, with their new places. `wait`, and errors: as `add`."""
         written = False
         for key in keys:
             places = self._section.answers.get(key, {})
@@ -240,7 +267,7 @@ class ResultLog:
             self._append({**row, "place": key.place, "moved_from": place}, wait=False)
             self._section.move(key, place, offset)
             written = True
-        if written:
+        if written and wait:
             self._file.sync()
 
     def close(self) -> None:
@@ -290,15 +317,16 @@ class ResultLog:
             self._check_header(row, number, line)
             self._take_header(row)
             return
-        key = Key(row.get("id", ""), row.get("size"), row.get("mtime_ns"), row.get("place"))
+        key = Key(row.get("id", ""), row.get("size"), row.get("mtime_ns"), row.get("place"), row.get("request"))
         is_key = isinstance(key.id, str) and isinstance(key.size, int | None) and isinstance(key.mtime_ns, int | None)
-        if not key.id or not is_key or not isinstance(key.place, str | None):
+        texts = (key.place, key.request, row.get("model_input"))
+        if not key.id or not is_key or not all(isinstance(text, str | None) for text in texts):
             raise self._no_row(number, line)
         section = self._sections.setdefault(row["settings"], _Section())
         if "moved_from" in row and "error" not in row and isinstance(row["moved_from"], str | None):
             section.move(key, row["moved_from"], offset)
         else:
-            section.take(key, offset, "error" in row)
+            section.take(key, offset, "error" in row, row.get("model_input"))
 
     def _check_header(self, header: Mapping[str, Any], number: int, line: bytes) -> None:
         if header["log"] != FORMAT:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava import __version__
+from atb_pllava.batch.settings import settings_digest
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.files import write_json
 from atb_pllava.llm import LLM
@@ -62,6 +63,12 @@ def settings_of(llm: LLM, params: SamplingParams | None = None) -> dict[str, Any
         "conversation": asdict(llm.conversation),
     }
     return settings if params is None else {**settings, "sampling": params.recorded()}
+
+
+def model_settings(llm: LLM) -> dict[str, Any]:
+    """`settings_of` a model for whoever may use it: a digest stands for the conversation with its system text."""
+    settings = settings_of(llm)
+    return {**settings, "conversation": settings_digest(settings["conversation"])}
 
 
 def checkpoint_files(

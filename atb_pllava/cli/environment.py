@@ -57,3 +57,23 @@ def host_benchmark() -> str | None:
 def terminal_moves_its_cursor() -> bool:
     """Whether the terminal, by its name in TERM, understands escape sequences."""
     return os.environ.get("TERM", "dumb") not in ("", "dumb")
+
+
+def replica_environment(number: int, count: int, cards: int, key: str) -> dict[str, str]:
+    """The environment of replica `number` of `count`: `cards` cards of its own, a share of the cores, and an API key.
+
+    The cards are taken in order from ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES, or are numbered from 0.
+    Raises ConfigError when a variable names too few cards.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # each takes a free one
+    for variable in ("ASCEND_RT_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        given = [card.strip() for card in os.environ.get(variable, "").split(",") if card.strip()]
+        if given and len(given) < count * cards:
+            raise ConfigError(
+                f"{variable} names {len(given)} cards, and --replicas {count} with {cards} each needs {count * cards}"
+            )
+        chosen = given or [str(card) for card in range(count * cards)]
+        environment[variable] = ",".join(chosen[number * cards : (number + 1) * cards])
+    environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // (count * cards), 1)))
+    environment["ATB_PLLAVA_API_KEY"] = key
+    return environment

@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from atb_pllava.batch.run_metadata import model_settings
 from atb_pllava.cli.engine_args import (
     add_cli_args,
     add_engine_options,
@@ -85,7 +86,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
             page.add_page(app, state, url_of(listener), page_key)
         stack.enter_context(HttpServer(app, listener))
         llm = stack.enter_context(load_model(arguments, workers, media_worker_at_load=True))
-        state.serve(llm.engine)
+        state.serve(llm.engine, model_settings(llm))
         url = url_of(listener, options.root_path)
         print(_welcome(url, name, text is not None), file=sys.stderr)
         if page is not None:

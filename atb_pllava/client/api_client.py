@@ -1,6 +1,6 @@
 """ApiClient: asks a running server over HTTP, by OpenAI's chat API and this server's /v1/videos.
 
-`chat --server`, `bench serve --server` and the page in the browser use the client.
+`chat --server`, `caption --server`, `bench serve --server` and the page in the browser use the client.
 """
 
 import contextlib
@@ -70,6 +70,11 @@ class ApiClient:
                 return self._send("POST", "/v1/videos", data=form, files={"file": (os.path.basename(path), file)})
         except OSError as error:
             raise ServerError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
+
+    def register_url(self, url: str, **options: Any) -> dict[str, Any]:
+        """Have the server fetch and register the video of a URL. `options` are fields, None left out."""
+        body = {name: value for name, value in options.items() if value is not None}
+        return self._send("POST", "/v1/videos", json={**body, "url": url})
 
     def delete_video(self, video_id: str) -> None:
         """Forget a registered video."""

@@ -7,7 +7,8 @@ readers are `video.py`, `image.py` and `animation.py`. `list_media` finds the me
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from atb_pllava.errors import VideoError
@@ -20,6 +21,9 @@ from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media_file import explain_failure, is_image, open_media
 from atb_pllava.multimodal.video import read_open_video
 
+_NUMBER = "\0"
+_TEXT = "\1"
+_MOST_DIGITS = 4096  # of a path on Linux (PATH_MAX)
 _LISTED = IMAGE_ENDINGS | VIDEO_ENDINGS | REFUSED_ENDINGS
 
 
@@ -60,32 +64,47 @@ def list_media(*paths: str | os.PathLike[str]) -> list[str]:
     a medium's ending, and broken links without an ending.
     Raises VideoError for a path that does not exist, and for a folder without media.
     """
-    return list(dict.fromkeys(file for path in paths for file in _media_at(os.fspath(path))))
+    return list(dict.fromkeys(file for path in paths for file in iter_media(path)))
 
 
-def _media_at(path: str) -> list[str]:
+def iter_media(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The media of one file or folder, as `list_media` lists them. The names of a million files take about 100 MB.
+
+    The whole folder is walked before the first path comes. Raises VideoError as `list_media` does.
+    """
+    root = os.fspath(path)
+    walk: _FolderWalk | None = None
     try:
-        if not os.path.isdir(path):
-            os.stat(path)
-            return [path]
-        walk = _FolderWalk(path)
-        walk.run()
+        if os.path.isdir(root):
+            walk = _FolderWalk(root)
+            walk.run()
+        else:
+            os.stat(root)
     except (OSError, ValueError) as error:
-        raise explain_failure(path, error) from None
+        raise explain_failure(root, error) from None
+    if walk is None:
+        yield root
+        return
     if not walk.found:
         accepted = " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))
-        found = _summary(walk.others)
-        raise VideoError(f"{path}: holds no image or video, {found}; accepted are {accepted}", "unreadable")
-    return sorted(walk.found, key=lambda file: [_natural_order(part) for part in file.split(os.sep)])
+        others = _summary(walk.others)
+        raise VideoError(f"{root}: holds no image or video, {others}; accepted are {accepted}", "unreadable")
+    yield from walk.innatural_order()
+
+
+def is_media_name(path: str) -> bool:
+    """Whether the media of folders include files with the ending of this one."""
+    return os.path.splitext(path)[1].lower() in _LISTED
 
 
 class _FolderWalk:
     """Walks through a folder and its subfolders, and through linked folders after them."""
 
     def __init__(self, root: str) -> None:
-        self.found: list[str] = []  # media, and paths that cannot be read, in no order
+        self.found = 0  # media, and paths that cannot be read
         self.others: Counter[str] = Counter()  # other files, by their ending
         self._root = root
+        self._names: dict[str, list[str]] = {}  # of the media and the folders in each folder
         self._folders = [root]
         self._links: deque[str] = deque()  # to folders
         # The parents of the root count as entered: a link to a parent would list the root and its siblings again.
@@ -93,40 +112,63 @@ class _FolderWalk:
         self._entered = {_identity(parent) for parent in parents if os.path.exists(parent)}
 
     def run(self) -> None:
-        """Fills `found` and `others`. Raises OSError when the root cannot be listed."""
+        """Walks through all folders, and fills `found` and `others`. Raises OSError when the root cannot be listed."""
         while self._folders or self._links:
             folder = self._folders.pop() if self._folders else self._links.popleft()
             try:
-                entries = self._enter(folder)
+                self._enter(folder)
             except OSError:
                 if folder == self._root:
                     raise
-                self.found.append(folder)
-                continue
-            for entry in entries:
-                self._add(entry)
+                self.found += 1
 
-    def _enter(self, folder: str) -> list[os.DirEntry[str]]:
-        """The folder's entries by name. A folder that was entered before has none."""
+    def innatural_order(self) -> Iterator[str]:
+        """The media, and the paths that cannot be read, in natural order of their paths.
+
+        The names of a folder are sorted when the folder's turn comes, so that no list of all paths is held.
+        """
+        waiting = [iter([self._root])]  # for each folder on the way to the current one, the paths still to come
+        while waiting:
+            path = next(waiting[-1], None)
+            if path is None:
+                waiting.pop()
+            elif path in self._names:
+                names = sorted(self._names.pop(path), key=natural_order)
+                waiting.append(map(partial(os.path.join, path), names))
+            else:
+                yield path
+
+    def _enter(self, folder: str) -> None:
+        """Takes in the folder's entries. A folder that was entered before has none."""
         identity = _identity(folder)
         if identity in self._entered:
-            return []
+            self._names[folder] = []
+            return
         self._entered.add(identity)
+        folders: list[str] = []
+        links: list[str] = []
         with os.scandir(folder) as scan:
-            return sorted(scan, key=lambda entry: entry.name)
+            self._names[folder] = [entry.name for entry in scan if self._is_taken(entry, folders, links)]
+        self._folders += sorted(folders)
+        self._links += sorted(links)
 
-    def _add(self, entry: os.DirEntry[str]) -> None:
+    def _is_taken(self, entry: os.DirEntry[str], folders: list[str], links: list[str]) -> bool:
+        """Whether the entry is a folder, a link to one, a medium, or a path that cannot be read. Counts all others."""
         ending = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
             self.others["hidden"] += 1
         elif entry.is_dir(follow_symlinks=False):
-            self._folders.append(entry.path)
+            folders.append(entry.path)
+            return True
         elif _leads_to_folder(entry):
-            self._links.append(entry.path)
+            links.append(entry.path)
+            return True
         elif ending in _LISTED or (not ending and not os.path.exists(entry.path)):
-            self.found.append(entry.path)
+            self.found += 1
+            return True
         else:
             self.others[ending or "without an ending"] += 1
+        return False
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -152,7 +194,19 @@ def _summary(others: Counter[str]) -> str:
     return f"but {files} ({', '.join(named + more)})"
 
 
-def _natural_order(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that compares runs of digits as numbers."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name)
-    return [(0, int(part), part) if part[0].isdigit() and part.isascii() else (1, 0, part) for part in parts]
+def natural_order(name: str) -> str:
+    """A sort key of a file name that compares runs of digits as numbers, and puts them before other characters.
+
+    The key is one short string, since a folder may hold a million names. A file name holds no character below _TEXT.
+    A run of digits becomes _NUMBER, the count of its digits without leading zeros, these digits, and the zeros: names
+    with more leading zeros come first.
+    """
+    return re.sub("[0-9]+|[^0-9]+", _natural_part, name)
+
+
+def _natural_part(part: re.Match[str]) -> str:
+    text = part[0]
+    if not text[0].isdigit() or not text.isascii():
+        return f"{_TEXT}{text}"
+    digits = text.lstrip("0")
+    return f"{_NUMBER}{chr(len(digits))}{digits}{chr(_MOST_DIGITS - len(text) + len(digits))}"

@@ -103,5 +103,6 @@ def _card(model: ServedModel) -> dict[str, Any]:
         "num_frames": model.config.num_frames,
         "pooling_shape": list(model.config.pooling_shape),
         "num_video_tokens": model.config.num_video_tokens,
+        "settings": model.settings,
         "permission": [],
     }

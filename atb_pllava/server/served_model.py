@@ -1,8 +1,9 @@
 """ServedModel: the engine under the name by which clients ask for it, and the lengths of its requests."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from atb_pllava.config import PllavaConfig
 from atb_pllava.engine.async_engine import AsyncEngine
@@ -17,10 +18,11 @@ from atb_pllava.server.protocol.sampling import invalid_sampling
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The one model of a server. `created` is a Unix time."""
+    """The one model of a server. `created` is a Unix time. `settings` are what decides its answers, if known."""
 
     name: str
     engine: AsyncEngine
+    settings: Mapping[str, Any] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -1,6 +1,8 @@
 """ServerState: what the handlers of all requests share, and whether the server takes requests."""
 
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 from starlette.requests import Request
 
@@ -89,11 +91,11 @@ class ServerState:
             raise self.refusal(phase)
         return self._model
 
-    def serve(self, engine: AsyncEngine) -> None:
-        """Take requests for the engine's model from now on."""
+    def serve(self, engine: AsyncEngine, settings: Mapping[str, Any] | None = None) -> None:
+        """Take requests for the engine's model from now on. `settings` decide its answers, for /v1/models."""
         self.admission.max_running = engine.config.max_batch_size
         self.metrics.watch(engine)
-        self._model = ServedModel(self.model_name, engine)
+        self._model = ServedModel(self.model_name, engine, settings)
 
     def drain(self) -> None:
         """Refuse new requests from now on. Those under way go on."""

@@ -38,6 +38,7 @@ class VideoObject(BaseModel):
     bytes: int = Field(description="Size of the medium.")
     num_frames: int
     frame_indices: list[int]
+    frames_hash: str = Field(description="SHA-256 of the sampled frames: videos with the same frames have the same.")
     frame_seconds: list[float] | None = Field(description="The time of each frame; null without a frame rate.")
     width: int | None = Field(description="Pixels of the medium's pictures.")
     height: int | None = Field(description="Pixels of the medium's pictures.")
@@ -71,6 +72,7 @@ def video_object(stored: StoredVideo, store: VideoStore) -> VideoObject:
         bytes=stored.media_bytes,
         num_frames=len(video.frame_indices),
         frame_indices=list(video.frame_indices),
+        frames_hash=video.mm_hash.hex(),
         frame_seconds=None if seconds is None else list(seconds),
         width=None if source is None else source.width,
         height=None if source is None else source.height,

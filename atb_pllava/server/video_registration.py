@@ -27,7 +27,7 @@ from atb_pllava.server.video_store import StoredVideo, VideoStore
 FORM_BYTES = 2**16  # what a form may have beside the file
 _MOST_REGISTRATIONS = 16  # under way at once
 _UPLOADS_ON_DISK = 4  # files of the largest size that uploads under way may take together
-_READERS = 4  # threads. Each waits for a media worker, or reads in this process if there is none
+_READERS = 8  # threads. Each waits for a media worker, or reads in this process if there is none
 
 Options = TypeVar("Options", bound=VideoOptions)
 

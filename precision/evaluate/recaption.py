@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atb_pllava.batch.caption_prompts import RECAPTION_REQUEST
 from atb_pllava.batch.result_log import Row
 from atb_pllava.files import write_json
 from precision.evaluate.benchmark import Benchmark, Result, Summary, prediction
@@ -19,16 +20,6 @@ DIR/
     annotations.json      a list of {video_name}; further texts and numbers are repeated in the results
     60fps/UHD/VIDEO_NAME.mp4|mkv|webm, or
     videos/VIDEO_NAME.mp4|mkv|webm"""
-# Our own words for the original's request, which also asks for one careful paragraph without doubtful details.
-REQUEST = (
-    "Help me to describe the input video. Answer with one paragraph that is precise and rich.\n"
-    "# Instructions\n"
-    "1. Leave out fine details such as colours and numbers of things, which are easily mistaken.\n"
-    "2. Go through the video carefully instead, and work out what matters in the whole of it.\n"
-    "3. What you are not sure of does not belong in the answer.\n"
-    "# Task\n"
-    "Describe the background, the characters and the actions in the video.\n"
-)
 
 
 class Recaption(Benchmark):
@@ -68,6 +59,6 @@ def _read_set(folder: Path, ratio: float | None) -> list[Question]:
         folders = [folder / "60fps" / "UHD", folder / "videos"]
         video = find_video(folders, text(entry, "video_name"), ENDINGS)
         kept = {key: value for key, value in entry.items() if isinstance(value, str | float | int)}
-        return [Question(folder.name, number, REQUEST, video=video, rest=kept)]
+        return [Question(folder.name, number, RECAPTION_REQUEST, video=video, rest=kept)]
 
     return read_questions(folder / "annotations.json", folder.name, make, ratio)

@@ -124,6 +124,8 @@ def test_the_extras_are_those_of_the_project() -> None:
     assert re.findall(r'"([a-z_-]+)>=', serve) == list(EXTRAS["serve"])
     assert re.findall(r'"([a-z_]+)(?:>=|\[)', ui) == ["atb_pllava", "gradio"]
     assert EXTRAS["ui"] == (*EXTRAS["serve"], "gradio")
+    (tables,) = re.findall(r"^tables = \[(.*)\]", text, re.MULTILINE)
+    assert re.findall(r'"([a-z_-]+)>=', tables) == list(EXTRAS["tables"])
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_chat() -> None:

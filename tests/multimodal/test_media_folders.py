@@ -1,6 +1,7 @@
 """Which files `list_media` finds: subfolders, links, files that cannot be read, and the errors."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atb_pllava.errors import VideoError
-from atb_pllava.multimodal.media import list_media, read_media
+from atb_pllava.multimodal.media import list_media, natural_order, read_media
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def below(root: Path, files: list[str]) -> list[str]:
     return [os.path.relpath(file, root) for file in files]
 
 
-def test_a_tree_is_listed_whole_and_in_natural_order(tree: Path) -> None:
+def test_a_tree_is_listed_whole_and_innatural_order(tree: Path) -> None:
     files = list_media(tree)
     assert len(files) == 61 == len(set(files))
     # The oracle: find's list, sorted as versions by name (GNU sort -V).
@@ -54,7 +57,7 @@ def test_a_tree_is_listed_whole_and_in_natural_order(tree: Path) -> None:
     assert below(tree, list_media(f"{tree}/"))[-1] == "clip.mp4/v0.mp4"
 
 
-def test_folder_in_natural_order(tmp_path):
+def test_folder_innatural_order(tmp_path):
     for name in ["10.mp4", "2.MP4", "1.png", "b.mkv", "a1.jpg", "notes.txt", ".hidden.mp4", "视频 1.webm"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4").mkdir()
@@ -213,3 +216,13 @@ def test_what_is_no_medium_is_told_all_that_is_accepted(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(VideoError, match="JPEG, PNG, APNG, WebP, BMP and TIFF$"):
             read_media(tmp_path / name)
+
+
+@given(st.lists(st.text("0012ab.é\x01\x02红", min_size=1, max_size=7), min_size=2, max_size=12, unique=True))
+@settings(max_examples=200, deadline=None)
+def test_the_sort_key_is_that_of_numbers_and_texts(names: list[str]) -> None:
+    def parts(name: str) -> list[tuple[int, int | str, int]]:
+        found = re.findall(r"[0-9]+|[^0-9]+", name)
+        return [(0, int(part), -len(part)) if part[0] in "0123456789" else (1, part, 0) for part in found]
+
+    assert sorted(names, key=natural_order) == sorted(names, key=parts)

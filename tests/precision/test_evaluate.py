@@ -506,7 +506,7 @@ def test_recaption(capsys, options, tmp_path: Path) -> None:
     assert status == 2 and "UHD/12.{mp4,mkv,webm}" in err and "count as wrong" not in err
     rows = read(tmp_path / "out" / "inference_results.json")
     assert set(rows[0]) == {"pred", "task_type", "video_path", "query", "video_name", "caption"}
-    assert rows[0]["query"] == recaption.REQUEST and rows[1]["pred"] == ""
+    assert rows[0]["query"] == recaption.RECAPTION_REQUEST and rows[1]["pred"] == ""
     assert rows[0]["pred"] == rows[2]["pred"] and ["error" in row for row in rows] == [False, True, False]
 
 

@@ -86,6 +86,7 @@ class ModelCard(BaseModel):
     """The served model. max_model_len: the most tokens of a prompt and its answer together.
 
     num_frames are sampled of a video unless a request says otherwise, and pooled to pooling_shape: num_video_tokens.
+    settings: what else decides the answers, such as a digest of the weights. Servers with equal settings answer alike.
     """
 
     id: str
@@ -98,6 +99,7 @@ class ModelCard(BaseModel):
     num_frames: int
     pooling_shape: list[int]
     num_video_tokens: int
+    settings: dict[str, Any] | None
     permission: list[Any]
 
 
