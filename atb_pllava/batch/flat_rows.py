@@ -38,9 +38,10 @@ class FlatColumns:
         fields = [name for name in _FIRST if name in self._fields]
         fields += [name for name in self._fields if name not in _FIRST and name != _CARRIED]
         found = {name: (False, name) for name in fields}
+        taken = {*fields, *_OF_THE_RUN, _CARRIED}
         for name in self._carried:
             free = name
-            while free in found or free in _OF_THE_RUN or free == _CARRIED:
+            while free in taken or (free != name and free in self._carried):
                 free = f"input_{free}"
             found[free] = (True, name)
         return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atb_pllava.batch.log_reader import LogReader, caption_identity, is_in_use
+from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_log import FORMAT, Row
 from atb_pllava.batch.settings import differences
 from atb_pllava.errors import ConfigError, counted
@@ -29,10 +30,11 @@ class MergeCounts:
     other_settings: int = 0
 
 
-def merge_logs(paths: Sequence[str], output: str) -> MergeCounts:
+def merge_logs(paths: Sequence[str], output: str, quiet: bool = False) -> MergeCounts:
     """Write the rows that count in the logs at `paths` to `output`, atomically, in the order of the logs.
 
     Of two rows about one id with the same answer the first is kept, and of an answer and an error the answer.
+    `quiet` shows no progress.
     Raises ConfigError for logs with different settings, for an id with different answers, for a log that a run is
     writing, and for files that cannot be read or written.
     """
@@ -43,13 +45,19 @@ def merge_logs(paths: Sequence[str], output: str) -> MergeCounts:
         logs = [stack.enter_context(LogReader(path, _key_digest)) for path in paths]
         for log in logs[1:]:
             _check_settings(logs[0], log)
-        kept, counts = _choose(logs)
+        choice = _Choice(logs)
+        with Progress("comparing rows", sum(map(len, logs)), quiet=quiet) as progress:
+            for number, log in enumerate(logs):
+                for offset in sorted(log.offsets.values()):
+                    choice.take(number, offset)
+                    progress.add()
+        kept = choice.finish()
         header = {"log": FORMAT, "settings": logs[0].settings, "values": dict(logs[0].values)}
         with replace_file(output) as file:
             file.write(json.dumps(header, ensure_ascii=True).encode() + b"\n")
             for log, offsets in zip(logs, kept, strict=True):
                 file.writelines(log.lines(offsets))
-    return counts
+    return choice.counts
 
 
 def _check_settings(one: LogReader, other: LogReader) -> None:
@@ -61,39 +69,43 @@ def _check_settings(one: LogReader, other: LogReader) -> None:
         )
 
 
-def _choose(logs: Sequence[LogReader]) -> tuple[list[list[int]], MergeCounts]:
-    """The offsets of the rows to write, for each log, and the counts.
+class _Choice:
+    """The rows of several logs that go into the merged log. `take` takes in the rows one after the other."""
 
-    Raises ConfigError that names the ids with different answers.
-    """
-    counts = MergeCounts(other_settings=sum(log.other_rows for log in logs))
-    first: dict[bytes, tuple[int, int]] = {}  # log and offset of the row that is kept about an id
-    kept: list[dict[int, bool]] = [{} for _ in logs]  # offset to whether the row has an error
-    conflicts: list[str] = []
-    for number, log in enumerate(logs):
-        for offset in sorted(log.offsets.values()):
-            row = log.row_at(offset)
-            about = _digest(caption_identity(row))
-            earlier = first.get(about)
-            if earlier is not None and earlier[0] != number:
-                before = logs[earlier[0]].row_at(earlier[1])
-                if "error" not in row and "error" not in before and _answer(row) != _answer(before):
-                    conflicts.append(f"{row['id']} in {logs[earlier[0]].path} and {log.path}")
-                counts.equal += 1
-                if "error" in row or "error" not in before:
-                    continue
-                del kept[earlier[0]][earlier[1]]
-            first[about] = number, offset
-            kept[number][offset] = "error" in row
-    if conflicts:
-        more = ", ..." if len(conflicts) > _MOST_NAMED else ""
-        raise ConfigError(
-            f"{counted(len(conflicts), 'id has', 'ids have')} different answers: "
-            f"{', '.join(conflicts[:_MOST_NAMED])}{more}; merge shards of one input, each of which has its own ids"
-        )
-    counts.rows = sum(map(len, kept))
-    counts.failed = sum(sum(offsets.values()) for offsets in kept)
-    return [list(offsets) for offsets in kept], counts
+    def __init__(self, logs: Sequence[LogReader]) -> None:
+        self.counts = MergeCounts(other_settings=sum(log.other_rows for log in logs))
+        self._logs = logs
+        self._kept: list[dict[int, bool]] = [{} for _ in logs]  # of each log: offset to whether the row has an error
+        self._first: dict[bytes, tuple[int, int]] = {}  # log and offset of the row that is kept about an id
+        self._conflicts: list[str] = []
+
+    def take(self, number: int, offset: int) -> None:
+        """Take in the row of log `number` at `offset`."""
+        row = self._logs[number].row_at(offset)
+        about = _digest(caption_identity(row))
+        other_number, other_offset = self._first.get(about, (number, offset))
+        if other_number != number:
+            self.counts.equal += 1
+            other = self._logs[other_number].row_at(other_offset)
+            if "error" not in row and "error" not in other and _answer(row) != _answer(other):
+                self._conflicts.append(f"{row['id']} in {self._logs[other_number].path} and {self._logs[number].path}")
+            if "error" in row or "error" not in other:
+                return
+            del self._kept[other_number][other_offset]
+        self._first[about] = number, offset
+        self._kept[number][offset] = "error" in row
+
+    def finish(self) -> list[list[int]]:
+        """The offsets of the rows to write, for each log. Raises ConfigError that names ids with different answers."""
+        if self._conflicts:
+            more = ", ..." if len(self._conflicts) > _MOST_NAMED else ""
+            raise ConfigError(
+                f"{counted(len(self._conflicts), 'id has', 'ids have')} different answers: "
+                f"{', '.join(self._conflicts[:_MOST_NAMED])}{more}; merge shards of one input, each with its own ids"
+            )
+        self.counts.rows = sum(map(len, self._kept))
+        self.counts.failed = sum(sum(offsets.values()) for offsets in self._kept)
+        return [list(offsets) for offsets in self._kept]
 
 
 def _answer(row: Row) -> Any:

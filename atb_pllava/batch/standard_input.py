@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import weakref
 from typing import TextIO
 
 from atb_pllava.batch.path_list import PathList
@@ -18,10 +19,13 @@ def read_standard_input(stream: TextIO | None) -> Table:
     """
     if stream is None:
         raise ConfigError("standard input is closed; name files instead of -")
-    file = tempfile.TemporaryFile()  # noqa: SIM115 -- the table keeps it open
+    file = tempfile.TemporaryFile()  # noqa: SIM115 -- closed with the table
     try:
         shutil.copyfileobj(stream.buffer, file)
     except OSError as error:
         raise ConfigError(f"standard input could not be kept in {tempfile.gettempdir()}: {error.strerror}") from None
     first = next((line for _, line in numbered_lines(_NAME, file) if line.strip()), b"")
-    return JsonlTable(_NAME, file) if first.lstrip().startswith(b"{") else PathList(_NAME, file)
+    is_json = first.lstrip().startswith(b"{")
+    table: Table = JsonlTable(_NAME, file) if is_json else PathList(_NAME, file)
+    weakref.finalize(table, file.close)
+    return table

@@ -140,12 +140,16 @@ class JsonlTable:
 
     def _object(self, number: int, line: bytes) -> Row:
         try:
-            value = json.loads(line.decode())
+            value = json.loads(line.decode().strip())
         except UnicodeDecodeError:
             raise not_utf8(self.name, number) from None
         except (ValueError, RecursionError) as error:
-            torn = ": the file ends in the middle of the line" if not line.endswith(b"\n") else ""
-            raise ConfigError(f"{self.place(number)} is not valid JSON{torn or f': {error}'}") from None
+            why = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                why = f"{error.msg}, column {error.colno}"
+            if not line.endswith(b"\n"):
+                why = "the file ends in the middle of the line"
+            raise ConfigError(f"{self.place(number)} is not valid JSON: {why}") from None
         if not isinstance(value, dict):
             raise ConfigError(f'{self.place(number)} must be a JSON object such as {{"path": "a.mp4"}}')
         return value

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from atb_pllava.batch.caption_input import CaptionInput
 from atb_pllava.batch.caption_prompts import PRESETS, Prompt, chosen_prompts
 from atb_pllava.batch.shard import parse_shard
-from atb_pllava.cli.engine_args import from_cli_args, media_limits, sampling_params
+from atb_pllava.cli.engine_args import from_cli_args, sampling_params
+from atb_pllava.cli.media_limit_option import media_limits
 from atb_pllava.distributed.rendezvous import Rendezvous
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import ConfigError

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from atb_pllava.batch.captioner import Captioner, LocalCaptioner
 from atb_pllava.batch.run_metadata import model_settings
 from atb_pllava.cli.caption_job import CaptionJob
-from atb_pllava.cli.engine_args import media_limits
 from atb_pllava.cli.environment import api_key
 from atb_pllava.cli.extras import import_with_extra
 from atb_pllava.cli.loading import load_model
+from atb_pllava.cli.media_limit_option import media_limits
 from atb_pllava.cli.waiting import time_table
 from atb_pllava.config import EngineConfig
 from atb_pllava.engine.sampling_params import SamplingParams

@@ -56,10 +56,12 @@ def export(arguments: argparse.Namespace) -> int:
         logger.warning("%s is in use by a run; its later rows are not exported", arguments.log)
     with LogReader(arguments.log) as log, _target(arguments) as file:
         if arguments.into is None:
-            counts = export_log(log, file, arguments.to, arguments.columns, arguments.prompt_names)
+            counts = export_log(log, file, arguments.to, arguments.columns, arguments.prompt_names, arguments.quiet)
         else:
             table = open_table(arguments.into)
-            counts = export_into(log, table, file, arguments.to, arguments.text_column, arguments.prompt_names)
+            counts = export_into(
+                log, table, file, arguments.to, arguments.text_column, arguments.prompt_names, arguments.quiet
+            )
         other_rows = log.other_rows
     if not arguments.quiet:
         print(f"wrote {arguments.output or 'stdout'}: {_summary(counts, other_rows)}", file=sys.stderr)

@@ -30,7 +30,7 @@ def merge(arguments: argparse.Namespace) -> int:
     twice = next((path for path in real if real.count(path) > 1), None)
     if twice is not None:
         raise ConfigError(f"{twice} is named twice; name each log once")
-    counts = merge_logs(arguments.logs, arguments.output)
+    counts = merge_logs(arguments.logs, arguments.output, arguments.quiet)
     if not arguments.quiet:
         parts = [f"{counted(counts.rows, 'row')} of {counted(len(arguments.logs), 'log')}, {counts.failed} failed"]
         if counts.equal:
