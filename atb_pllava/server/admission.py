@@ -20,9 +20,14 @@ class Admission:
         self.num_active = 0
         self._on_refused = on_refused
 
+    @property
+    def capacity(self) -> int:
+        """The most requests that the server holds at a time."""
+        return self.max_waiting + self.max_running
+
     def enter(self) -> None:
         """Count one request. Raises ApiError 429 when too many are there. `leave` ends it."""
-        if self.num_active >= self.max_waiting + self.max_running:
+        if self.num_active >= self.capacity:
             self._on_refused()
             raise ApiError(
                 429,
