@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from atb_pllava.server.api_error import ApiError
-from atb_pllava.server.errors import RETRY_AFTER_SECONDS
+from atb_pllava.server.api_error import RETRY_LATER, ApiError
 
 
 class Admission:
@@ -33,7 +32,7 @@ class Admission:
                 429,
                 "queue_full",
                 f"{self.num_active} requests run or wait, the most this server takes; try again later",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+                headers=RETRY_LATER,
             )
         self.num_active += 1
 

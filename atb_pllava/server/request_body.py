@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.asgi import media_type
 from atb_pllava.server.protocol.base import RequestModel, invalid_request
 
 _LARGEST_AT_ONCE = 64 * 2**10  # bytes that are parsed in the event loop, about 0.2 ms
@@ -24,8 +25,7 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     Raises ApiError: 415 for another content type, 400 for anything but JSON of the wanted form. Raises ClientDisconnect
     when the client goes away. The middleware `BodyLimit` bounds the size of the body and the time that it takes.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
+    if media_type(request.scope) != "application/json":
         message = "the body must be JSON, with the header Content-Type: application/json"
         raise ApiError(415, "unsupported_media_type", message)
     body = await request.body()
