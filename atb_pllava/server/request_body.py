@@ -28,7 +28,7 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     if media_type(request.scope) != "application/json":
         message = "the body must be JSON, with the header Content-Type: application/json"
         raise ApiError(415, "unsupported_media_type", message)
-    body = await request.body()
+    body = b"".join([chunk async for chunk in request.stream()])  # request.body() would keep the bytes
     if len(body) <= _LARGEST_AT_ONCE:
         return _parse(body, model)
     return await asyncio.to_thread(_parse, body, model)

@@ -1,6 +1,8 @@
 """Requests that would hold up or exhaust the server: silent connections, huge texts, bodies of very many values."""
 
+import gc
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,9 +12,12 @@ from starlette.testclient import TestClient
 from atb_pllava import LLM
 from atb_pllava.prompt.tokenizer import Tokenizer
 from atb_pllava.server.app import create_app
+from atb_pllava.server.chat_media import OpenedMedia
 from atb_pllava.server.connection import Connection
 from atb_pllava.server.options import ServerOptions
-from tests.server.support import CHAT, Gate, client_of, error_of, http_server, served, wait_until
+from atb_pllava.server.protocol.chat import ChatCompletionRequest
+from tests.server.running_server import PATIENCE
+from tests.server.support import CHAT, VIDEOS, Gate, client_of, error_of, http_server, question, served, wait_until
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
 HEAD = b"GET /health HTTP/1.1\r\nHost: test\r\n"
@@ -118,3 +123,22 @@ def test_more_prompts_than_the_server_ever_holds_are_no_429(tiny: LLM) -> None:
         error = error_of(response)
         assert (response.status_code, error["code"], error["param"]) == (400, "too_many_prompts", "prompt")
         assert client.post("/v1/completions", json={"prompt": ["Hello"] * 9, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_media_do_not_lie_in_memory_while_the_answer_grows(
+    tiny: LLM, client: TestClient, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
+) -> None:
+    gate = Gate(tiny, monkeypatch)
+    body = {"messages": [question("What moves?", VIDEOS[0])], "max_tokens": 2, "stream": is_streamed}
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(client.post, CHAT, json=body)
+        try:
+            assert gate.has_arrived.wait(PATIENCE)
+            gc.collect()
+            alive = [item for item in gc.get_objects() if type(item) in (ChatCompletionRequest, OpenedMedia)]
+        finally:
+            gate.open()
+        assert job.result().status_code == 200
+    assert {type(item) for item in alive} == {ChatCompletionRequest, OpenedMedia}
+    assert not any(item.messages if isinstance(item, ChatCompletionRequest) else item.contents for item in alive)
