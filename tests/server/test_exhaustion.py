@@ -3,6 +3,7 @@
 import gc
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,7 +45,8 @@ def test_connection_without_a_whole_head_is_closed(
 
 
 def test_request_may_take_longer_than_its_head(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Connection, "seconds_for_a_head", 0.05)
+    """The head of the next request has its time from the end of the response on."""
+    monkeypatch.setattr(Connection, "seconds_for_a_head", 0.5)
     body = b'{"messages": [{"role": "user", "content": "Hello"}]}'
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -58,6 +60,10 @@ def test_request_may_take_longer_than_its_head(tiny: LLM, monkeypatch: pytest.Mo
         wait_until(lambda: bool(timers))
         gate.open()
         assert connection.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        with suppress(ConnectionError):  # closed already
+            connection.sendall(b"G")
+            while connection.recv(4096):
+                pass
 
 
 @pytest.mark.parametrize(
