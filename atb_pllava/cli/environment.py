@@ -45,6 +45,25 @@ def api_key() -> str | None:
     return os.environ.get("ATB_PLLAVA_API_KEY")
 
 
+def upload_folder() -> str | None:
+    """The folder for the page's uploads in GRADIO_TEMP_DIR. None for the system's temporary folder.
+
+    Raises ConfigError when the variable names no folder.
+    """
+    given = os.environ.get("GRADIO_TEMP_DIR") or None
+    if given is not None and not os.path.isdir(given):
+        raise ConfigError(f"GRADIO_TEMP_DIR is {given!r}; it must be a folder")
+    return given
+
+
+def use_upload_folder(folder: str | None) -> None:
+    """Make gradio keep its files in `folder`. Components that exist already go on using their own."""
+    if folder is None:
+        os.environ.pop("GRADIO_TEMP_DIR", None)
+    else:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+
+
 def host_benchmark() -> str | None:
     """The path of benchmark.csv by MindIE's variables. None when off. Raises ConfigError for an unknown value."""
     enabled = os.environ.get("ATB_LLM_BENCHMARK_ENABLE", "0").lower()

@@ -83,6 +83,7 @@ def _serve(arguments: argparse.Namespace, options: ServerOptions, workers: Rende
     with closing(state), open_socket(options.host, options.port) as listener, ExitStack() as stack:
         app = create_app(state, None if page is None else page.PAGE_PATH)
         if page is not None:
+            stack.enter_context(page.own_upload_folder())
             page.add_page(app, state, url_of(listener), page_key)
         stack.enter_context(HttpServer(app, listener))
         llm = stack.enter_context(load_model(arguments, workers, media_worker_at_load=True))

@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,11 @@ class Tokenizer:
             if not letters:
                 return list(encoding.ids)
             marker_parts -= letters
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters that one token stands for."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids without special tokens."""

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from atb_pllava.server.api_error import ApiError
-from atb_pllava.server.errors import RETRY_AFTER_SECONDS
+from atb_pllava.server.api_error import RETRY_LATER, ApiError
 
 
 class Admission:
@@ -20,15 +19,20 @@ class Admission:
         self.num_active = 0
         self._on_refused = on_refused
 
+    @property
+    def capacity(self) -> int:
+        """The most requests that the server holds at a time."""
+        return self.max_waiting + self.max_running
+
     def enter(self) -> None:
         """Count one request. Raises ApiError 429 when too many are there. `leave` ends it."""
-        if self.num_active >= self.max_waiting + self.max_running:
+        if self.num_active >= self.capacity:
             self._on_refused()
             raise ApiError(
                 429,
                 "queue_full",
                 f"{self.num_active} requests run or wait, the most this server takes; try again later",
-                headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+                headers=RETRY_LATER,
             )
         self.num_active += 1
 

@@ -1,5 +1,6 @@
 """Answers one generation request: admission, body, engine, and the answer whole or as a stream of events."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
@@ -69,7 +70,8 @@ async def answer(
         if not body.stream:
             outputs = await unless_disconnected(request.receive, generation.outputs())
             _note(record, outputs)
-            return JSONResponse(answer_format.response(outputs, final_usage(outputs)))
+            # Log-probabilities of thousands of tokens take seconds.
+            return await asyncio.to_thread(lambda: JSONResponse(answer_format.response(outputs, final_usage(outputs))))
         events = _events(body, generation, answer_format, state, record)
         first = await unless_disconnected(request.receive, _first(events))
         return EventStreamResponse(_continued(first, events), held.pop_all().close)

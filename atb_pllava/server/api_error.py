@@ -22,6 +22,10 @@ TYPES = {
     503: "ServiceUnavailableError",
 }
 
+RETRY_AFTER_SECONDS = 5
+RETRY_LATER = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+"""The headers of each 429 and 503: OpenAI's client tries again after these seconds."""
+
 
 @dataclass
 class ApiError(Exception):

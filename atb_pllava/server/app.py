@@ -17,6 +17,8 @@ from atb_pllava.server.root_path import RootPath
 from atb_pllava.server.state import ServerState
 from atb_pllava.server.video_object import VideoUrl
 
+_LARGEST_PAGE_BODY = 2**20  # bytes. gradio parses a body before it asks for the login
+
 
 def create_app(state: ServerState, page_path: str | None = None) -> FastAPI:
     """The ASGI application of the server whose state is `state`. Pages that load scripts from elsewhere are off.
@@ -47,7 +49,9 @@ def _add_middleware(app: FastAPI, state: ServerState, page_path: str | None) -> 
     pages = [] if page_path is None else [f"{page_path}/"]
     upload_paths = [videos.VIDEOS, *(f"{page}gradio_api/upload" for page in pages)]
     uploads = dict.fromkeys(upload_paths, state.videos.max_body_bytes)
-    app.add_middleware(BodyLimit, max_bytes=options.max_body_mib * 2**20, route_limits=uploads)
+    limits = dict.fromkeys(pages, _LARGEST_PAGE_BODY)
+    max_bytes = options.max_body_mib * 2**20
+    app.add_middleware(BodyLimit, max_bytes=max_bytes, route_limits=uploads, prefix_limits=limits)
     if state.api_keys is not None:
         app.add_middleware(Authentication, keys=state.api_keys, open_prefixes=pages)
     if options.cors_origins is not None:

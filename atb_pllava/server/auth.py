@@ -5,7 +5,6 @@ import hmac
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from atb_pllava.errors import ConfigError
@@ -101,13 +100,10 @@ class Authentication:
         await error_response(scope, error)(scope, receive, send)
 
 
-def allow_origins(app: ASGIApp, origins: str) -> ASGIApp:
-    """The app with CORS. Put it outside of Authentication: a browser's preflight request has no key."""
-    return CORSMiddleware(app, **cors_options(origins))
-
-
 def cors_options(origins: str) -> dict[str, Any]:
     """The arguments of CORSMiddleware for comma-joined origins, `*` for all. Cookies are never allowed.
+
+    The middleware stands outside of Authentication: a browser's preflight request has no key.
 
     Raises ConfigError for an origin that no browser sends.
     """

@@ -31,15 +31,22 @@ class BodyLimit:
 
     `route_limits` are the limits of multipart/form-data by path. A route with such a limit streams forms to the disk.
     Its other bodies are held in memory, and `max_bytes` bounds them.
+    `prefix_limits` are the limits of all other bodies whose path begins with a prefix.
     `timeout`: seconds that may pass without a byte. Only the time that the handler waits for the body counts.
     """
 
     def __init__(
-        self, app: ASGIApp, max_bytes: int, route_limits: Mapping[str, int] | None = None, timeout: float = 30.0
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        route_limits: Mapping[str, int] | None = None,
+        prefix_limits: Mapping[str, int] | None = None,
+        timeout: float = 30.0,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._route_limits = dict(route_limits or {})
+        self._prefix_limits = dict(prefix_limits or {})
         self._timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,9 +64,11 @@ class BodyLimit:
             await _refuse(body.error, scope, receive, send)
 
     def _limit_of(self, scope: Scope) -> int:
-        if media_type(scope) != "multipart/form-data":
-            return self._max_bytes
-        return self._route_limits.get(route_path(scope), self._max_bytes)
+        path = route_path(scope)
+        if media_type(scope) == "multipart/form-data" and path in self._route_limits:
+            return self._route_limits[path]
+        limits = [limit for prefix, limit in self._prefix_limits.items() if path.startswith(prefix)]
+        return min([self._max_bytes, *limits])
 
 
 class _Body:
@@ -77,7 +86,13 @@ class _Body:
         self._has_ended = False
 
     def check_length(self, scope: Scope) -> None:
-        """Refuse a body whose Content-Length exceeds the limit, or is no number."""
+        """Refuse a body whose Content-Length exceeds the limit, is no number, or contradicts Transfer-Encoding.
+
+        RFC 9112, section 6.1: a request with both headers may be an attempt to smuggle a second request past a proxy.
+        """
+        if header_values(scope, b"content-length") and header_values(scope, b"transfer-encoding"):
+            message = "send Content-Length or Transfer-Encoding, not both"
+            self._refuse(ApiError(400, "invalid_content_length", message, headers=_CLOSE))
         for length in header_values(scope, b"content-length"):
             if not length.isdigit():
                 self._refuse(ApiError(400, "invalid_content_length", "Content-Length must be a whole number"))

@@ -55,6 +55,9 @@ async def _start(
     media = ChatMedia(state.media_sources, state.videos, state.metrics, processor, record.owner, body.num_frames)
     opened = await media.open(parsed.media)
     request: dict[str, Any] = {"messages": parsed.with_media(opened.contents)}
+    # Media must not lie in memory while the answer grows, neither as base64 nor as bytes.
+    body.messages.clear()
+    opened.contents.clear()
     if body.num_frames is not None:
         request["num_frames"] = body.num_frames
     try:

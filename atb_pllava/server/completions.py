@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from atb_pllava.engine.request_stream import RequestStream
 from atb_pllava.server.answering import answer
+from atb_pllava.server.api_error import ApiError
 from atb_pllava.server.completion_answer import CompletionAnswer
 from atb_pllava.server.generation import Generation
 from atb_pllava.server.openapi import answers, json_body
@@ -40,7 +41,10 @@ async def _start(state: ServerState, model: ServedModel, body: CompletionRequest
     """Check the prompts and hand them to the engine. Each prompt takes a place of the bounded queue."""
     body.check_stream_options()
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    lengths = await asyncio.to_thread(lambda: [len(model.tokenizer.encode(prompt)) for prompt in prompts])
+    if len(prompts) > state.admission.capacity:
+        message = f"prompt has {len(prompts)} prompts, and this server holds {state.admission.capacity} at a time"
+        raise ApiError(400, "too_many_prompts", message, "prompt")
+    lengths = await asyncio.to_thread(lambda: [len(model.prompt_token_ids(prompt)) for prompt in prompts])
     params = [
         body.sampling_params(model.answer_length(length, 0, body.wanted_tokens), body.logprobs) for length in lengths
     ]

@@ -10,14 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atb_pllava.errors import BackendError, EngineDeadError, PllavaError, RequestError, VideoError
 from atb_pllava.server.access_log import CLIENT_CLOSED_REQUEST
-from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.api_error import RETRY_LATER, ApiError
 from atb_pllava.server.asgi import error_response
 from atb_pllava.server.media_errors import media_error
 from atb_pllava.server.request_record import record_of
 
 logger = logging.getLogger(__name__)
-
-RETRY_AFTER_SECONDS = 5
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -52,7 +50,7 @@ def api_error_of(error: PllavaError, request_id: str) -> ApiError:
 
 def unavailable(code: str, message: str) -> ApiError:
     """A 503 with Retry-After."""
-    return ApiError(503, code, message, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+    return ApiError(503, code, message, headers=RETRY_LATER)
 
 
 def bug_error(request_id: str) -> ApiError:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import ipaddress
+import logging
 import socket
 import threading
 from types import TracebackType
@@ -11,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from atb_pllava.errors import ConfigError
+from atb_pllava.server.connection import Connection
 
 _BACKLOG = 2048
 _SECONDS_TO_START = 30.0
@@ -64,11 +66,12 @@ class HttpServer:
     def __init__(self, app: FastAPI, listener: socket.socket) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="on",
             loop="asyncio",
             log_config=None,
+            log_level=logging.ERROR,  # clients cause the warnings, one or two a request
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=_LONGEST_HEADERS,

@@ -8,7 +8,7 @@ import re
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.media_file import GIVEN_BYTES
 from atb_pllava.multimodal.media_source_error import MediaSourceError
-from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.api_error import RETRY_LATER, ApiError
 
 # Of a URL that gives no medium: MediaSourceCode -> status. The code of the response is the MediaSourceCode.
 SOURCE_STATUS = {
@@ -55,7 +55,6 @@ REPLACED_TEXT = {
     "closed": (503, "shutting_down", "was not read, because the server is shutting down"),
     "internal": (500, "internal_error", "was not read because of an error in the server"),
 }
-_RETRY_AFTER = {429: "5", 503: "5"}  # seconds
 # What stands in a VideoError for a medium of the server: the path of an open file, or the name of bytes.
 _OUR_NAME = re.compile(rf"/proc/\d+/fd/\d+|{GIVEN_BYTES}")
 _OUR_FIELD = re.compile(r" ?\(MediaLimits\.\w+\)")
@@ -77,5 +76,5 @@ def media_error(error: VideoError, name: str, param: str) -> ApiError:
 
 
 def _api_error(status: int, code: str, message: str, param: str) -> ApiError:
-    headers = {"Retry-After": _RETRY_AFTER[status]} if status in _RETRY_AFTER else {}
+    headers = RETRY_LATER if status in (429, 503) else {}
     return ApiError(status, code, message, param, headers)

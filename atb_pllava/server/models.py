@@ -65,24 +65,26 @@ async def retrieve_model(request: Request, model_id: str) -> Response:
 @router.post(
     "/tokenize",
     response_model=None,
-    responses={200: {"model": TokenizeResponse}, **errors(400, 401, 404, 408, 413, 415, 500, 503)},
+    responses={200: {"model": TokenizeResponse}, **errors(400, 401, 404, 408, 413, 415, 429, 500, 503)},
     openapi_extra=json_body(TokenizeRequest),
 )
 async def tokenize(request: Request) -> Response:
     """Count the tokens of a literal prompt or of messages. Media are counted and not read."""
-    model = state_of(request).model
-    body = await read_body(request, TokenizeRequest)
-    model.check_name(body.model)
-    check_other_fields(body.unknown_fields())
-    if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "invalid_field", "give either prompt or messages", "prompt")
-    return JSONResponse(await asyncio.to_thread(_tokenized, model, body))
+    state = state_of(request)
+    model = state.model
+    with state.admission.admitted():
+        body = await read_body(request, TokenizeRequest)
+        model.check_name(body.model)
+        check_other_fields(body.unknown_fields())
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "invalid_field", "give either prompt or messages", "prompt")
+        return JSONResponse(await asyncio.to_thread(_tokenized, model, body))
 
 
 def _tokenized(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
     num_videos = 0
     if body.messages is None:
-        tokens = model.tokenizer.encode(body.prompt or "")
+        tokens = model.prompt_token_ids(body.prompt or "")
     else:
         chat = parse_messages(body.messages).chat
         num_videos = len(chat.media)

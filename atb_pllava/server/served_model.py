@@ -53,9 +53,15 @@ class ServedModel:
             raise invalid_sampling(error) from None
 
     def chat_token_ids(self, chat: Chat) -> list[int]:
-        """Token ids of a chat's prompt, with one image token for each video."""
+        """Token ids of a chat's prompt, with one image token for each video. Raises as `prompt_token_ids` does."""
         pieces = render_turns(self.engine.request_parser.conversation, chat.turns, system=chat.system)
+        self._check_num_characters(sum(len(piece.text) for piece in pieces), "messages")
         return self.tokenizer.encode_pieces(pieces)
+
+    def prompt_token_ids(self, prompt: str) -> list[int]:
+        """Token ids of a literal prompt. Raises ApiError for a text that fits into no context, however it is split."""
+        self._check_num_characters(len(prompt), "prompt")
+        return self.tokenizer.encode(prompt)
 
     def prompt_length(self, token_ids: Sequence[int], num_videos: int) -> int:
         """Tokens of a prompt in which each video is one token so far."""
@@ -80,3 +86,13 @@ class ServedModel:
         if wanted is not None:
             return wanted
         return min(room, self.engine.config.max_output_length or SamplingParams.max_tokens)
+
+    def _check_num_characters(self, number: int, param: str) -> None:
+        """The tokenizer holds up all threads of the process, for about a second a million characters."""
+        most = self.max_model_len * self.tokenizer.longest_token
+        if number > most:
+            message = (
+                f"the text has {number} characters, and no text of more than {most} is {self.max_model_len} tokens, "
+                "which the context holds"
+            )
+            raise ApiError(400, "context_length_exceeded", message, param)

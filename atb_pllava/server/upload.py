@@ -15,7 +15,7 @@ import python_multipart
 from python_multipart.exceptions import FormParserError
 from starlette.requests import Request
 
-from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.api_error import RETRY_LATER, ApiError
 
 _MOST_PARTS = 16
 _LONGEST_HEADER = 2048  # bytes of one header of a part
@@ -37,7 +37,7 @@ class UploadBudget:
         with self._lock:
             if self.used + size > self._max_bytes:
                 message = f"the uploads under way have {self.used} of {self._max_bytes} bytes; try again later"
-                raise ApiError(429, "too_many_uploads", message, headers={"Retry-After": "5"})
+                raise ApiError(429, "too_many_uploads", message, headers=RETRY_LATER)
             self.used += size
 
     def give_back(self, size: int) -> None:
@@ -235,4 +235,4 @@ def _bad_form(cause: str, param: str | None = None) -> ApiError:
 
 def _storage_failed() -> ApiError:
     message = "the server has no room for the file; try again later"
-    return ApiError(503, "media_storage_failed", message, headers={"Retry-After": "5"})
+    return ApiError(503, "media_storage_failed", message, headers=RETRY_LATER)

@@ -13,7 +13,8 @@ from starlette.requests import Request
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.processor import Media, ProcessedVideo, TimeRange, VideoProcessor
-from atb_pllava.server.api_error import ApiError
+from atb_pllava.server.api_error import RETRY_LATER, ApiError
+from atb_pllava.server.asgi import media_type
 from atb_pllava.server.media_errors import media_error
 from atb_pllava.server.media_sources import MediaSources, OpenMedia
 from atb_pllava.server.metrics import ServerMetrics
@@ -68,7 +69,7 @@ class VideoRegistration:
         processor = self._processor()
         if self._under_way >= _MOST_REGISTRATIONS:
             message = f"{_MOST_REGISTRATIONS} videos are being registered; try again later"
-            raise ApiError(429, "too_many_registrations", message, headers={"Retry-After": "5"})
+            raise ApiError(429, "too_many_registrations", message, headers=RETRY_LATER)
         self._under_way += 1
         try:
             return await self._register(request, processor)
@@ -109,7 +110,7 @@ class VideoRegistration:
 
     async def _open(self, request: Request) -> tuple[Upload | OpenMedia, VideoOptions, str]:
         """The medium of a request, its options, and the name of the field that has the medium."""
-        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        content_type = media_type(request.scope)
         if content_type == "multipart/form-data":
             upload = await receive_upload(
                 request, list(VideoOptions.model_fields), self._limits.max_bytes, self._budget

@@ -10,9 +10,12 @@ from typing import Any
 import gradio as gr
 
 from atb_pllava.ui.chat_actions import ChatActions, new_conversation
+from atb_pllava.ui.page_files import accept_only_uploads
 
 PAGE_PATH = "/ui"
 _LARGEST_UPLOAD = 512 * 2**20  # bytes, as MediaLimits.max_bytes
+_SECONDS_BETWEEN_DELETIONS = 600
+_SECONDS_OF_A_FILE = 4 * 3600  # an upload that is older is deleted
 _CSS = ".gradio-container {max-width: 1280px !important; margin: auto}"
 # System fonts: the default theme would load fonts from another host.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -34,9 +37,11 @@ def mount_chat_page(
     that a proxy in front removes.
     """
     auth = None if check_key is None else lambda name, key: check_key(key)
+    page = _page(actions, max_frames, examples)
+    accept_only_uploads(page)
     gr.mount_gradio_app(
         app,
-        _page(actions, max_frames, examples),
+        page,
         path=PAGE_PATH,
         footer_links=[],
         auth=auth,
@@ -53,7 +58,8 @@ def mount_chat_page(
 
 
 def _page(actions: ChatActions, max_frames: int, examples: Sequence[str]) -> Any:
-    with gr.Blocks(title="PLLaVA", analytics_enabled=False) as page:
+    delete_cache = (_SECONDS_BETWEEN_DELETIONS, _SECONDS_OF_A_FILE)
+    with gr.Blocks(title="PLLaVA", analytics_enabled=False, delete_cache=delete_cache) as page:
         conversation = gr.State(new_conversation)
         about_model = gr.Markdown(elem_id="about_model")
         with gr.Row():

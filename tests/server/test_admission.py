@@ -61,10 +61,12 @@ def test_refused_requests_take_no_place(tiny: LLM) -> None:
 def test_each_prompt_of_a_completion_takes_a_place(tiny: LLM) -> None:
     with served(tiny, ServerOptions(max_waiting=4)) as state, TestClient(create_app(state)) as client:
         most = 4 + tiny.engine.config.max_batch_size
-        for number, status in ((most, 200), (most + 1, 429), (most, 200)):
+        for taken, number, status in ((0, most, 200), (1, most, 429), (1, most - 1, 200), (0, most, 200)):
+            state.admission.num_active = taken
             response = client.post("/v1/completions", json={"prompt": ["Hello"] * number, "max_tokens": 1})
             assert response.status_code == status
-            assert state.admission.num_active == 0
+            assert state.admission.num_active == taken
+        state.admission.num_active = 0
 
 
 def test_request_larger_than_the_kv_cache_names_the_numbers() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -16,7 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from atb_pllava.errors import ConfigError
 from atb_pllava.server import auth
-from atb_pllava.server.auth import ApiKeys, Authentication, allow_origins, parse_api_keys
+from atb_pllava.server.auth import ApiKeys, Authentication, cors_options, parse_api_keys
 from atb_pllava.server.request_record import record_of
 
 KEYS = ["first-key", "sk-2/second+key=", "~third~"]
@@ -163,7 +164,7 @@ def preflight(application: Any, origin: str) -> Any:
 def test_cors_is_off_unless_named() -> None:
     application = Authentication(Starlette(routes=[Route("/v1/models", show_owner)]), ApiKeys(KEYS))
     assert preflight(application, "https://page.example").status_code == 401
-    open_to_one = allow_origins(application, "https://page.example, http://localhost:3000")
+    open_to_one = CORSMiddleware(application, **cors_options("https://page.example, http://localhost:3000"))
     allowed = preflight(open_to_one, "http://localhost:3000")
     assert allowed.status_code == 200
     assert allowed.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
@@ -173,11 +174,13 @@ def test_cors_is_off_unless_named() -> None:
 
 def test_cors_does_not_replace_the_key() -> None:
     application = Authentication(Starlette(routes=[Route("/v1/models", show_owner)]), ApiKeys(KEYS))
-    response = TestClient(allow_origins(application, "*")).get("/v1/models", headers={"Origin": "https://a.example"})
+    response = TestClient(CORSMiddleware(application, **cors_options("*"))).get(
+        "/v1/models", headers={"Origin": "https://a.example"}
+    )
     assert response.status_code == 401 and response.headers["Access-Control-Allow-Origin"] == "*"
 
 
 @pytest.mark.parametrize("origins", ["", " , ", "example.com", "https://", "https://a.example/path", "ftp://a", "null"])
 def test_origins_that_no_browser_sends(origins: str) -> None:
     with pytest.raises(ConfigError, match="origin"):
-        allow_origins(Starlette(), origins)
+        cors_options(origins)

@@ -21,6 +21,7 @@ from atb_pllava.server.body_limit import BodyLimit
 
 LIMIT = 1000
 VIDEO_LIMIT = 5000
+PAGE_LIMIT = 100
 FORM = "multipart/form-data; boundary=x"
 
 
@@ -58,7 +59,10 @@ def app(**options: Any) -> BodyLimit:
         for handler in (read_whole, read_in_pieces, hide_errors, read_nothing, never_end)
     ]
     routes.append(Route("/v1/videos", read_in_pieces, methods=["POST"]))
-    return BodyLimit(Starlette(routes=routes), LIMIT, {"/v1/videos": VIDEO_LIMIT}, **options)
+    routes.append(Route("/ui/ask", read_in_pieces, methods=["POST"]))
+    routes.append(Route("/ui/upload", read_in_pieces, methods=["POST"]))
+    uploads = {"/v1/videos": VIDEO_LIMIT, "/ui/upload": VIDEO_LIMIT}
+    return BodyLimit(Starlette(routes=routes), LIMIT, uploads, {"/ui/": PAGE_LIMIT}, **options)
 
 
 async def pieces(sizes: list[int]) -> AsyncIterator[bytes]:
@@ -301,3 +305,32 @@ def test_other_scopes_pass_through() -> None:
 def test_every_request_has_a_limit_of_its_own() -> None:
     application = app()
     assert [post(application, "/read_whole", b"x" * 600).text for _ in range(3)] == ["600"] * 3
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "limit"),
+    [
+        ("/ui/ask", "application/json", PAGE_LIMIT),
+        ("/ui/ask", FORM, PAGE_LIMIT),
+        ("/ui/upload", "application/json", PAGE_LIMIT),
+        ("/ui/upload", FORM, VIDEO_LIMIT),
+    ],
+)
+def test_prefix_has_a_limit_of_its_own(path: str, kind: str, limit: int) -> None:
+    assert post(app(), path, b"x" * limit, kind).text == str(limit)
+    assert post(app(), path, b"x" * (limit + 1), kind).status_code == 413
+    assert post(app(), path, pieces([limit, 1]), kind).status_code == 413
+
+
+def test_two_lengths_of_one_body_are_refused() -> None:
+    """RFC 9112, section 6.1: a proxy in front may go by the other one, and take the rest for a second request."""
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(app())  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            headers = {"Content-Length": "1", "Transfer-Encoding": "chunked"}
+            return await client.post("/read_whole", content=b"x", headers=headers)
+
+    response = asyncio.run(run())
+    assert (response.status_code, response.headers["connection"]) == (400, "close")
+    assert response.json()["error"]["code"] == "invalid_content_length"

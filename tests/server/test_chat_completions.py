@@ -134,11 +134,20 @@ def test_sampling_fields_are_those_of_llm(client: TestClient, tiny: LLM) -> None
     assert expected.text != tiny.chat(str(VIDEOS[0]), QUESTION, max_tokens=30).text
 
 
-def test_beams_are_those_of_llm(client: TestClient, tiny: LLM) -> None:
+@pytest.mark.parametrize(
+    "fields", [{"num_beams": 3}, {"repetition_penalty": 0.2}], ids=lambda fields: next(iter(fields))
+)
+def test_greedy_answers_differ_with_beams_and_penalty(client: TestClient, tiny: LLM, fields: dict[str, Any]) -> None:
+    asked = "What color is the circle?"
+    expected = tiny.chat(None, asked, max_tokens=12, **fields).text
+    assert expected != tiny.chat(None, asked, max_tokens=12).text
+    assert text_of(ask(client, question(asked), max_tokens=12, **fields)) == expected
+    assert streamed_text(stream(client, question(asked), max_tokens=12, **fields)) == expected
+
+
+def test_beams_of_a_video_are_those_of_llm(client: TestClient, tiny: LLM) -> None:
     expected = tiny.chat(str(VIDEOS[0]), QUESTION, max_tokens=12, num_beams=3)
     assert text_of(ask(client, question(QUESTION, VIDEOS[0]), max_tokens=12, num_beams=3)) == expected.text
-    events = stream(client, question(QUESTION, VIDEOS[0]), max_tokens=12, num_beams=3)
-    assert streamed_text(events) == expected.text
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])

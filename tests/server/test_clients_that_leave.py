@@ -62,12 +62,14 @@ def test_client_that_leaves_before_the_first_token(
     tiny: LLM, url: str, state: ServerState, monkeypatch: pytest.MonkeyPatch, leave: Any, is_streamed: bool
 ) -> None:
     gate = Gate(tiny, monkeypatch)
+    before = tiny.engine.stats().failed
     connection = send(url, {**LONG, "stream": is_streamed})
     assert gate.has_arrived.wait(60)
     leave(connection)
     wait_until(lambda: state.admission.num_active == 0)
     gate.open()
     wait_until(lambda: is_idle(tiny))
+    assert tiny.engine.stats().failed == before + 1  # it did not run to its end
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset])

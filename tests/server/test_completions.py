@@ -48,7 +48,7 @@ def test_prompt_is_literal(client: TestClient, tiny: LLM) -> None:
 
 
 def test_tokenize_counts_what_a_request_uses(client: TestClient, tiny: LLM) -> None:
-    messages = [question("What moves?", VIDEOS[0])]
+    messages = [{"role": "system", "content": "Be very brief."}, question("What moves?", VIDEOS[0])]
     counted = client.post("/tokenize", json={"messages": messages}).json()
     used = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()["usage"]
     assert counted["count"] == used["prompt_tokens"]

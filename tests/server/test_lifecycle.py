@@ -2,12 +2,15 @@
 
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -98,6 +101,28 @@ def test_requests_that_outlast_the_timeout_get_an_error() -> None:
         assert server.wait() == 0
         events = events_of(stream.end())
         assert events[-1]["error"]["code"] == "shutting_down"
+
+
+def test_unfinished_upload_does_not_hold_up_the_end() -> None:
+    """The bytes of an upload are lost with the server, so it does not wait for them."""
+    with RunningServer("--shutdown_timeout", 10**5) as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname, address.port), timeout=PATIENCE) as connection:
+            head = ["POST /v1/videos HTTP/1.1", "Host: test", "Content-Type: multipart/form-data; boundary=x"]
+            part = ["--x", 'Content-Disposition: form-data; name="file"; filename="clip.mp4"', "", "the beginning"]
+            connection.sendall("\r\n".join([*head, "Content-Length: 9999", "", *part]).encode())
+            wait_until(lambda: num_upload_files(server.process.pid) == 1)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.wait() == 0
+            connection.settimeout(PATIENCE)
+            assert b" 200 " not in connection.recv(4096)
+
+
+def num_upload_files(process_id: int) -> int:
+    """The deleted files that a process has open: those of uploads under way."""
+    folder = Path(f"/proc/{process_id}/fd")
+    links = [os.readlink(file) for file in folder.iterdir() if file.exists() or file.is_symlink()]
+    return len([link for link in links if link.startswith(tempfile.gettempdir()) and link.endswith("(deleted)")])
 
 
 def test_dead_rank_fails_every_request_and_ends_the_process() -> None:
