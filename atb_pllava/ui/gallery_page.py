@@ -20,6 +20,7 @@ from atb_pllava.ui.gallery_html import (
     describe_place,
     is_shown,
 )
+from atb_pllava.ui.page_files import accept_only_uploads
 from atb_pllava.ui.result_set import ResultSet
 
 PAGE_SIZE = 10
@@ -92,9 +93,11 @@ def create_gallery(results: ResultSet) -> FastAPI:
             raise HTTPException(404, "no such medium")
         return FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"})
 
+    page = _page(GalleryActions(results), describe_files(results))
+    accept_only_uploads(page)
     gr.mount_gradio_app(
         app,
-        _page(GalleryActions(results), describe_files(results)),
+        page,
         path="/",
         footer_links=[],
         allowed_paths=[],

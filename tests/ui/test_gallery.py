@@ -327,6 +327,19 @@ def test_no_other_file_is_served(server: str, results: list[Path], path: str) ->
     assert b"root:" not in body and b"private" not in body and b"ftyp" not in body and b"[project]" not in body
 
 
+def test_a_search_that_names_a_file_does_not_publish_it(results: list[Path]) -> None:
+    """gradio copies files that inputs name to where it serves them, unless its check of paths is on."""
+    words = {"path": str(results[0].parent / "notes.txt"), "meta": {"_type": "gradio.FileData"}}
+    with running_gallery(*results, has_traceback=True) as gallery, httpx.Client(base_url=gallery.url) as client:
+        actions = [action for action in client.get("/config").json()["dependencies"] if len(action["inputs"]) == 3]
+        assert actions
+        for action in actions:
+            path = f"/gradio_api/call/{action['api_name']}"
+            event_id = client.post(path, json={"data": ["all", words, None]}).json()["event_id"]
+            events = client.get(f"{path}/{event_id}", timeout=60).text
+            assert "event: error" in events and "/file=" not in events
+
+
 def test_nothing_is_uploaded(server: str) -> None:
     response = httpx.post(f"{server}/gradio_api/upload", files={"files": ("a.mp4", b"x" * 1000)})
     assert response.status_code in (400, 413)
