@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from atb_pllava.multimodal.image_sequence import ImageSequence
     from atb_pllava.multimodal.limits import MediaLimits
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "LLM",
