@@ -156,9 +156,10 @@ class ServerCaptioner:
                 self._release(server)
             except ServerError as error:
                 self._release(server)
-                if error.code in KIND_OF_CODE:
-                    raise VideoError(f"{path}: {error}", KIND_OF_CODE[error.code]) from None
-                raise
+                kind = KIND_OF_CODE.get(error.code or "")
+                if kind is None:
+                    raise
+                raise VideoError(f"{path}: {error}", kind) from None
             except BaseException:
                 self._release(server)
                 raise

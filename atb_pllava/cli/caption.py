@@ -41,7 +41,7 @@ EXAMPLES = """examples:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `caption`."""
-    parser.usage = "%(prog)s INPUT ... (--model_path DIR | --server URL) [OPTION ...]"
+    parser.usage = "%(prog)s INPUT ... --model_path DIR [OPTION ...]"
     parser.epilog = f"{_preset_lines()}\n\n{EXAMPLES}"
     group = parser.add_argument_group("input")
     group.add_argument(

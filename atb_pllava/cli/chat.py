@@ -27,7 +27,7 @@ EXAMPLES = """examples:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `chat`."""
-    parser.usage = "%(prog)s [VIDEO ...] [--model_path DIR | --server URL] [OPTION ...]"
+    parser.usage = "%(prog)s [VIDEO ...] [--model_path DIR] [OPTION ...]"
     commands = "\n".join(f"  {name:12}{words}" for name, words in COMMANDS.items())
     parser.epilog = f"in the chat:\n{commands}\n\n{EXAMPLES}"
     parser.add_argument("media", nargs="*", metavar="VIDEO", help="videos and images to ask about (default: text only)")

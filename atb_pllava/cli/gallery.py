@@ -15,7 +15,7 @@ from atb_pllava.errors import ConfigError, counted
 
 EXAMPLES = """examples:
   python -m atb_pllava gallery captions.jsonl
-  python -m atb_pllava gallery model_a/predict_result.json model_b/predict_result.json
+  python -m atb_pllava gallery a/predict_result.json b/predict_result.json
   python -m atb_pllava gallery results_npu results_gpu --port 9000"""
 
 # The result files of precision.evaluate, the one that says most first. A judge's name is behind the dash.

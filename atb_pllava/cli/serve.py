@@ -27,8 +27,8 @@ from atb_pllava.server.options import ServerOptions
 EXAMPLES = """examples:
   python -m atb_pllava serve
   python -m atb_pllava serve --model_path MODELS/pllava-7b --port 9000
-  python -m atb_pllava serve --model_path MODELS/pllava-7b --api_key_file keys.txt \\
-      --allowed_media_domains videos.example.org"""
+  python -m atb_pllava serve --model_path MODELS/pllava-7b \\
+      --api_key_file keys.txt --allowed_media_domains videos.example.org"""
 
 _OPEN_TO_ALL = "warning: whoever reaches this address may use the server; set --api_key_file"
 

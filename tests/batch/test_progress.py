@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from weakref import WeakSet
 
 import pytest
 
@@ -82,6 +83,7 @@ def test_short_and_finished_work_needs_no_line(clock: Clock, capsys) -> None:
 
 def test_a_terminal_has_a_bar_and_the_last_line_stays(clock: Clock, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress_module.tqdm, "_instances", WeakSet())  # bars that other tests have left move the line
     progress = Progress("answers", 2)
     clock.now += 1.0
     progress.add()

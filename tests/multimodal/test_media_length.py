@@ -8,7 +8,7 @@ from PIL import Image
 from atb_pllava.errors import VideoError
 from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media import read_media
-from atb_pllava.multimodal.media_header import MediaHeader, read_header
+from atb_pllava.multimodal.media_length import MediaLength, read_length
 from tests.multimodal.numbered_clips import animation, write_clip
 
 
@@ -27,7 +27,7 @@ from tests.multimodal.numbered_clips import animation, write_clip
 def test_the_length_is_that_of_the_frames(tmp_path: Path, ending: str, codec: str, pix_fmt: str) -> None:
     path = write_clip(tmp_path / f"a.{ending}", 50, codec, pix_fmt=pix_fmt)
     clip = read_media(path)
-    header = read_header(path)
+    header = read_length(path)
     assert header.kind == "video"
     assert header.seconds == pytest.approx(clip.total_frames / clip.fps, abs=1.5 / clip.fps)
 
@@ -35,8 +35,8 @@ def test_the_length_is_that_of_the_frames(tmp_path: Path, ending: str, codec: st
 def test_images_and_animations_have_no_length(tmp_path: Path) -> None:
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "b.webp").write_bytes(animation("webp"))
-    assert read_header(tmp_path / "a.png") == MediaHeader("image", None)
-    assert read_header(tmp_path / "b.webp") == MediaHeader("animation", None)
+    assert read_length(tmp_path / "a.png") == MediaLength("image", None)
+    assert read_length(tmp_path / "b.webp") == MediaLength("animation", None)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_files_that_are_no_media(tmp_path: Path, content: bytes | None, kind: st
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(VideoError) as raised:
-        read_header(path)
+        read_length(path)
     assert raised.value.kind == kind
 
 
@@ -55,4 +55,4 @@ def test_limits_hold_for_headers(tmp_path: Path) -> None:
     for ending in ("mp4", "mkv"):  # of them only mp4 states the number of frames
         path = write_clip(tmp_path / f"a.{ending}", 50)
         with pytest.raises(VideoError, match="max_seconds"):
-            read_header(path, MediaLimits(max_seconds=1.5))
+            read_length(path, MediaLimits(max_seconds=1.5))
