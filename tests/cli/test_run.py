@@ -587,7 +587,7 @@ def test_help_fits_a_terminal(capsys, monkeypatch) -> None:
         text = help_of(capsys, *verb)
         assert all(len(line) <= 80 for line in text.splitlines()), verb
     text = help_of(capsys, "run")
-    assert len(text.splitlines()) <= 112 and text.startswith("usage: python -m atb_pllava run --model_path DIR [")
+    assert len(text.splitlines()) <= 113 and text.startswith("usage: python -m atb_pllava run --model_path DIR [")
     assert CONVERSATION_WORDS.keys() == CONVERSATIONS.keys()
     for name, words in CONVERSATION_WORDS.items():
         assert re.search(rf"^  {name} +{re.escape(words)}$", text, re.MULTILINE)
