@@ -9,6 +9,7 @@ from atb_pllava.errors import ConfigError
 from atb_pllava.multimodal.frame_sampling import check_time_order
 
 _TIMES = {"start_seconds": ("start_seconds", "start"), "end_seconds": ("end_seconds", "end")}
+KEPT_COLUMNS = ("path", "id")  # no caption takes their place
 _OURS = frozenset(["path", "id", "prompt", "start_seconds", "start", "end_seconds", "end"])
 
 

@@ -40,10 +40,13 @@ class Question:
     prompt: Prompt
 
 
-def questions_of(item: CaptionItem, prompts: list[Prompt]) -> list[Question]:
-    """The questions about an item: its own prompt, or all `prompts`. The file is looked at, and not read."""
+def questions_of(item: CaptionItem, prompts: list[Prompt], folders: dict[str, str]) -> list[Question]:
+    """The questions about an item: its own prompt, or all `prompts`. The file is looked at, and not read.
+
+    `folders` is that of `key_of`.
+    """
     asked = prompts if item.prompt is None else [Prompt(OWN_PROMPT, item.prompt)]
-    file = Key(item.id) if is_address(item.path) else key_of(item.id, item.path)
+    file = Key(item.id) if is_address(item.path) else key_of(item.id, item.path, folders)
     return [Question(replace(file, request=_request_digest(item, prompt)), item, prompt) for prompt in asked]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from atb_pllava.batch.caption_item import is_address
 from atb_pllava.engine.sampling_params import SamplingParams
+from atb_pllava.engine.stats import EngineStats
 from atb_pllava.errors import PllavaError
 from atb_pllava.llm import LLM
 from atb_pllava.multimodal.media_source_error import MediaSourceError, shortened
@@ -60,6 +61,14 @@ class Captioner(Protocol):
     def ask(self, video: OpenVideo, prompt: str, name: str) -> Caption:
         """The answer about an open video. `name` stands for the request in progress lines."""
 
+    def seconds_without_work(self) -> float | None:
+        """How long the model has had nothing to compute since the start. None if nobody knows."""
+
+
+def seconds_without_work(before: EngineStats, after: EngineStats) -> float:
+    """The time between two moments in which an engine had no work. Its work is late only where videos are read."""
+    return after.media_seconds - before.media_seconds + after.idle_seconds - before.idle_seconds
+
 
 class LocalCaptioner:
     """Asks an LLM of this process. See `Captioner`.
@@ -73,6 +82,8 @@ class LocalCaptioner:
         self._params = params
         self._urls = urls
         self.concurrency = 2 * llm.engine.config.max_batch_size
+        llm.engine.call(lambda core: None).result()  # the engine measures the time without work from here on
+        self._before = llm.engine.stats()
 
     @contextmanager
     def open(self, path: str, times: TimeRange) -> Iterator[OpenVideo]:
@@ -94,6 +105,10 @@ class LocalCaptioner:
                 raise NoCaptionerError(str(error)) from error
             raise
         return Caption(answer.text, answer.finish_reason, answer.metrics.prompt_tokens, answer.metrics.output_tokens)
+
+    def seconds_without_work(self) -> float:
+        """See `Captioner.seconds_without_work`."""
+        return seconds_without_work(self._before, self._llm.engine.stats())
 
     def _opened(self, path: str) -> AbstractContextManager[str | bytes]:
         """What the processor reads: a path, or what was fetched from a URL."""

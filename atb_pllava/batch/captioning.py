@@ -125,7 +125,7 @@ class CaptionRun:
                 else:
                     self._write(*result)
                 now = time.monotonic()
-                self._progress.note = f"{self.counts.tokens / max(now - began, 1e-9):.0f} tokens/s"
+                self._progress.note = self._note(max(now - began, 1e-9))
                 if now - synced >= _SECONDS_BETWEEN_SYNCS:
                     self._log.sync()
                     synced = now
@@ -159,6 +159,12 @@ class CaptionRun:
             if isinstance(result, tuple):
                 self._write(*result)
 
+    def _note(self, seconds: float) -> str:
+        """`1200 tokens/s, waiting for video 12 %`, for the progress line."""
+        waited = self._captioner.seconds_without_work()
+        waiting = "" if waited is None else f", waiting for video {100 * waited / seconds:.0f} %"
+        return f"{self.counts.tokens / seconds:.0f} tokens/s{waiting}"
+
     # The threads that ask
 
     def _work(self) -> None:
@@ -177,8 +183,9 @@ class CaptionRun:
         self, items: Iterable[CaptionItem], prompts: list[Prompt], retry_errors: bool
     ) -> Iterator[list[Question]]:
         """The questions of each item that are to be asked now."""
+        folders: dict[str, str] = {}
         for item in items:
-            questions = questions_of(item, prompts)
+            questions = questions_of(item, prompts, folders)
             with self._log_lock:
                 new = new_questions(questions, self._log, self.counts, retry_errors, self._asked)
                 self._asked.update(question.key for question in new)

@@ -34,8 +34,8 @@ class Key:
             return False
 
 
-def key_of(name: str, path: str | os.PathLike[str]) -> Key:
-    """The key of a medium with the id `name`, as the medium is on the disk now.
+def key_of(name: str, path: str | os.PathLike[str], folders: dict[str, str] | None = None) -> Key:
+    """The key of a medium with the id `name`, as the medium is on the disk now. `folders` remembers their real paths.
 
     A folder of frames has the size of all its files together, and the latest modification time. A path that cannot be
     read has neither size nor time. The run reports the reason when it reads the medium.
@@ -43,7 +43,7 @@ def key_of(name: str, path: str | os.PathLike[str]) -> Key:
     try:
         status = os.stat(path)
         if not os.path.isdir(path):
-            return Key(name, status.st_size, status.st_mtime_ns, os.path.realpath(path))
+            return Key(name, status.st_size, status.st_mtime_ns, _real_path(os.fspath(path), folders))
         with os.scandir(path) as entries:
             files = [entry.stat() for entry in entries]
     except (OSError, ValueError):
@@ -51,6 +51,17 @@ def key_of(name: str, path: str | os.PathLike[str]) -> Key:
     size = sum(file.st_size for file in files)
     latest = max([status.st_mtime_ns, *(file.st_mtime_ns for file in files)])
     return Key(name, size, latest, os.path.realpath(path))
+
+
+def _real_path(path: str, folders: dict[str, str] | None) -> str:
+    """`os.path.realpath`, which looks at every folder above the file. A folder in `folders` is not looked at again."""
+    folder, name = os.path.split(path)
+    if folders is None or name in ("", ".", ".."):
+        return os.path.realpath(path)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.join(folders[folder], name)
+    return os.path.realpath(real) if os.path.islink(real) else real
 
 
 def keys_of(files: Iterable[tuple[str, str | os.PathLike[str]]], total: int, quiet: bool = False) -> list[Key]:

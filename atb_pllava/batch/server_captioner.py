@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-VIDEOS_PER_SERVER = 16  # open at a time: one batch of the default size runs, and as many videos are read
 _FIRST_PAUSE = 0.25  # seconds before a busy server is asked again; each pause is twice as long as the one before
 _LONGEST_PAUSE = 5.0
 _MOST_PAUSES = 120  # then the row has the error
@@ -68,14 +67,13 @@ class _Registered:
 class ServerCaptioner:
     """Asks servers with equal settings, each video at the one with the fewest open videos. See `Captioner`.
 
+    `videos_per_server` are open at a time: twice a batch, so that the next videos are read meanwhile.
     A server that cannot be reached, shuts down or has failed is lost for the rest of the run. A busy one (429) is asked
     again after a pause. `settings` are those of the servers' models.
     Raises ServerError for a server that cannot be reached, and ConfigError for servers with different settings.
     """
 
-    def __init__(
-        self, clients: Sequence[ApiClient], params: SamplingParams, videos_per_server: int = VIDEOS_PER_SERVER
-    ) -> None:
+    def __init__(self, clients: Sequence[ApiClient], params: SamplingParams, videos_per_server: int) -> None:
         self.settings = _common_settings(clients)
         self.concurrency = videos_per_server * len(clients)
         recorded = params.recorded()
@@ -129,6 +127,9 @@ class ServerCaptioner:
             handle.server = anew.server
             handle.video = anew.video
         raise ServerError(f"{handle.path}: the servers keep forgetting the video", code="video_not_found")
+
+    def seconds_without_work(self) -> None:
+        """See `Captioner.seconds_without_work`. The servers do not say."""
 
     def _chat(self, handle: _Registered, prompt: str) -> Caption:
         content = [{"type": "video", "video_id": handle.video["id"]}, {"type": "text", "text": prompt}]

@@ -41,6 +41,11 @@ def is_table(path: str) -> bool:
     return path.lower().endswith(TABLE_ENDINGS)
 
 
+def is_parquet(path: str) -> bool:
+    """Whether the name of a file is that of a Parquet table."""
+    return path.lower().endswith(".parquet")
+
+
 def open_table(path: str) -> Table:
     """The table in a file. Its ending decides the form: one of TABLE_ENDINGS.
 
@@ -48,7 +53,7 @@ def open_table(path: str) -> Table:
     """
     _check_readable(path)
     ending = os.path.splitext(path)[1].lower()
-    if ending == ".parquet":
+    if is_parquet(path):
         from atb_pllava.batch.parquet import ParquetTable  # its package is an extra
 
         return ParquetTable(path)

@@ -15,6 +15,8 @@ VERBS = {
     "serve": "answer HTTP requests in the form of OpenAI's API",
     "predict": "write an answer about every medium to predict_result.json, for the precision tests",
     "caption": "write a text about each of many videos to a file of rows, and go on after any interruption",
+    "export": "captions as CSV, Parquet or JSON lines, also in the columns of the input",
+    "merge": "join the captions of several shards",
     "convert": "merge LoRA, quantise to W8A16",
     "bench": "measure speed: a sweep over batch sizes, the machine's limits, parts",
     "mindie": "install, configure and examine the plugin for MindIE",

@@ -2,6 +2,7 @@
 
 import os
 
+from atb_pllava.batch.captioner import seconds_without_work
 from atb_pllava.engine.stats import EngineStats
 
 # Less is not worth a word.
@@ -26,7 +27,7 @@ def time_table(before: EngineStats, after: EngineStats, seconds: float, media_wo
     The engine is without work only while videos are read. `media_workers` 0: this process reads them.
     """
     model = after.core.step_seconds - before.core.step_seconds
-    waited = after.media_seconds - before.media_seconds + after.idle_seconds - before.idle_seconds
+    waited = seconds_without_work(before, after)
     times = {"the model": model, "waiting for video": waited, "other": max(seconds - model - waited, 0.0)}
     lines = [f"  {name:18}{spent:9.1f} s {_percent(spent, seconds):>4} %" for name, spent in times.items()]
     return "\n".join(["time:", *lines, _remedy(times, seconds, media_workers), ""])

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from atb_pllava.__main__ import main
 from atb_pllava.batch.caption_prompts import PRESETS
 from atb_pllava.batch.line_file import LineFile
 from atb_pllava.prompt.chat_template import DEFAULT_PROMPT
+from tests.media_network import Network, response
 from tests.support import EXAMPLES, ROOT, TINY, load_llm, log_rows, model_words, run_main, write_video
 
 VIDEOS = sorted((EXAMPLES / "videos").glob("*.mp4"))
@@ -231,6 +233,100 @@ def test_a_prompt_replaces_that_of_the_preset(tmp_path: Path, capsys) -> None:
     assert caption(capsys, VIDEOS[0], "--output", output, *words, "--preset", "vcg", "--prompt", "What?")[0] == 0
     (row,) = log_rows(output)
     assert (row["prompt"], row["tokens"], row["finish_reason"]) == ("1", 2, "length")
+
+
+def test_tables_segments_and_shards(
+    checkpoint: Path, clips: Path, tmp_path: Path, options: list[object], capsys
+) -> None:
+    table = tmp_path / "meta.csv"
+    table.write_text(
+        "path,num_frames,prompt,start,end\n"
+        f"{clips}/1.mp4,12,,,\n"
+        f"{clips}/1.mp4,12,Who is it?,0.5,1\n"
+        f"{clips}/2.mp4,3,,,\n"
+    )
+    output = tmp_path / "out.jsonl"
+    assert caption(capsys, table, "--output", output, *options)[0] == 0
+    rows = {(row["id"], row["prompt"]): row for row in log_rows(output)}
+    assert {key for key in rows} == {
+        (f"{clips}/1.mp4", "1"),
+        (f"{clips}/1.mp4#0.5-1", "own"),
+        (f"{clips}/2.mp4", "1"),
+    }
+    own = rows[f"{clips}/1.mp4#0.5-1", "own"]
+    assert (own["own_prompt"], own["start_seconds"], own["end_seconds"]) == ("Who is it?", 0.5, 1.0)
+    assert own["columns"] == {"num_frames": "12"} and "own_prompt" not in rows[f"{clips}/2.mp4", "1"]
+    with load_llm(checkpoint) as llm:
+        video = {"video": clips / "1.mp4", "start_seconds": 0.5, "end_seconds": 1.0}
+        (answer,) = llm.generate({"question": "Who is it?", **video}, max_tokens=4)
+    assert (own["text"], own["frame_indices"]) == (answer.text, answer.frame_indices)
+    table.write_text(table.read_text().replace("Who is it?", "What is it?"))  # another question: another row
+    assert caption(capsys, table, "--output", output, *options)[0] == 0
+    assert [row.get("own_prompt") for row in log_rows(output)[3:]] == ["What is it?"]
+
+    pieces = tmp_path / "pieces.jsonl"
+    assert caption(capsys, clips / "1.mp4", "--output", pieces, *options, "--segment", 1)[0] == 0
+    times = {(row["start_seconds"], row.get("end_seconds")) for row in log_rows(pieces)}
+    assert {start for start, _ in times} == {0.0, 1.0}
+
+    names = []
+    for shard in ("1/2", "2/2"):
+        part = tmp_path / f"{shard[0]}.jsonl"
+        assert caption(capsys, clips, "--output", part, *options, "--shard", shard)[0] == 0
+        names += [row["id"] for row in log_rows(part)] if part.exists() else []
+    assert sorted(names) == ["1.mp4", "2.mp4", "sub/3.mp4"]
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_url_is_fetched_from_allowed_hosts_only(
+    is_large: bool, clips: Path, tmp_path: Path, options: list[object], capsys, network: Network, monkeypatch
+) -> None:
+    if is_large:
+        monkeypatch.setattr("atb_pllava.multimodal.remote_media.BYTES_IN_MEMORY", 100)
+    network.serve("media.test", response((clips / "1.mp4").read_bytes()))
+    output = tmp_path / "out.jsonl"
+    command = [clips / "1.mp4", "http://media.test/a.mp4", "http://other.test/b.mp4", "--output", output, *options]
+    assert caption(capsys, *command)[0] == 2
+    kinds = {row["id"]: row.get("kind") for row in log_rows(output)}
+    assert kinds == {
+        "1.mp4": None,
+        "http://media.test/a.mp4": "remote_media_disabled",
+        "http://other.test/b.mp4": "remote_media_disabled",
+    }
+    assert network.dialled == []
+    assert caption(capsys, *command, "--retry_errors", "--allowed_media_domains", "media.test")[0] == 2
+    rows = {row["id"]: row for row in log_rows(output)}
+    assert rows["http://media.test/a.mp4"]["text"] == rows["1.mp4"]["text"]
+    assert rows["http://media.test/a.mp4"]["copied_from"] == "1.mp4"
+    assert rows["http://other.test/b.mp4"]["kind"] == "media_host_not_allowed"
+
+
+def test_a_dry_run_counts_and_estimates_and_writes_nothing(
+    clips: Path, tmp_path: Path, options: list[object], capsys, monkeypatch
+) -> None:
+    broken_files(clips)
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run_main(
+        capsys, main, "caption", clips, *options, "--prompt", "a?", "--prompt", "b?", "--dry_run"
+    )
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("10 items: ") and " unreadable (" in lines[0]
+    assert any(line.startswith("  empty: ") and "empty.mp4" in line for line in lines)
+    assert re.fullmatch(r"about .+ for 20 rows: \d+ rows of a sample took .+", lines[-1])
+    status, out, err = run_main(capsys, main, "caption", clips, "--dry_run", "--quiet")
+    assert (status, err) == (0, "") and "about" not in out
+    assert not [path for path in tmp_path.iterdir() if path != clips]
+
+
+def test_the_end_says_where_the_time_went(clips: Path, tmp_path: Path, options: list[object], capsys) -> None:
+    words = [word for word in options if word != "--quiet"]
+    status, err = caption(capsys, clips, "--output", tmp_path / "o.jsonl", *words)
+    assert status == 0
+    assert "3 new captions, " in err
+    for part in ("the model", "waiting for video", "other"):
+        assert re.search(rf"^  {part} +\d+\.\d s +\d+ %$", err, re.MULTILINE)
+    assert re.search(r"^(the model|waiting for video|other) \d+ %: ", err, re.MULTILINE)
 
 
 def start(output: Path, folder: Path, options: list[object]) -> "subprocess.Popen[str]":
