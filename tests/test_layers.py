@@ -79,7 +79,7 @@ LAZY = {
     "pyarrow": {"batch"},
     "pydantic": {"server"},
     "python_multipart": {"server"},
-    "ray": set(),
+    "ray": {"batch"},
     "starlette": {"server"},
     "tabulate": {"bench"},
     "torch_npu": {"ops"},

@@ -57,7 +57,8 @@ class CaptionInput:
 
     segment: length in seconds of the pieces into which every video is cut; see `segments.cut_into_segments`. shard:
     (i, n) takes the i-th of n parts of the items, i from 1; see `shard.is_in_shard`. limits: of the headers that
-    `segment` reads. remote: opens the table at an address other than http, such as s3://bucket/meta.parquet. Raises ConfigError for values out of range, and for standard input named twice.
+    `segment` reads. remote: opens a table at an address that is not http, such as s3://bucket/meta.parquet. Raises
+    ConfigError for values out of range, and for standard input named twice.
     """
 
     def __init__(

@@ -84,9 +84,10 @@ class RayCaptionRun:
 
     def _tasks(self, items: Iterable[CaptionItem], has_begun: bool) -> list[Mapping[str, str]]:
         """The items that have questions to be asked, as rows of a dataset. All are kept in memory."""
-        tasks = []
+        tasks: list[Mapping[str, str]] = []
+        folders: dict[str, str] = {}  # of `questions_of`
         for item in items:
-            questions = questions_of(item, list(self._model.prompts))
+            questions = questions_of(item, list(self._model.prompts), folders)
             new = questions
             if has_begun:
                 new = new_questions(questions, self._log, self.counts, self._retry_errors)

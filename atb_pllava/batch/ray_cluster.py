@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 
+import atb_pllava
 from atb_pllava.errors import ConfigError
 
 # What Ray calls the devices of each backend. `auto` takes the first of them that the cluster has.
@@ -33,11 +35,12 @@ class ActorPool:
 def connected(address: str) -> Iterator[None]:
     """Connect this process to the cluster at an address, as `ray.init` understands it.
 
-    Without an address, `ray.init` takes RAY_ADDRESS, then a cluster of this machine, else starts one for this run.
+    Ray copies this package to the machines, so that all run the same version. Without an address, `ray.init` takes RAY_ADDRESS, then a cluster of this machine, else starts one for this run.
     Raises ConfigError when there is no connection.
     """
+    package = Path(atb_pllava.__file__).parent
     try:
-        ray.init(address or None, logging_level=logging.WARNING)
+        ray.init(address or None, runtime_env={"py_modules": [str(package)]}, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--ray {address}: no connection to the cluster: {error}") from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # the run shows its own
@@ -70,9 +73,9 @@ def actor_pool(replicas: int | None, cards: int, backend: str) -> ActorPool:
             "lower --replicas or --world_size, or add machines"
         )
     share = max(cpus // each, 1)
-    options: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         "CPU": {"num_cpus": share},
         "GPU": {"num_gpus": cards},
         "NPU": {"resources": {"NPU": cards}},
-    }[resource]
-    return ActorPool(size, options, min(share, _MOST_MEDIA_WORKERS))
+    }
+    return ActorPool(size, options[resource], min(share, _MOST_MEDIA_WORKERS))
