@@ -245,3 +245,27 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
         log.add(Key("3"), {"text": "z"})
     with begun_log(tmp_path / "log.jsonl") as log:
         assert set(log.answered_places()) == {"1", "3"}
+
+
+def test_questions_about_one_file_have_rows_of_their_own(tmp_path: Path) -> None:
+    first, second = Key("a", 1, 2, "/a", "aaaa"), Key("a", 1, 2, "/a", "bbbb")
+    with begun_log(tmp_path / "log.jsonl") as log:
+        log.add(first, {"text": "one", "model_input": "x"}, wait=False)
+        log.add(second, {"error": "bad", "kind": "media"})
+    with begun_log(tmp_path / "log.jsonl") as log:
+        assert first in log and second not in log
+        assert (log.has_error(first), log.has_error(second)) == (False, True)
+        assert log.row(first) == {"text": "one", "model_input": "x"}
+        answer = log.answer_to("x")
+        assert answer is not None and (answer["id"], answer["text"]) == ("a", "one")
+        assert log.answer_to("y") is None
+        log.begin({}, overwrite=True)
+        assert log.answer_to("x") is None and not log.has_error(second)
+
+
+def test_the_first_answer_to_an_input_is_the_one_that_is_copied(tmp_path: Path) -> None:
+    with begun_log(tmp_path / "log.jsonl") as log:
+        for name in ("a", "b"):
+            log.add(Key(name), {"text": "one", "model_input": "x"})
+        answer = log.answer_to("x")
+        assert answer is not None and answer["id"] == "a"

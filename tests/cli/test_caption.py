@@ -133,7 +133,7 @@ def test_other_settings_are_refused_before_the_model_is_loaded(
     assert caption(capsys, *command)[0] == 0
     before = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("atb_pllava.cli.caption.load_model", None)
+        patch.setattr("atb_pllava.cli.captioners.load_model", None)
         status, err = caption(capsys, *command, *change)
     assert status == 2
     assert words in err and "name another --output, or start over with --overwrite" in err

@@ -112,8 +112,8 @@ def test_dashes_and_underscores_are_alike(monkeypatch, verb: list[str]) -> None:
     required = [
         word
         for a in parser._actions
-        if a.required and a.option_strings
-        for word in (a.option_strings[0], str(next(iter(a.choices)) if a.choices else "1"))
+        if a.required
+        for word in (*a.option_strings[:1], str(next(iter(a.choices)) if a.choices else "1"))
     ]
     for action in parser._actions:
         name = action.option_strings[0] if action.option_strings else ""
