@@ -19,7 +19,7 @@ from atb_pllava.batch.ray_actor import ActorModel, CaptionActor, encode_task
 from atb_pllava.batch.ray_cluster import ActorPool
 from atb_pllava.batch.result_key import Key
 from atb_pllava.batch.result_log import KEY_FIELDS, ResultLog, Row
-from atb_pllava.batch.settings import check_settings
+from atb_pllava.batch.settings import check_settings, differences
 from atb_pllava.errors import BackendError, counted
 
 _BATCHES_OF_BLOCK = 8  # the engine is not full at the end of a block, so a block is many of its batches
@@ -29,8 +29,9 @@ _BLOCKS_OF_ACTOR = 4  # of a small input each actor gets at least so many blocks
 class RayCaptionRun:
     """One run over `items`. This process is connected to a cluster and has opened the log.
 
-    asked: the settings beside the model's. Rows of the log are left out as in `CaptionRun`. With `overwrite` no row of
-    the log counts. Two questions with the same frames and prompt are asked once if they are in one block.
+    asked: the settings beside the model's. planned: the settings that are known without the model, against which the
+    log was checked; None means that no row of the log counts. Other rows are left out as in `CaptionRun`. Two
+    questions with the same frames and prompt are asked once if they are in one block.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class RayCaptionRun:
         asked: Mapping[str, Any],
         log: ResultLog,
         progress: Progress,
+        planned: Mapping[str, Any] | None = None,
         retry_errors: bool = False,
-        overwrite: bool = False,
     ) -> None:
         self.counts = CaptionCounts()
         self._model = model
@@ -50,7 +51,7 @@ class RayCaptionRun:
         self._log = log
         self._progress = progress
         self._retry_errors = retry_errors
-        self._overwrite = overwrite
+        self._planned = planned
         self._pending: dict[tuple[str, str], Key] = {}  # by id and name of the prompt
 
     def run(self, items: Iterable[CaptionItem]) -> CaptionCounts:
@@ -59,10 +60,7 @@ class RayCaptionRun:
         Raises ConfigError when the model has other settings than the log, or the log cannot be written. Raises
         BackendError when an actor cannot load the model, or Ray gives up.
         """
-        has_begun = not (self._overwrite or self._log.is_new)
-        if has_begun:
-            assert self._log.last_settings is not None  # `ResultLog.check` has refused a log without
-            self._log.begin(self._log.last_settings)
+        has_begun = self._go_on()
         tasks = self._tasks(items, has_begun)
         if not tasks:
             return self.counts
@@ -81,6 +79,16 @@ class RayCaptionRun:
         if self._pending:
             raise BackendError(f"Ray ended without {counted(len(self._pending), 'row')}; the same command goes on")
         return self.counts
+
+    def _go_on(self) -> bool:
+        """Begin the log with the settings that it has, unless they are other ones. Says whether the log has begun."""
+        last = self._log.last_settings
+        if last is None or self._planned is None:
+            return False
+        if differences({name: last[name] for name in self._planned if name in last}, self._planned):
+            return False  # the log has no answers, else it would have been refused
+        self._log.begin(last)
+        return True
 
     def _tasks(self, items: Iterable[CaptionItem], has_begun: bool) -> list[Mapping[str, str]]:
         """The items that have questions to be asked, as rows of a dataset. All are kept in memory."""
@@ -116,7 +124,7 @@ class RayCaptionRun:
     def _check(self, settings: Mapping[str, Any], has_begun: bool) -> None:
         """Begin the log with the settings of the first block. All others must have the same."""
         if not has_begun:
-            self._log.begin(settings, overwrite=self._overwrite)
+            self._log.begin(settings, overwrite=self._planned is None)
             return
         assert self._log.last_settings is not None
         check_settings(self._log.path, self._log.last_settings, settings, self._log.remedy)

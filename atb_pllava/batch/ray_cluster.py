@@ -2,6 +2,7 @@
 
 import logging
 import math
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from atb_pllava.errors import ConfigError
 # What Ray calls the devices of each backend. `auto` takes the first of them that the cluster has.
 _RESOURCES = {"ascend": "NPU", "cuda": "GPU", "cpu": "CPU"}
 _MOST_MEDIA_WORKERS = 8
+_SECONDS_TO_CONNECT = 10.0
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class ActorPool:
 def connected(address: str) -> Iterator[None]:
     """Connect this process to the cluster at an address, as `ray.init` understands it.
 
-    Ray copies this package to the machines, so that all run the same version. Without an address, `ray.init` takes RAY_ADDRESS, then a cluster of this machine, else starts one for this run.
-    Raises ConfigError when there is no connection.
+    Ray copies this package to the machines, so that all run the same version. Without an address, `ray.init` takes
+    RAY_ADDRESS, then a cluster of this machine, else starts one for this run. Raises ConfigError when there is no
+    connection.
     """
+    _check_open(address)
     package = Path(atb_pllava.__file__).parent
     try:
         ray.init(address or None, runtime_env={"py_modules": [str(package)]}, logging_level=logging.WARNING)
@@ -49,6 +53,19 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_open(address: str) -> None:
+    """Raises ConfigError when nothing listens at HOST:PORT. Ray itself would try for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray {address}: no Ray cluster answers there ({error}); see `ray start`"
+        ) from None
 
 
 def actor_pool(replicas: int | None, cards: int, backend: str) -> ActorPool:

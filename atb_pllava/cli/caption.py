@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from atb_pllava.batch.caption_prompts import PRESETS
 from atb_pllava.batch.captioning import CaptionCounts, CaptionRun
@@ -121,12 +122,15 @@ def _caption(job: CaptionJob) -> int:
     if arguments.dry_run:
         return dry_run(job, job.count_rows())
     with ResultLog(arguments.output, REMEDY) as log:
+        planned = None
         if not (arguments.overwrite or arguments.server):
             planned = planned_settings(arguments, job.params, job.workers)
-            log.check({**planned, "conversation": settings_digest(planned["conversation"]), **job.asked}, only=True)
+            planned = {**planned, "conversation": settings_digest(planned["conversation"]), **job.asked}
+            log.check(planned, only=True)
         total = job.count_rows()
         if arguments.ray is not None:
-            return _run(lambda progress: caption_on_ray(job, log, progress), job, total, log, lambda seconds: "")
+            on_ray = partial(caption_on_ray, job, log, planned)
+            return _run(on_ray, job, total, log, lambda seconds: "")
         with captioner_of(job) as (captioner, settings, table):
             log.begin({**settings, **job.asked}, overwrite=arguments.overwrite)
 

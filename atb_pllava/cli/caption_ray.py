@@ -1,9 +1,10 @@
 """`caption --ray`: the actors of a Ray cluster answer, and this process writes their rows."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from atb_pllava.batch.captioning import CaptionCounts
 from atb_pllava.batch.progress import Progress
@@ -27,8 +28,10 @@ def ray_cluster(address: str | None) -> Iterator[Callable[[str], Table] | None]:
         yield import_with_extra("atb_pllava.batch.ray_table", EXTRA).RayTable
 
 
-def caption_on_ray(job: CaptionJob, log: ResultLog, progress: Progress) -> CaptionCounts:
-    """Answer all questions of a job on the cluster to which this process is connected. See `RayCaptionRun.run`."""
+def caption_on_ray(
+    job: CaptionJob, log: ResultLog, planned: Mapping[str, Any] | None, progress: Progress
+) -> CaptionCounts:
+    """Answer all questions of a job on the cluster to which this process is connected. See `RayCaptionRun`."""
     arguments = job.arguments
     if arguments.allowed_media_domains is not None:
         import_with_extra("atb_pllava.batch.url_media", "serve")  # the actors need it, too
@@ -46,6 +49,6 @@ def caption_on_ray(job: CaptionJob, log: ResultLog, progress: Progress) -> Capti
         arguments.allowed_media_domains,
         media_limits(arguments.media_limit),
     )
-    run = runs.RayCaptionRun(model, pool, job.asked, log, progress, arguments.retry_errors, arguments.overwrite)
+    run = runs.RayCaptionRun(model, pool, job.asked, log, progress, planned, arguments.retry_errors)
     counts: CaptionCounts = run.run(job.videos.items())
     return counts

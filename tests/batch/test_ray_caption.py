@@ -223,6 +223,17 @@ def test_more_than_the_cluster_has_is_refused(
     assert words in str(failure.value)
 
 
+@needs_ray
+def test_an_address_without_a_cluster_is_refused_at_once() -> None:
+    from atb_pllava.batch import ray_cluster
+
+    with (
+        pytest.raises(ConfigError, match="no Ray cluster answers there"),
+        ray_cluster.connected(f"127.0.0.1:{free_port()}"),
+    ):
+        pass
+
+
 def model_of(path: Path, folder: Path) -> ActorModel:
     args = EngineArgs.from_keywords(path, dtype="float32", backend="cpu", media_workers=0)
     prompts = [Prompt("1", "What moves?"), Prompt("2", "Which colours are there?")]
