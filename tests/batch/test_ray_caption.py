@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -32,6 +33,8 @@ needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray[data]
 VIDEOS = sorted((EXAMPLES / "videos").glob("*.mp4"))
 CLIPS = 12
 TOKENS = 24
+# Nodes and drivers have a token of this run, whatever the user's own settings of Ray are.
+RAY = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
 SECONDS = 240  # for the slowest machine; a run that takes longer hangs
 
 
@@ -45,9 +48,8 @@ def ray_node(*words: str) -> subprocess.Popen[bytes]:
     """The process of a node with one core. Its other processes are in a process group with it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1"]
     command += ["--object-store-memory=100000000", "--disable-usage-stats", *words]
-    return subprocess.Popen(
-        command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    silent = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd="/", env=RAY, stdout=silent, stderr=silent, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,8 @@ def address() -> Iterator[str]:
         port = address.partition(":")[2]
         nodes = [ray_node("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}")]
         try:
-            wait_until(lambda: is_open(int(port)))
+            wait_until(lambda: is_open(int(port)))  # `ray.init` would wait for long before it tries again
+            wait_until(lambda: alive_nodes(address) == 1)
             nodes.append(ray_node(f"--address={address}"))
             wait_until(lambda: alive_nodes(address) == 2)
             yield address
@@ -75,14 +78,14 @@ def is_open(port: int) -> bool:
 
 def alive_nodes(address: str) -> int:
     program = f"import ray; ray.init({address!r}, logging_level=50); print(sum(n['Alive'] for n in ray.nodes()))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", env=RAY)
     return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
 
 def wait_until(is_so: Callable[[], object]) -> None:
     end = time.monotonic() + SECONDS
     while not is_so():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, "the cluster or the run hangs"
         time.sleep(0.1)
 
 
@@ -103,8 +106,7 @@ def caption(folder: Path, *words: object) -> "subprocess.Popen[str]":
     """The command, started in `folder`."""
     command = [sys.executable, "-m", "atb_pllava", "caption", *map(str, words), *model_words(TINY)]
     command += ["--max_output_length", str(TOKENS), "--media_workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=RAY, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
