@@ -80,7 +80,7 @@ LAZY = {
     "pyarrow": {"batch"},
     "pydantic": {"server"},
     "python_multipart": {"server"},
-    "ray": set(),
+    "ray": {"batch"},
     "starlette": {"server"},
     "tabulate": {"bench"},
     "torch_npu": {"ops"},

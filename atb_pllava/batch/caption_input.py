@@ -22,7 +22,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -57,7 +57,8 @@ class CaptionInput:
 
     segment: length in seconds of the pieces into which every video is cut; see `segments.cut_into_segments`. shard:
     (i, n) takes the i-th of n parts of the items, i from 1; see `shard.is_in_shard`. limits: of the headers that
-    `segment` reads. Raises ConfigError for values out of range, and for standard input named twice.
+    `segment` reads. remote: opens a table at an address that is not http, such as s3://bucket/meta.parquet. Raises
+    ConfigError for values out of range, and for standard input named twice.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class CaptionInput:
         segment: float | None = None,
         shard: tuple[int, int] | None = None,
         limits: MediaLimits = MediaLimits(),  # noqa: B008 -- frozen
+        remote: Callable[[str], Table] | None = None,
     ) -> None:
         if not inputs:
             raise ConfigError("no input is named; name files, folders, lists, tables, or - for standard input")
@@ -75,6 +77,7 @@ class CaptionInput:
         self.segment = None if segment is None else check_segment(segment)
         self.shard = None if shard is None else check_shard(*shard)
         self.limits = limits
+        self._remote = remote
         self._columns: list[str] | None = None
         self._stdin: Table | None = None
 
@@ -155,6 +158,8 @@ class CaptionInput:
             return self._stdin
         if is_address(path) or os.path.isdir(path):
             return None
+        if self._remote is not None and is_table(path) and "://" in path:
+            return self._remote(path)
         if is_table(path):
             return open_table(path)
         return PathList(path) if path.lower().endswith(".txt") else None

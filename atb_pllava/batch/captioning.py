@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -46,6 +46,30 @@ class CaptionCounts:
         self.copied += "copied_from" in row
         self.flagged.update(row["flags"])
         self.tokens += 0 if "copied_from" in row else row["tokens"]
+
+
+def new_questions(
+    questions: Sequence[Question],
+    log: ResultLog,
+    counts: CaptionCounts,
+    retry_errors: bool,
+    asked: Collection[Key] = (),
+) -> list[Question]:
+    """The questions about one item that are to be asked now. The others are counted as known.
+
+    An error in the log is a row, unless `retry_errors`. asked: the keys that are under way.
+    """
+    log.settle([question.key for question in questions], wait=False)
+    new = []
+    for question in questions:
+        if question.key in log or question.key in asked:
+            continue
+        if log.has_error(question.key) and not retry_errors:
+            counts.known_failed += 1
+        else:
+            new.append(question)
+    counts.known += len(questions) - len(new)
+    return new
 
 
 class CaptionRun:
@@ -163,23 +187,11 @@ class CaptionRun:
         for item in items:
             questions = questions_of(item, prompts, folders)
             with self._log_lock:
-                self._log.settle([question.key for question in questions], wait=False)
-                new = [question for question in questions if self._is_new(question.key, retry_errors)]
+                new = new_questions(questions, self._log, self.counts, retry_errors, self._asked)
                 self._asked.update(question.key for question in new)
-            known = len(questions) - len(new)
-            if known:
-                self.counts.known += known
-                self._progress.skip(known)
+            self._progress.skip(len(questions) - len(new))
             if new:
                 yield new
-
-    def _is_new(self, key: Key, retry_errors: bool) -> bool:
-        if key in self._log or key in self._asked:
-            return False
-        if self._log.has_error(key) and not retry_errors:
-            self.counts.known_failed += 1
-            return False
-        return True
 
     def _answer(self, questions: list[Question]) -> None:
         """Ask all questions about one item, one after another: the later ones find its frames encoded."""

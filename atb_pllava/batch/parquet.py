@@ -60,7 +60,7 @@ class ParquetTable:
         for batch in self.batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, {name: _json_value(value) for name, value in row.items()}
+                yield number, {name: json_value(value) for name, value in row.items()}
 
     def place(self, number: int) -> str:
         """`meta.parquet row 7`."""
@@ -121,14 +121,14 @@ def _encodable(text: str | None) -> str | None:
     return None if text is None else plain_text(text)
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value in the types of JSON."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -67,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FORMAT = 1
-_KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "request", "place", "moved_from")
+KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "request", "place", "moved_from")
 _SECONDS_BETWEEN_LOG_LINES = 4.0
 
 Offsets = dict[Key, dict[str | None, int]]
@@ -145,6 +145,11 @@ class ResultLog:
             return not self._sections[self._last].answers
         return not any(section.answers for section in self._sections.values())
 
+    @property
+    def last_settings(self) -> Mapping[str, Any] | None:
+        """The settings of the last header. None without a header."""
+        return None if self._last is None else self._sections[self._last].values
+
     def check(self, settings: Mapping[str, Any], only: bool = False) -> None:
         """Raises ConfigError when the log has answers with other settings.
 
@@ -216,7 +221,7 @@ class ResultLog:
         if offset is None:
             return None
         row: Row = json.loads(self._file.line_at(offset))
-        return {name: value for name, value in row.items() if name not in _KEY_FIELDS}
+        return {name: value for name, value in row.items() if name not in KEY_FIELDS}
 
     def has_error(self, key: Key) -> bool:
         """Whether the log has an error about this file, and no answer."""

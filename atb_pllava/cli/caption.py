@@ -1,23 +1,24 @@
 """`python -m atb_pllava caption`: texts about many videos, one row each, appended to a JSONL file.
 
 The file is a log of `batch.result_log`, and `batch.caption_row` describes its rows. The same command goes on where a
-run ended. The model is in this process, or in replicas that the command starts, or in servers that run already. Exit
-status: 0 done, 2 rows failed or the command cannot work, 130 Ctrl-C.
+run ended. The model is in this process, or in replicas that the command starts, or in actors of a Ray cluster, or in
+servers that run already. Exit status: 0 done, 2 rows failed or the command cannot work, 130 Ctrl-C.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from atb_pllava.batch.caption_prompts import PRESETS
-from atb_pllava.batch.captioner import Captioner
 from atb_pllava.batch.captioning import CaptionCounts, CaptionRun
 from atb_pllava.batch.progress import Progress, failures
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.settings import settings_digest
 from atb_pllava.cli.caption_dry_run import dry_run
 from atb_pllava.cli.caption_job import CaptionJob, apply_preset, caption_job, check_options
+from atb_pllava.cli.caption_ray import caption_on_ray, ray_cluster
 from atb_pllava.cli.captioners import captioner_of
 from atb_pllava.cli.engine_args import add_engine_options, add_model_options, add_prompt_options, add_sampling_options
 from atb_pllava.cli.loading import join_torchrun
@@ -36,6 +37,7 @@ EXAMPLES = """examples:
       --preset recaption --output recaptions.jsonl
   python -m atb_pllava caption my_videos --model_path MODELS/pllava-7b \\
       --prompt "What happens?" --prompt "Where is it?" --replicas 8
+  python -m atb_pllava caption my_videos --model_path MODELS/pllava-7b --ray
   python -m atb_pllava caption my_videos --server http://127.0.0.1:8000"""
 
 
@@ -81,6 +83,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--replicas", type=int, metavar="N", help="load the model N times, each on --world_size cards of its own"
     )
     group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="let actors of a Ray cluster answer, --replicas or as many as it has devices for (default address: Ray's)",
+    )
+    group.add_argument(
         "--server",
         action="append",
         metavar="URL",
@@ -99,32 +108,51 @@ def caption(arguments: argparse.Namespace) -> int:
     arguments.media = arguments.inputs  # for `check_paths`
     check_paths(arguments)
     apply_preset(arguments)
-    workers = None if arguments.server or arguments.replicas else join_torchrun(arguments)
+    is_elsewhere = arguments.server or arguments.replicas or arguments.ray is not None
+    workers = None if is_elsewhere else join_torchrun(arguments)
     if isinstance(workers, int):
         return workers
-    job = caption_job(arguments, workers)
+    with ray_cluster(arguments.ray) as remote:
+        return _caption(caption_job(arguments, workers, remote))
+
+
+def _caption(job: CaptionJob) -> int:
+    """The checked job. Returns the exit status."""
+    arguments = job.arguments
     if arguments.dry_run:
         return dry_run(job, job.count_rows())
     with ResultLog(arguments.output, REMEDY) as log:
+        planned = None
         if not (arguments.overwrite or arguments.server):
-            planned = planned_settings(arguments, job.params, workers)
-            log.check({**planned, "conversation": settings_digest(planned["conversation"]), **job.asked}, only=True)
+            planned = planned_settings(arguments, job.params, job.workers)
+            planned = {**planned, "conversation": settings_digest(planned["conversation"]), **job.asked}
+            log.check(planned, only=True)
         total = job.count_rows()
+        if arguments.ray is not None:
+            on_ray = partial(caption_on_ray, job, log, planned)
+            return _run(on_ray, job, total, log, lambda seconds: "")
         with captioner_of(job) as (captioner, settings, table):
             log.begin({**settings, **job.asked}, overwrite=arguments.overwrite)
-            return _run(captioner, job, total, log, table)
+
+            def run(progress: Progress) -> CaptionCounts:
+                items = job.videos.items()
+                return CaptionRun(captioner, items, job.prompts, log, progress, arguments.retry_errors).run()
+
+            return _run(run, job, total, log, table)
 
 
 def _run(
-    captioner: Captioner, job: CaptionJob, total: int | None, log: ResultLog, table: Callable[[float], str]
+    run: Callable[[Progress], CaptionCounts],
+    job: CaptionJob,
+    total: int | None,
+    log: ResultLog,
+    table: Callable[[float], str],
 ) -> int:
     """Ask all questions, then print the summary and where the time went. Returns the exit status."""
     arguments = job.arguments
     began = time.perf_counter()
-    progress = Progress("captions", total, quiet=arguments.quiet, unit=" rows")
-    run = CaptionRun(captioner, job.videos.items(), job.prompts, log, progress, arguments.retry_errors)
-    with progress:
-        counts = run.run()
+    with Progress("captions", total, quiet=arguments.quiet, unit=" rows") as progress:
+        counts = run(progress)
     seconds = time.perf_counter() - began
     if not arguments.quiet:
         print(f"{_summary(counts, seconds)} in {log.path}", file=sys.stderr)

@@ -1,12 +1,13 @@
 """CaptionJob: what the command line of `caption` asks for, checked before a model is loaded."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from atb_pllava.batch.caption_input import CaptionInput
 from atb_pllava.batch.caption_prompts import PRESETS, Prompt, chosen_prompts
 from atb_pllava.batch.shard import parse_shard
+from atb_pllava.batch.tables import Table
 from atb_pllava.cli.engine_args import from_cli_args, sampling_params
 from atb_pllava.cli.media_limit_option import media_limits
 from atb_pllava.distributed.rendezvous import Rendezvous
@@ -49,10 +50,12 @@ class CaptionJob(NamedTuple):
         return sum(len(self.prompts) if item.prompt is None else 1 for item in self.videos.items())
 
 
-def caption_job(arguments: argparse.Namespace, workers: Rendezvous | None) -> CaptionJob:
-    """The job of a parsed command line, after `check_options` and `apply_preset`."""
+def caption_job(
+    arguments: argparse.Namespace, workers: Rendezvous | None, remote: Callable[[str], Table] | None = None
+) -> CaptionJob:
+    """The job of a parsed command line, after `check_options` and `apply_preset`. remote: see `CaptionInput`."""
     shard = None if arguments.shard is None else parse_shard(arguments.shard)
-    videos = CaptionInput(arguments.inputs, arguments.segment, shard, media_limits(arguments.media_limit))
+    videos = CaptionInput(arguments.inputs, arguments.segment, shard, media_limits(arguments.media_limit), remote)
     prompts = chosen_prompts(arguments.prompt, arguments.preset)
     return CaptionJob(arguments, videos, prompts, sampling_params(arguments), workers)
 
@@ -63,6 +66,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max_failed is {arguments.max_failed}; it must be a whole number from 0")
     if arguments.replicas is not None and not 1 <= arguments.replicas <= MOST_REPLICAS:
         raise ConfigError(f"--replicas is {arguments.replicas}; it must be a whole number from 1 to {MOST_REPLICAS}")
+    if arguments.ray is not None and arguments.dry_run:
+        raise ConfigError("--dry_run looks at the input on this machine; leave out --ray")
     if arguments.server:
         sampling = {name for name in vars(sampling_params(arguments)) if name in arguments.given}
         decided = sorted(arguments.given - _WITH_SERVER - sampling)

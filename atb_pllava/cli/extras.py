@@ -9,7 +9,8 @@ from atb_pllava.errors import ConfigError
 
 # The packages of each extra. The package itself may be a clone that pip does not know, so the packages are named.
 _SERVE = ("fastapi", "httpx", "prometheus_client", "python-multipart", "uvicorn")
-EXTRAS = {"serve": _SERVE, "ui": (*_SERVE, "gradio"), "tables": ("pyarrow",)}
+_RAY = ("ray", "fsspec", "pandas", "pyarrow")
+EXTRAS = {"serve": _SERVE, "ui": (*_SERVE, "gradio"), "tables": ("pyarrow",), "ray": _RAY}
 
 
 def import_with_extra(module: str, extra: str) -> ModuleType:
