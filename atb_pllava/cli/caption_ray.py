@@ -12,8 +12,9 @@ from atb_pllava.batch.ray_actor import ActorModel
 from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.tables import Table
 from atb_pllava.cli.caption_job import CaptionJob
-from atb_pllava.cli.engine_args import from_cli_args, media_limits
+from atb_pllava.cli.engine_args import from_cli_args
 from atb_pllava.cli.extras import import_with_extra
+from atb_pllava.cli.media_limit_option import media_limits
 
 EXTRA = "ray"
 
