@@ -23,8 +23,8 @@ from atb_pllava.batch.caption_flags import caption_flags
 from atb_pllava.batch.caption_item import CaptionItem, is_address
 from atb_pllava.batch.caption_prompts import Prompt
 from atb_pllava.batch.captioner import Caption, OpenVideo
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.result_key import Key, key_of
-from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import PllavaError, RequestError, ServerError, VideoError
 from atb_pllava.multimodal.media_source_error import MediaSourceError
 
