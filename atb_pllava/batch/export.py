@@ -105,8 +105,8 @@ class _Captions:
         for (name, prompt), offset in _chosen(log, prompts).items():
             if name in self._offsets:
                 raise ConfigError(
-                    f"{log.path} has several captions of {name!r}, for example of the prompt {prompt!r}; choose the "
-                    "prompt of the captions that the table gets"
+                    f"{log.path} has several captions of {name!r}, for example of the prompt {prompt!r}; name the "
+                    "prompt whose captions the table gets with --prompt_names"
                 )
             self._offsets[name] = offset
 

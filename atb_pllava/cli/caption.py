@@ -104,7 +104,7 @@ def caption(arguments: argparse.Namespace) -> int:
         return workers
     job = caption_job(arguments, workers)
     if arguments.dry_run:
-        return dry_run(job, job.count_rows())
+        return dry_run(job)
     with ResultLog(arguments.output, REMEDY) as log:
         if not (arguments.overwrite or arguments.server):
             planned = planned_settings(arguments, job.params, workers)
