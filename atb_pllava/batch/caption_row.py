@@ -2,7 +2,7 @@
 
 Beside the fields of `result_log`, a row has:
 
-    path            of the video, as the input names it
+    path            of the video, as this process opens it: a table's relative path has the table's folder in front
     prompt          name of the prompt: a number, a preset, or "own" for the prompt of the input's row
     text, finish_reason, tokens, prompt_tokens    the answer and its sizes
     flags           see `caption_flags`
