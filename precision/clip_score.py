@@ -40,9 +40,10 @@ from torch import Tensor
 
 from atb_pllava import ConfigError, PllavaError, VideoError, WeightError
 from atb_pllava.batch.answering import error_row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_key import Key, key_of
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import surroundings
 from atb_pllava.files import check_writable, read_json, write_json
 from atb_pllava.multimodal.frame_sampling import FRAME_SAMPLERS

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.log_line import Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.config import PllavaConfig
 from atb_pllava.convert import converter
 from atb_pllava.convert.options import ConvertOptions

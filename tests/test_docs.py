@@ -26,13 +26,14 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # What else a page may tell its reader to type.
 OTHER_COMMANDS = {"hf", "pip", "source", "ffmpeg", "curl", "docker", "cd", "git", "export", "npu-smi", "cat", "ls"}
-OTHER_COMMANDS |= {"mindie_llm_server"}
+OTHER_COMMANDS |= {"mindie_llm_server", "ray"}
 # Options of programs that are not ours.
 OTHER_OPTIONS = {
     "pip": {"--dest", "--find-links", "--index-url", "--no-index", "--only-binary", "--platform", "--python-version"},
     "docker": {"--device", "--net", "--rm", "--shm-size"},
     "torchrun": {"--nproc_per_node"},
     "hf": {"--local-dir"},
+    "ray": {"--address", "--head", "--port"},
     "mindie_llm_server": {"--config-file"},
     "evalscope": {"--api", "--api-key", "--api-url", "--dataset", "--datasets", "--eval-type"}
     | {"--extra-args", "--max-tokens", "--min-tokens", "--number", "--parallel", "--url"},

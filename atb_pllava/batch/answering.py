@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_key import Key
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.engine.outputs import RequestOutput
 from atb_pllava.engine.sampling_params import SamplingParams
 from atb_pllava.errors import BackendError, ConfigError, PllavaError, RequestError, VideoError, counted

@@ -2,7 +2,7 @@
 
 Beside the fields of `result_log`, a row has:
 
-    path            of the video, as the input names it
+    path            of the video, as this process opens it: a table's relative path has the table's folder in front
     prompt          name of the prompt: a number, a preset, or "own" for the prompt of the input's row
     text, finish_reason, tokens, prompt_tokens    the answer and its sizes
     flags           see `caption_flags`
@@ -23,8 +23,8 @@ from atb_pllava.batch.caption_flags import caption_flags
 from atb_pllava.batch.caption_item import CaptionItem, is_address
 from atb_pllava.batch.caption_prompts import Prompt
 from atb_pllava.batch.captioner import Caption, OpenVideo
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.result_key import Key, key_of
-from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import PllavaError, RequestError, ServerError, VideoError
 from atb_pllava.multimodal.media_source_error import MediaSourceError
 

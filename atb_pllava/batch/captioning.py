@@ -12,9 +12,10 @@ from atb_pllava.batch.caption_item import CaptionItem
 from atb_pllava.batch.caption_prompts import Prompt
 from atb_pllava.batch.caption_row import Question, caption_of, caption_row, failed_row, model_input, questions_of
 from atb_pllava.batch.captioner import Caption, Captioner, NoCaptionerError, OpenVideo
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_key import Key
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.errors import PllavaError
 
 _SECONDS_BETWEEN_SYNCS = 1.0  # a power failure loses the rows of at most so long; a killed process loses none

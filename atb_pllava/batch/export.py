@@ -6,9 +6,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from atb_pllava.batch.caption_item import check_columns, item_of_row
 from atb_pllava.batch.flat_rows import flat_columns, flat_row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.log_reader import LogReader
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import Row
 from atb_pllava.batch.table_writer import write_json_lines, write_table
 from atb_pllava.batch.tables import JsonlTable, Table, is_parquet
 from atb_pllava.errors import ConfigError
@@ -105,8 +105,8 @@ class _Captions:
         for (name, prompt), offset in _chosen(log, prompts).items():
             if name in self._offsets:
                 raise ConfigError(
-                    f"{log.path} has several captions of {name!r}, for example of the prompt {prompt!r}; choose the "
-                    "prompt of the captions that the table gets"
+                    f"{log.path} has several captions of {name!r}, for example of the prompt {prompt!r}; name the "
+                    "prompt whose captions the table gets with --prompt_names"
                 )
             self._offsets[name] = offset
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from atb_pllava.batch.result_log import Row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.errors import ConfigError
 
 _CARRIED = "columns"  # the field of a row that holds the other columns of the input

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from atb_pllava.batch.result_log import FORMAT, Row
+from atb_pllava.batch.log_line import Row, is_torn, no_row, parse_line
 from atb_pllava.errors import ConfigError
-from atb_pllava.files import LFS_POINTER, LFS_REMEDY, why_unreadable
+from atb_pllava.files import why_unreadable
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LOG_LINES = 4.0
+_REMEDY = "name a file that `caption` wrote"
 
 Identity = Callable[[Row], Hashable]
 """What two rows have in common if the later one replaces the earlier one."""
@@ -115,8 +116,8 @@ class LogReader:
         logged_at = time.monotonic()
         for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
-                if not b'{"'.startswith(line[:2]):
-                    raise self._no_row(number, line)
+                if not is_torn(line):
+                    raise no_row(self.path, number, line, _REMEDY)
                 logger.warning("%s line %d has no end yet and is left out", self.path, number)
                 break
             self._take_line(number, line, offset)
@@ -125,20 +126,15 @@ class LogReader:
                 logged_at = time.monotonic()
                 logger.info("reading %s: %.0f of %.0f MB", self.path, offset / 1e6, size / 1e6)
         if self._last is None:
-            raise ConfigError(f"{self.path} has no header of a result log; name a file that `caption` wrote")
+            raise ConfigError(f"{self.path} has no header of a result log; {_REMEDY}")
 
     def _take_line(self, number: int, line: bytes, offset: int) -> None:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("settings"), str):
-            raise self._no_row(number, line)
+        row = parse_line(self.path, number, line, _REMEDY)
         if "log" in row:
-            self._take_header(row, number, line)
+            self._take_header(row)
             return
         if not isinstance(row.get("id"), str) or not row["id"]:
-            raise self._no_row(number, line)
+            raise no_row(self.path, number, line, _REMEDY)
         offsets = self._sections.setdefault(row["settings"], _Section()).offsets
         if "moved_from" in row:
             offsets.pop(self._identity({**row, "place": row["moved_from"]}), None)
@@ -146,21 +142,12 @@ class LogReader:
         offsets.pop(identity, None)
         offsets[identity] = offset
 
-    def _take_header(self, header: Row, number: int, line: bytes) -> None:
-        if header["log"] != FORMAT:
-            raise ConfigError(f"{self.path} line {number} has format {header['log']!r}; this version reads {FORMAT}")
-        if not isinstance(header.get("values"), dict):
-            raise self._no_row(number, line)
+    def _take_header(self, header: Row) -> None:
         digest = header["settings"]
         if digest not in self._sections or header.get("overwrite"):
             self._sections[digest] = _Section()
         self._sections[digest].values = header["values"]
         self._last = digest
-
-    def _no_row(self, number: int, line: bytes) -> ConfigError:
-        if line.startswith(LFS_POINTER):
-            return ConfigError(f"{self.path} {LFS_REMEDY}")
-        return ConfigError(f"{self.path} line {number} is no row of a result log; name a file that `caption` wrote")
 
 
 def is_in_use(path: str) -> bool:

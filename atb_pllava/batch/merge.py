@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from atb_pllava.batch.log_line import FORMAT, Row
 from atb_pllava.batch.log_reader import LogReader, caption_identity, is_in_use
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import FORMAT, Row
 from atb_pllava.batch.settings import differences
 from atb_pllava.errors import ConfigError, counted
 from atb_pllava.files import replace_file

@@ -12,8 +12,9 @@ from atb_pllava.batch.caption_item import CaptionItem
 from atb_pllava.batch.caption_prompts import Prompt
 from atb_pllava.batch.captioner import LocalCaptioner
 from atb_pllava.batch.captioning import CaptionRun
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import Progress
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import model_settings
 from atb_pllava.engine.arguments import EngineArgs
 from atb_pllava.engine.sampling_params import SamplingParams

@@ -14,11 +14,12 @@ from ray.exceptions import RayError
 from atb_pllava.batch.caption_item import CaptionItem
 from atb_pllava.batch.caption_row import questions_of
 from atb_pllava.batch.captioning import CaptionCounts, new_questions
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.ray_actor import ActorModel, CaptionActor, encode_task
 from atb_pllava.batch.ray_cluster import ActorPool
 from atb_pllava.batch.result_key import Key
-from atb_pllava.batch.result_log import KEY_FIELDS, ResultLog, Row
+from atb_pllava.batch.result_log import KEY_FIELDS, ResultLog
 from atb_pllava.batch.settings import check_settings, differences
 from atb_pllava.errors import BackendError, counted
 

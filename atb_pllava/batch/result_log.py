@@ -47,7 +47,6 @@ Logs of versions before this format have rows without size and time, and no head
 `begin(shared=True)` uses such rows for keys without a file. Any other log refuses such rows.
 """
 
-import codecs
 import json
 import logging
 import os
@@ -58,15 +57,13 @@ from types import TracebackType
 from typing import Any
 
 from atb_pllava.batch.line_file import LineFile
+from atb_pllava.batch.log_line import FORMAT, Row, is_torn, no_row, parse_line
 from atb_pllava.batch.result_key import Key
 from atb_pllava.batch.settings import check_settings, settings_digest
 from atb_pllava.errors import ConfigError
-from atb_pllava.files import LFS_POINTER, LFS_REMEDY
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
-FORMAT = 1
 KEY_FIELDS = ("id", "size", "mtime_ns", "settings", "request", "place", "moved_from")
 _SECONDS_BETWEEN_LOG_LINES = 4.0
 
@@ -300,8 +297,8 @@ class ResultLog:
         logged_at = time.monotonic()
         for number, (offset, line) in enumerate(self._file.lines(), start=1):
             if not line.endswith(b"\n"):
-                if not b'{"'.startswith(line[:2]):  # no row of ours, so nothing to cut off
-                    raise self._no_row(number, line)
+                if not is_torn(line):  # no row of ours, so nothing to cut off
+                    raise no_row(self.path, number, line, self.remedy)
                 logger.warning("%s: the last line was cut off when a run ended; it is dropped", self.path)
                 self._file.truncate(offset)
                 return
@@ -312,34 +309,20 @@ class ResultLog:
 
     def _take_line(self, number: int, line: bytes, offset: int) -> None:
         """Take in line `number` of the file, a header or a row. Raises ConfigError for any other line."""
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("settings"), str):
-            raise self._no_row(number, line)
+        row = parse_line(self.path, number, line, self.remedy)
         if "log" in row:
-            self._check_header(row, number, line)
             self._take_header(row)
             return
         key = Key(row.get("id", ""), row.get("size"), row.get("mtime_ns"), row.get("place"), row.get("request"))
         is_key = isinstance(key.id, str) and isinstance(key.size, int | None) and isinstance(key.mtime_ns, int | None)
         texts = (key.place, key.request, row.get("model_input"))
         if not key.id or not is_key or not all(isinstance(text, str | None) for text in texts):
-            raise self._no_row(number, line)
+            raise no_row(self.path, number, line, self.remedy)
         section = self._sections.setdefault(row["settings"], _Section())
         if "moved_from" in row and "error" not in row and isinstance(row["moved_from"], str | None):
             section.move(key, row["moved_from"], offset)
         else:
             section.take(key, offset, "error" in row, row.get("model_input"))
-
-    def _check_header(self, header: Mapping[str, Any], number: int, line: bytes) -> None:
-        if header["log"] != FORMAT:
-            raise ConfigError(
-                f"{self.path} line {number} has format {header['log']!r}; this version reads {FORMAT}; {self.remedy}"
-            )
-        if not isinstance(header.get("values"), dict):
-            raise self._no_row(number, line)
 
     def _take_header(self, header: Mapping[str, Any]) -> None:
         digest = header["settings"]
@@ -348,13 +331,3 @@ class ResultLog:
         self._sections[digest].values = header["values"]
         self._last = digest
         self.replaces = header.get("replaces")
-
-    def _no_row(self, number: int, line: bytes) -> ConfigError:
-        if line.startswith(LFS_POINTER):
-            return ConfigError(f"{self.path} {LFS_REMEDY}")
-        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line:
-            return ConfigError(
-                f"{self.path} line {number} is not UTF-8, as PowerShell leaves a file that it has written: save the "
-                f"file as UTF-8 again, or {self.remedy}"
-            )
-        return ConfigError(f"{self.path} line {number} is no row of answers; {self.remedy}")

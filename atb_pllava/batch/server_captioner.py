@@ -122,8 +122,8 @@ class ServerCaptioner:
             except ServerError as error:
                 if error.code != "video_not_found":
                     raise
-            self._release(handle.server)
             anew = self._register(handle.path, handle.times)
+            self._release(handle.server)  # not before: `_forget` releases it when no server takes the video
             handle.server = anew.server
             handle.video = anew.video
         raise ServerError(f"{handle.path}: the servers keep forgetting the video", code="video_not_found")
@@ -187,13 +187,18 @@ class ServerCaptioner:
     def _patiently(self, server: _Server, call: Callable[[ApiClient], T]) -> T:
         """The result of a call, which is repeated while the server is busy.
 
+        A connection that breaks is made anew once: a server closes those that were idle, maybe just as they are used.
         Raises _ServerLostError when the server is lost, and the ServerError of a request that it refuses.
         """
+        was_broken = False
         for number in range(_MOST_PAUSES):
             try:
                 return call(server.client)
             except ServerError as error:
                 is_busy = error.status == 429 or error.code in _BUSY_CODES
+                if error.status is None and not was_broken and not self._is_closed.is_set():
+                    was_broken = True
+                    continue
                 if error.status in (None, 503) and not is_busy:
                     self._lose(server, error)
                     raise _ServerLostError from None

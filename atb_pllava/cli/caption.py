@@ -120,7 +120,7 @@ def _caption(job: CaptionJob) -> int:
     """The checked job. Returns the exit status."""
     arguments = job.arguments
     if arguments.dry_run:
-        return dry_run(job, job.count_rows())
+        return dry_run(job)
     with ResultLog(arguments.output, REMEDY) as log:
         planned = None
         if not (arguments.overwrite or arguments.server):

@@ -6,7 +6,7 @@ The time is that of a few videos of the input, captioned with the same options i
 import random
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from atb_pllava.batch.caption_item import CaptionItem
@@ -23,10 +23,10 @@ _MOST_NAMED = 10  # unreadable files
 _FEWEST_SAMPLES = 8
 
 
-def dry_run(job: CaptionJob, total: int | None) -> int:
+def dry_run(job: CaptionJob) -> int:
     """Print the survey, the unreadable files and the estimated time on stdout. Nothing is kept. Returns 0.
 
-    Without a model or a server there is no estimate. `total` is `CaptionJob.count_rows`.
+    Without a model or a server there is no estimate.
     """
     quiet = job.arguments.quiet
     found = survey(job.videos.items(), None, job.videos.limits, quiet=quiet)
@@ -36,21 +36,28 @@ def dry_run(job: CaptionJob, total: int | None) -> int:
     if len(found.unreadable) > _MOST_NAMED:
         print(f"  and {len(found.unreadable) - _MOST_NAMED} more")
     unreadable = {row.id for row in found.unreadable}
-    readable = found.items - len(unreadable)
-    if readable and (job.arguments.model_path is not None or job.arguments.server):
-        print(_estimate(job, readable, total, unreadable))
+    if len(unreadable) < found.items and (job.arguments.model_path is not None or job.arguments.server):
+        print(_estimate(job, unreadable))
     return 0
 
 
-def _estimate(job: CaptionJob, readable: int, total: int | None, unreadable: set[str]) -> str:
-    """The line about the time of a whole run, after a sample was captioned."""
+def _estimate(job: CaptionJob, unreadable: set[str]) -> str:
+    """The line about the time for all readable items, after a sample of them was captioned."""
+    rows = 0
+
+    def readable() -> Iterator[CaptionItem]:
+        nonlocal rows
+        for item in job.videos.items():
+            if item.id not in unreadable:
+                rows += job.rows_of(item)
+                yield item
+
     with captioner_of(job) as (captioner, _, _):
         size = max(captioner.concurrency, _FEWEST_SAMPLES)
-        sample = _sample((item for item in job.videos.items() if item.id not in unreadable), size)
+        sample = _sample(readable(), size)
         began = time.perf_counter()
         counts = _caption(captioner, sample, job)
         seconds = time.perf_counter() - began
-    rows = readable * len(job.prompts) if total is None else total
     asked = counts.answered + counts.failed.total()
     whole = duration(seconds * rows / asked)
     note = f", {counts.failed.total()} of them failed" if counts.failed else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from atb_pllava.batch.captioner import Captioner, LocalCaptioner
 from atb_pllava.batch.run_metadata import model_settings
-from atb_pllava.cli.caption_job import CaptionJob
+from atb_pllava.cli.caption_job import CaptionJob, check_server_has_preset
 from atb_pllava.cli.environment import api_key
 from atb_pllava.cli.extras import import_with_extra
 from atb_pllava.cli.loading import load_model
@@ -27,8 +27,10 @@ def captioner_of(job: CaptionJob) -> Iterator[tuple[Captioner, Mapping[str, Any]
     """What answers, the settings of its model, and a function that says where the seconds of a run went."""
     with ExitStack() as stack:
         if job.arguments.server:
-            key = api_key()
-            yield *_asking(job.arguments.server, key, job.params, stack), lambda seconds: ""
+            captioner, settings = _asking(job.arguments.server, api_key(), job.params, stack)
+            if job.arguments.preset is not None:
+                check_server_has_preset(job.arguments.preset, settings)
+            yield captioner, settings, lambda seconds: ""
         elif job.arguments.replicas:
             import_with_extra("atb_pllava.server.app", "serve")
             replicas_module = import_with_extra("atb_pllava.cli.replicas", "serve")

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atb_pllava.batch.answering import answer_all
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import failures
 from atb_pllava.batch.result_key import keys_of
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.batch.run_metadata import settings_of, write_manifest
 from atb_pllava.batch.settings import check_recorded_settings, settings_digest
 from atb_pllava.cli.engine_args import (

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from atb_pllava.batch.result_log import Row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.files import write_json
 from precision.evaluate.judge_prompts import Case
 from precision.evaluate.questions import Question

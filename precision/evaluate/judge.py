@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.progress import Progress
 from atb_pllava.batch.result_key import Key
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.errors import BackendError, ConfigError, PllavaError
 from precision.evaluate.judge_prompts import Case
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.multiple_choice import is_right
-from atb_pllava.batch.result_log import Row
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.files import write_json
 from precision.confidence import percent

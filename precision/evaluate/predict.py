@@ -5,8 +5,9 @@ from typing import Any
 
 from atb_pllava import LLM, RequestOutput, SamplingParams
 from atb_pllava.batch.answering import answer_all
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.result_key import keys_of
-from atb_pllava.batch.result_log import ResultLog, Row
+from atb_pllava.batch.result_log import ResultLog
 from atb_pllava.errors import RequestError
 from precision.evaluate.clips import ClipReader, media_of
 from precision.evaluate.questions import ClipName, Question

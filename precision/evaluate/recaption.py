@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atb_pllava.batch.caption_prompts import RECAPTION_REQUEST
-from atb_pllava.batch.result_log import Row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.files import write_json
 from precision.evaluate.benchmark import Benchmark, Result, Summary, prediction
 from precision.evaluate.questions import Question, find_video, read_questions, select, text

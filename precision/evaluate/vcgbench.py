@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atb_pllava.batch.result_log import Row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.files import write_json
 from precision.evaluate.benchmark import JudgedBenchmark, Result, Summary, Verdicts, error_of, prediction
 from precision.evaluate.judge_prompts import CONSISTENCY, CONTEXT, CORRECTNESS, DETAIL, TEMPORAL, Case

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atb_pllava.batch.result_log import Row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.errors import ConfigError, RequestError, counted
 from atb_pllava.files import write_json
 from precision.evaluate.benchmark import JudgedBenchmark, Result, Summary, Verdicts, prediction

@@ -12,8 +12,8 @@ import pytest
 
 from atb_pllava import LLM, BackendError, ConfigError, RequestError, SamplingParams, VideoError
 from atb_pllava.batch.answering import answer_all, error_row
+from atb_pllava.batch.log_line import Row
 from atb_pllava.batch.result_key import Key, key_of, keys_of
-from atb_pllava.batch.result_log import Row
 from atb_pllava.batch.run_metadata import settings_of
 from atb_pllava.batch.settings import settings_digest
 from atb_pllava.errors import OutOfMemoryError, PllavaError, WeightError

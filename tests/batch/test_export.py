@@ -233,9 +233,9 @@ def test_mistakes_in_the_command(capsys: Captured, words: list[str], message: st
     [
         (None, "cannot be read: No such file"),
         ("", "has no header of a result log"),
-        ('{"id": "a", "text": "A"}\n', "line 1 is no row of a result log"),
+        ('{"id": "a", "text": "A"}\n', "line 1 is no row of answers; name a file that `caption` wrote"),
         ('{"log": 99, "settings": "x", "values": {}}\n', "line 1 has format 99; this version reads 1"),
-        ("id,text\n", "line 1 is no row of a result log"),
+        ("id,text\n", "line 1 is no row of answers; name a file that `caption` wrote"),
         ('{"settings": "x", "id": "a"}\n', "has no header of a result log"),
     ],
 )

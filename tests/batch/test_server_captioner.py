@@ -32,6 +32,8 @@ class FakeClient:
         return {"id": "tiny", "settings": self.settings}
 
     def register_video(self, path: str, **options: Any) -> dict[str, Any]:
+        if not Path(path).exists():
+            raise ServerError(f"{path} has gone", 400)
         self.registered += 1
         self.open.append(f"{self.url}/{self.registered}")
         return {"id": self.open[-1], "frames_hash": "00", "frame_indices": [0], "frame_seconds": None}
@@ -69,9 +71,9 @@ def ask(captioner: ServerCaptioner, clip: str) -> str:
         return captioner.ask(video, "what?", "a").text
 
 
-@pytest.mark.parametrize("error", [GONE, DRAINING])
-def test_what_a_lost_server_was_doing_another_one_does(error: ServerError, clip: str) -> None:
-    lost = FakeClient("http://a", error)
+@pytest.mark.parametrize("errors", [[GONE, GONE], [DRAINING]])
+def test_what_a_lost_server_was_doing_another_one_does(errors: list[ServerError], clip: str) -> None:
+    lost = FakeClient("http://a", *errors)
     other = FakeClient("http://b")
     captioner = captioner_of(lost, other)
     assert captioner.concurrency == 4
@@ -93,8 +95,26 @@ def test_a_forgotten_video_is_registered_anew(clip: str) -> None:
     assert server.registered == 2
 
 
+def test_a_connection_that_breaks_is_made_anew(clip: str) -> None:
+    server = FakeClient("http://a", GONE)
+    assert ask(captioner_of(server), clip) == "http://a"
+    assert (server.registered, server.open) == (1, [])
+
+
+def test_a_video_that_no_server_takes_anew_counts_as_open_no_more(clip: str) -> None:
+    forgetful = FakeClient("http://a", ServerError("no such video", 404, "video_not_found"))
+    other = FakeClient("http://b")
+    captioner = captioner_of(forgetful, other)
+    with pytest.raises(ServerError, match="has gone"), captioner.open(clip, (None, None)) as video:
+        Path(clip).unlink()
+        captioner.ask(video, "what?", "a")
+    Path(clip).write_bytes(b"any content")
+    with captioner.open(clip, (None, None)), captioner.open(clip, (None, None)):
+        assert (len(forgetful.open), len(other.open)) == (1, 1)
+
+
 def test_without_a_server_the_run_ends(clip: str) -> None:
-    captioner = captioner_of(FakeClient("http://a", GONE), FakeClient("http://b", GONE))
+    captioner = captioner_of(FakeClient("http://a", GONE, GONE), FakeClient("http://b", GONE, GONE))
     with pytest.raises(NoCaptionerError, match="no server is left of http://a, http://b"):
         ask(captioner, clip)
 

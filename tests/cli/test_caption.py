@@ -313,7 +313,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(
     lines = out.splitlines()
     assert lines[0].startswith("10 items: ") and " unreadable (" in lines[0]
     assert any(line.startswith("  empty: ") and "empty.mp4" in line for line in lines)
-    assert re.fullmatch(r"about .+ for 20 rows: \d+ rows of a sample took .+", lines[-1])
+    assert re.fullmatch(r"about .+ for 8 rows: 8 rows of a sample took .+", lines[-1])
     status, out, err = run_main(capsys, main, "caption", clips, "--dry_run", "--quiet")
     assert (status, err) == (0, "") and "about" not in out
     assert not [path for path in tmp_path.iterdir() if path != clips]

@@ -58,13 +58,33 @@ def test_options_that_the_server_has_decided_are_refused(
     server: RunningServer, clips: Path, tmp_path: Path, capsys
 ) -> None:
     words = ["--output", tmp_path / "o.jsonl", "--server", server.url]
-    for option in (["--dtype", "float32"], ["--replicas", 2], ["--preset", "npu"], ["--frame_sampler", "npu"]):
+    for option in (["--dtype", "float32"], ["--replicas", 2], ["--resize", "res672"], ["--frame_sampler", "npu"]):
         status, err = caption(capsys, clips, *words, *option)
         assert status == 2 and f"leave out {option[0]}" in err
     status, err = caption(capsys, clips, "--output", tmp_path / "o.jsonl", "--server", "http://127.0.0.1:9")
     assert status == 2 and "cannot be reached" in err
     status, err = caption(capsys, clips, "--output", tmp_path / "o.jsonl")
     assert status == 2 and "name the model with --model_path, or a running server with --server" in err
+
+
+def test_a_server_with_the_options_of_a_preset_answers_as_a_run_with_it(clips: Path, tmp_path: Path, capsys) -> None:
+    outputs = [tmp_path / "local.jsonl", tmp_path / "server.jsonl"]
+    words = ["--preset", "recaption", "--quiet", "--max_output_length", 5]
+    assert caption(capsys, clips, "--output", outputs[0], *LOCAL, *words)[0] == 0
+    with RunningServer(*LOCAL, "--conversation", "eval_recaption") as server:
+        assert caption(capsys, clips, "--output", outputs[1], "--server", server.url, *words)[0] == 0
+    local, remote = (rows_of(output) for output in outputs)
+    assert {key: row["text"] for key, row in local.items()} == {key: row["text"] for key, row in remote.items()}
+    assert {prompt for _, prompt in remote} == {"recaption"}
+
+
+def test_a_preset_of_other_options_than_the_servers_is_refused(
+    server: RunningServer, clips: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "o.jsonl"
+    status, err = caption(capsys, clips, "--output", output, "--server", server.url, "--preset", "opensora")
+    assert status == 2 and "start it with --conversation demo --video_caption --resize res672, or leave" in err
+    assert not output.exists()
 
 
 def start_replicas(count: int, folder: Path, output: Path) -> "subprocess.Popen[str]":
