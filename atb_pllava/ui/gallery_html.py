@@ -88,7 +88,8 @@ def _medium(results: ResultSet, group: int, found: Sequence[Result | None]) -> s
             url = f"{MEDIA_PATH}/{number}/{row}"
             if os.path.splitext(path)[1].lower() in IMAGE_ENDINGS | {".gif"}:
                 return f'<img src="{url}" alt="" loading="lazy">'
-            return f'<video src="{url}{_fragment(result)}" controls preload="metadata" muted></video>'
+            # A browser opens 6 connections to a host, and a video that it preloads may hold one for ever.
+            return f'<video src="{url}{_fragment(result)}" controls preload="none" muted></video>'
         missing = missing or f'<p class="why">not here: {escape(result.media[0])}</p>'
     return missing
 

@@ -53,7 +53,7 @@ def workers(group: int | None = None) -> dict[int, int]:
         if entry.name.isdigit():
             try:
                 is_ours = os.getpgid(int(entry.name)) == group
-                command = (entry / "cmdline").read_bytes().decode().split("\0")
+                command = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
             if is_ours and "atb_pllava.executor.worker" in command:

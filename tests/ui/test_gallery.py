@@ -114,10 +114,11 @@ def test_answers_are_side_by_side_with_the_video(browser: Browser, gallery: Runn
     ]
     answers = [" ".join(text.split()) for text in browser.texts("#rows .result:nth-child(6) article")]
     assert answers == ["captions.jsonl Describe the video. text 5", "predict_result.json another text"]
+    videos = "[...document.querySelectorAll('#rows video')]"
+    browser.driver.execute_script(f"{videos}.slice(0, 4).forEach(v => v.play())")
     lengths = browser.wait(
         lambda: browser.driver.execute_script(
-            "const v = [...document.querySelectorAll('#rows video')].map(v => v.duration);"
-            "return v.length == 10 && v.every(d => d > 0) && v"
+            f"const v = {videos}.map(v => v.duration);return v.length == 10 && v.slice(0, 4).every(d => d > 0) && v"
         )
     )
     assert lengths[:4] == pytest.approx([4.2, 2.458, 2.5, 5.6], abs=0.01)
