@@ -12,6 +12,8 @@ from tests.support import raw_config, write_checkpoint, write_video
 
 if not torch.cuda.is_available():  # read when triton is first imported, by whomever: its kernels run on a CPU then
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that run tests: tests look at their own children
+    os.setpgrp()
 
 
 @pytest.fixture(scope="session")

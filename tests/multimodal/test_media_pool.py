@@ -25,6 +25,7 @@ from atb_pllava.multimodal.limits import MediaLimits
 from atb_pllava.multimodal.media_pool import MediaPool, cores
 from atb_pllava.multimodal.options import MultimodalOptions
 from atb_pllava.multimodal.processor import ProcessedVideo, VideoProcessor
+from tests.process_usage import shared_memory_of
 from tests.support import ROOT, random_frames, write_video
 
 WORKER = "atb_pllava.multimodal.worker_process"
@@ -406,7 +407,7 @@ def test_nothing_is_left_after_many_jobs(failing: MediaPool, clip: Path) -> None
             return 0
 
     def held() -> tuple[int, int, list[str]]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count(), sorted(os.listdir("/dev/shm"))
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), sorted(shared_memory_of(os.getpid()))
 
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(read, range(5)))

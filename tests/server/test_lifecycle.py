@@ -135,7 +135,7 @@ def test_dead_rank_fails_every_request_and_ends_the_process() -> None:
             assert events_of(stream.end())[-1]["error"]["type"] == "ServiceUnavailableError"
         assert server.wait() == 1
         assert not Path(f"/proc/{rank}").exists()
-    assert set(os.listdir("/dev/shm")) <= before
+    wait_until(lambda: set(os.listdir("/dev/shm")) <= before)  # other programs have files there for moments
 
 
 def worker_of(process_id: int) -> int:
