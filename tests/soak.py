@@ -8,7 +8,6 @@ killed now and then. Every answer is compared with the answer to the same reques
 answer differs, a request has no end, or memory, file descriptors, threads or shared memory grow.
 """
 
-import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -35,7 +34,8 @@ if __name__ == "__main__":
 
 from atb_pllava import LLM, PllavaError, RequestError, RequestOutput, SamplingParams, VideoError
 from atb_pllava.engine.request_stream import RequestStream
-from tests.process_usage import Usage, growth, table, usage_of, worker_processes
+from tests.process_usage import Usage, growth, usage_of, worker_processes
+from tests.soak_report import Report, run_soak
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MODEL = {"dtype": "float32", "backend": "cpu", "num_frames": 4, "pooling_shape": (4, 2, 2)}  # 16 tokens a video
@@ -356,15 +356,6 @@ def usage(requests: int) -> Usage:
     return usage_of(os.getpid(), requests)
 
 
-@dataclass(frozen=True)
-class Report:
-    """The usage after each round, how often requests ended in which way, and what must not have happened."""
-
-    measured: list[Usage]
-    counts: Counter[str]
-    problems: list[str]
-
-
 def soak(requests: int, rounds: int, seed: int = 0, kill_seconds: float = 2.0) -> Report:
     """Ask `requests` requests in `rounds` rounds. A process that reads media is killed about every `kill_seconds`."""
     measured = []
@@ -386,21 +377,5 @@ def soak(requests: int, rounds: int, seed: int = 0, kill_seconds: float = 2.0) -
     return Report(measured, run.counts, run.problems + growth(measured))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--requests", type=int, default=10000)
-    parser.add_argument("--rounds", type=int, default=20, help="usage is measured after each round")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    began = time.monotonic()
-    report = soak(options.requests, options.rounds, options.seed)
-    print(table(report.measured))
-    print(f"\n{options.requests} requests in {time.monotonic() - began:.0f} s:", dict(report.counts))
-    for problem in report.problems[:20]:
-        print("PROBLEM", problem)
-    print(f"{len(report.problems)} problems")
-    return 1 if report.problems else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_soak(soak, __doc__ or ""))

@@ -9,7 +9,6 @@ compared with LLM's. The exit status is 1 if an answer or a refusal is wrong, if
 lacks its line in the access log, or if memory, descriptors, threads, shared memory or media workers grow.
 """
 
-import argparse
 import http.client
 import json
 import os
@@ -36,7 +35,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from atb_pllava import LLM
-from tests.process_usage import Usage, growth, shared_memory_of, table, usage_of
+from tests.process_usage import growth, shared_memory_of, usage_of
 from tests.server.running_server import RunningServer
 from tests.server.soak_requests import (
     CHAT,
@@ -49,6 +48,7 @@ from tests.server.soak_requests import (
     unique_case,
 )
 from tests.soak import BYTES_PER_TOKEN, MODEL
+from tests.soak_report import Report, run_soak
 from tests.support import TINY
 
 SERVER = (
@@ -416,15 +416,6 @@ def _joined(text: str) -> dict[str, Any]:
     return {"choices": list(choices.values()), "usage": usage}
 
 
-@dataclass(frozen=True)
-class Report:
-    """The usage after each round, how often requests went which way, and what must not have happened."""
-
-    measured: list[Usage]
-    counts: Counter[str]
-    problems: list[str]
-
-
 def soak_server(requests: int, rounds: int, seed: int = 0) -> Report:
     """Send `requests` requests in `rounds` rounds. Some of them have others that belong to them."""
     measured = []
@@ -450,21 +441,5 @@ def soak_server(requests: int, rounds: int, seed: int = 0) -> Report:
     return Report(measured, run.counts, run.problems + growth(measured))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--requests", type=int, default=10000)
-    parser.add_argument("--rounds", type=int, default=20, help="usage is measured after each round")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    began = time.monotonic()
-    report = soak_server(options.requests, options.rounds, options.seed)
-    print(table(report.measured))
-    print(f"\n{options.requests} requests in {time.monotonic() - began:.0f} s:", dict(report.counts))
-    for problem in report.problems[:20]:
-        print("PROBLEM", problem)
-    print(f"{len(report.problems)} problems")
-    return 1 if report.problems else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_soak(soak_server, __doc__ or ""))

@@ -89,7 +89,7 @@ def iter_media(path: str | os.PathLike[str]) -> Iterator[str]:
         accepted = " ".join(sorted(IMAGE_ENDINGS | VIDEO_ENDINGS))
         others = _summary(walk.others)
         raise VideoError(f"{root}: holds no image or video, {others}; accepted are {accepted}", "unreadable")
-    yield from walk.innatural_order()
+    yield from walk.in_natural_order()
 
 
 def is_media_name(path: str) -> bool:
@@ -122,7 +122,7 @@ class _FolderWalk:
                     raise
                 self.found += 1
 
-    def innatural_order(self) -> Iterator[str]:
+    def in_natural_order(self) -> Iterator[str]:
         """The media, and the paths that cannot be read, in natural order of their paths.
 
         The names of a folder are sorted when the folder's turn comes, so that no list of all paths is held.

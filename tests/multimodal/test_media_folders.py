@@ -35,7 +35,7 @@ def below(root: Path, files: list[str]) -> list[str]:
     return [os.path.relpath(file, root) for file in files]
 
 
-def test_a_tree_is_listed_whole_and_innatural_order(tree: Path) -> None:
+def test_a_tree_is_listed_whole_and_in_natural_order(tree: Path) -> None:
     files = list_media(tree)
     assert len(files) == 61 == len(set(files))
     # The oracle: find's list, sorted as versions by name (GNU sort -V).
@@ -57,7 +57,7 @@ def test_a_tree_is_listed_whole_and_innatural_order(tree: Path) -> None:
     assert below(tree, list_media(f"{tree}/"))[-1] == "clip.mp4/v0.mp4"
 
 
-def test_folder_innatural_order(tmp_path):
+def test_folder_in_natural_order(tmp_path):
     for name in ["10.mp4", "2.MP4", "1.png", "b.mkv", "a1.jpg", "notes.txt", ".hidden.mp4", "视频 1.webm"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4").mkdir()
